@@ -1,0 +1,194 @@
+//! The contract between the arithmetic and everything above it.
+//!
+//! [`GemvBackend`] is what the tuner needs: matrices, vectors, the quantized product, alone and compensated.
+//! [`DecodeBackend`] adds what a whole decoder needs. The backend owns memory, the caller owns handles.
+//! Operations are queued in the order of the calls; only reads wait. Nothing between a prompt and its last
+//! token has to visit the host: positions, sampled tokens and the key-value cache stay with the device.
+//!
+//! What the caller guarantees, and no backend checks again:
+//! - handles come from the same backend, and lengths fit the matrix (`x` holds at least `tokens ·
+//!   in_features` numbers, `y` at least `tokens · out_features`);
+//! - a plan was made for the matrix that it is used with;
+//! - a sequence is never written past the `max_seq_len` it was made with.
+
+pub mod cpu;
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::config::ModelConfig;
+use crate::dec::DecPlan;
+use crate::sampling::Sampling;
+use crate::weights::Linear;
+
+/// What a device says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As `--device` takes it: `cpu`, `wgpu:0`, `cuda:0`.
+    pub id: String,
+    /// What the vendor calls it.
+    pub name: String,
+    /// Version of the driver, empty where there is none.
+    pub driver: String,
+    /// The largest `n_tb` that it can hold at once.
+    pub max_n_tb: usize,
+    /// The most tokens that one operation takes.
+    pub max_tokens: usize,
+    /// Tokens worth queueing before the first of them is read.
+    pub lookahead: usize,
+}
+
+/// Matrices, vectors and the compensated product of one token.
+pub trait GemvBackend {
+    /// f32 numbers on the device (stored there in whatever type the backend computes with).
+    type Vector;
+    /// A linear layer on the device; its residual may stay in host memory that the device can reach.
+    type Matrix;
+    /// A [`DecPlan`] as the device needs it.
+    type Plan;
+
+    /// The device.
+    fn device(&self) -> &DeviceInfo;
+
+    /// `len` zeros.
+    fn vector(&self, len: usize) -> Result<Self::Vector>;
+
+    /// Overwrites the first `values.len()` numbers of `to`.
+    fn write(&self, values: &[f32], to: &mut Self::Vector) -> Result<()>;
+
+    /// Waits, then overwrites `out` with the first numbers of `from`.
+    fn read(&self, from: &Self::Vector, out: &mut [f32]) -> Result<()>;
+
+    /// Uploads a linear layer. Nothing of `linear` is needed afterwards.
+    fn matrix(&self, linear: &Linear<'_>) -> Result<Self::Matrix>;
+
+    /// Prepares a plan for `matrix`, which has a residual.
+    ///
+    /// # Errors
+    /// `n_tb` above [`DeviceInfo::max_n_tb`].
+    fn plan(&self, matrix: &Self::Matrix, plan: &DecPlan) -> Result<Self::Plan>;
+
+    /// `y = W·x + bias`, the base product of one token; `y` is overwritten.
+    fn gemv(&self, matrix: &Self::Matrix, x: &Self::Vector, y: &mut Self::Vector) -> Result<()>;
+
+    /// `y = W·x + bias + s · Σ q·x` over the selected channels; `y` is overwritten. With `k_chunk` 0 this is
+    /// [`GemvBackend::gemv`], bit for bit.
+    fn dec_gemv(
+        &self,
+        matrix: &Self::Matrix,
+        plan: &Self::Plan,
+        x: &Self::Vector,
+        y: &mut Self::Vector,
+    ) -> Result<()>;
+
+    /// The channels that [`GemvBackend::dec_gemv`] compensates for `x`, ascending; waits. For tests.
+    fn select(&self, plan: &Self::Plan, x: &Self::Vector) -> Result<Vec<u32>>;
+
+    /// Runs `work`, which queues operations, waits for them, and returns the time that they took by the
+    /// device's clock.
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration>;
+}
+
+/// RMSNorm's constants on a device.
+#[derive(Debug)]
+pub struct Norm<V> {
+    /// γ, `[hidden_size]`
+    pub gamma: V,
+    /// ε
+    pub eps: f32,
+}
+
+/// What enters the model.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// These tokens, one after the other.
+    Prompt(&'a [u32]),
+    /// The token that [`DecodeBackend::sample`] chose last.
+    Sampled,
+}
+
+/// A whole token, operation by operation, each as large as a backend may want to fuse it.
+///
+/// All take `tokens` consecutive tokens at once (at most [`DeviceInfo::max_tokens`]), stored one after the
+/// other: `[tokens, features]`. With a plan, every one of them is compensated.
+pub trait DecodeBackend: GemvBackend {
+    /// One text in the making: its key-value cache, its length, its sampled tokens, all on the device.
+    type Sequence;
+    /// The recorded operations of one token.
+    type Graph;
+
+    /// Room for one text of at most `max_seq_len` tokens.
+    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Self::Sequence>;
+
+    /// Starts over with an empty text. `draws[i]`, uniform in `[0, 1)`, decides the `i`-th sampled token.
+    fn begin(&self, sequence: &mut Self::Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()>;
+
+    /// `h = table[token]` for every input token; ids are below the table's rows.
+    fn embed(
+        &self,
+        sequence: &Self::Sequence,
+        table: &Self::Matrix,
+        input: Input<'_>,
+        h: &mut Self::Vector,
+    ) -> Result<()>;
+
+    /// `y = W·norm(h) + bias`, compensated if there is a plan; `y` is overwritten.
+    #[allow(clippy::too_many_arguments, reason = "one operation of the contract: what it reads, what it writes")]
+    fn norm_gemv(
+        &self,
+        norm: &Norm<Self::Vector>,
+        matrix: &Self::Matrix,
+        plan: Option<&Self::Plan>,
+        h: &Self::Vector,
+        y: &mut Self::Vector,
+        tokens: usize,
+    ) -> Result<()>;
+
+    /// Rotates the queries and keys of `qkv`, appends keys and values of `layer` behind the text so far, and
+    /// overwrites `out` `[tokens, num_heads · head_dim]` with causal attention. The text does not grow yet.
+    fn attend(
+        &self,
+        sequence: &mut Self::Sequence,
+        layer: usize,
+        qkv: &Self::Vector,
+        out: &mut Self::Vector,
+        tokens: usize,
+    ) -> Result<()>;
+
+    /// `h += W·x + bias`, compensated if there is a plan.
+    fn gemv_add(
+        &self,
+        matrix: &Self::Matrix,
+        plan: Option<&Self::Plan>,
+        x: &Self::Vector,
+        h: &mut Self::Vector,
+        tokens: usize,
+    ) -> Result<()>;
+
+    /// `h += W·(silu(gate) ⊙ up) + bias`, compensated if there is a plan; `gu` is `[tokens, gate then up]`.
+    fn swiglu_gemv_add(
+        &self,
+        matrix: &Self::Matrix,
+        plan: Option<&Self::Plan>,
+        gu: &Self::Vector,
+        h: &mut Self::Vector,
+        tokens: usize,
+    ) -> Result<()>;
+
+    /// The text grows by the `tokens` that all layers have attended to.
+    fn advance(&self, sequence: &mut Self::Sequence, tokens: usize) -> Result<()>;
+
+    /// Overwrites `last` with the last of the `tokens` rows of `h`, each `len` long.
+    fn last_row(&self, h: &Self::Vector, len: usize, tokens: usize, last: &mut Self::Vector) -> Result<()>;
+
+    /// Chooses the next token from `logits` `[vocab_size]`, by the rules and draws of [`DecodeBackend::begin`].
+    fn sample(&self, sequence: &mut Self::Sequence, logits: &Self::Vector) -> Result<()>;
+
+    /// Waits for the `i`-th token sampled since [`DecodeBackend::begin`] and returns it.
+    fn sampled(&self, sequence: &Self::Sequence, i: usize) -> Result<u32>;
+
+    /// Issues the operations of one token: runs `token`, or replays what it queued the first time, kept in
+    /// `graph`. The caller empties `graph` whenever `token` would queue something else.
+    fn replay(&self, graph: &mut Option<Self::Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+}

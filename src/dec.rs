@@ -1,0 +1,169 @@
+//! Dynamic error compensation: which channels to compensate for a token, and the plan that says how.
+//!
+//! Pure arithmetic (spec §3.1; DecDEC §4 and §5). Every backend computes the same selection from the same
+//! plan: a list of channels, ascending, bit for bit what [`DecPlan::select`] returns.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+
+use crate::format::threshold;
+
+/// Channels of a chunk; the last one of a matrix may be shorter.
+pub const CHUNK: usize = 1024;
+
+/// Intervals of `|x|` that bucket selection tells apart.
+pub const BUCKETS: usize = 32;
+
+/// How salient channels are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Selection {
+    /// The paper's: by calibrated buckets of `|x|`, lowest channel first inside the last one.
+    #[default]
+    Bucket,
+    /// The largest `|x|` of each chunk, lowest channel first among equals.
+    Exact,
+}
+
+/// A validated way to compensate one matrix: what is selected, and over how many thread blocks it is spread.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecPlan {
+    in_features: usize,
+    out_features: usize,
+    k_chunk: usize,
+    n_tb: usize,
+    selection: Selection,
+    edges: [f32; BUCKETS],
+}
+
+impl DecPlan {
+    /// Plans `k_chunk` channels of each chunk of 1024, spread over `n_tb` thread blocks.
+    ///
+    /// # Errors
+    /// `k_chunk` above 1024, `n_tb` of 0, thresholds that are not `in_features` non-increasing numbers.
+    pub fn new(
+        in_features: usize,
+        out_features: usize,
+        thresholds: &[f32],
+        k_chunk: usize,
+        n_tb: usize,
+        selection: Selection,
+    ) -> Result<Self> {
+        ensure!(k_chunk <= CHUNK, "k_chunk is {k_chunk}, 0 to {CHUNK} are allowed");
+        ensure!(n_tb > 0, "n_tb is 0, at least 1 thread block is needed to compensate; to switch compensation off use k_chunk 0");
+        threshold::validate(thresholds, in_features)?;
+        let edges = bucket_edges(thresholds, k_chunk * in_features / CHUNK);
+        Ok(Self { in_features, out_features, k_chunk, n_tb, selection, edges })
+    }
+
+    /// Input channels of the matrix.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Output rows of the matrix.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Channels taken from each full chunk.
+    pub fn k_chunk(&self) -> usize {
+        self.k_chunk
+    }
+
+    /// Thread blocks that compensate.
+    pub fn n_tb(&self) -> usize {
+        self.n_tb
+    }
+
+    /// How channels are found.
+    pub fn selection(&self) -> Selection {
+        self.selection
+    }
+
+    /// Lower edges of the buckets, non-increasing; the last is 0.
+    pub fn edges(&self) -> &[f32; BUCKETS] {
+        &self.edges
+    }
+
+    /// Each chunk's channels and how many of them are taken.
+    pub fn chunks(&self) -> impl Iterator<Item = (Range<usize>, usize)> + '_ {
+        (0..self.in_features).step_by(CHUNK).map(|start| {
+            let end = (start + CHUNK).min(self.in_features);
+            (start..end, self.k_chunk * (end - start) / CHUNK)
+        })
+    }
+
+    /// Channels taken in all, the same for every token.
+    pub fn selected(&self) -> usize {
+        self.chunks().map(|(_, k)| k).sum()
+    }
+
+    /// The output words (eight rows each) of every compensating thread block; at most `n_tb` stripes, none empty.
+    pub fn stripes(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let words = self.out_features / 8;
+        let width = words.div_ceil(self.n_tb);
+        (0..words).step_by(width).map(move |start| start..(start + width).min(words))
+    }
+
+    /// The salient channels of `x`, ascending, written over `out`.
+    pub fn select(&self, x: &[f32], out: &mut Vec<u32>) {
+        out.clear();
+        let mut keys = [0u32; CHUNK];
+        for (channels, k) in self.chunks() {
+            if k == 0 {
+                continue;
+            }
+            let keys = &mut keys[..channels.len()];
+            for (key, &x) in keys.iter_mut().zip(&x[channels.clone()]) {
+                *key = self.key(x);
+            }
+            take_largest(keys, k, channels.start, out);
+        }
+    }
+
+    /// What channels are compared by, larger first: the magnitude's bits, or the bucket counted from below.
+    ///
+    /// As bits, NaN > ∞ > every finite magnitude, so neither is ever passed over for a number.
+    fn key(&self, x: f32) -> u32 {
+        match self.selection {
+            Selection::Exact => x.to_bits() & 0x7fff_ffff,
+            Selection::Bucket => {
+                let x = x.abs();
+                let bucket = if x.is_nan() { 0 } else { self.edges.partition_point(|&edge| edge > x) };
+                (BUCKETS - bucket) as u32
+            }
+        }
+    }
+}
+
+/// Appends the indices (plus `start`) of the `k` largest keys, lowest index first among equals, ascending.
+fn take_largest(keys: &[u32], k: usize, start: usize, out: &mut Vec<u32>) {
+    let mut sorted = [0u32; CHUNK];
+    let sorted = &mut sorted[..keys.len()];
+    sorted.copy_from_slice(keys);
+    let (_, &mut last, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
+    let mut ties = k - keys.iter().filter(|&&key| key > last).count();
+    for (i, &key) in keys.iter().enumerate() {
+        let tie = key == last && ties > 0;
+        ties -= usize::from(tie);
+        if key > last || tie {
+            out.push((start + i) as u32);
+        }
+    }
+}
+
+/// The 32 lower edges for `k` channels in all (spec §3.1): 16 between the largest threshold and the one that
+/// `k` channels reached, 16 from there to zero; in f32, made non-increasing.
+fn bucket_edges(thresholds: &[f32], k: usize) -> [f32; BUCKETS] {
+    let a = thresholds[0];
+    let b = thresholds[k.max(1) - 1];
+    let mut edges = [0.0; BUCKETS];
+    let mut below = f32::INFINITY;
+    for (i, edge) in edges.iter_mut().enumerate() {
+        let value = if i < 16 { a + (b - a) * i as f32 / 15.0 } else { b * (31 - i) as f32 / 16.0 };
+        below = below.min(value);
+        *edge = below;
+    }
+    edges
+}

@@ -1,0 +1,153 @@
+//! AnyPrec: one codebook per row, codes in bit planes (spec §2.1; the layout of the any-precision LLM kernels).
+//!
+//! `w[row, k] = lut[row, code(row, k)]`. Plane 0 holds the **most** significant bit. Inside a tile of 1024
+//! channels the bits of a row are permuted so that one thread's word meets 16-byte pieces of `x`.
+
+use std::borrow::Cow;
+
+use anyhow::{Result, ensure};
+
+use super::Floats;
+
+/// Channels of a full tile.
+const TILE: usize = 1024;
+
+/// A quantized matrix with one codebook per row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AnyPrec<'a> {
+    in_features: usize,
+    out_features: usize,
+    bits: usize,
+    planes: Cow<'a, [u32]>, // [bits, out_features, in_features / 32]
+    lut: Floats<'a>,        // [out_features, 2^bits]
+}
+
+/// Where channel `k` of a row with `in_features` channels is kept: (word, bit), bit 0 the least significant.
+pub fn position(k: usize, in_features: usize) -> (usize, u32) {
+    let start = k / TILE * TILE;
+    let words = if start + TILE <= in_features { 32 } else { (in_features % TILE) / 32 };
+    let c = k - start;
+    let word = start / 32 + (c / 8) % words;
+    let bit = 31 - 8 * ((c / 8) / words) - c % 8;
+    (word, bit as u32)
+}
+
+impl<'a> AnyPrec<'a> {
+    /// Takes `planes` `[bits, out_features, in_features / 32]` and `lut` `[out_features, 2^bits]`.
+    ///
+    /// # Errors
+    /// `bits` outside 2..=8, `in_features` not a multiple of 32, `out_features` not a multiple of 8, or
+    /// lengths that do not follow from them.
+    pub fn new(
+        in_features: usize,
+        out_features: usize,
+        bits: usize,
+        planes: Cow<'a, [u32]>,
+        lut: Floats<'a>,
+    ) -> Result<Self> {
+        ensure!((2..=8).contains(&bits), "anyprec: {bits} bits, 2 to 8 are allowed");
+        super::ensure_shape(in_features, out_features)?;
+        let words = bits * out_features * (in_features / 32);
+        ensure!(planes.len() == words, "anyprec: {} words of codes, {words} expected", planes.len());
+        let centroids = out_features << bits;
+        ensure!(lut.len() == centroids, "anyprec: {} centroids, {centroids} expected", lut.len());
+        Ok(Self { in_features, out_features, bits, planes, lut })
+    }
+
+    /// Packs `codes` `[out_features, in_features]`, each below `2^bits`.
+    ///
+    /// # Errors
+    /// As [`AnyPrec::new`], and a code that has no centroid.
+    pub fn pack(
+        in_features: usize,
+        out_features: usize,
+        bits: usize,
+        codes: &[u8],
+        lut: Floats<'a>,
+    ) -> Result<AnyPrec<'a>> {
+        ensure!((2..=8).contains(&bits), "anyprec: {bits} bits, 2 to 8 are allowed");
+        super::ensure_shape(in_features, out_features)?;
+        ensure!(
+            codes.len() == in_features * out_features,
+            "anyprec: {} codes, {} expected",
+            codes.len(),
+            in_features * out_features
+        );
+        let words = in_features / 32;
+        let positions: Vec<_> = (0..in_features).map(|k| position(k, in_features)).collect();
+        let mut planes = vec![0u32; bits * out_features * words];
+        for (row, codes) in codes.chunks_exact(in_features).enumerate() {
+            for (&code, &(word, bit)) in codes.iter().zip(&positions) {
+                ensure!(u32::from(code) >> bits == 0, "anyprec: code {code} in row {row}, below {} is allowed", 1 << bits);
+                for plane in 0..bits {
+                    let value = u32::from(code) >> (bits - 1 - plane) & 1;
+                    planes[(plane * out_features + row) * words + word] |= value << bit;
+                }
+            }
+        }
+        Self::new(in_features, out_features, bits, Cow::Owned(planes), lut)
+    }
+
+    /// The codes of one row, written over `out` (`in_features` long).
+    pub fn codes(&self, row: usize, out: &mut [u8]) {
+        let words = self.in_features / 32;
+        let plane_len = self.out_features * words;
+        out.fill(0);
+        for plane in 0..self.bits {
+            let bits = &self.planes[plane * plane_len + row * words..][..words];
+            for (tile, out) in out.chunks_mut(TILE).enumerate() {
+                let words = out.len() / 32;
+                let bits = &bits[tile * 32..tile * 32 + words];
+                for (piece, out) in out.chunks_exact_mut(8).enumerate() {
+                    // Piece `piece` of eight channels is byte 3 - piece / words of its word, first channel on top.
+                    let byte = (bits[piece % words] >> (8 * (3 - piece / words))) as u8;
+                    for (i, code) in out.iter_mut().enumerate() {
+                        *code = *code << 1 | (byte >> (7 - i) & 1);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One row, dequantized, written over `out` (`in_features` long).
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let mut codes = vec![0; self.in_features];
+        self.codes(row, &mut codes);
+        let mut centroids = [0.0; 256];
+        let centroids = &mut centroids[..1 << self.bits];
+        self.lut.read_f32(row << self.bits, centroids);
+        for (value, &code) in out.iter_mut().zip(&codes) {
+            *value = centroids[usize::from(code)];
+        }
+    }
+
+    /// Input channels.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Output rows.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Bits of one code.
+    pub fn bits(&self) -> usize {
+        self.bits
+    }
+
+    /// Bit planes, `[bits, out_features, in_features / 32]`.
+    pub fn planes(&self) -> &[u32] {
+        &self.planes
+    }
+
+    /// Codebooks, `[out_features, 2^bits]`.
+    pub fn lut(&self) -> &Floats<'a> {
+        &self.lut
+    }
+
+    /// Bytes of codes and codebooks as stored.
+    pub fn bytes(&self) -> usize {
+        self.planes.len() * 4 + self.lut.bytes()
+    }
+}

@@ -1,0 +1,199 @@
+//! LUT-GEMM: binary-coded weights in groups of channels (spec §2.2; Park et al., LUT-GEMM).
+//!
+//! `w[row, k] = q_bias[g, row] + Σ_b (2·bit_b − 1)·alpha[g, b, row]`, `g = ⌊k / group_size⌋`. Bit `i` of word
+//! `w` is channel `32·w + i`; plane 0 is the **least** significant bit, the opposite of AnyPrec.
+
+use std::borrow::Cow;
+
+use anyhow::{Result, ensure};
+
+use super::Floats;
+
+/// A binary-coded matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LutGemm<'a> {
+    in_features: usize,
+    out_features: usize,
+    bits: usize,
+    group_size: usize,
+    binary: Cow<'a, [u32]>, // [in_features / 32, bits, out_features]
+    alpha: Floats<'a>,      // [in_features / group_size, bits, out_features]
+    q_bias: Floats<'a>,     // [in_features / group_size, out_features]
+}
+
+/// Checks that groups of `group_size` channels tile `in_features`.
+///
+/// # Errors
+/// A size that is not a multiple of 32 or does not divide `in_features`; the message names sizes that do.
+pub fn ensure_group_size(in_features: usize, group_size: usize) -> Result<()> {
+    let fits = |g: usize| g > 0 && g.is_multiple_of(32) && in_features.is_multiple_of(g);
+    let allowed: Vec<_> = [32, 64, 128].into_iter().filter(|&g| fits(g)).map(|g| g.to_string()).collect();
+    ensure!(
+        fits(group_size),
+        "group size {group_size} does not divide {in_features} input channels in multiples of 32, use --group-size {}",
+        allowed.join(" or ")
+    );
+    Ok(())
+}
+
+impl<'a> LutGemm<'a> {
+    /// Takes the three tensors as they are stored; their shapes are at the fields.
+    ///
+    /// # Errors
+    /// `bits` outside 2..=8, shapes or a group size that do not tile, or lengths that do not follow from them.
+    pub fn new(
+        in_features: usize,
+        out_features: usize,
+        bits: usize,
+        group_size: usize,
+        binary: Cow<'a, [u32]>,
+        alpha: Floats<'a>,
+        q_bias: Floats<'a>,
+    ) -> Result<Self> {
+        ensure!((2..=8).contains(&bits), "lutgemm: {bits} bits, 2 to 8 are allowed");
+        super::ensure_shape(in_features, out_features)?;
+        ensure_group_size(in_features, group_size)?;
+        let groups = in_features / group_size;
+        for (what, got, want) in [
+            ("words of codes", binary.len(), in_features / 32 * bits * out_features),
+            ("alphas", alpha.len(), groups * bits * out_features),
+            ("biases", q_bias.len(), groups * out_features),
+        ] {
+            ensure!(got == want, "lutgemm: {got} {what}, {want} expected");
+        }
+        Ok(Self { in_features, out_features, bits, group_size, binary, alpha, q_bias })
+    }
+
+    /// Converts a uniform quantizer `w = scale·(code − zero)` exactly: `alpha_b = scale·2^(b−1)`,
+    /// `q_bias = Σ_b alpha_b − scale·zero`, in f32.
+    ///
+    /// `codes` is `[out_features, in_features]`, `scale` and `zero` are `[out_features, in_features / group_size]`.
+    ///
+    /// # Errors
+    /// As [`LutGemm::new`], and a code of more than `bits` bits.
+    pub fn from_uniform(
+        in_features: usize,
+        out_features: usize,
+        bits: usize,
+        group_size: usize,
+        codes: &[u8],
+        scale: &[f32],
+        zero: &[f32],
+    ) -> Result<LutGemm<'static>> {
+        ensure!((2..=8).contains(&bits), "lutgemm: {bits} bits, 2 to 8 are allowed");
+        super::ensure_shape(in_features, out_features)?;
+        ensure_group_size(in_features, group_size)?;
+        let groups = in_features / group_size;
+        for (what, got, want) in [
+            ("codes", codes.len(), in_features * out_features),
+            ("scales", scale.len(), groups * out_features),
+            ("zeros", zero.len(), groups * out_features),
+        ] {
+            ensure!(got == want, "lutgemm: {got} {what}, {want} expected");
+        }
+        let mut alpha = vec![0.0; groups * bits * out_features];
+        let mut q_bias = vec![0.0; groups * out_features];
+        for row in 0..out_features {
+            for g in 0..groups {
+                let (scale, zero) = (scale[row * groups + g], zero[row * groups + g]);
+                let mut sum = 0.0;
+                for b in 0..bits {
+                    let value = scale * (1u32 << b) as f32 / 2.0;
+                    alpha[(g * bits + b) * out_features + row] = value;
+                    sum += value;
+                }
+                q_bias[g * out_features + row] = sum - scale * zero;
+            }
+        }
+        let mut binary = vec![0u32; in_features / 32 * bits * out_features];
+        for (row, codes) in codes.chunks_exact(in_features).enumerate() {
+            for (k, &code) in codes.iter().enumerate() {
+                ensure!(u32::from(code) >> bits == 0, "lutgemm: code {code} in row {row}, below {} is allowed", 1 << bits);
+                for b in 0..bits {
+                    binary[(k / 32 * bits + b) * out_features + row] |= (u32::from(code) >> b & 1) << (k % 32);
+                }
+            }
+        }
+        LutGemm::new(in_features, out_features, bits, group_size, Cow::Owned(binary), alpha.into(), q_bias.into())
+    }
+
+    /// The codes of one row, written over `out` (`in_features` long).
+    pub fn codes(&self, row: usize, out: &mut [u8]) {
+        for (w, out) in out.chunks_exact_mut(32).enumerate() {
+            out.fill(0);
+            for b in 0..self.bits {
+                let word = self.binary[(w * self.bits + b) * self.out_features + row];
+                for (i, code) in out.iter_mut().enumerate() {
+                    *code |= ((word >> i & 1) as u8) << b;
+                }
+            }
+        }
+    }
+
+    /// The `2^bits` values that codes of `row` stand for in group `g`, written over `out`.
+    ///
+    /// The sum runs over planes upwards from `q_bias`, in f32; every backend that tabulates does the same.
+    pub fn codebook(&self, row: usize, g: usize, out: &mut [f32]) {
+        let q_bias = self.q_bias.get(g * self.out_features + row);
+        for (code, value) in out.iter_mut().enumerate() {
+            *value = (0..self.bits).fold(q_bias, |sum, b| {
+                let alpha = self.alpha.get((g * self.bits + b) * self.out_features + row);
+                sum + if code >> b & 1 == 1 { alpha } else { -alpha }
+            });
+        }
+    }
+
+    /// One row, dequantized, written over `out` (`in_features` long).
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let mut codes = vec![0; self.in_features];
+        self.codes(row, &mut codes);
+        let mut centroids = [0.0; 256];
+        let centroids = &mut centroids[..1 << self.bits];
+        for (g, (out, codes)) in out.chunks_mut(self.group_size).zip(codes.chunks(self.group_size)).enumerate() {
+            self.codebook(row, g, centroids);
+            for (value, &code) in out.iter_mut().zip(codes) {
+                *value = centroids[usize::from(code)];
+            }
+        }
+    }
+
+    /// Input channels.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Output rows.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Bits of one code.
+    pub fn bits(&self) -> usize {
+        self.bits
+    }
+
+    /// Channels that share `alpha` and `q_bias`.
+    pub fn group_size(&self) -> usize {
+        self.group_size
+    }
+
+    /// Codes, `[in_features / 32, bits, out_features]`.
+    pub fn binary(&self) -> &[u32] {
+        &self.binary
+    }
+
+    /// Step of each bit, `[in_features / group_size, bits, out_features]`.
+    pub fn alpha(&self) -> &Floats<'a> {
+        &self.alpha
+    }
+
+    /// Centre of each group, `[in_features / group_size, out_features]`.
+    pub fn q_bias(&self) -> &Floats<'a> {
+        &self.q_bias
+    }
+
+    /// Bytes of codes, alphas and biases as stored.
+    pub fn bytes(&self) -> usize {
+        self.binary.len() * 4 + self.alpha.bytes() + self.q_bias.bytes()
+    }
+}

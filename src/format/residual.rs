@@ -1,0 +1,134 @@
+//! Residuals: what quantization lost, itself in 4 bits with one scale per row (spec §2.3; DecDEC §4).
+//!
+//! Nibble `i` of word `c` of a channel is row `8·c + i`, so one channel's correction of all rows is one
+//! contiguous line: that line is what crosses the host link.
+
+use std::borrow::Cow;
+
+use anyhow::{Result, ensure};
+use half::f16;
+use rayon::prelude::*;
+
+use super::Floats;
+
+/// Candidate scales of a row are `max|R| / 7 · j / 32`, `j = 1..=32`.
+const CANDIDATES: usize = 32;
+
+/// The quantized residual of one matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Residual<'a> {
+    in_features: usize,
+    out_features: usize,
+    words: Cow<'a, [u32]>, // [in_features, out_features / 8]
+    scales: Floats<'a>,    // [out_features], plain row order
+}
+
+impl<'a> Residual<'a> {
+    /// Takes `words` `[in_features, out_features / 8]` and `scales` `[out_features]` in row order.
+    ///
+    /// # Errors
+    /// Shapes that do not tile, or lengths that do not follow from them.
+    pub fn new(in_features: usize, out_features: usize, words: Cow<'a, [u32]>, scales: Floats<'a>) -> Result<Self> {
+        super::ensure_shape(in_features, out_features)?;
+        let want = in_features * (out_features / 8);
+        ensure!(words.len() == want, "residual: {} words, {want} expected", words.len());
+        ensure!(scales.len() == out_features, "residual: {} scales, {out_features} expected", scales.len());
+        Ok(Self { in_features, out_features, words, scales })
+    }
+
+    /// Quantizes a residual `[out_features, in_features]`, f32: per row the candidate scale with the least
+    /// squared error, used as it will be stored (f16).
+    ///
+    /// A row that is zero, or so small that its scale vanishes in f16, gets zeros and scale 0.
+    ///
+    /// # Errors
+    /// Shapes that do not tile, or a value that is not finite.
+    pub fn quantize(in_features: usize, out_features: usize, residual: &[f32]) -> Result<Residual<'static>> {
+        super::ensure_shape(in_features, out_features)?;
+        let want = in_features * out_features;
+        ensure!(residual.len() == want, "residual: {} values, {want} expected", residual.len());
+        if let Some(i) = residual.iter().position(|r| !r.is_finite()) {
+            anyhow::bail!("residual: {} in row {}, finite values are expected", residual[i], i / in_features);
+        }
+        let scales: Vec<f16> = residual.par_chunks_exact(in_features).map(row_scale).collect();
+        let mut words = vec![0u32; in_features * (out_features / 8)];
+        words.par_chunks_exact_mut(out_features / 8).enumerate().for_each(|(k, words)| {
+            for (c, word) in words.iter_mut().enumerate() {
+                for i in 0..8 {
+                    let row = 8 * c + i;
+                    let q = nibble(residual[row * in_features + k], scales[row].to_f32());
+                    *word |= ((q + 8) as u32) << (4 * i);
+                }
+            }
+        });
+        Residual::new(in_features, out_features, Cow::Owned(words), scales.into())
+    }
+
+    /// Value −7 to 7 of channel `k`, row `row`, without its scale.
+    pub fn nibble(&self, k: usize, row: usize) -> i32 {
+        let word = self.words[k * (self.out_features / 8) + row / 8];
+        (word >> (4 * (row % 8)) & 15) as i32 - 8
+    }
+
+    /// Row `row`, dequantized, written over `out` (`in_features` long).
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let scale = self.scales.get(row);
+        for (k, value) in out.iter_mut().enumerate() {
+            *value = scale * self.nibble(k, row) as f32;
+        }
+    }
+
+    /// Input channels.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Output rows.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Nibbles, `[in_features, out_features / 8]`.
+    pub fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Scales in row order, `[out_features]`.
+    pub fn scales(&self) -> &Floats<'a> {
+        &self.scales
+    }
+
+    /// Bytes of nibbles and scales as stored.
+    pub fn bytes(&self) -> usize {
+        self.words.len() * 4 + self.scales.bytes()
+    }
+}
+
+fn nibble(value: f32, scale: f32) -> i32 {
+    if scale == 0.0 { 0 } else { (value / scale).round_ties_even().clamp(-7.0, 7.0) as i32 }
+}
+
+/// The stored scale with the least squared error over a row.
+fn row_scale(row: &[f32]) -> f16 {
+    let max = row.iter().fold(0f32, |m, r| m.max(r.abs()));
+    let mut best = (f32::INFINITY, f16::ZERO);
+    for j in 1..=CANDIDATES {
+        let stored = f16::from_f32(max / 7.0 * j as f32 / CANDIDATES as f32);
+        let scale = stored.to_f32();
+        if scale == 0.0 || !scale.is_finite() {
+            continue;
+        }
+        let inverse = 1.0 / scale;
+        let error: f32 = row
+            .iter()
+            .map(|&r| {
+                let q = (r * inverse).round_ties_even().clamp(-7.0, 7.0);
+                (r - q * scale) * (r - q * scale)
+            })
+            .sum();
+        if error < best.0 {
+            best = (error, stored);
+        }
+    }
+    best.1
+}

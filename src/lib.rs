@@ -1,0 +1,8 @@
+//! decdec
+
+pub mod backend;
+pub mod config;
+pub mod dec;
+pub mod format;
+pub mod sampling;
+pub mod weights;

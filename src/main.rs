@@ -1,0 +1,2 @@
+//! decdec
+fn main(){}

@@ -50,7 +50,10 @@ impl DecPlan {
         selection: Selection,
     ) -> Result<Self> {
         ensure!(k_chunk <= CHUNK, "k_chunk is {k_chunk}, 0 to {CHUNK} are allowed");
-        ensure!(n_tb > 0, "n_tb is 0, at least 1 thread block is needed to compensate; to switch compensation off use k_chunk 0");
+        ensure!(
+            n_tb > 0,
+            "n_tb is 0, at least 1 thread block is needed to compensate; to switch compensation off use k_chunk 0"
+        );
         threshold::validate(thresholds, in_features)?;
         let edges = bucket_edges(thresholds, k_chunk * in_features / CHUNK);
         Ok(Self { in_features, out_features, k_chunk, n_tb, selection, edges })

@@ -1,2 +1,2 @@
 //! decdec
-fn main(){}
+fn main() {}

@@ -74,13 +74,7 @@ pub trait GemvBackend {
 
     /// `y = W·x + bias + s · Σ q·x` over the selected channels; `y` is overwritten. With `k_chunk` 0 this is
     /// [`GemvBackend::gemv`], bit for bit.
-    fn dec_gemv(
-        &self,
-        matrix: &Self::Matrix,
-        plan: &Self::Plan,
-        x: &Self::Vector,
-        y: &mut Self::Vector,
-    ) -> Result<()>;
+    fn dec_gemv(&self, matrix: &Self::Matrix, plan: &Self::Plan, x: &Self::Vector, y: &mut Self::Vector) -> Result<()>;
 
     /// The channels that [`GemvBackend::dec_gemv`] compensates for `x`, ascending; waits. For tests.
     fn select(&self, plan: &Self::Plan, x: &Self::Vector) -> Result<Vec<u32>>;

@@ -78,7 +78,11 @@ impl<'a> AnyPrec<'a> {
         let mut planes = vec![0u32; bits * out_features * words];
         for (row, codes) in codes.chunks_exact(in_features).enumerate() {
             for (&code, &(word, bit)) in codes.iter().zip(&positions) {
-                ensure!(u32::from(code) >> bits == 0, "anyprec: code {code} in row {row}, below {} is allowed", 1 << bits);
+                ensure!(
+                    u32::from(code) >> bits == 0,
+                    "anyprec: code {code} in row {row}, below {} is allowed",
+                    1 << bits
+                );
                 for plane in 0..bits {
                     let value = u32::from(code) >> (bits - 1 - plane) & 1;
                     planes[(plane * out_features + row) * words + word] |= value << bit;

@@ -108,7 +108,11 @@ impl<'a> LutGemm<'a> {
         let mut binary = vec![0u32; in_features / 32 * bits * out_features];
         for (row, codes) in codes.chunks_exact(in_features).enumerate() {
             for (k, &code) in codes.iter().enumerate() {
-                ensure!(u32::from(code) >> bits == 0, "lutgemm: code {code} in row {row}, below {} is allowed", 1 << bits);
+                ensure!(
+                    u32::from(code) >> bits == 0,
+                    "lutgemm: code {code} in row {row}, below {} is allowed",
+                    1 << bits
+                );
                 for b in 0..bits {
                     binary[(k / 32 * bits + b) * out_features + row] |= (u32::from(code) >> b & 1) << (k % 32);
                 }

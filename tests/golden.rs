@@ -234,7 +234,10 @@ fn golden_residuals_match_the_reference() {
             }
             // Half-precision candidates are not quite ours: a single row may come out better by luck.
             assert!(our_error <= their_error * 1.0001, "{case}: {our_error} against {their_error}");
-            assert!(comparable > in_features * out_features * 9 / 10, "{case}: only {comparable} nibbles share a scale");
+            assert!(
+                comparable > in_features * out_features * 9 / 10,
+                "{case}: only {comparable} nibbles share a scale"
+            );
             assert!(equal as f64 >= 0.998 * comparable as f64, "{case}: {equal} of {comparable} nibbles agree");
         }
     });
@@ -312,7 +315,8 @@ fn golden_products_on_cpu() {
 fn golden_bucket_selection_agrees_but_for_the_last_bucket() {
     each_golden("g_", |golden| {
         let (x, thresholds) = (golden.f32s("x"), golden.f32s("dec.thresholds"));
-        let plan = DecPlan::new(x.len(), 8, &thresholds, golden.number("k_chunk"), 1, Selection::Bucket).expect("valid");
+        let plan =
+            DecPlan::new(x.len(), 8, &thresholds, golden.number("k_chunk"), 1, Selection::Bucket).expect("valid");
         let bucket = |k: usize| plan.edges().partition_point(|&edge| edge > x[k].abs());
         let mut ours = Vec::new();
         plan.select(&x, &mut ours);

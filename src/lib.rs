@@ -8,4 +8,6 @@ pub mod format;
 pub mod generate;
 pub mod model;
 pub mod sampling;
+pub mod source;
+pub mod tokenizer;
 pub mod weights;

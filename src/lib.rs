@@ -1,6 +1,7 @@
 //! decdec
 
 pub mod backend;
+pub mod checkpoint;
 pub mod config;
 pub mod dec;
 pub mod eval;

@@ -8,6 +8,7 @@ pub mod eval;
 pub mod format;
 pub mod generate;
 pub mod model;
+pub mod open;
 pub mod sampling;
 pub mod source;
 pub mod tokenizer;

@@ -10,15 +10,13 @@ use serde::{Deserialize, Serialize};
 pub const FORMAT_VERSION: u32 = 1;
 
 /// How weights are stored: what `--backend` chooses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum WeightFormat {
     /// AnyPrec: one codebook per row.
     #[serde(rename = "ap")]
-    #[value(name = "ap")]
     AnyPrec,
     /// LUT-GEMM: binary-coded, group-wise.
     #[serde(rename = "lutgemm")]
-    #[value(name = "lutgemm")]
     LutGemm,
 }
 

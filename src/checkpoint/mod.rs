@@ -29,6 +29,7 @@ use safetensors::tensor::Dtype;
 
 use crate::config::{ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, LutGemm, Residual, threshold};
+use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use manifest::{BitWidth, FORMAT_VERSION, Manifest, WeightFormat};
@@ -56,6 +57,7 @@ pub struct Checkpoint {
     model: Tensors,
     residuals: Tensors,
     thresholds: Tensors,
+    texts: TextFiles,
 }
 
 impl Checkpoint {
@@ -79,7 +81,9 @@ impl Checkpoint {
         let manifest = Manifest::from_config(&json).with_context(in_config)?;
         let bits = layer_bits(dir, &manifest, config.num_layers)?;
         let [model, residuals, thresholds] = [MODEL, RESIDUALS, THRESHOLDS].map(|name| Tensors::open(&dir.join(name)));
-        let checkpoint = Self { config, manifest, bits, model: model?, residuals: residuals?, thresholds: thresholds? };
+        let [model, residuals, thresholds] = [model?, residuals?, thresholds?];
+        let texts = TextFiles::read(dir)?;
+        let checkpoint = Self { config, manifest, bits, model, residuals, thresholds, texts };
         checkpoint.validate().with_context(|| format!("{} is not usable", dir.display()))?;
         Ok(checkpoint)
     }
@@ -87,6 +91,11 @@ impl Checkpoint {
     /// How it was made.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// Tokenizer, chat template, special tokens.
+    pub fn texts(&self) -> &TextFiles {
+        &self.texts
     }
 
     fn validate(&self) -> Result<()> {

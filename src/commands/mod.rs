@@ -112,6 +112,6 @@ pub(crate) fn compensation<B: DecodeBackend>(model: &Model<'_, B>, args: &RunArg
 /// A plain table for stdout.
 pub(crate) fn table() -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::UTF8_FULL_CONDENSED);
+    table.load_style(comfy_table::presets::UTF8_FULL_CONDENSED);
     table
 }

@@ -9,6 +9,7 @@ pub mod format;
 pub mod generate;
 pub mod model;
 pub mod open;
+pub mod quantize;
 pub mod sampling;
 pub mod source;
 pub mod tokenizer;

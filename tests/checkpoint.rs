@@ -73,7 +73,7 @@ fn write(model: &SmallModel, out: &Path, backend: WeightFormat, bits: f64, overw
         writer.write_layer(layer, bits, &model.norms[layer], &linears(model, layer, backend, bits as usize))?;
     }
     let rest = Unquantized { embedding: model.embedding()?, head: None, final_norm: model.final_norm()? };
-    writer.finish(&model.config, &manifest, &widths, &rest, |_| Ok(()))
+    writer.finish(&model.config, &manifest, &widths, &rest, &small_model::texts())
 }
 
 #[test]
@@ -94,6 +94,7 @@ fn what_is_written_is_read() {
         assert_eq!(read.embedding().unwrap(), model.embedding().unwrap());
         assert_eq!(read.head().unwrap(), None);
         assert_eq!(read.final_norm().unwrap(), model.final_norm().unwrap());
+        assert_eq!(read.texts(), &small_model::texts());
         for layer in 0..3 {
             let width = bits.floor() as u32 + u32::from(layer % 2 == 1 && bits.fract() > 0.0);
             assert_eq!(read.bits(layer), Some(width));
@@ -150,7 +151,7 @@ fn an_unfinished_job_goes_on_and_a_different_one_starts_over() {
     assert_same(&file.projection(Projection::Down, &model.config, None).unwrap(), &layer[3]);
     let rest = Unquantized { embedding: model.embedding().unwrap(), head: None, final_norm: vec![1.0; 64] };
     let manifest = manifest(WeightFormat::AnyPrec, 3.0);
-    assert!(writer.finish(&model.config, &manifest, &[3, 3], &rest, |_| Ok(())).is_err(), "layer 1 is not there");
+    assert!(writer.finish(&model.config, &manifest, &[3, 3], &rest, &small_model::texts()).is_err(), "layer 1 is not there");
     assert!(!out.exists());
 
     let writer = CheckpointWriter::create(&out, "another key", false).unwrap();

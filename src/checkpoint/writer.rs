@@ -12,6 +12,7 @@ use super::{BITWIDTHS, CONFIG, Checkpoint, MODEL, Manifest, RESIDUALS, Stored, T
 use super::{EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, POST_NORM, config_json, layer_prefix, prefix};
 use crate::config::{ModelConfig, Projection};
 use crate::format::Dense;
+use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, Weight};
 
 const KEY: &str = "job.txt";
@@ -109,8 +110,7 @@ impl CheckpointWriter {
     }
 
     /// Puts the finished layers and the rest of the model together and renames the result to the target.
-    /// `bits[layer]` chooses the width of every layer. `write_texts` adds tokenizer and chat template to the
-    /// directory it is given.
+    /// `bits[layer]` chooses the width of every layer.
     ///
     /// # Errors
     /// A layer that is not finished, or whatever the disk says; the target is as it was then.
@@ -120,7 +120,7 @@ impl CheckpointWriter {
         manifest: &Manifest,
         bits: &[u32],
         rest: &Unquantized<'_>,
-        write_texts: impl FnOnce(&Path) -> Result<()>,
+        texts: &TextFiles,
     ) -> Result<()> {
         let dir = self.partial.join(RESULT);
         make_dir(&dir)?;
@@ -149,7 +149,7 @@ impl CheckpointWriter {
                 bits.iter().enumerate().map(|(layer, &bits)| (layer.to_string(), bits.into())).collect();
             write_json(&dir.join(BITWIDTHS), &map.into())?;
         }
-        write_texts(&dir)?;
+        texts.write(&dir)?;
         Checkpoint::open(&dir).context("the finished checkpoint does not pass its own checks")?;
         replace(&dir, &self.out)?;
         fs::remove_dir_all(&self.partial).with_context(|| format!("cannot remove {}", self.partial.display()))

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use anyhow::Result;
 use decdec::config::{Architecture, ModelConfig, Projection, RopeScaling};
 use decdec::format::Dense;
+use decdec::tokenizer::TextFiles;
 use decdec::weights::{Linear, ModelWeights, Weight};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -16,6 +17,17 @@ pub(crate) struct SmallModel {
     pub(crate) norms: Vec<(Vec<f32>, Vec<f32>)>,
     pub(crate) linears: Vec<[Vec<f32>; 4]>,
     pub(crate) qkv_bias: Option<Vec<f32>>, // the same in every layer
+}
+
+/// Text files that nobody reads.
+pub(crate) fn texts() -> TextFiles {
+    TextFiles {
+        tokenizer_json: b"{}".to_vec(),
+        chat_template: Some("{{ messages }}".into()),
+        bos_token: Some("<s>".into()),
+        eos_token: None,
+        eos_token_ids: vec![2],
+    }
 }
 
 /// Roughly normal numbers: sums of four uniform ones.

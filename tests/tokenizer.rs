@@ -75,7 +75,7 @@ fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
 
 #[test]
 fn each_pre_tokenizer_cuts_its_way() {
-    let merges = ["1 2", "12 3", "123 4", "L L", "' LL", "' l", "'l l", "Ċ Ċ", "! !", "Ġ !", "Ġ a"];
+    let merges = ["1 2", "12 3", "123 4", "L L", "' LL", "' l", "'l l", "Ċ Ċ", "Ġ !", "Ġ a"];
     let cases: [(&str, &str, &[&str]); 15] = [
         ("gpt-2", "1234", &["1234"]),
         ("llama-bpe", "1234", &["123", "4"]),
@@ -89,8 +89,8 @@ fn each_pre_tokenizer_cuts_its_way() {
         ("gpt-2", "a'll", &["a", "'ll"]),
         ("default", "a'll", &["a", "'", "l", "l"]),
         ("llama-bpe", "!\n\n", &["!", "\n\n"]),
-        ("gpt-2", " !! a", &[" !", "!", " a"]),
-        ("default", " !! a", &[" ", "!!", " a"]),
+        ("gpt-2", " ! a", &[" !", " a"]),
+        ("default", " ! a", &[" ", "!", " a"]),
         ("smollm", " a", &[" a"]),
     ];
     for (pre, text, expected) in cases {
@@ -146,8 +146,9 @@ fn sentence_piece_as_the_original() {
         assert_eq!(streamed(&tokenizer, &expected), text);
     }
     let reversed = gguf(scores.iter().map(|s| -s).collect());
-    let (text, expected) = (&known["cases"][0]["text"], ids(&known["cases"][0]["ids"]));
-    assert_ne!(reversed.encode_chat(text.as_str().expect("a text")).expect("ids"), expected, "scores matter");
+    let differs =
+        |case: &Value| reversed.encode_chat(case["text"].as_str().expect("a text")).expect("ids") != ids(&case["ids"]);
+    assert!(known["cases"].as_array().expect("cases").iter().any(differs), "scores matter");
 }
 
 #[test]
@@ -180,7 +181,10 @@ fn texts(change: impl FnOnce(&mut TextFiles)) -> (TextFiles, ModelConfig) {
 }
 
 fn with_template(template: &str) -> anyhow::Result<Tokenizer> {
-    let (texts, config) = texts(|texts| texts.chat_template = Some(template.to_owned()));
+    let (texts, config) = texts(|texts| {
+        texts.chat_template = Some(template.to_owned());
+        texts.eos_token = Some("</s>".to_owned());
+    });
     Tokenizer::new(&texts, &config)
 }
 
@@ -199,8 +203,8 @@ fn chat_templates() {
 {% if add_generation_prompt and tools is none %}
 A:
 {% endif %}";
-    assert_eq!(render(template, true).expect("text"), "<s>S:Be brief.\n1HELLO\nA:\n");
-    assert_eq!(render(template, false).expect("text"), "<s>S:Be brief.\n1HELLO\n");
+    assert_eq!(render(template, true).expect("text"), "<s>S:Be brief.\n1HELLO</s>A:\n");
+    assert_eq!(render(template, false).expect("text"), "<s>S:Be brief.\n1HELLO</s>");
     let year = render("{{ strftime_now('%Y') }}", true).expect("text");
     assert!((2025..2200).contains(&year.parse::<u32>().expect("a year")), "{year}");
 

@@ -57,7 +57,6 @@ pub struct Checkpoint {
     model: Tensors,
     residuals: Tensors,
     thresholds: Tensors,
-    texts: TextFiles,
 }
 
 impl Checkpoint {

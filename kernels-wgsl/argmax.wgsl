@@ -35,9 +35,9 @@ fn argmax(@builtin(local_invocation_index) thread: u32) {
     var best = 0u;
     var id = thread;
     for (var i = thread; i < p.vocab_size; i += THREADS) {
-        let new = key(logits[i]);
-        if new > best {
-            best = new;
+        let candidate = key(logits[i]);
+        if candidate > best {
+            best = candidate;
             id = i;
         }
     }

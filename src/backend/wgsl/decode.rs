@@ -177,7 +177,8 @@ impl DecodeBackend for Wgpu {
         } else {
             let mut values = vec![0.0; sequence.vocab_size];
             self.read(logits, &mut values)?;
-            let token = sequence.sampling.choose(&values, sequence.draws[at]);
+            let draw = sequence.draws.get(at).copied().unwrap_or(0.0);
+            let token = sequence.sampling.choose(&values, draw);
             self.gpu.write(&[token], &sequence.tokens, at);
         }
         sequence.sampled += 1;

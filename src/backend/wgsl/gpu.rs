@@ -76,7 +76,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
         driver: [info.driver, info.driver_info].join(" ").trim().to_owned(),
         max_n_tb: adapter.limits().max_compute_workgroups_per_dimension as usize,
         max_tokens: super::MAX_TOKENS,
-        lookahead: 1,
+        lookahead: 0,
     }
 }
 

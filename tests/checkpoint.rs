@@ -28,11 +28,18 @@ fn manifest(backend: WeightFormat, bits: f64) -> Manifest {
 }
 
 /// A random quantized projection: not a good one, but every number in it differs.
-fn linear(model: &SmallModel, layer: usize, projection: Projection, backend: WeightFormat, bits: usize) -> Linear<'static> {
+fn linear(
+    model: &SmallModel,
+    layer: usize,
+    projection: Projection,
+    backend: WeightFormat,
+    bits: usize,
+) -> Linear<'static> {
     let (inputs, outputs) = model.config.shape(projection);
     let mut rng = ChaCha8Rng::seed_from_u64((layer * 4 + projection.index()) as u64);
     let codes: Vec<u8> = (0..inputs * outputs).map(|_| (rng.next_u32() % (1 << bits)) as u8).collect();
-    let halves = |rng: &mut ChaCha8Rng, len| random(rng, len, 1.0).iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
+    let halves =
+        |rng: &mut ChaCha8Rng, len| random(rng, len, 1.0).iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
     let weight = match backend {
         WeightFormat::AnyPrec => {
             let lut = halves(&mut rng, outputs << bits);
@@ -169,7 +176,8 @@ fn what_is_broken_is_not_opened() {
         assert!(message.contains(out.to_str().unwrap()), "{what}: {message}");
         message
     };
-    for name in ["config.json", "model.safetensors", "residuals.safetensors", "thresholds.safetensors", "bitwidth_map.json"]
+    for name in
+        ["config.json", "model.safetensors", "residuals.safetensors", "thresholds.safetensors", "bitwidth_map.json"]
     {
         let path = out.join(name);
         let whole = fs::read(&path).unwrap();

@@ -132,7 +132,8 @@ fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usi
             let score = common::tolerance(0.0, 0.0, dim + 8, 2.0 * dim as f64) / (dim as f64).sqrt();
             let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], len + 16, 1.0) + 2.0 * score;
             assert_eq!(common::misfit(got, &want, allowed), None);
-            let narrower = ModelConfig { sliding_window: Some(config.sliding_window.unwrap_or(len) - 1), ..config.clone() };
+            let narrower =
+                ModelConfig { sliding_window: Some(config.sliding_window.unwrap_or(len) - 1), ..config.clone() };
             let wrong = oracle::attend(&narrower, &qkv).concat();
             assert!(common::misfit(got, &wrong, allowed).is_some(), "one token less to see goes unseen");
         }
@@ -207,9 +208,13 @@ pub(crate) fn time_passes<B: UnderTest>(backend: &B) {
     let mut y = backend.vector(512).unwrap();
     let mut time = |times: usize| {
         let mut work = || (0..times).try_for_each(|_| backend.gemv(&matrix, &x, &mut y));
-        backend.time(&mut work).unwrap();
-        (0..3).map(|_| backend.time(&mut work).unwrap()).min().unwrap()
+        backend.time(&mut work).unwrap()
     };
-    let (one, many) = (time(1), time(50));
-    assert!(one > Duration::ZERO && many > 5 * one, "one product took {one:?}, 50 took {many:?}");
+    time(1);
+    // Others may hold the processor up, so one clean measurement of several is asked for.
+    let clean = (0..50).any(|_| {
+        let (one, many) = (time(1), time(50));
+        one > Duration::ZERO && many > 5 * one
+    });
+    assert!(clean, "50 products took no longer than one");
 }

@@ -97,7 +97,9 @@ fn check<B: UnderTest>(linear: &Linear<'_>, x: &[f32], got: &[f32]) {
     let inner = x.len();
     let exact: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
     let (want, magnitude) = oracle::gemv(linear, &exact);
-    let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], inner, magnitude[i]);
+    // Zeros add nothing; a binary-coded group passes through its planes as well.
+    let depth = x.iter().filter(|&&x| x != 0.0).count() + 16;
+    let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], depth, magnitude[i]);
     assert_eq!(common::misfit(got, &want, allowed), None, "{inner} channels");
 
     // Negative control: the weight of the largest input, off by an eighth, must show.
@@ -155,7 +157,13 @@ pub(crate) fn many_tokens<B: UnderTest>(backend: &B) {
 /// As wide as the widest down projection: more than some memories of a device hold at once.
 pub(crate) fn wide_input<B: UnderTest>(backend: &B) {
     let inner = 28_672;
-    let x = common::heavy_tailed(7, inner);
+    // Few are not zero, so that the tolerance stays small; some at the ends of what fits into 64 KiB.
+    let mut x = vec![0.0; inner];
+    let values = common::heavy_tailed(7, 80);
+    for (i, value) in values.into_iter().enumerate() {
+        let k = if i < 40 { 16_384 - 20 + i } else { i * 7919 % inner };
+        x[k] = value;
+    }
     for weight in [
         common::anyprec(1, inner, 8, 3, Stored::F16),
         common::lutgemm(3, inner, 8, 3, inner, Stored::F16),

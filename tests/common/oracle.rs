@@ -37,7 +37,7 @@ pub(crate) fn correction(linear: &Linear<'_>, channels: &[u32], x: &[f64]) -> (V
     let rows = (0..residual.out_features()).map(|row| {
         let scale = f64::from(residual.scales().get(row));
         let term = |&c: &u32| scale * f64::from(residual.nibble(c as usize, row)) * x[c as usize];
-        (channels.iter().map(term).sum(), channels.iter().map(|c| term(c).abs()).sum())
+        (channels.iter().map(term).sum::<f64>(), channels.iter().map(|c| term(c).abs()).sum::<f64>())
     });
     rows.unzip()
 }

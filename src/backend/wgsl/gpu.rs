@@ -55,7 +55,7 @@ fn vulkan() -> wgpu::Instance {
     wgpu::Instance::new(descriptor)
 }
 
-fn enumerate() -> Vec<wgpu::Adapter> {
+fn enumerate() -> Result<Vec<wgpu::Adapter>> {
     let mut adapters = pollster::block_on(vulkan().enumerate_adapters(wgpu::Backends::VULKAN));
     // Real devices first, so that index 0 is the best choice; the order is otherwise the driver's.
     adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
@@ -65,7 +65,11 @@ fn enumerate() -> Vec<wgpu::Adapter> {
         wgpu::DeviceType::Other => 3,
         wgpu::DeviceType::Cpu => 4,
     });
-    adapters
+    ensure!(
+        !adapters.is_empty(),
+        "no vulkan adapter found, install mesa-vulkan-drivers and libvulkan1 for a software one"
+    );
+    Ok(adapters)
 }
 
 fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
@@ -80,18 +84,17 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     }
 }
 
-/// Every Vulkan adapter, in the order in which `wgpu:N` counts them; empty where there is no Vulkan.
-pub fn adapters() -> Vec<DeviceInfo> {
-    enumerate().iter().enumerate().map(|(i, adapter)| describe(i, adapter)).collect()
+/// Every Vulkan adapter, in the order in which `wgpu:N` counts them.
+///
+/// # Errors
+/// There is none.
+pub fn adapters() -> Result<Vec<DeviceInfo>> {
+    Ok(enumerate()?.iter().enumerate().map(|(i, adapter)| describe(i, adapter)).collect())
 }
 
 impl Gpu {
     pub(super) fn open(index: Option<usize>) -> Result<Self> {
-        let adapters = enumerate();
-        ensure!(
-            !adapters.is_empty(),
-            "no vulkan adapter found, install mesa-vulkan-drivers and libvulkan1 for a software one"
-        );
+        let adapters = enumerate()?;
         let index = index.unwrap_or(0);
         let Some(adapter) = adapters.get(index) else {
             bail!("wgpu:{index} does not exist, wgpu:0 to wgpu:{} are there", adapters.len() - 1);

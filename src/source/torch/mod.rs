@@ -22,7 +22,8 @@ use half::vec::HalfBitsVecExt;
 use memmap2::Mmap;
 
 use self::archive::Archive;
-use self::pickle::{Id, Object, View};
+pub(super) use self::pickle::Id;
+use self::pickle::{Object, View};
 use crate::format::Floats;
 
 const _: () = assert!(cfg!(target_endian = "little"), "numbers are borrowed as they are stored, little-endian");
@@ -137,7 +138,12 @@ impl TorchFile {
 
     /// What was saved.
     pub fn root(&self) -> Value<'_> {
-        Value { file: self, id: self.root }
+        self.value(self.root)
+    }
+
+    /// The object that [`Value::id`] named in this same file.
+    pub(super) fn value(&self, id: Id) -> Value<'_> {
+        Value { file: self, id }
     }
 }
 
@@ -208,6 +214,11 @@ impl<'a> Value<'a> {
             Object::Bool(value) => Some(value.into()),
             _ => None,
         }
+    }
+
+    /// Its place in this file, to come back to it.
+    pub(super) fn id(self) -> Id {
+        self.id
     }
 
     /// What it is, for messages: `a dict`, `a tensor`, `nothing` …

@@ -25,7 +25,7 @@ const MAX_MARKS: usize = 1 << 10;
 const MAX_DIMENSIONS: usize = 8;
 
 /// An index into the arena.
-pub(super) type Id = u32;
+pub(in crate::source) type Id = u32;
 
 /// What a pickle is made of.
 #[derive(Debug)]

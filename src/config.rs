@@ -1,5 +1,10 @@
 //! What a model is: shapes and constants, read from a Hugging Face `config.json`.
 
+pub(crate) use json::token_ids;
+
+mod json;
+mod preset;
+
 use std::fmt;
 
 /// One of the four projections of a decoder layer, as the tuner and the command line name them.

@@ -3,7 +3,11 @@
 pub mod backend;
 pub mod config;
 pub mod dec;
+pub mod eval;
 pub mod format;
+pub mod generate;
+pub mod model;
 pub mod sampling;
 pub mod source;
+pub mod tokenizer;
 pub mod weights;

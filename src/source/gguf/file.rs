@@ -1,0 +1,287 @@
+//! The container: a header of typed metadata, a table of tensors, aligned data. Nothing in the header is
+//! trusted: every length is checked against the file before it is used, and nothing is copied up front.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::blocks::Kind;
+use crate::source::archive::Bytes;
+
+/// The largest number of dimensions that the format allows.
+const MAX_DIMENSIONS: u32 = 4;
+
+/// A parsed GGUF, versions 2 and 3, little-endian.
+#[derive(Debug)]
+pub(super) struct File {
+    bytes: Bytes,
+    metadata: HashMap<String, Value>,
+    tensors: HashMap<String, Tensor>,
+}
+
+/// Where a tensor lies and what it is.
+#[derive(Debug)]
+pub(super) struct Tensor {
+    /// As the file numbers them; not all are known.
+    kind: u32,
+    /// Slowest dimension first, as everywhere outside GGUF.
+    shape: Vec<usize>,
+    /// In the whole file; empty if the type is unknown.
+    bytes: std::ops::Range<usize>,
+}
+
+/// One metadata value.
+#[derive(Debug, Clone, PartialEq)]
+enum Value {
+    Integer(i128),
+    Float(f64),
+    Bool(bool),
+    Text(String),
+    /// Type and number of the elements, and where they start.
+    Array {
+        kind: u32,
+        count: usize,
+        start: usize,
+    },
+}
+
+const TEXT: u32 = 8;
+const ARRAY: u32 = 9;
+
+/// Size of a scalar of this type.
+fn scalar_size(kind: u32) -> Option<usize> {
+    match kind {
+        0 | 1 | 7 => Some(1),
+        2 | 3 => Some(2),
+        4..=6 => Some(4),
+        10..=12 => Some(8),
+        _ => None,
+    }
+}
+
+impl File {
+    pub(super) fn parse(bytes: Bytes) -> Result<Self> {
+        let mut cursor = Cursor { bytes: &bytes, at: 0 };
+        ensure!(cursor.take(4).ok() == Some(b"GGUF"), "not a GGUF file: it does not start with \"GGUF\"");
+        let version = cursor.u32()?;
+        ensure!(
+            matches!(version, 2 | 3),
+            "GGUF version {version} is not supported, 2 or 3 (little-endian) is expected"
+        );
+        let (tensor_count, value_count) = (cursor.u64()?, cursor.u64()?);
+
+        let mut metadata = HashMap::new();
+        for _ in 0..value_count {
+            let key = cursor.text()?.to_owned();
+            let kind = cursor.u32()?;
+            let value = cursor.value(kind).with_context(|| format!("in the metadata {key:?}"))?;
+            metadata.insert(key, value);
+        }
+        let mut headers = Vec::new();
+        for _ in 0..tensor_count {
+            headers.push(cursor.tensor()?);
+        }
+        let alignment = match metadata.get("general.alignment") {
+            None => 32,
+            Some(Value::Integer(n @ 1..=4096)) => *n as usize,
+            Some(other) => bail!("general.alignment is {other:?}, 1 to 4096 is expected"),
+        };
+        let data_start = cursor.at.next_multiple_of(alignment);
+        let tensors = headers
+            .into_iter()
+            .map(|(name, kind, shape, offset)| {
+                let tensor = Tensor::place(kind, shape, data_start as u64, offset, bytes.len());
+                let tensor = tensor.with_context(|| format!("in tensor {name}"))?;
+                Ok((name, tensor))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { bytes, metadata, tensors })
+    }
+
+    pub(super) fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    pub(super) fn data(&self, tensor: &Tensor) -> &[u8] {
+        &self.bytes[tensor.bytes.clone()]
+    }
+
+    pub(super) fn integer(&self, key: &str) -> Result<Option<u64>> {
+        match self.metadata.get(key) {
+            None => Ok(None),
+            Some(Value::Integer(n)) => {
+                u64::try_from(*n).map(Some).with_context(|| format!("{key} is {n}, 0 or more is expected"))
+            }
+            Some(other) => bail!("{key} is {other:?}, an integer is expected"),
+        }
+    }
+
+    pub(super) fn float(&self, key: &str) -> Result<Option<f64>> {
+        match self.metadata.get(key) {
+            None => Ok(None),
+            Some(Value::Float(n)) => Ok(Some(*n)),
+            Some(other) => bail!("{key} is {other:?}, a floating-point number is expected"),
+        }
+    }
+
+    pub(super) fn boolean(&self, key: &str) -> Result<Option<bool>> {
+        match self.metadata.get(key) {
+            None => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(*b)),
+            Some(other) => bail!("{key} is {other:?}, true or false is expected"),
+        }
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
+        match self.metadata.get(key) {
+            None => Ok(None),
+            Some(Value::Text(text)) => Ok(Some(text)),
+            Some(other) => bail!("{key} is {other:?}, a string is expected"),
+        }
+    }
+
+    /// A list of strings; empty when missing.
+    pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>> {
+        let Some((count, mut cursor)) = self.array(key, TEXT)? else { return Ok(Vec::new()) };
+        (0..count).map(|_| cursor.text()).collect()
+    }
+
+    /// A list of 32-bit integers; empty when missing.
+    pub(super) fn i32s(&self, key: &str) -> Result<Vec<i32>> {
+        let Some((count, mut cursor)) = self.array(key, 5)? else { return Ok(Vec::new()) };
+        (0..count).map(|_| Ok(cursor.u32()? as i32)).collect()
+    }
+
+    /// A list of single-precision numbers; empty when missing.
+    pub(super) fn f32s(&self, key: &str) -> Result<Vec<f32>> {
+        let Some((count, mut cursor)) = self.array(key, 6)? else { return Ok(Vec::new()) };
+        (0..count).map(|_| Ok(f32::from_bits(cursor.u32()?))).collect()
+    }
+
+    fn array(&self, key: &str, wanted: u32) -> Result<Option<(usize, Cursor<'_>)>> {
+        match self.metadata.get(key) {
+            None => Ok(None),
+            Some(&Value::Array { kind, count, start }) if kind == wanted => {
+                Ok(Some((count, Cursor { bytes: &self.bytes, at: start })))
+            }
+            Some(other) => bail!("{key} is {other:?}, a list of values of type {wanted} is expected"),
+        }
+    }
+}
+
+impl Tensor {
+    /// Checks that the data lie inside the file.
+    fn place(kind: u32, shape: Vec<usize>, data_start: u64, offset: u64, file_len: usize) -> Result<Self> {
+        let Some(known) = Kind::from_id(kind) else {
+            return Ok(Self { kind, shape, bytes: 0..0 });
+        };
+        let (block, block_bytes) = known.block();
+        let columns = shape.last().copied().unwrap_or(1);
+        ensure!(columns.is_multiple_of(block), "rows of {columns} numbers, a multiple of {block} is expected");
+        let count = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        let place = count.and_then(|count| (count / block).checked_mul(block_bytes)).and_then(|len| {
+            let start = usize::try_from(data_start.checked_add(offset)?).ok()?;
+            Some(start..start.checked_add(len)?)
+        });
+        let Some(bytes) = place.filter(|place| place.end <= file_len) else {
+            bail!("shape {shape:?} at {offset} ends behind the file's {file_len} bytes: it is truncated");
+        };
+        Ok(Self { kind, shape, bytes })
+    }
+
+    pub(super) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub(super) fn kind(&self) -> Result<Kind> {
+        Kind::from_id(self.kind)
+            .with_context(|| format!("type {} is not supported, {} is expected", self.kind, Kind::names()))
+    }
+}
+
+/// Reads forward, never past the end.
+struct Cursor<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, len: usize) -> Result<&'a [u8]> {
+        let end = self.at.checked_add(len).filter(|&end| end <= self.bytes.len());
+        let Some(end) = end else {
+            bail!("the file is truncated: {len} bytes at {} of {} are missing", self.at, self.bytes.len());
+        };
+        let taken = &self.bytes[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.take(N)?);
+        Ok(array)
+    }
+
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn len(&mut self) -> Result<usize> {
+        let len = self.u64()?;
+        usize::try_from(len).with_context(|| format!("a length of {len}: the file is damaged"))
+    }
+
+    fn text(&mut self) -> Result<&'a str> {
+        let len = self.len()?;
+        std::str::from_utf8(self.take(len)?).context("a string that is not UTF-8")
+    }
+
+    fn value(&mut self, kind: u32) -> Result<Value> {
+        Ok(match kind {
+            0 => Value::Integer(u8::from_le_bytes(self.array()?).into()),
+            1 => Value::Integer(i8::from_le_bytes(self.array()?).into()),
+            2 => Value::Integer(u16::from_le_bytes(self.array()?).into()),
+            3 => Value::Integer(i16::from_le_bytes(self.array()?).into()),
+            4 => Value::Integer(u32::from_le_bytes(self.array()?).into()),
+            5 => Value::Integer(i32::from_le_bytes(self.array()?).into()),
+            6 => Value::Float(f32::from_le_bytes(self.array()?).into()),
+            7 => Value::Bool(self.array::<1>()?[0] != 0),
+            TEXT => Value::Text(self.text()?.to_owned()),
+            ARRAY => self.array_value()?,
+            10 => Value::Integer(u64::from_le_bytes(self.array()?).into()),
+            11 => Value::Integer(i64::from_le_bytes(self.array()?).into()),
+            12 => Value::Float(f64::from_le_bytes(self.array()?)),
+            other => bail!("metadata type {other} is unknown, 0 to 12 is expected"),
+        })
+    }
+
+    /// Steps over an array and notes where it is.
+    fn array_value(&mut self) -> Result<Value> {
+        let kind = self.u32()?;
+        let count = self.len()?;
+        let start = self.at;
+        if kind == TEXT {
+            for _ in 0..count {
+                self.text()?;
+            }
+        } else {
+            let size = scalar_size(kind).with_context(|| format!("a list of type {kind} is not supported"))?;
+            self.take(count.checked_mul(size).context("a list longer than the file: it is damaged")?)?;
+        }
+        Ok(Value::Array { kind, count, start })
+    }
+
+    /// `(name, type, shape, offset)` of the next tensor.
+    fn tensor(&mut self) -> Result<(String, u32, Vec<usize>, u64)> {
+        let name = self.text()?.to_owned();
+        let dimensions = self.u32()?;
+        ensure!(dimensions <= MAX_DIMENSIONS, "tensor {name} has {dimensions} dimensions, at most 4 are expected");
+        let mut shape = (0..dimensions).map(|_| self.len()).collect::<Result<Vec<_>>>()?;
+        shape.reverse();
+        Ok((name, self.u32()?, shape, self.u64()?))
+    }
+}

@@ -1,0 +1,114 @@
+//! The files that carry a model's tokenizer, in a Hugging Face directory or a checkpoint of ours.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::config::token_ids;
+
+const TOKENIZER: &str = "tokenizer.json";
+const CONFIG: &str = "tokenizer_config.json";
+const TEMPLATE: &str = "chat_template.jinja";
+const GENERATION: &str = "generation_config.json";
+
+/// Everything about text that a checkpoint has to carry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TextFiles {
+    /// `tokenizer.json`, as it is.
+    pub tokenizer_json: Vec<u8>,
+    /// The Jinja template of a conversation (`chat_template.jinja`, or in `tokenizer_config.json`).
+    pub chat_template: Option<String>,
+    /// The token that starts a text (`tokenizer_config.json`).
+    pub bos_token: Option<String>,
+    /// The token that ends a text (`tokenizer_config.json`).
+    pub eos_token: Option<String>,
+    /// Ids that end a text (`generation_config.json`), besides those of the model's configuration.
+    pub eos_token_ids: Vec<u32>,
+}
+
+impl TextFiles {
+    /// Reads `tokenizer.json`, and what else there is, from a directory.
+    ///
+    /// # Errors
+    /// No `tokenizer.json`, or a file that cannot be read or is not what its name says.
+    pub fn read(directory: &Path) -> Result<Self> {
+        let Some(tokenizer_json) = read(&directory.join(TOKENIZER))? else {
+            let old = directory.join("tokenizer.model").exists();
+            let hint =
+                if old { "; tokenizer.model is there: transformers converts it when it saves the model" } else { "" };
+            bail!("{TOKENIZER} is missing in {}{hint}", directory.display());
+        };
+        let config = read_json(&directory.join(CONFIG))?;
+        let generation = read_json(&directory.join(GENERATION))?;
+        let template = match read(&directory.join(TEMPLATE))? {
+            Some(bytes) => Some(String::from_utf8(bytes).with_context(|| format!("{TEMPLATE} is not UTF-8"))?),
+            None => template(&config).with_context(|| format!("in {CONFIG}"))?,
+        };
+        Ok(Self {
+            tokenizer_json,
+            chat_template: template,
+            bos_token: token(&config, "bos_token"),
+            eos_token: token(&config, "eos_token"),
+            eos_token_ids: token_ids(&generation, "eos_token_id").with_context(|| format!("in {GENERATION}"))?,
+        })
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` if there is a template, and
+    /// `generation_config.json` into a directory; other tools read them too.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn write(&self, directory: &Path) -> Result<()> {
+        let write = |name: &str, bytes: &[u8]| {
+            let path = directory.join(name);
+            fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+        };
+        let config = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": false,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+        });
+        write(TOKENIZER, &self.tokenizer_json)?;
+        write(CONFIG, &serde_json::to_vec_pretty(&config)?)?;
+        write(GENERATION, &serde_json::to_vec_pretty(&json!({ "eos_token_id": self.eos_token_ids }))?)?;
+        self.chat_template.iter().try_for_each(|template| write(TEMPLATE, template.as_bytes()))
+    }
+}
+
+/// The bytes of a file; none if there is no such file.
+fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+/// A JSON file; null if there is no such file.
+fn read_json(path: &Path) -> Result<Value> {
+    let Some(bytes) = read(path)? else { return Ok(Value::Null) };
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is not valid JSON", path.display()))
+}
+
+/// The one template, or of several the one called `default`.
+fn template(config: &Value) -> Result<Option<String>> {
+    match config.get("chat_template") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(template)) => Ok(Some(template.clone())),
+        Some(Value::Array(named)) => {
+            let default = named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str());
+            Ok(default.map(str::to_owned))
+        }
+        Some(other) => bail!("chat_template is {other}, a string or a list of named strings is expected"),
+    }
+}
+
+/// A special token, spelled as a string or as an object with `content`.
+fn token(config: &Value, key: &str) -> Option<String> {
+    let token = config.get(key)?;
+    token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned)
+}

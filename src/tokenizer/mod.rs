@@ -1,0 +1,176 @@
+//! Text to ids and back, chat templates, and the ids that end a text.
+
+mod chat;
+mod files;
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::config::ModelConfig;
+use chat::Chat;
+pub use chat::Message;
+pub use files::TextFiles;
+
+/// A model's tokenizer.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    chat: Option<Chat>,
+    vocab_size: usize,
+    bos: Option<u32>,
+    stop_ids: Vec<u32>,
+}
+
+impl Tokenizer {
+    /// Loads the tokenizer and compiles the chat template.
+    ///
+    /// # Errors
+    /// A `tokenizer.json` of an unknown kind, or a template that is not Jinja.
+    pub fn new(files: &TextFiles, config: &ModelConfig) -> Result<Self> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(&files.tokenizer_json)
+            .map_err(|e| anyhow!("tokenizer.json is damaged or of an unknown kind: {e}"))?;
+        inner.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
+        inner.with_padding(None);
+        let id = |token: &Option<String>| token.as_deref().and_then(|token| inner.token_to_id(token));
+        let bos = id(&files.bos_token).or(config.bos_token_id);
+        let ends: BTreeSet<u32> =
+            config.eos_token_ids.iter().chain(&files.eos_token_ids).copied().chain(id(&files.eos_token)).collect();
+        let text = |token: &Option<String>, id: Option<u32>| {
+            token.clone().or_else(|| inner.id_to_token(id?)).unwrap_or_default()
+        };
+        let (bos_text, eos_text) =
+            (text(&files.bos_token, bos), text(&files.eos_token, config.eos_token_ids.first().copied()));
+        let chat = files.chat_template.as_deref().map(|template| Chat::new(template, &bos_text, &eos_text));
+        Ok(Self {
+            chat: chat.transpose()?,
+            vocab_size: config.vocab_size,
+            bos,
+            stop_ids: ends.into_iter().collect(),
+            inner,
+        })
+    }
+
+    /// The ids of a text. Special tokens written in it are recognised; the tokenizer's own post-processor says
+    /// whether BOS comes first, and never adds it to a text that already starts with it.
+    ///
+    /// # Errors
+    /// A token outside the model's vocabulary: the tokenizer belongs to another model.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let plain = self.encode_plain(text, false)?;
+        if self.bos.is_some() && plain.first() == self.bos.as_ref() {
+            return Ok(plain);
+        }
+        self.encode_plain(text, true)
+    }
+
+    /// The ids of what [`Tokenizer::chat`] returned: nothing is added to what the template wrote.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_plain(text, false)
+    }
+
+    fn encode_plain(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding =
+            self.inner.encode_fast(text, add_special_tokens).map_err(|e| anyhow!("cannot tokenize the text: {e}"))?;
+        let ids = encoding.get_ids().to_vec();
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            let token = self.inner.id_to_token(id).unwrap_or_default();
+            bail!(
+                "the text has the token {token:?} with id {id}, the model knows ids below {}: \
+                 tokenizer.json belongs to another model",
+                self.vocab_size
+            );
+        }
+        Ok(ids)
+    }
+
+    /// The text of `ids`, special tokens included; incomplete characters become U+FFFD.
+    ///
+    /// # Errors
+    /// What the tokenizer's decoder refuses.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, false).map_err(|e| anyhow!("cannot decode the tokens: {e}"))
+    }
+
+    /// A conversation as the model's chat template writes it, with the opening of the answer if
+    /// `add_generation_prompt`; [`Tokenizer::encode_chat`] makes ids of it.
+    ///
+    /// # Errors
+    /// No template, or a message that the template refuses.
+    pub fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let chat = self.chat.as_ref().context("the model has no chat template, give the prompt without --chat")?;
+        chat.render(messages, add_generation_prompt)
+    }
+
+    /// Whether [`Tokenizer::chat`] has a template.
+    pub fn has_chat(&self) -> bool {
+        self.chat.is_some()
+    }
+
+    /// The ids that end a text, ascending: of configuration, generation configuration and tokenizer together.
+    pub fn stop_ids(&self) -> &[u32] {
+        &self.stop_ids
+    }
+
+    /// The id that a text starts with, if the model has one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// A text that grows token by token.
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream { tokenizer: self, ids: Vec::new(), emitted: 0, shown: String::new() }
+    }
+}
+
+/// Turns tokens into text as they come, and hands out whole characters only.
+#[derive(Debug)]
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// The tokens of the last piece that was handed out, for context, and those that wait.
+    ids: Vec<u32>,
+    /// How many of `ids` were handed out.
+    emitted: usize,
+    /// Their text.
+    shown: String,
+}
+
+impl TextStream<'_> {
+    /// The next token; what can be shown now, if anything.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        self.ids.push(id);
+        let text = self.tokenizer.decode(&self.ids)?;
+        // An incomplete character at the end may still be completed.
+        if text.ends_with(char::REPLACEMENT_CHARACTER) {
+            return Ok(None);
+        }
+        self.emit(&text)
+    }
+
+    /// The rest, when no token comes any more.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn flush(&mut self) -> Result<Option<String>> {
+        let text = self.tokenizer.decode(&self.ids)?;
+        self.emit(&text)
+    }
+
+    /// Hands out what `text`, of all `ids`, has beyond `shown`, and forgets all but the last tokens: decoders
+    /// treat the first token of a text differently, so there is always one before those that come.
+    fn emit(&mut self, text: &str) -> Result<Option<String>> {
+        let piece = text.get(self.shown.len()..).filter(|piece| !piece.is_empty()).map(str::to_owned);
+        if piece.is_some() {
+            self.ids.drain(..self.emitted);
+            self.emitted = self.ids.len();
+            self.shown = self.tokenizer.decode(&self.ids)?;
+        }
+        Ok(piece)
+    }
+}

@@ -4,6 +4,7 @@
 //! `thresholds.pt`, for mixed precision `bitwidth_map.json`, and the tokenizer's files. Llama's modules come
 //! one by one and are fused here; Phi-3's come fused.
 
+mod fuse;
 mod tensors;
 
 use std::borrow::Cow;
@@ -11,10 +12,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use half::{bf16, f16};
 use serde_json::Value as Json;
 
+use self::fuse::{first, interleave, interleave_floats, row_order};
 use self::tensors::{Expected, Tensors};
+use super::{EMBEDDING, FINAL_NORM, HEAD, norm_name};
 use crate::config::{Architecture, ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual, threshold};
 use crate::tokenizer::TextFiles;
@@ -26,9 +28,8 @@ const RESIDUALS: &str = "cheatsheet.pt";
 const THRESHOLDS: &str = "thresholds.pt";
 const BIT_MAP: &str = "bitwidth_map.json";
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const FINAL_NORM: &str = "model.norm.weight";
-const HEAD: &str = "lm_head.weight";
+/// γ before attention and before the feed-forward part.
+const NORMS: [&str; 2] = ["input", "post_attention"];
 
 /// A directory of the reference, memory-mapped.
 #[derive(Debug)]
@@ -160,7 +161,7 @@ impl Reference {
             expect(HEAD.to_owned(), &[vocab_size, hidden_size], false);
         }
         for layer in 0..num_layers {
-            for name in norm_names(layer) {
+            for name in NORMS.map(|which| norm_name(layer, which)) {
                 expect(name, &[hidden_size], false);
             }
             for projection in Projection::ALL {
@@ -319,7 +320,7 @@ impl ModelWeights for Reference {
     }
 
     fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        let [attention, feed_forward] = norm_names(layer).map(|name| self.tensors.finite(&name));
+        let [attention, feed_forward] = NORMS.map(|which| self.tensors.finite(&norm_name(layer, which)));
         Ok((attention?.to_f32().into_owned(), feed_forward?.to_f32().into_owned()))
     }
 
@@ -423,66 +424,7 @@ fn layer_bits(
     (0..layers).map(choose).collect()
 }
 
-/// γ before attention and before the feed-forward part.
-fn norm_names(layer: usize) -> [String; 2] {
-    ["input", "post_attention"].map(|which| format!("model.layers.{layer}.{which}_layernorm.weight"))
-}
-
 /// The codebook of `bits` bits.
 fn lut(bits: usize) -> String {
     format!("lut{bits}")
-}
-
-/// Undoes the nibble-major order of a residual's scales: `stored[i·(rows/8) + c]` belongs to row `8c + i`.
-fn row_order(stored: &Floats<'_>) -> Floats<'static> {
-    let words = stored.len() / 8;
-    let at = |row: usize| row % 8 * words + row / 8;
-    match stored {
-        Floats::F16(v) => (0..v.len()).map(|row| v[at(row)]).collect::<Vec<f16>>().into(),
-        Floats::Bf16(v) => Floats::Bf16((0..v.len()).map(|row| v[at(row)]).collect()),
-        Floats::F32(v) => (0..v.len()).map(|row| v[at(row)]).collect::<Vec<f32>>().into(),
-    }
-}
-
-/// Joins arrays `[outer, rows of the part …]` to `[outer, rows of all …]`; a single part stays as it is.
-fn interleave<'a, T: Copy>(mut parts: Vec<Cow<'a, [T]>>, outer: usize) -> Cow<'a, [T]> {
-    if parts.len() == 1 {
-        return parts.remove(0);
-    }
-    let mut joined = Vec::with_capacity(parts.iter().map(|part| part.len()).sum());
-    for o in 0..outer {
-        for part in &parts {
-            let len = part.len() / outer;
-            joined.extend_from_slice(&part[o * len..][..len]);
-        }
-    }
-    Cow::Owned(joined)
-}
-
-/// [`interleave`] in the parts' own type if all have the same, else in f32.
-fn interleave_floats<'a>(parts: Vec<Floats<'a>>, outer: usize) -> Floats<'a> {
-    if parts.iter().all(|part| matches!(part, Floats::F16(_))) {
-        let f16s = |part| if let Floats::F16(v) = part { Some(v) } else { None };
-        return Floats::F16(interleave::<f16>(parts.into_iter().filter_map(f16s).collect(), outer));
-    }
-    if parts.iter().all(|part| matches!(part, Floats::Bf16(_))) {
-        let bf16s = |part| if let Floats::Bf16(v) = part { Some(v) } else { None };
-        return Floats::Bf16(interleave::<bf16>(parts.into_iter().filter_map(bf16s).collect(), outer));
-    }
-    let f32s = |part| match part {
-        Floats::F32(v) => v,
-        other => Cow::Owned(other.to_f32().into_owned()),
-    };
-    Floats::F32(interleave::<f32>(parts.into_iter().map(f32s).collect(), outer))
-}
-
-/// The first `len` of `values`.
-fn first<T: Copy>(values: Cow<'_, [T]>, len: usize) -> Cow<'_, [T]> {
-    match values {
-        Cow::Borrowed(values) => Cow::Borrowed(&values[..len]),
-        Cow::Owned(mut values) => {
-            values.truncate(len);
-            Cow::Owned(values)
-        }
-    }
 }

@@ -42,11 +42,8 @@ impl Tensors {
             let json = json(&index)?;
             let map = json.get("weight_map").and_then(Json::as_object);
             let map = map.with_context(|| format!("{}: no object weight_map in it", index.display()))?;
-            shards = map
-                .values()
-                .map(|file| shard_name(file))
-                .collect::<Result<_>>()
-                .with_context(|| index.display().to_string())?;
+            shards =
+                map.values().map(shard_name).collect::<Result<_>>().with_context(|| index.display().to_string())?;
         }
         for shard in shards {
             self.add(&dir.join(shard), |root| {

@@ -12,7 +12,6 @@ mod pickle;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -115,14 +114,7 @@ impl TorchFile {
     /// inside it: truncation, compression, overlaps, strides that leave a storage, globals other than those of
     /// weights (by name), big-endian numbers, and sizes far beyond any model's.
     pub fn open(path: &Path) -> Result<Self> {
-        let open = || {
-            let file = File::open(path)?;
-            // SAFETY: the map is only read, as bytes and plain numbers, for which any content is valid. That no
-            // other process shortens or rewrites the file meanwhile is what this function's documentation asks.
-            let map = unsafe { Mmap::map(&file)? };
-            Self::read(map)
-        };
-        open().with_context(|| path.display().to_string())
+        Self::read(super::map(path)?).with_context(|| path.display().to_string())
     }
 
     fn read(map: Mmap) -> Result<Self> {

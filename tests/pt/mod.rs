@@ -34,12 +34,12 @@ pub(crate) struct End {
     pub(crate) without_extra: bool,
 }
 
-/// An archive whose storages start at multiples of `alignment`.
-pub(crate) fn archive(entries: &[Entry], end: &End, alignment: usize) -> Vec<u8> {
+/// An archive whose entries start `skew` bytes behind a multiple of 64.
+pub(crate) fn archive(entries: &[Entry], end: &End, skew: usize) -> Vec<u8> {
     let (mut file, mut directory) = (Vec::new(), Vec::new());
     for entry in entries {
         let offset = file.len();
-        let padding = (alignment - (offset + 30 + entry.local_name.len()) % alignment) % alignment;
+        let padding = (64 + skew - (offset + 30 + entry.local_name.len()) % 64) % 64;
         file.extend(*b"PK\x03\x04");
         file.extend([0; 22]);
         file.extend((entry.local_name.len() as u16).to_le_bytes());
@@ -122,7 +122,7 @@ pub(crate) fn save(root: &Node) -> Vec<u8> {
     let mut entries = vec![Entry::new("archive/data.pkl", pickle), Entry::new("archive/byteorder", *b"little")];
     let data = storages.into_iter().enumerate();
     entries.extend(data.map(|(key, bytes)| Entry::new(&format!("archive/data/{key}"), bytes)));
-    archive(&entries, &End::default(), 64)
+    archive(&entries, &End::default(), 0)
 }
 
 fn put(node: &Node, pickle: &mut Vec<u8>, storages: &mut Vec<Vec<u8>>) {

@@ -12,6 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 /// Entries of an archive; the largest published models have a few thousand tensors.
 const MAX_ENTRIES: usize = 1 << 16;
 
+/// The directory of those: some 100 bytes for each.
+const MAX_DIRECTORY: u64 = 8 << 20;
+
 const END: u32 = 0x0605_4b50;
 const END64: u32 = 0x0606_4b50;
 const END64_LOCATOR: u32 = 0x0706_4b50;
@@ -66,15 +69,16 @@ impl Archive {
     pub(super) fn read(file: &[u8]) -> Result<Self> {
         let end = End::find(file)?;
         ensure!(end.entries <= MAX_ENTRIES as u64, "zip: {} entries, at most {MAX_ENTRIES} are allowed", end.entries);
+        let size = end.directory.end - end.directory.start;
+        ensure!(size <= MAX_DIRECTORY, "zip: a directory of {size} bytes, at most {MAX_DIRECTORY} are allowed");
         let mut entries = HashMap::new();
         let mut at = end.directory.start;
         for _ in 0..end.entries {
             let (name, range, next) = entry(file, at, end.directory.start)?;
             ensure!(next <= end.directory.end, "zip: the directory runs past its end at byte {}", end.directory.end);
             at = next;
-            if let Some(_before) = entries.insert(name.to_owned(), range) {
-                bail!("zip: two entries are called {name:?}");
-            }
+            let before = entries.insert(name.to_owned(), range);
+            ensure!(before.is_none(), "zip: two entries are called {name:?}");
         }
         ensure_disjoint(&entries)?;
         let mut roots = entries.keys().filter_map(|name| name.strip_suffix("/data.pkl"));

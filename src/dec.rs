@@ -16,7 +16,8 @@ pub const CHUNK: usize = 1024;
 pub const BUCKETS: usize = 32;
 
 /// How salient channels are found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Selection {
     /// The paper's: by calibrated buckets of `|x|`, lowest channel first inside the last one.
     #[default]

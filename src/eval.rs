@@ -43,12 +43,12 @@ pub fn windows(tokens: &[u32], seq_len: usize, windows: Range<usize>) -> Result<
 }
 
 /// Perplexity over `windows`, each read from an empty context, every token of them compensated as the model
-/// says; with a `source`, also how far the two stray. `done` hears of every window.
+/// says; with a `source`, also how far the two stray. `done` hears of every window and may end it all.
 pub fn perplexity<B: DecodeBackend>(
     model: &Model<'_, B>,
     source: Option<&Model<'_, B>>,
     windows: &[&[u32]],
-    mut done: impl FnMut(usize),
+    mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Evaluation> {
     let seq_len = windows.first().map_or(0, |w| w.len());
     let mut reader = Reader::new(model, seq_len)?;
@@ -68,7 +68,7 @@ pub fn perplexity<B: DecodeBackend>(
             let targets = &window[first + 1..(first + step + 1).min(seq_len)];
             sums.add(logits, source_logits, targets, model.config().vocab_size);
         }
-        done(w + 1);
+        done(w + 1)?;
     }
     let n = sums.predictions as f64;
     let compared = source.is_some();

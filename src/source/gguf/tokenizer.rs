@@ -135,16 +135,13 @@ fn byte_level(file: &File, vocabulary: &Vocabulary<'_>) -> Result<(Value, bool)>
 
     let name = file.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let words = match name {
-        "gpt-2" => vec![json!({ "type": "ByteLevel", "add_prefix_space": false, "use_regex": true })],
-        "smollm" => vec![
-            json!({ "type": "Digits", "individual_digits": true }),
-            json!({ "type": "ByteLevel", "add_prefix_space": false, "use_regex": true }),
-        ],
-        "llama-bpe" => vec![split(&words_with_numbers_of(r"\p{N}{1,3}")), bytes()],
-        "qwen2" => vec![split(&words_with_numbers_of(r"\p{N}")), bytes()],
+        "gpt-2" => vec![bytes(true)],
+        "smollm" => vec![json!({ "type": "Digits", "individual_digits": true }), bytes(true)],
+        "llama-bpe" => vec![split(&words_with_numbers_of(r"\p{N}{1,3}")), bytes(false)],
+        "qwen2" => vec![split(&words_with_numbers_of(r"\p{N}")), bytes(false)],
         "default" => {
             let patterns = [r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"];
-            patterns.into_iter().map(split).chain([bytes()]).collect()
+            patterns.into_iter().map(split).chain([bytes(false)]).collect()
         }
         other => {
             bail!(
@@ -157,7 +154,7 @@ fn byte_level(file: &File, vocabulary: &Vocabulary<'_>) -> Result<(Value, bool)>
     let tokenizer = json!({
         "normalizer": if name == "qwen2" { json!({ "type": "NFC" }) } else { Value::Null },
         "pre_tokenizer": { "type": "Sequence", "pretokenizers": words },
-        "decoder": bytes(),
+        "decoder": bytes(false),
         "model": {
             "type": "BPE",
             "vocab": vocabulary.json(),
@@ -179,8 +176,9 @@ fn split(pattern: &str) -> Value {
     json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false })
 }
 
-fn bytes() -> Value {
-    json!({ "type": "ByteLevel", "add_prefix_space": false, "use_regex": false })
+/// Bytes as characters that can be seen, cut into words as GPT-2 does if `words`.
+fn bytes(words: bool) -> Value {
+    json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": words })
 }
 
 /// SentencePiece's BPE: the pair whose union has the best score is merged first, and characters without a

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Format, lints, docs, and all tests on DECDEC_TEST_DEVICES (cpu and a software Vulkan device by default).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export DECDEC_TEST_DEVICES=${DECDEC_TEST_DEVICES:-cpu,wgpu}
+
+if [[ $DECDEC_TEST_DEVICES == *wgpu* ]] && ! { ldconfig -p | grep -q libvulkan.so.1 && ls /usr/share/vulkan/icd.d/*.json; } \
+    >/dev/null 2>&1; then
+    sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+    $sudo apt-get -qq update
+    $sudo apt-get -qq install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 >/dev/null
+fi
+scripts/model.sh >/dev/null
+
+cargo fmt --check
+cargo clippy --release --all-targets --features reference-wgpu -- -D warnings
+RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --features reference-wgpu
+cargo test --release --features reference-wgpu

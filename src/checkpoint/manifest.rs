@@ -1,0 +1,185 @@
+//! What a checkpoint says of itself: the object `decdec` of its `config.json`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde::{Deserialize, Serialize};
+
+/// The version of the directory's layout that this program writes, and the only one that it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// How weights are stored: what `--backend` chooses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum WeightFormat {
+    /// AnyPrec: one codebook per row.
+    #[serde(rename = "ap")]
+    AnyPrec,
+    /// LUT-GEMM: binary-coded, group-wise.
+    #[serde(rename = "lutgemm")]
+    LutGemm,
+}
+
+impl WeightFormat {
+    /// `ap` or `lutgemm`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::AnyPrec => "ap",
+            Self::LutGemm => "lutgemm",
+        }
+    }
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Bits of a weight: `3` is 3 in every layer, `3.5` is 3 in half of the layers and 4 in the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct BitWidth {
+    low: u32,
+    mixed: bool,
+}
+
+impl BitWidth {
+    /// The bits of every layer, or of the half with fewer.
+    pub fn low(self) -> u32 {
+        self.low
+    }
+
+    /// The bits of every layer, or of the half with more.
+    pub fn high(self) -> u32 {
+        self.low + u32::from(self.mixed)
+    }
+
+    /// True if the layers differ.
+    pub fn is_mixed(self) -> bool {
+        self.mixed
+    }
+}
+
+impl TryFrom<f64> for BitWidth {
+    type Error = anyhow::Error;
+
+    fn try_from(bits: f64) -> Result<Self> {
+        let halves = bits * 2.0;
+        ensure!(
+            halves.fract() == 0.0 && (4.0..=16.0).contains(&halves),
+            "bit width {bits}, 2 to 8 in steps of 0.5 are allowed, for example 3, 3.5 or 4"
+        );
+        Ok(Self { low: halves as u32 / 2, mixed: halves as u32 % 2 == 1 })
+    }
+}
+
+impl From<BitWidth> for f64 {
+    fn from(bits: BitWidth) -> Self {
+        Self::from(bits.low) + if bits.mixed { 0.5 } else { 0.0 }
+    }
+}
+
+impl FromStr for BitWidth {
+    type Err = anyhow::Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let bits: f64 = s.parse().map_err(|_| anyhow!("bit width {s:?}, a number such as 3, 3.5 or 4 is expected"))?;
+        bits.try_into()
+    }
+}
+
+impl fmt::Display for BitWidth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f64::from(*self).fmt(f)
+    }
+}
+
+/// How a checkpoint was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT_VERSION`] of the program that wrote it.
+    pub version: u32,
+    /// How weights are stored.
+    pub backend: WeightFormat,
+    /// Bits of a weight.
+    pub bits: BitWidth,
+    /// Channels of a group; only for [`WeightFormat::LutGemm`].
+    pub group_size: Option<usize>,
+    /// Bits of a residual; always 4.
+    pub residual_bits: u32,
+    /// What it was made from.
+    pub source: String,
+    /// What it was calibrated on.
+    pub calibration: String,
+}
+
+impl Manifest {
+    /// Takes the object `decdec` out of a parsed `config.json`.
+    ///
+    /// # Errors
+    /// No such object, another version, or fields that contradict each other.
+    pub(super) fn from_config(config: &serde_json::Value) -> Result<Self> {
+        let object = config
+            .get("decdec")
+            .context("no object \"decdec\": this is not a decdec checkpoint, make one with `decdec quantize`")?;
+        let version = object.get("version").and_then(serde_json::Value::as_u64);
+        ensure!(
+            version == Some(u64::from(FORMAT_VERSION)),
+            "checkpoint version {}, version {FORMAT_VERSION} is supported: quantize the model again",
+            version.map_or("missing".to_owned(), |v| v.to_string())
+        );
+        let manifest: Self = serde_json::from_value(object.clone()).context("object \"decdec\"")?;
+        ensure!(manifest.residual_bits == 4, "residuals of {} bits, 4 are supported", manifest.residual_bits);
+        ensure!(
+            manifest.group_size.is_some() == (manifest.backend == WeightFormat::LutGemm),
+            "object \"decdec\": backend {} with group_size {:?}, lutgemm has a group size and ap has none",
+            manifest.backend,
+            manifest.group_size
+        );
+        Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bit_widths_are_halves_between_2_and_8() {
+        for (text, low, high) in [("3", 3, 3), ("3.5", 3, 4), ("4.0", 4, 4), ("8", 8, 8), ("7.5", 7, 8)] {
+            let bits: BitWidth = text.parse().unwrap();
+            assert_eq!((bits.low(), bits.high()), (low, high));
+            assert_eq!(bits.is_mixed(), low != high);
+        }
+        assert_eq!("3.5".parse::<BitWidth>().unwrap().to_string(), "3.5");
+        assert_eq!("4".parse::<BitWidth>().unwrap().to_string(), "4");
+        for text in ["1", "1.5", "8.5", "3.25", "9", "-3", "nan", "inf", "three", ""] {
+            let message = text.parse::<BitWidth>().unwrap_err().to_string();
+            assert!(message.contains("3.5"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_that_contradicts_itself_is_refused() {
+        let good = serde_json::json!({"decdec": {
+            "version": 1, "backend": "lutgemm", "bits": 3.5, "group_size": 64, "residual_bits": 4,
+            "source": "a", "calibration": "b",
+        }});
+        let manifest = Manifest::from_config(&good).unwrap();
+        assert_eq!((manifest.backend, manifest.bits.to_string()), (WeightFormat::LutGemm, "3.5".into()));
+        for (field, value) in [
+            ("version", serde_json::json!(2)),
+            ("backend", serde_json::json!("ap")),
+            ("backend", serde_json::json!("awq")),
+            ("bits", serde_json::json!(3.3)),
+            ("group_size", serde_json::Value::Null),
+            ("residual_bits", serde_json::json!(8)),
+        ] {
+            let mut bad = good.clone();
+            bad["decdec"][field] = value;
+            assert!(Manifest::from_config(&bad).is_err(), "{field}");
+        }
+        assert!(Manifest::from_config(&serde_json::json!({})).is_err());
+    }
+}

@@ -1,0 +1,244 @@
+//! Our own directory (spec §2.5): open, validate, memory-map, write.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `config.json` | the Hugging Face fields and one object `decdec`, the [`Manifest`] |
+//! | `model.safetensors` | embedding, head, norms, biases; codes and codebooks of the four fused projections |
+//! | `residuals.safetensors` | what quantization lost, 4 bits, one scale per row |
+//! | `thresholds.safetensors` | calibrated boundaries of `\|x\|` for bucket selection |
+//! | `bitwidth_map.json` | `{layer: bits}`, where layers differ |
+//! | `tokenizer.json` and its companions | how text becomes tokens |
+//!
+//! Tensors are named `model.layers.N.self_attn.qkv_proj` (`o_proj`, `mlp.gate_up_proj`, `mlp.down_proj`) with
+//! the suffixes `.qweight` I32 `[bits, out, in/32]` and `.lut` F16 `[out, 2^bits]` (AnyPrec), or `.binary` I32
+//! `[in/32, bits, out]`, `.alpha` F16 `[in/group, bits, out]` and `.q_bias` F16 `[in/group, out]` (LUT-GEMM);
+//! `.bias` F32 `[out]` where there is one; `.residual` U32 `[in, out/8]`, `.scales` F16 `[out]`; `.thresholds`
+//! F32 `[in]`.
+
+mod config_json;
+mod manifest;
+mod tensors;
+mod writer;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use safetensors::tensor::Dtype;
+
+use crate::config::{ModelConfig, Projection};
+use crate::format::{AnyPrec, Dense, LutGemm, Residual, threshold};
+use crate::tokenizer::TextFiles;
+use crate::weights::{Linear, ModelWeights, Weight};
+
+pub use manifest::{BitWidth, FORMAT_VERSION, Manifest, WeightFormat};
+use tensors::Tensors;
+pub use writer::{CheckpointWriter, LayerFile, Unquantized};
+
+const CONFIG: &str = "config.json";
+const MODEL: &str = "model.safetensors";
+const RESIDUALS: &str = "residuals.safetensors";
+const THRESHOLDS: &str = "thresholds.safetensors";
+const BITWIDTHS: &str = "bitwidth_map.json";
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+const INPUT_NORM: &str = "input_layernorm.weight";
+const POST_NORM: &str = "post_attention_layernorm.weight";
+
+/// A quantized model on disk, memory-mapped.
+#[derive(Debug)]
+pub struct Checkpoint {
+    config: ModelConfig,
+    manifest: Manifest,
+    texts: TextFiles,
+    bits: Vec<u32>, // of every layer
+    model: Tensors,
+    residuals: Tensors,
+    thresholds: Tensors,
+    texts: TextFiles,
+}
+
+impl Checkpoint {
+    /// True if `dir` holds a decdec checkpoint, of whatever version and in whatever state.
+    pub fn is_at(dir: &Path) -> bool {
+        let config = std::fs::read(dir.join(CONFIG)).ok();
+        config
+            .and_then(|json| serde_json::from_slice::<serde_json::Value>(&json).ok())
+            .is_some_and(|v| v.get("decdec").is_some())
+    }
+
+    /// Opens a directory and checks every name, shape and type in it.
+    ///
+    /// # Errors
+    /// The first file or tensor that is missing, cut short, or not what `config.json` promises.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        let json = read_json(&path)?;
+        let in_config = || format!("in {}", path.display());
+        let config = ModelConfig::from_json(&json).with_context(in_config)?;
+        let manifest = Manifest::from_config(&json).with_context(in_config)?;
+        let bits = layer_bits(dir, &manifest, config.num_layers)?;
+        let [model, residuals, thresholds] = [MODEL, RESIDUALS, THRESHOLDS].map(|name| Tensors::open(&dir.join(name)));
+        let [model, residuals, thresholds] = [model?, residuals?, thresholds?];
+        let texts = TextFiles::read(dir)?;
+        let checkpoint = Self { config, manifest, bits, model, residuals, thresholds, texts };
+        checkpoint.validate().with_context(|| format!("{} is not usable", dir.display()))?;
+        Ok(checkpoint)
+    }
+
+    /// How it was made.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Tokenizer, chat template, special tokens.
+    pub fn texts(&self) -> &TextFiles {
+        &self.texts
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.embedding()?;
+        self.head()?;
+        self.final_norm()?;
+        for layer in 0..self.config.num_layers {
+            self.layer_norms(layer)?;
+            for projection in Projection::ALL {
+                let linear = self.projection(layer, projection)?;
+                let thresholds = linear.thresholds.as_deref().unwrap_or_default();
+                threshold::validate(thresholds, linear.weight.in_features())
+                    .with_context(|| prefix(layer, projection))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn table(&self, name: &str) -> Result<Dense<'_>> {
+        let (out_features, in_features) = (self.config.vocab_size, self.config.hidden_size);
+        Ok(Dense { in_features, out_features, values: self.model.floats(name, &[out_features, in_features])? })
+    }
+}
+
+impl ModelWeights for Checkpoint {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn embedding(&self) -> Result<Dense<'_>> {
+        self.table(EMBEDDING)
+    }
+
+    fn head(&self) -> Result<Option<Dense<'_>>> {
+        if self.config.tie_word_embeddings { Ok(None) } else { self.table(HEAD).map(Some) }
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        Ok(self.model.f32(FINAL_NORM, &[self.config.hidden_size])?.to_vec())
+    }
+
+    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        read_norms(&self.model, layer, &self.config)
+    }
+
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+        let stored = Stored { model: &self.model, residuals: &self.residuals, thresholds: &self.thresholds };
+        stored.linear(layer, projection, &self.config, self.manifest.group_size, self.bits[layer])
+    }
+
+    fn bits(&self, layer: usize) -> Option<u32> {
+        Some(self.bits[layer])
+    }
+}
+
+/// Where the tensors of a projection are; one file for all three while a checkpoint is in the making.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stored<'a> {
+    model: &'a Tensors,
+    residuals: &'a Tensors,
+    thresholds: &'a Tensors,
+}
+
+impl<'a> Stored<'a> {
+    fn linear(
+        self,
+        layer: usize,
+        projection: Projection,
+        config: &ModelConfig,
+        group_size: Option<usize>, // only LUT-GEMM has groups
+        bits: u32,
+    ) -> Result<Linear<'a>> {
+        let (inputs, outputs) = config.shape(projection);
+        let name = |suffix: &str| format!("{}.{suffix}", prefix(layer, projection));
+        let words = |suffix: &str, shape: &[usize]| self.model.words(&name(suffix), Dtype::I32, shape);
+        let floats = |suffix: &str, shape: &[usize]| self.model.floats(&name(suffix), shape);
+        let bits = bits as usize;
+        let weight = match group_size {
+            None => {
+                let planes = Cow::Borrowed(words("qweight", &[bits, outputs, inputs / 32])?);
+                Weight::AnyPrec(AnyPrec::new(inputs, outputs, bits, planes, floats("lut", &[outputs, 1 << bits])?)?)
+            }
+            Some(group) => {
+                crate::format::lutgemm::ensure_group_size(inputs, group)?;
+                let binary = Cow::Borrowed(words("binary", &[inputs / 32, bits, outputs])?);
+                let alpha = floats("alpha", &[inputs / group, bits, outputs])?;
+                let q_bias = floats("q_bias", &[inputs / group, outputs])?;
+                Weight::LutGemm(LutGemm::new(inputs, outputs, bits, group, binary, alpha, q_bias)?)
+            }
+        };
+        let bias = match self.model.contains(&name("bias")) {
+            true => Some(Cow::Borrowed(self.model.f32(&name("bias"), &[outputs])?)),
+            false => None,
+        };
+        let words = self.residuals.words(&name("residual"), Dtype::U32, &[inputs, outputs / 8])?;
+        let scales = self.residuals.floats(&name("scales"), &[outputs])?;
+        let residual = Some(Residual::new(inputs, outputs, Cow::Borrowed(words), scales)?);
+        let thresholds = Some(Cow::Borrowed(self.thresholds.f32(&name("thresholds"), &[inputs])?));
+        Ok(Linear { weight, bias, residual, thresholds })
+    }
+}
+
+fn read_norms(model: &Tensors, layer: usize, config: &ModelConfig) -> Result<(Vec<f32>, Vec<f32>)> {
+    let norm = |name| model.f32(&format!("{}.{name}", layer_prefix(layer)), &[config.hidden_size]);
+    Ok((norm(INPUT_NORM)?.to_vec(), norm(POST_NORM)?.to_vec()))
+}
+
+fn layer_prefix(layer: usize) -> String {
+    format!("model.layers.{layer}")
+}
+
+fn prefix(layer: usize, projection: Projection) -> String {
+    let module = match projection {
+        Projection::Qkv => "self_attn.qkv_proj",
+        Projection::O => "self_attn.o_proj",
+        Projection::GateUp => "mlp.gate_up_proj",
+        Projection::Down => "mlp.down_proj",
+    };
+    format!("{}.{module}", layer_prefix(layer))
+}
+
+/// Bits of every layer: all the same, or as `bitwidth_map.json` says.
+fn layer_bits(dir: &Path, manifest: &Manifest, layers: usize) -> Result<Vec<u32>> {
+    if !manifest.bits.is_mixed() {
+        return Ok(vec![manifest.bits.low(); layers]);
+    }
+    let path = dir.join(BITWIDTHS);
+    let in_map = || format!("in {}", path.display());
+    let map: BTreeMap<String, u32> = serde_json::from_value(read_json(&path)?).with_context(in_map)?;
+    ensure!(map.len() == layers, "{}: {} layers, the model has {layers}", path.display(), map.len());
+    let (low, high) = (manifest.bits.low(), manifest.bits.high());
+    (0..layers)
+        .map(|layer| match map.get(&layer.to_string()) {
+            Some(&bits) if bits == low || bits == high => Ok(bits),
+            Some(bits) => bail!("layer {layer} has {bits} bits, {low} or {high} are expected"),
+            None => bail!("layer {layer} is missing"),
+        })
+        .collect::<Result<_>>()
+        .with_context(in_map)
+}
+
+fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
+}

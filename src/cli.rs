@@ -1,0 +1,276 @@
+//! The command line. Doc comments here are the help texts.
+//!
+//! Flags that users of the reference know are accepted in their spelling too (`--max_new_tokens`).
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use decdec::checkpoint::{BitWidth, WeightFormat};
+use decdec::dec::Selection;
+
+/// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
+#[derive(Debug, Parser)]
+#[command(name = "decdec", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// One variant for each command.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Quantize a full-precision model into a decdec checkpoint
+    Quantize(QuantizeArgs),
+    /// Generate text and measure how fast
+    Generate(GenerateArgs),
+    /// Measure how good a model is
+    #[command(subcommand)]
+    Eval(EvalCommand),
+    /// Show what a checkpoint or a source holds
+    Inspect(InspectArgs),
+    /// List what can run here, and what is missing otherwise
+    Devices(DevicesArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell that is to complete
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How weights are stored and multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// AnyPrec: one codebook per row
+    Ap,
+    /// LUT-GEMM: binary-coded groups of channels
+    Lutgemm,
+}
+
+impl From<BackendArg> for WeightFormat {
+    fn from(backend: BackendArg) -> Self {
+        match backend {
+            BackendArg::Ap => Self::AnyPrec,
+            BackendArg::Lutgemm => Self::LutGemm,
+        }
+    }
+}
+
+/// The type that products are computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    /// IEEE half precision
+    #[value(alias = "fp16")]
+    Float16,
+    /// bfloat16
+    #[value(alias = "bf16")]
+    Bfloat16,
+    /// IEEE single precision
+    #[value(alias = "fp32")]
+    Float32,
+}
+
+/// How salient channels are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SelectionArg {
+    /// By calibrated buckets of |x|, as in the paper
+    Bucket,
+    /// The largest |x| of each chunk
+    Exact,
+}
+
+impl From<SelectionArg> for Selection {
+    fn from(selection: SelectionArg) -> Self {
+        match selection {
+            SelectionArg::Bucket => Self::Bucket,
+            SelectionArg::Exact => Self::Exact,
+        }
+    }
+}
+
+/// `decdec quantize`
+#[derive(Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// A Hugging Face directory, a .gguf file, or a wheel or zip that contains one
+    pub(crate) source: PathBuf,
+    /// Storage of the weights
+    #[arg(long, value_enum)]
+    pub(crate) backend: BackendArg,
+    /// Bits of a weight: 2 to 8, or 3.5 (half the layers at 4 bits)
+    #[arg(long)]
+    pub(crate) bitwidth: BitWidth,
+    /// Where the checkpoint goes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Calibration text; when absent, the model's own
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calib: Option<PathBuf>,
+    /// Tokens of a calibration sample [default: 512 with --calib, 256 without]
+    #[arg(long, alias = "seq_len")]
+    pub(crate) seq_len: Option<usize>,
+    /// Calibration samples [default: 24 with --calib, 16 without]
+    #[arg(long)]
+    pub(crate) samples: Option<usize>,
+    /// Channels that share a scale in lutgemm [default: the largest of 128, 64, 32 that divides]
+    #[arg(long, alias = "group_size")]
+    pub(crate) group_size: Option<usize>,
+    /// Plain rounding instead of AWQ's scale and clipping search, in lutgemm
+    #[arg(long, alias = "no_awq")]
+    pub(crate) no_awq: bool,
+    /// Decides the calibration text that the model makes
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Print sizes and time estimates, write nothing
+    #[arg(long, alias = "dry_run")]
+    pub(crate) dry_run: bool,
+    /// Replace the checkpoint that is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+/// Where a model runs and how it is compensated.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// auto, cpu, wgpu[:N] or cuda[:N]
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// Type of the products [default: float16 on cuda, float32 elsewhere]
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<DtypeArg>,
+    /// Thread blocks that compensate: one number, or one for each bit width of a mixed checkpoint
+    #[arg(long, alias = "n_tbs", num_args = 1..=2, value_name = "N")]
+    pub(crate) n_tbs: Option<Vec<usize>>,
+    /// Channels compensated per 1024, for qkv, o, gu, d: four numbers, or four for each bit width
+    #[arg(long, alias = "k_chunks", num_args = 1..=8, value_name = "K")]
+    pub(crate) k_chunks: Option<Vec<usize>>,
+    /// How channels are found
+    #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]
+    pub(crate) selection: SelectionArg,
+}
+
+/// `decdec generate`
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// A checkpoint directory, or a full-precision source
+    #[arg(long, alias = "checkpoint_path", value_name = "PATH")]
+    pub(crate) checkpoint_path: PathBuf,
+    /// Text to go on from; without one, a single BOS token
+    #[arg(long)]
+    pub(crate) prompt: Option<String>,
+    /// Independent generations [default: 1 with --prompt, 5 without]
+    #[arg(long, alias = "num_samples")]
+    pub(crate) num_samples: Option<usize>,
+    /// The most tokens to make in each, the prompt not counted
+    #[arg(long, alias = "max_new_tokens", default_value_t = 200)]
+    pub(crate) max_new_tokens: usize,
+    /// Sample among this many of the most probable tokens; 0 for all
+    #[arg(long, alias = "top_k", default_value_t = 200)]
+    pub(crate) top_k: usize,
+    /// Sample among the fewest tokens whose probabilities reach this sum
+    #[arg(long, alias = "top_p", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Sample among tokens at least this share as probable as the most probable one
+    #[arg(long, alias = "min_p", default_value_t = 0.0)]
+    pub(crate) min_p: f32,
+    /// 0 takes the most probable token; above, tokens are sampled
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Decides what is sampled; printed when it was not given
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// 0 generic kernels, 1 specialized kernels, 2 specialized and recorded in a graph (cuda)
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2))]
+    pub(crate) compile: u8,
+    /// The model's name, checked against the checkpoint
+    #[arg(long, alias = "model_name")]
+    pub(crate) model_name: Option<String>,
+    /// Bits of a weight, checked against the checkpoint
+    #[arg(long)]
+    pub(crate) bitwidth: Option<BitWidth>,
+    /// Storage of the weights, checked against the checkpoint
+    #[arg(long, value_enum)]
+    pub(crate) backend: Option<BackendArg>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Put the prompt into the model's chat template
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// System message of the chat
+    #[arg(long, requires = "chat")]
+    pub(crate) system: Option<String>,
+    /// End where this text appears; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Go on after tokens that end a text
+    #[arg(long, alias = "ignore_eos")]
+    pub(crate) ignore_eos: bool,
+    /// Compensate the prompt too
+    #[arg(long, alias = "compensate_prompt")]
+    pub(crate) compensate_prompt: bool,
+    /// The longest context, prompt included [default: what the prompt and --max-new-tokens need]
+    #[arg(long, alias = "max_seq_len")]
+    pub(crate) max_seq_len: Option<usize>,
+    /// Print the text although there is no --prompt
+    #[arg(long, alias = "print_result")]
+    pub(crate) print_result: bool,
+    /// Print one JSON object per generation instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `decdec eval …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Perplexity on a text, in windows that share no context
+    Perplexity(PerplexityArgs),
+}
+
+/// `decdec eval perplexity`
+#[derive(Debug, Args)]
+pub(crate) struct PerplexityArgs {
+    /// A checkpoint directory, or a full-precision source
+    pub(crate) path: PathBuf,
+    /// The text
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+    /// Tokens of a window
+    #[arg(long, alias = "seq_len", default_value_t = 512)]
+    pub(crate) seq_len: usize,
+    /// Which windows, the end excluded, as in 100..112 [default: all]
+    #[arg(long, value_parser = parse_range)]
+    pub(crate) windows: Option<Range<usize>>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// A full-precision source to measure divergence from
+    #[arg(long, value_name = "SOURCE")]
+    pub(crate) compare: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `decdec inspect`
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A checkpoint directory, or a full-precision source
+    pub(crate) path: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `decdec devices`
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    /// Print one JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `A..B`
+fn parse_range(text: &str) -> Result<Range<usize>, String> {
+    let (start, end) = text.split_once("..").ok_or("two numbers are expected, as in 100..112")?;
+    let number = |part: &str| part.parse::<usize>().map_err(|_| format!("'{part}' is not a number"));
+    let (start, end) = (number(start)?, number(end)?);
+    if start < end { Ok(start..end) } else { Err(format!("{start}..{end} is empty, the end is excluded")) }
+}

@@ -1,0 +1,69 @@
+//! `decdec eval perplexity`
+
+use anyhow::{Context, Result, bail, ensure};
+use decdec::backend::DecodeBackend;
+use decdec::eval::{self, Evaluation};
+use decdec::open::Opened;
+use decdec::tokenizer::Tokenizer;
+
+use super::devices::{Job, on_device};
+use crate::cli::PerplexityArgs;
+
+/// Runs the command.
+#[allow(clippy::print_stdout, reason = "the command's result")]
+pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
+    let opened = Opened::open(&args.path)?;
+    let source = args.compare.as_deref().map(|path| Opened::open(path)).transpose()?;
+    if let Some(source) = &source {
+        let (ours, theirs) = (opened.weights().config().vocab_size, source.weights().config().vocab_size);
+        ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs}, they cannot be compared");
+    }
+    let text = std::fs::read_to_string(&args.text)
+        .with_context(|| format!("cannot read the text {}", args.text.display()))?;
+    let tokens = Tokenizer::new(opened.texts(), opened.weights().config())?.encode(&text)?;
+    let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
+    let windows = eval::windows(&tokens, args.seq_len, range)?;
+    let evaluation = on_device(
+        &args.run.device,
+        args.run.dtype,
+        Perplexity { args, opened: &opened, source: source.as_ref(), windows: &windows },
+    )?;
+    if args.json {
+        println!("{}", serde_json::to_string(&evaluation)?);
+        return Ok(());
+    }
+    println!("perplexity {:.3} over {} predictions", evaluation.perplexity, evaluation.predictions);
+    if let (Some(kl), Some(agreement)) = (evaluation.kl_divergence, evaluation.top1_agreement) {
+        println!("KL divergence {kl:.5} nats, top-1 agreement {:.2} %", 100.0 * agreement);
+    }
+    Ok(())
+}
+
+struct Perplexity<'a> {
+    args: &'a PerplexityArgs,
+    opened: &'a Opened,
+    source: Option<&'a Opened>,
+    windows: &'a [&'a [u32]],
+}
+
+impl Job for Perplexity<'_> {
+    type Output = Evaluation;
+
+    fn run<B: DecodeBackend>(self, backend: &B) -> Result<Evaluation> {
+        let mut model = super::load(backend, self.opened.weights())?;
+        let compensation = super::compensation(&model, &self.args.run)?;
+        model.compensate(compensation.as_ref())?;
+        let source = self.source.map(|source| super::load(backend, source.weights())).transpose()?;
+        let bar = super::progress(self.windows.len(), "reading");
+        let interrupted = super::interrupt_flag()?;
+        let evaluation = eval::perplexity(&model, source.as_ref(), self.windows, |done| {
+            bar.set_position(done as u64);
+            if interrupted.load(std::sync::atomic::Ordering::SeqCst) {
+                bail!(super::Interrupted);
+            }
+            Ok(())
+        })?;
+        bar.finish_and_clear();
+        Ok(evaluation)
+    }
+}

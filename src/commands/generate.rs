@@ -1,0 +1,270 @@
+//! `decdec generate`
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use decdec::backend::DecodeBackend;
+use decdec::generate::{Finish, Generated, Request, generate};
+use decdec::model::{Compensation, Model, State};
+use decdec::open::Opened;
+use decdec::sampling::Sampling;
+use decdec::tokenizer::{Message, TextStream, Tokenizer};
+
+use super::Interrupted;
+use super::devices::{Job, on_device};
+use crate::cli::GenerateArgs;
+
+/// Runs the command.
+pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
+    let sampling = sampling(args)?;
+    let opened = Opened::open(&args.checkpoint_path)?;
+    opened.expect(args.backend.map(Into::into), args.bitwidth)?;
+    let tokenizer = Tokenizer::new(opened.texts(), opened.weights().config())?;
+    let prompt = prompt(args, &tokenizer)?;
+    let max = opened.weights().config().max_position_embeddings;
+    let limit = args.max_seq_len.unwrap_or(max);
+    ensure!(limit <= max, "--max-seq-len is {limit}, the model's context is {max}");
+    ensure!(
+        prompt.len() <= limit,
+        "the prompt has {} tokens, the context has room for {limit}, shorten the prompt",
+        prompt.len()
+    );
+    let job = Generation { args, opened: &opened, tokenizer: &tokenizer, prompt: &prompt, limit, sampling };
+    on_device(&args.run.device, args.run.dtype, job)
+}
+
+fn sampling(args: &GenerateArgs) -> Result<Sampling> {
+    let share = |flag: &str, value: f32| {
+        ensure!((0.0..=1.0).contains(&value), "{flag} is {value}, 0 to 1 are allowed");
+        Ok(value)
+    };
+    let temperature = args.temperature;
+    ensure!(temperature >= 0.0 && temperature.is_finite(), "--temperature is {temperature}, 0 or more is allowed");
+    Ok(Sampling {
+        temperature,
+        top_k: args.top_k,
+        top_p: share("--top-p", args.top_p)?,
+        min_p: share("--min-p", args.min_p)?,
+    })
+}
+
+/// The tokens to go on from.
+fn prompt(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let Some(text) = &args.prompt else {
+        ensure!(!args.chat, "--chat needs a --prompt");
+        let bos = tokenizer.bos().context("the model has no BOS token to start from, give a --prompt")?;
+        return Ok(vec![bos]);
+    };
+    ensure!(!text.is_empty(), "the prompt is empty, give some text, or leave --prompt out to start from BOS");
+    if !args.chat {
+        return tokenizer.encode(text);
+    }
+    let mut messages = Vec::new();
+    messages.extend(args.system.as_deref().map(|system| Message::new("system", system)));
+    messages.push(Message::new("user", text));
+    tokenizer.encode_chat(&tokenizer.chat(&messages, true)?)
+}
+
+struct Generation<'a> {
+    args: &'a GenerateArgs,
+    opened: &'a Opened,
+    tokenizer: &'a Tokenizer,
+    prompt: &'a [u32],
+    limit: usize,
+    sampling: Sampling,
+}
+
+impl Job for Generation<'_> {
+    type Output = ();
+
+    fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
+        let args = self.args;
+        let mut model = super::load(backend, self.opened.weights())?;
+        let compensation = super::compensation(&model, &args.run)?;
+        model.compensate(compensation.as_ref())?;
+        let mut state = model.state(self.limit.min(self.prompt.len() + args.max_new_tokens))?;
+        let seed = args.seed.unwrap_or_else(fresh_seed);
+        if args.seed.is_none() && self.sampling.temperature > 0.0 {
+            tracing::info!("--seed {seed}");
+        }
+        let samples = args.num_samples.unwrap_or(if args.prompt.is_some() { 1 } else { 5 });
+        let mut all = Vec::with_capacity(samples);
+        for i in 0..samples {
+            let sample = self.sample(&model, &mut state, i, seed.wrapping_add(i as u64), compensation.as_ref())?;
+            all.push(sample);
+        }
+        if !all.is_empty() {
+            self.report(&summary(&all, self.prompt.len()));
+        }
+        Ok(())
+    }
+}
+
+impl Generation<'_> {
+    /// Text goes to stdout when there is a prompt or it was asked for.
+    fn prints_text(&self) -> bool {
+        !self.args.json && (self.args.print_result || self.args.prompt.is_some())
+    }
+
+    /// Measurements go to stdout unless text or JSON is there.
+    #[allow(clippy::print_stdout, clippy::print_stderr, reason = "the command's result")]
+    fn report(&self, line: &str) {
+        if self.args.json || self.prints_text() {
+            eprintln!("{line}");
+        } else {
+            println!("{line}");
+        }
+    }
+
+    #[allow(clippy::print_stdout, reason = "the command's result")]
+    fn sample<B: DecodeBackend>(
+        &self,
+        model: &Model<'_, B>,
+        state: &mut State<B>,
+        index: usize,
+        seed: u64,
+        compensation: Option<&Compensation>,
+    ) -> Result<Generated> {
+        let stop_ids = if self.args.ignore_eos { &[] } else { self.tokenizer.stop_ids() };
+        let request = Request {
+            prompt: self.prompt,
+            max_new_tokens: self.args.max_new_tokens,
+            sampling: self.sampling,
+            seed,
+            stop_ids,
+            compensate_prompt: self.args.compensate_prompt,
+        };
+        let interrupted = super::interrupt_flag()?;
+        let mut writer = Writer::new(self.tokenizer.stream(), &self.args.stop, self.prints_text());
+        let made = generate(model, state, &request, |id| writer.push(id, interrupted))?;
+        let text = writer.finish()?;
+        if self.args.json {
+            let run = model.backend().device();
+            let line = serde_json::json!({
+                "sample": index + 1,
+                "text": text,
+                "tokens": made.tokens,
+                "finish": made.finish,
+                "prompt_tokens": self.prompt.len(),
+                "new_tokens": made.tokens.len(),
+                "prompt_seconds": made.prompt_time.as_secs_f64(),
+                "decode_seconds": made.decode_time.as_secs_f64(),
+                "tokens_per_second": made.tokens_per_second(),
+                "decode_tokens_per_second": made.decode_per_second(),
+                "seed": seed,
+                "temperature": self.sampling.temperature,
+                "device": run.id,
+                "n_tbs": compensation.map(|c| c.by_bits.iter().map(|l| l.n_tb).collect::<Vec<_>>()),
+                "k_chunks": compensation.map(|c| c.by_bits.iter().flat_map(|l| l.k_chunks).collect::<Vec<_>>()),
+                "selection": compensation.map(|c| c.selection),
+            });
+            println!("{line}");
+        }
+        if interrupted.load(Ordering::SeqCst) {
+            bail!(Interrupted);
+        }
+        let total = (made.prompt_time + made.decode_time).as_secs_f64();
+        self.report(&format!(
+            "Time for inference {}: {total:.2} sec total, {:.2} tokens/sec",
+            index + 1,
+            made.tokens_per_second()
+        ));
+        if made.finish == Finish::Context {
+            tracing::warn!("the context of {} tokens is full", self.limit);
+        }
+        Ok(made)
+    }
+}
+
+/// Averages over all samples, prompt and decode apart.
+fn summary(all: &[Generated], prompt_tokens: usize) -> String {
+    let mean = |of: &dyn Fn(&Generated) -> f64| all.iter().map(of).sum::<f64>() / all.len() as f64;
+    let per_second = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+    format!(
+        "Average tokens/sec: {:.2} (prompt {:.2} tokens/sec, decode {:.2} tokens/sec)",
+        mean(&Generated::tokens_per_second),
+        mean(&|g| per_second(prompt_tokens, g.prompt_time)),
+        mean(&Generated::decode_per_second),
+    )
+}
+
+/// A seed that differs from run to run.
+fn fresh_seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    // Short enough to be typed back.
+    u64::from(now.subsec_nanos()) ^ (now.as_secs() & 0xffff_ffff)
+}
+
+/// Text as it is made: whole characters only, ending before a stop text.
+struct Writer<'a> {
+    stream: TextStream<'a>,
+    stops: &'a [String],
+    print: bool,
+    text: String,
+    printed: usize,
+    stopped: bool,
+}
+
+impl<'a> Writer<'a> {
+    fn new(stream: TextStream<'a>, stops: &'a [String], print: bool) -> Self {
+        Self { stream, stops, print, text: String::new(), printed: 0, stopped: false }
+    }
+
+    fn push(&mut self, id: u32, interrupted: &AtomicBool) -> Result<ControlFlow<()>> {
+        if let Some(piece) = self.stream.push(id)? {
+            self.append(&piece)?;
+        }
+        let end = self.stopped || interrupted.load(Ordering::SeqCst);
+        Ok(if end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+
+    fn append(&mut self, piece: &str) -> Result<()> {
+        // A stop text may have begun in what is there already.
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
+        let mut from = self.text.len().saturating_sub(longest);
+        while !self.text.is_char_boundary(from) {
+            from -= 1;
+        }
+        self.text.push_str(piece);
+        let found = self.stops.iter().filter(|s| !s.is_empty()).filter_map(|s| self.text[from..].find(s.as_str()));
+        if let Some(at) = found.min() {
+            self.text.truncate(from + at);
+            self.stopped = true;
+        }
+        let held = if self.stopped { 0 } else { self.may_become_stop() };
+        self.print_to(self.text.len() - held)
+    }
+
+    /// Bytes at the end of the text with which a stop text may begin.
+    fn may_become_stop(&self) -> usize {
+        let begins = |stop: &String| {
+            (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && self.text.ends_with(&stop[..n])).unwrap_or(0)
+        };
+        self.stops.iter().map(begins).max().unwrap_or(0)
+    }
+
+    fn print_to(&mut self, end: usize) -> Result<()> {
+        if self.print && end > self.printed {
+            let mut stdout = std::io::stdout().lock();
+            stdout.write_all(&self.text.as_bytes()[self.printed..end]).and_then(|()| stdout.flush())?;
+        }
+        self.printed = self.printed.max(end);
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<String> {
+        if !self.stopped
+            && let Some(rest) = self.stream.flush()?
+        {
+            self.append(&rest)?;
+        }
+        self.print_to(self.text.len())?;
+        if self.print {
+            writeln!(std::io::stdout())?;
+        }
+        Ok(self.text)
+    }
+}

@@ -1,0 +1,155 @@
+//! The stages of a quantization, each of which finds on disk what an interrupted run has done of it.
+
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use indicatif::ProgressBar;
+
+use super::calibrate::Activations;
+use super::forward::{Layer, Rope};
+use super::{Calibration, Options, mixed, sample};
+use crate::checkpoint::{CheckpointWriter, Manifest};
+use crate::config::Projection;
+use crate::weights::ModelWeights;
+
+/// File of the calibration tokens: u32, little-endian.
+const TOKENS: &str = "tokens.bin";
+/// File of the activations before the next layer: its index as u64, then f32, all little-endian.
+const ACTIVATIONS: &str = "activations.bin";
+
+/// A quantization on its way.
+pub(super) struct Job<'a> {
+    pub(super) source: &'a dyn ModelWeights,
+    pub(super) options: &'a Options,
+    pub(super) manifest: &'a Manifest,
+    pub(super) writer: &'a CheckpointWriter,
+    pub(super) stop: &'a AtomicBool,
+    pub(super) progress: &'a ProgressBar,
+}
+
+impl Job<'_> {
+    /// Steps of the progress bar: texts through one layer; quantizing a layer, and sampling, count as the texts that
+    /// take about as long.
+    pub(super) fn work(&self) -> u64 {
+        let (layers, texts) = (self.source.config().num_layers as u64, self.options.calibration.samples() as u64);
+        let sampling = match self.options.calibration {
+            Calibration::Sampled { seq_len, .. } => texts * seq_len as u64,
+            Calibration::Text { .. } => 0,
+        };
+        let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
+        sampling + layers * (texts + self.layer_work()) + mixed
+    }
+
+    fn layer_work(&self) -> u64 {
+        let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
+        widths * self.options.calibration.samples() as u64
+    }
+
+    /// The calibration tokens, windows of `seq_len`, one after the other.
+    pub(super) fn calibration(&self) -> Result<Vec<u32>> {
+        match &self.options.calibration {
+            Calibration::Text { tokens, seq_len, .. } => {
+                Ok(tokens[..self.options.calibration.samples() * seq_len].to_vec())
+            }
+            &Calibration::Sampled { seq_len, samples, seed } => {
+                self.progress.set_message("sampling text");
+                let kept = self.writer.read_file(TOKENS).filter(|bytes| bytes.len() == 4 * samples * seq_len);
+                if let Some(bytes) = kept {
+                    self.progress.inc((samples * seq_len) as u64);
+                    return Ok(bytemuck::pod_collect_to_vec(&bytes));
+                }
+                let ids = sample::sample(self.source, samples, seq_len, seed, self.stop, self.progress)?;
+                self.writer.write_file(TOKENS, bytemuck::cast_slice(&ids))?;
+                Ok(ids)
+            }
+        }
+    }
+
+    /// Quantizes every layer that is not finished, at every bit width that is needed.
+    pub(super) fn layers(&self, ids: &[u32]) -> Result<()> {
+        let config = self.source.config();
+        let seq_len = self.options.calibration.seq_len();
+        let rope = Rope::new(config, seq_len);
+        let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
+        let widths = (self.manifest.bits.low()..).take(widths);
+        let (first, mut activations) = self.activations(ids)?;
+        self.progress.inc(first as u64 * (self.options.calibration.samples() as u64 + self.layer_work()));
+        self.progress.reset_eta();
+        for index in first..config.num_layers {
+            self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
+            let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
+            let missing: Vec<u32> = widths.clone().filter(|&bits| !self.writer.has_layer(index, bits)).collect();
+            let inputs = activations.advance(config, &layer, &rope, !missing.is_empty(), self.stop, self.progress)?;
+            for &bits in &missing {
+                super::ensure_running(self.stop)?;
+                let (norms, linears) = super::quantize_layer(self, bits, &layer, &inputs)
+                    .with_context(|| format!("layer {index}"))?;
+                self.writer.write_layer(index, bits, &norms, &linears)?;
+            }
+            self.progress.inc(self.layer_work());
+            self.keep(index + 1, &activations)?;
+        }
+        Ok(())
+    }
+
+    /// The next layer and what enters it.
+    fn activations(&self, ids: &[u32]) -> Result<(usize, Activations)> {
+        let config = self.source.config();
+        let (tokens, hidden) = (self.options.calibration.seq_len(), config.hidden_size);
+        let kept = self.writer.read_file(ACTIVATIONS).filter(|bytes| bytes.len() == 8 + 4 * ids.len() * hidden);
+        if let Some((index, h)) = kept.as_deref().and_then(|bytes| bytes.split_first_chunk::<8>()) {
+            let index = u64::from_le_bytes(*index) as usize;
+            return Ok((index, Activations::resume(bytemuck::pod_collect_to_vec(h), tokens, hidden)));
+        }
+        Ok((0, Activations::embed(&self.source.embedding()?, ids, tokens)?))
+    }
+
+    fn keep(&self, next: usize, activations: &Activations) -> Result<()> {
+        let mut bytes = (next as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(bytemuck::cast_slice(&activations.h));
+        self.writer.write_file(ACTIVATIONS, &bytes)
+    }
+}
+
+/// Everything that a result depends on, in words and hashes: unfinished work with another key is of no use.
+pub(super) fn key(source: &dyn ModelWeights, manifest: &Manifest, options: &Options) -> Result<String> {
+    let config = source.config();
+    let mut hash = Fnv::new();
+    let mut row = vec![0.0; config.hidden_size.max(config.shape(Projection::O).0)];
+    for layer in 0..config.num_layers {
+        let (input, post) = source.layer_norms(layer)?;
+        hash.floats(&input);
+        hash.floats(&post);
+        // A few rows stand for the layer: fine-tuned models share norms, not projections.
+        let linear = source.projection(layer, Projection::O)?;
+        let row = &mut row[..linear.weight.in_features()];
+        for i in [0, linear.weight.out_features() / 2] {
+            linear.weight.row(i, row);
+            hash.floats(row);
+        }
+    }
+    if let Calibration::Text { tokens, .. } = &options.calibration {
+        hash.bytes(bytemuck::cast_slice(tokens));
+    }
+    let manifest = serde_json::to_string(manifest)?;
+    Ok(format!("{}\n{manifest}\nawq {}\n{config:?}\n{:016x}\n", env!("CARGO_PKG_VERSION"), options.awq, hash.0))
+}
+
+/// The hash FNV-1a, the same in every version of this program.
+struct Fnv(u64);
+
+impl Fnv {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+
+    fn floats(&mut self, values: &[f32]) {
+        self.bytes(bytemuck::cast_slice(values));
+    }
+}

@@ -1,0 +1,132 @@
+//! Which layers get more bits: those whose raising brings the model nearest to full precision (DecDEC, Park et al.
+//! 2025, §6 chooses by KL divergence too).
+//!
+//! Every layer is raised alone, all others staying at the lower width, and the divergence of the predictions from
+//! those of the full-precision model is measured. All these models go through the layers side by side: before the
+//! layer that tells them apart they are one, so `n` layers cost as much as `n²/2 + 2n` passes through a layer,
+//! and only one layer is in memory at a time.
+
+use anyhow::Result;
+use rayon::prelude::*;
+
+use super::calibrate::Activations;
+use super::forward::{Layer, Rope, norm};
+use super::job::Job;
+use super::{Calibration, sample};
+use crate::checkpoint::LayerFile;
+
+/// Tokens on which the divergence is measured.
+const TOKENS: usize = 512;
+
+/// Texts, and tokens of each, on which the divergence is measured.
+fn windows(calibration: &Calibration) -> (usize, usize) {
+    let tokens = calibration.seq_len().min(TOKENS);
+    ((TOKENS / tokens).min(calibration.samples()), tokens)
+}
+
+/// Passes of one text through one layer.
+pub(super) fn work(calibration: &Calibration, layers: u64) -> u64 {
+    windows(calibration).0 as u64 * (2 * layers + layers * (layers + 1) / 2)
+}
+
+/// Bits of every layer, half of them raised, and the divergence with each layer raised alone (nats, the mean over
+/// tokens).
+pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)> {
+    let config = job.source.config();
+    let (low, high) = (job.manifest.bits.low(), job.manifest.bits.high());
+    job.progress.set_message("choosing layers");
+    let seq_len = job.options.calibration.seq_len();
+    let (texts, tokens) = windows(&job.options.calibration);
+    let apart = job.options.calibration.samples() / texts * seq_len;
+    let ids: Vec<u32> = (0..texts).flat_map(|text| &ids[text * apart..][..tokens]).copied().collect();
+    let rope = Rope::new(config, tokens);
+    let mut full = Activations::embed(&job.source.embedding()?, &ids, tokens)?;
+    let mut base = full.clone();
+    let mut raised: Vec<Activations> = Vec::new();
+    for index in 0..config.num_layers {
+        let advance = |activations: &mut Activations, layer: &Layer| {
+            activations.advance(config, layer, &rope, false, job.stop, job.progress)
+        };
+        advance(&mut full, &Layer::read(job.source, index)?)?;
+        raised.push(base.clone());
+        let last = raised.len() - 1;
+        advance(&mut raised[last], &read(job, &job.writer.layer(index, high)?)?)?;
+        let lower = read(job, &job.writer.layer(index, low)?)?;
+        for activations in raised[..last].iter_mut().chain([&mut base]) {
+            advance(activations, &lower)?;
+        }
+    }
+    let (embedding, head) = (job.source.embedding()?, job.source.head()?);
+    let final_norm = job.source.final_norm()?;
+    let predict = |activations: &Activations| {
+        let x = norm(&activations.h, &final_norm, config.rms_norm_eps);
+        sample::logits(head.as_ref().unwrap_or(&embedding), &x)
+    };
+    let truth = predict(&full);
+    let divergences = raised
+        .iter()
+        .map(|activations| {
+            super::ensure_running(job.stop)?;
+            Ok(divergence(&truth, &predict(activations), config.vocab_size))
+        })
+        .collect::<Result<Vec<f64>>>()?;
+    Ok((raise_half(&divergences, low, high), divergences))
+}
+
+fn read(job: &Job<'_>, file: &LayerFile) -> Result<Layer> {
+    let config = job.source.config();
+    Layer::collect(file.norms(config)?, |projection| file.projection(projection, config, job.manifest.group_size))
+}
+
+/// The half of the layers (rounded down) that leaves the least divergence when raised gets `high` bits, the first
+/// ones among equals.
+fn raise_half(divergences: &[f64], low: u32, high: u32) -> Vec<u32> {
+    let mut order: Vec<usize> = (0..divergences.len()).collect();
+    order.sort_by(|&a, &b| divergences[a].total_cmp(&divergences[b]));
+    let mut bits = vec![low; divergences.len()];
+    order[..divergences.len() / 2].iter().for_each(|&layer| bits[layer] = high);
+    bits
+}
+
+/// Mean Kullback-Leibler divergence of `of` from `from`, both logits `[tokens, vocab_size]`, in nats.
+fn divergence(from: &[f32], of: &[f32], vocab_size: usize) -> f64 {
+    let log_sum = |row: &[f32]| {
+        let max = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+        f64::from(max) + row.iter().map(|&x| f64::from((x - max).exp())).sum::<f64>().ln()
+    };
+    let each: Vec<f64> = from
+        .par_chunks_exact(vocab_size)
+        .zip(of.par_chunks_exact(vocab_size))
+        .map(|(p, q)| {
+            let (p_sum, q_sum) = (log_sum(p), log_sum(q));
+            let terms = p.iter().zip(q).map(|(&p, &q)| {
+                let log_p = f64::from(p) - p_sum;
+                log_p.exp() * (log_p - (f64::from(q) - q_sum))
+            });
+            terms.sum()
+        })
+        .collect();
+    each.iter().sum::<f64>() / each.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_layers_that_help_most_are_raised() {
+        assert_eq!(raise_half(&[0.5, 0.1, 0.4, 0.2], 3, 4), [3, 4, 3, 4]);
+        assert_eq!(raise_half(&[0.5, 0.1, 0.4], 3, 4), [3, 4, 3]);
+        assert_eq!(raise_half(&[1.0, 1.0], 3, 4), [4, 3]);
+    }
+
+    #[test]
+    fn divergence_is_that_of_the_distributions() {
+        // p = (1/2, 1/2), q = (1/4, 3/4), up to a shift that must not matter.
+        let (p, q) = ([0.0, 0.0], [5.0 + 0.25f32.ln(), 5.0 + 0.75f32.ln()]);
+        let want = 0.5 * 2f64.ln() + 0.5 * (2f64 / 3.0).ln();
+        assert!((divergence(&p, &q, 2) - want).abs() < 1e-6);
+        assert!(divergence(&q, &q, 2).abs() < 1e-12);
+        assert!((divergence(&q, &p, 2) - want).abs() > 1e-3, "the order matters");
+    }
+}

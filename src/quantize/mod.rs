@@ -1,0 +1,298 @@
+//! From full precision to a checkpoint, one layer at a time (spec §2).
+//!
+//! Calibration texts go through the layers in full precision. What enters a layer's projections says which
+//! channels matter; the layer is quantized, what that lost is quantized to 4 bits, and both go to disk before
+//! the next layer is read. Memory holds one layer in f32, the texts' activations, and a few copies of one matrix.
+
+mod awq;
+mod calibrate;
+mod estimate;
+mod forward;
+mod job;
+mod mixed;
+mod sample;
+mod sqllm;
+
+use std::borrow::Cow;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+
+use crate::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized, WeightFormat};
+use crate::config::{ModelConfig, Projection};
+use crate::format::lutgemm::ensure_group_size;
+use crate::format::{Dense, Floats, Residual};
+use crate::tokenizer::TextFiles;
+use crate::weights::{Linear, ModelWeights, Weight};
+
+pub use estimate::{Estimate, estimate};
+use forward::{Affine, Inputs, Layer};
+use job::Job;
+
+/// What to make.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// How weights are stored.
+    pub backend: WeightFormat,
+    /// Bits of a weight.
+    pub bits: BitWidth,
+    /// Channels of a group, for [`WeightFormat::LutGemm`]; `None` takes the largest of 128, 64, 32 that fits.
+    pub group_size: Option<usize>,
+    /// For [`WeightFormat::LutGemm`]: AWQ's scales and clipping; without, plain rounding.
+    pub awq: bool,
+    /// What the model reads while it is watched.
+    pub calibration: Calibration,
+    /// What the model was made from, for the record.
+    pub source: String,
+    /// Replace an existing checkpoint.
+    pub overwrite: bool,
+}
+
+/// Where calibration tokens come from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Calibration {
+    /// The first `samples` windows of `seq_len` tokens of a text.
+    Text {
+        /// The text's ids.
+        tokens: Vec<u32>,
+        /// Tokens of a window.
+        seq_len: usize,
+        /// Windows.
+        samples: usize,
+        /// The text's name, for the record.
+        name: String,
+    },
+    /// Texts sampled from the model itself.
+    Sampled {
+        /// Tokens of a text.
+        seq_len: usize,
+        /// Texts.
+        samples: usize,
+        /// The same seed gives the same texts.
+        seed: u64,
+    },
+}
+
+impl Calibration {
+    /// Tokens of a window in calibration text, unless something else is asked for.
+    pub const TEXT_SEQ_LEN: usize = 512;
+    /// Windows of calibration text, unless something else is asked for.
+    pub const TEXT_SAMPLES: usize = 24;
+    /// Tokens of a sampled text, unless something else is asked for.
+    pub const SAMPLED_SEQ_LEN: usize = 256;
+    /// Sampled texts, unless something else is asked for.
+    pub const SAMPLED_SAMPLES: usize = 16;
+
+    fn seq_len(&self) -> usize {
+        match *self {
+            Self::Text { seq_len, .. } | Self::Sampled { seq_len, .. } => seq_len,
+        }
+    }
+
+    /// Windows that there will be.
+    fn samples(&self) -> usize {
+        match self {
+            Self::Text { tokens, seq_len, samples, .. } => (*samples).min(tokens.len() / (*seq_len).max(1)),
+            Self::Sampled { samples, .. } => *samples,
+        }
+    }
+
+    fn describe(&self) -> String {
+        let size = format!("{} x {} tokens", self.samples(), self.seq_len());
+        match self {
+            Self::Text { name, .. } => format!("{name}, {size}"),
+            Self::Sampled { seed, .. } => format!("sampled from the model, {size}, seed {seed}"),
+        }
+    }
+
+    fn validate(&self, config: &ModelConfig) -> Result<()> {
+        let (seq_len, context) = (self.seq_len(), config.max_position_embeddings);
+        ensure!(
+            (1..=context).contains(&seq_len),
+            "windows of {seq_len} tokens, 1 to {context} (the model's context) are allowed, use --seq-len"
+        );
+        if let Self::Text { tokens, samples, .. } = self {
+            let found = tokens.len();
+            ensure!(
+                *samples == 0 || found >= seq_len,
+                "the calibration text has {found} tokens, at least one window of {seq_len} is needed: give more text \
+                 or a smaller --seq-len"
+            );
+        }
+        ensure!(self.samples() > 0, "0 windows of calibration text, at least 1 is needed, use --samples");
+        Ok(())
+    }
+}
+
+/// The job was told to stop; what it finished is kept, and the same command goes on from there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted, finished layers are kept: the same command goes on from there")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+fn ensure_running(stop: &AtomicBool) -> Result<()> {
+    if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) }
+}
+
+/// What was made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// What the checkpoint says of itself.
+    pub manifest: Manifest,
+    /// Bits of every layer.
+    pub bits: Vec<u32>,
+    /// For mixed widths: mean KL divergence, in nats, from full precision with this one layer raised and all
+    /// others not; empty otherwise.
+    pub divergences: Vec<f64>,
+    /// Calibration tokens.
+    pub tokens: usize,
+    /// Time of this run.
+    pub elapsed: Duration,
+}
+
+/// Makes a checkpoint of `source` at `out`. Finished layers are kept in `OUT.partial` until the end; a job that was
+/// interrupted goes on from there. Setting `stop` ends it soon, with [`Interrupted`].
+///
+/// # Errors
+/// Options that do not fit the model, an existing `out`, a source that cannot be read, a disk that is full. `out`
+/// is as it was then.
+pub fn quantize(
+    source: &dyn ModelWeights,
+    texts: &TextFiles,
+    options: &Options,
+    out: &Path,
+    stop: &AtomicBool,
+    progress: &ProgressBar,
+) -> Result<Report> {
+    let start = Instant::now();
+    let config = source.config();
+    ensure!(source.bits(0).is_none(), "the source is already quantized, a full-precision model is expected");
+    let manifest = plan(config, options)?;
+    let key = job::key(source, &manifest, options)?;
+    let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
+    let style = "{msg:<24} {bar:32} {percent:>3} %, {eta} left";
+    progress.set_style(ProgressStyle::with_template(style).context("progress bar")?);
+    let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };
+    progress.set_length(job.work());
+    let ids = job.calibration()?;
+    job.layers(&ids)?;
+    let (bits, divergences) = match manifest.bits.is_mixed() {
+        true => mixed::choose(&job, &ids)?,
+        false => (vec![manifest.bits.low(); config.num_layers], Vec::new()),
+    };
+    progress.set_message("writing");
+    let rest = unquantized(source)?;
+    writer.finish(config, &manifest, &bits, &rest, texts)?;
+    progress.finish_and_clear();
+    Ok(Report { manifest, bits, divergences, tokens: ids.len(), elapsed: start.elapsed() })
+}
+
+/// Checks the options against the model and settles what they leave open.
+fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
+    options.calibration.validate(config)?;
+    for projection in Projection::ALL {
+        let (inputs, outputs) = config.shape(projection);
+        ensure!(
+            inputs.is_multiple_of(32) && outputs.is_multiple_of(8),
+            "{projection} has {inputs} input channels and {outputs} rows, multiples of 32 and 8 are expected: this \
+             model cannot be quantized"
+        );
+    }
+    let group_size = match options.backend {
+        WeightFormat::AnyPrec => {
+            ensure!(options.group_size.is_none(), "a group size is for --backend lutgemm, ap has one codebook per row");
+            None
+        }
+        WeightFormat::LutGemm => Some(group_size(config, options.group_size)?),
+    };
+    Ok(Manifest {
+        version: FORMAT_VERSION,
+        backend: options.backend,
+        bits: options.bits,
+        group_size,
+        residual_bits: 4,
+        source: options.source.clone(),
+        calibration: options.calibration.describe(),
+    })
+}
+
+/// The group size asked for, or the largest usual one, that tiles every projection's input.
+fn group_size(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
+    let inputs = Projection::ALL.map(|p| config.shape(p).0);
+    let fits = |group: usize| inputs.iter().all(|&inputs| ensure_group_size(inputs, group).is_ok());
+    let usual: Vec<usize> = [128, 64, 32].into_iter().filter(|&g| fits(g)).collect();
+    match asked {
+        None => usual.first().copied().context("no group size of 128, 64 or 32 divides the model's input channels"),
+        Some(group) if fits(group) => Ok(group),
+        Some(group) => bail!(
+            "group size {group} does not divide {} and {} input channels in multiples of 32, use --group-size {}",
+            config.hidden_size,
+            config.intermediate_size,
+            usual.iter().map(usize::to_string).collect::<Vec<_>>().join(" or ")
+        ),
+    }
+}
+
+/// What enters a layer in two places: γ before attention, γ before the feed-forward part.
+type Norms = (Vec<f32>, Vec<f32>);
+
+/// Quantizes one layer to `bits`: norms and projections as they are stored.
+fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> Result<(Norms, [Linear<'static>; 4])> {
+    let (config, group_size, bits) = (job.source.config(), job.manifest.group_size, bits as usize);
+    let (mut layer, mut inputs) = (Cow::Borrowed(layer), Cow::Borrowed(inputs));
+    let awq = job.options.awq;
+    if let (Some(group_size), true) = (group_size, awq) {
+        awq::scale(config, layer.to_mut(), inputs.to_mut(), bits, group_size);
+    }
+    let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
+        ensure_running(job.stop)?;
+        let (linear, x) = (layer.linear(projection), &inputs[projection.index()]);
+        let weight = match group_size {
+            None => sqllm::quantize(linear, bits, &calibrate::energy(x, linear.in_features))?,
+            Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(x))?,
+        };
+        finish(linear, x, weight)
+    });
+    Ok(((layer.input_norm.clone(), layer.post_norm.clone()), [qkv?, o?, gate_up?, down?]))
+}
+
+/// Adds what compensation needs: the residual against what is stored, the thresholds of what comes in.
+fn finish(linear: &Affine, x: &[f32], weight: Weight<'static>) -> Result<Linear<'static>> {
+    let (inputs, outputs) = (linear.in_features, linear.out_features);
+    let mut lost = vec![0.0; inputs * outputs];
+    lost.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, lost)| {
+        weight.row(row, lost);
+        lost.iter_mut().zip(linear.row(row)).for_each(|(lost, w)| *lost = w - *lost);
+    });
+    let residual = Some(Residual::quantize(inputs, outputs, &lost)?);
+    let thresholds = Some(Cow::Owned(calibrate::thresholds(x, inputs)));
+    Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
+}
+
+/// What stays as it is. Single precision becomes half precision where that does not overflow.
+fn unquantized(source: &dyn ModelWeights) -> Result<Unquantized<'_>> {
+    let embedding = halved(source.embedding()?);
+    let head = source.head()?.map(halved);
+    Ok(Unquantized { embedding, head, final_norm: source.final_norm()? })
+}
+
+fn halved(dense: Dense<'_>) -> Dense<'_> {
+    let values = match dense.values {
+        Floats::F32(values) if values.iter().all(|x| x.abs() < half::f16::MAX.to_f32()) => {
+            let halves: Vec<_> = values.par_iter().map(|&x| half::f16::from_f32(x)).collect();
+            halves.into()
+        }
+        values => values,
+    };
+    Dense { values, ..dense }
+}

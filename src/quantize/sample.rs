@@ -1,0 +1,149 @@
+//! Calibration text from the model itself, for those who have none: texts sampled at temperature 1, several
+//! at a time (the idea is data-free calibration as in LLM-QAT, Liu et al. 2023).
+
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Result;
+use indicatif::ProgressBar;
+use rayon::prelude::*;
+
+use super::forward::{KvCache, Layer, Rope, forward, norm, product, softmax};
+use super::calibrate::Activations;
+use crate::config::ModelConfig;
+use crate::format::{Dense, Floats};
+use crate::sampling;
+use crate::weights::ModelWeights;
+
+/// Layers stay in memory as f32 between tokens if all of them together take no more than this.
+const HELD_BYTES: usize = 4 << 30;
+
+/// Rows of the head that are converted to f32 at once.
+const HEAD_ROWS: usize = 4096;
+
+/// `texts` texts of `tokens` ids each, one after the other. Each begins with the model's BOS; where the model ends
+/// a text, BOS follows and begins another.
+///
+/// `progress` grows by `texts` for each of the `tokens` steps.
+///
+/// # Errors
+/// [`super::Interrupted`], or a tensor that cannot be read.
+pub(crate) fn sample(
+    weights: &dyn ModelWeights,
+    texts: usize,
+    tokens: usize,
+    seed: u64,
+    stop: &AtomicBool,
+    progress: &ProgressBar,
+) -> Result<Vec<u32>> {
+    let config = weights.config();
+    let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);
+    let held = hold(weights)?;
+    let (embedding, head, final_norm) = (weights.embedding()?, weights.head()?, weights.final_norm()?);
+    let head = head.as_ref().unwrap_or(&embedding);
+    let rope = Rope::new(config, tokens);
+    let mut caches: Vec<KvCache> = (0..config.num_layers).map(|_| KvCache::new(config, texts, tokens)).collect();
+    let draws = sampling::draws(seed, texts * tokens);
+    let mut last = vec![first; texts];
+    let mut ids = vec![0; texts * tokens];
+    for (step, draws) in draws.chunks_exact(texts).enumerate() {
+        ids.iter_mut().skip(step).step_by(tokens).zip(&last).for_each(|(id, &last)| *id = last);
+        progress.inc(texts as u64);
+        if step + 1 == tokens {
+            break;
+        }
+        super::ensure_running(stop)?;
+        let mut h = Activations::embed(&embedding, &last, 1)?.h;
+        for (i, cache) in caches.iter_mut().enumerate() {
+            match &held {
+                Some(layers) => forward(config, &layers[i], &rope, cache, texts, &mut h),
+                None => forward(config, &Layer::read(weights, i)?, &rope, cache, texts, &mut h),
+            };
+        }
+        let mut logits = self::logits(head, &norm(&h, &final_norm, config.rms_norm_eps));
+        last = logits.par_chunks_exact_mut(config.vocab_size).zip(draws).map(|(l, &draw)| draw_from(l, draw)).collect();
+        last.iter_mut().filter(|id| config.eos_token_ids.contains(id)).for_each(|id| *id = first);
+    }
+    Ok(ids)
+}
+
+/// All layers in f32, if they are small.
+fn hold(weights: &dyn ModelWeights) -> Result<Option<Vec<Layer>>> {
+    let config = weights.config();
+    if 4 * layer_weights(config) * config.num_layers > HELD_BYTES {
+        return Ok(None);
+    }
+    (0..config.num_layers).map(|layer| Layer::read(weights, layer)).collect::<Result<_>>().map(Some)
+}
+
+/// Weights in the projections of one layer.
+pub(crate) fn layer_weights(config: &ModelConfig) -> usize {
+    crate::config::Projection::ALL.iter().map(|&p| config.shape(p)).map(|(inputs, outputs)| inputs * outputs).sum()
+}
+
+/// `[tokens, vocab_size]` from `x` `[tokens, hidden_size]`.
+pub(crate) fn logits(head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
+    let (depth, vocab) = (head.in_features, head.out_features);
+    let tokens = x.len() / depth;
+    let mut y = vec![0.0; tokens * vocab];
+    if let Floats::F32(values) = &head.values {
+        product(x, values, depth, &mut y);
+        return y;
+    }
+    for start in (0..vocab).step_by(HEAD_ROWS) {
+        let rows = HEAD_ROWS.min(vocab - start);
+        let mut block = vec![0.0; rows * depth];
+        block
+            .par_chunks_exact_mut(depth)
+            .enumerate()
+            .for_each(|(row, out)| head.values.read_f32((start + row) * depth, out));
+        let mut part = vec![0.0; tokens * rows];
+        product(x, &block, depth, &mut part);
+        for (y, part) in y.chunks_exact_mut(vocab).zip(part.chunks_exact(rows)) {
+            y[start..start + rows].copy_from_slice(part);
+        }
+    }
+    y
+}
+
+/// The token that `draw`, uniform in `[0, 1)`, chooses from the distribution of `logits`.
+fn draw_from(logits: &mut [f32], draw: f32) -> u32 {
+    softmax(logits);
+    let mut left = f64::from(draw) * logits.iter().map(|&p| f64::from(p)).sum::<f64>();
+    let chosen = logits.iter().position(|&p| {
+        left -= f64::from(p);
+        left < 0.0
+    });
+    chosen.unwrap_or(logits.len() - 1) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let probabilities = [0.5f32, 0.125, 0.25, 0.125];
+        let mut counts = [0; 4];
+        for draw in sampling::draws(7, 8000) {
+            let mut logits = probabilities.map(f32::ln);
+            counts[draw_from(&mut logits, draw) as usize] += 1;
+        }
+        for (count, p) in counts.into_iter().zip(probabilities) {
+            // Five standard deviations of a binomial count.
+            let (mean, deviation) = (8000.0 * p, (8000.0 * p * (1.0 - p)).sqrt());
+            assert!((count as f32 - mean).abs() < 5.0 * deviation, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn the_head_is_the_same_in_every_type() {
+        let (depth, vocab) = (8, HEAD_ROWS + 3);
+        let halves: Vec<half::f16> =
+            (0..depth * vocab).map(|i| half::f16::from_f32((i % 61) as f32 - 30.0)).collect();
+        let floats: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+        let x: Vec<f32> = (0..2 * depth).map(|i| i as f32 - 7.0).collect();
+        let dense = |values| Dense { in_features: depth, out_features: vocab, values };
+        // Small whole numbers: every sum is exact.
+        assert_eq!(logits(&dense(halves.into()), &x), logits(&dense(floats.into()), &x));
+    }
+}

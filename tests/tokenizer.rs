@@ -1,0 +1,273 @@
+//! Text to ids and back: SmolLM2's known answers, and small tokenizers written here.
+
+mod fixtures;
+
+use decdec::config::ModelConfig;
+use decdec::source::Source;
+use decdec::tokenizer::{Message, TextFiles, Tokenizer};
+use decdec::weights::ModelWeights;
+use fixtures::{Gguf, Meta};
+use serde_json::{Value, json};
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().expect("a list").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
+}
+
+#[test]
+fn golden_smollm2_ids_and_texts() {
+    let (Some(path), Some(cases)) = (fixtures::smollm2(), fixtures::reference("smollm2/greedy.json")) else { return };
+    let cases: Value = serde_json::from_slice(&std::fs::read(cases).expect("readable")).expect("JSON");
+    let source = Source::open(&path).expect("the model opens");
+    let tokenizer = Tokenizer::new(source.texts(), source.config()).expect("its tokenizer loads");
+    assert_eq!(tokenizer.stop_ids(), [2]);
+    assert_eq!(tokenizer.bos(), Some(1));
+    for case in cases.as_array().expect("a list") {
+        let text = |key: &str| case[key].as_str().expect("a text");
+        assert_eq!(tokenizer.encode(text("prompt")).expect("ids"), ids(&case["ids"]), "{}", text("prompt"));
+
+        let chat = tokenizer.chat(&[Message::new("user", text("prompt"))], true).expect("the template works");
+        assert_eq!(chat, text("chat"));
+        assert_eq!(tokenizer.encode_chat(&chat).expect("ids"), ids(&case["chat_ids"]));
+        assert_eq!(tokenizer.encode(&chat).expect("ids"), ids(&case["chat_ids"]), "BOS is there already");
+
+        for (tokens, expected) in [("ids", "prompt"), ("greedy", "greedy_text"), ("chat_greedy", "chat_text")] {
+            assert_eq!(tokenizer.decode(&ids(&case[tokens])).expect("a text"), text(expected));
+            assert_eq!(streamed(&tokenizer, &ids(&case[tokens])), text(expected));
+        }
+    }
+    let wrong = tokenizer.encode("What is the capital of  France?").expect("ids");
+    assert_ne!(wrong, ids(&cases[0]["ids"]), "a space more is another text");
+}
+
+/// What a stream hands out, put together.
+fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    let mut stream = tokenizer.stream();
+    let mut text: String = ids.iter().filter_map(|&id| stream.push(id).expect("a token")).collect();
+    text.extend(stream.flush().expect("the rest"));
+    text
+}
+
+const VOCAB: usize = 300;
+
+/// The tokenizer of a small GGUF model, its metadata completed by `more`.
+fn small(pre: &str, merges: &[&str], more: impl FnOnce(Gguf) -> Gguf) -> Tokenizer {
+    let (gguf, _) = fixtures::byte_level(fixtures::small_config("llama"), pre, merges);
+    tokenizer(more(gguf)).expect("it loads")
+}
+
+fn source(gguf: Gguf) -> Source {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("small.gguf");
+    std::fs::write(&path, fixtures::small_tensors(gguf, VOCAB).bytes()).expect("writable");
+    Source::open(&path).expect("it opens")
+}
+
+fn tokenizer(gguf: Gguf) -> anyhow::Result<Tokenizer> {
+    let source = source(gguf);
+    Tokenizer::new(source.texts(), source.config())
+}
+
+/// The words that a text is cut into, told by tokens that whole words have.
+fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
+    let ids = tokenizer.encode_chat(text).expect("ids");
+    ids.iter().map(|&id| tokenizer.decode(&[id]).expect("a text")).collect()
+}
+
+#[test]
+fn each_pre_tokenizer_cuts_its_way() {
+    let merges = ["1 2", "12 3", "123 4", "L L", "' LL", "' l", "'l l", "Ċ Ċ", "Ġ !", "Ġ a"];
+    let cases: [(&str, &str, &[&str]); 15] = [
+        ("gpt-2", "1234", &["1234"]),
+        ("llama-bpe", "1234", &["123", "4"]),
+        ("qwen2", "1234", &["1", "2", "3", "4"]),
+        ("smollm", "1234", &["1", "2", "3", "4"]),
+        ("default", "1234", &["123", "4"]),
+        ("gpt-2", "a'LL", &["a", "'", "LL"]),
+        ("llama-bpe", "a'LL", &["a", "'LL"]),
+        ("qwen2", "a'LL", &["a", "'LL"]),
+        ("smollm", "a'LL", &["a", "'", "LL"]),
+        ("gpt-2", "a'll", &["a", "'ll"]),
+        ("default", "a'll", &["a", "'", "l", "l"]),
+        ("llama-bpe", "!\n\n", &["!", "\n\n"]),
+        ("gpt-2", " ! a", &[" !", " a"]),
+        ("default", " ! a", &[" ", "!", " a"]),
+        ("smollm", " a", &[" a"]),
+    ];
+    for (pre, text, expected) in cases {
+        assert_eq!(pieces(&small(pre, &merges, |gguf| gguf), text), expected, "{pre} {text:?}");
+    }
+    let composed = |pre| small(pre, &merges, |gguf| gguf).encode("e\u{301}").expect("ids").len();
+    assert_eq!((composed("qwen2"), composed("gpt-2")), (2, 3), "Qwen 2 composes, é is two bytes");
+}
+
+#[test]
+fn bos_is_added_once_where_the_model_says_so() {
+    let plain = |tokenizer: &Tokenizer, text| tokenizer.encode(text).expect("ids");
+    let [without, with] = ["gpt-2", "llama-bpe"].map(|pre| small(pre, &["a b"], |gguf| gguf));
+    let ab = 2 + 256;
+    assert_eq!(plain(&without, "ab"), [ab]);
+    assert_eq!(plain(&with, "ab"), [0, ab]);
+    assert_eq!(plain(&with, "<s>ab"), [0, ab], "not twice");
+    assert_eq!(with.encode_chat("ab").expect("ids"), [ab]);
+    let told = small("llama-bpe", &["a b"], |gguf| gguf.meta("tokenizer.ggml.add_bos_token", Meta::Bool(false)));
+    assert_eq!(plain(&told, "ab<|im_end|>"), [ab, 1]);
+    assert_eq!((told.bos(), told.stop_ids()), (Some(0), &[1][..]), "a known turn end stops");
+}
+
+#[test]
+fn sentence_piece_as_the_original() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sentencepiece.json");
+    let known: Value = serde_json::from_slice(&std::fs::read(file).expect("readable")).expect("JSON");
+    let tokens: Vec<&str> =
+        known["tokens"].as_array().expect("tokens").iter().map(|t| t.as_str().expect("text")).collect();
+    let scores: Vec<f32> =
+        known["scores"].as_array().expect("scores").iter().map(|s| s.as_f64().expect("a score") as f32).collect();
+    let types: Vec<i32> = ids(&known["types"]).into_iter().map(|t| t as i32).collect();
+    let gguf = |scores: Vec<f32>| {
+        let gguf = fixtures::small_config("llama")
+            .meta("tokenizer.ggml.model", Meta::Text("llama"))
+            .meta("tokenizer.ggml.tokens", Meta::Texts(tokens.clone()))
+            .meta("tokenizer.ggml.scores", Meta::F32s(scores))
+            .meta("tokenizer.ggml.token_type", Meta::I32s(types.clone()))
+            .meta("tokenizer.ggml.bos_token_id", Meta::U32(1))
+            .meta("tokenizer.ggml.eos_token_id", Meta::U32(2))
+            .meta("tokenizer.ggml.unknown_token_id", Meta::U32(0));
+        let source = source(gguf);
+        let config = ModelConfig { vocab_size: tokens.len(), ..source.config().clone() };
+        Tokenizer::new(source.texts(), &config).expect("it loads")
+    };
+    let tokenizer = gguf(scores.clone());
+    assert_eq!(tokenizer.stop_ids(), [2]);
+    for case in known["cases"].as_array().expect("cases") {
+        let (text, expected) = (case["text"].as_str().expect("a text"), ids(&case["ids"]));
+        assert_eq!(tokenizer.encode_chat(text).expect("ids"), expected, "{text:?}");
+        assert_eq!(tokenizer.encode(text).expect("ids"), [&[1], &expected[..]].concat());
+        assert_eq!(tokenizer.decode(&expected).expect("a text"), text);
+        assert_eq!(streamed(&tokenizer, &expected), text);
+    }
+    let reversed = gguf(scores.iter().map(|s| -s).collect());
+    let differs =
+        |case: &Value| reversed.encode_chat(case["text"].as_str().expect("a text")).expect("ids") != ids(&case["ids"]);
+    assert!(known["cases"].as_array().expect("cases").iter().any(differs), "scores matter");
+}
+
+#[test]
+fn a_stream_shows_whole_characters() {
+    let tokenizer = small("gpt-2", &["a b"], |gguf| gguf);
+    let mut stream = tokenizer.stream();
+    let ids = tokenizer.encode("a\u{1F600}é").expect("ids");
+    let shown: Vec<Option<String>> = ids.iter().map(|&id| stream.push(id).expect("a token")).collect();
+    let expected = [Some("a"), None, None, None, Some("\u{1F600}"), None, Some("é")];
+    assert_eq!(shown, expected.map(|piece| piece.map(str::to_owned)));
+    assert_eq!(stream.flush().expect("nothing"), None);
+    for &id in &ids[..3] {
+        stream.push(id).expect("a token");
+    }
+    assert_eq!(
+        stream.flush().expect("the rest").as_deref(),
+        Some("\u{fffd}"),
+        "what is incomplete at the end shows so"
+    );
+    assert_eq!(stream.flush().expect("nothing"), None);
+}
+
+/// Text files around the tokenizer of a small model.
+fn texts(change: impl FnOnce(&mut TextFiles)) -> (TextFiles, ModelConfig) {
+    let (gguf, _) = fixtures::byte_level(fixtures::small_config("llama"), "gpt-2", &["a b"]);
+    let source = source(gguf);
+    let mut texts = source.texts().clone();
+    change(&mut texts);
+    (texts, source.config().clone())
+}
+
+fn with_template(template: &str) -> anyhow::Result<Tokenizer> {
+    let (texts, config) = texts(|texts| {
+        texts.chat_template = Some(template.to_owned());
+        texts.eos_token = Some("</s>".to_owned());
+    });
+    Tokenizer::new(&texts, &config)
+}
+
+#[test]
+fn chat_templates() {
+    let messages = [Message::new("system", "Be brief."), Message::new("user", " Hello ")];
+    let render = |template: &str, prompt| with_template(template).expect("it compiles").chat(&messages, prompt);
+    let template = "{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role.startswith('sys') %}
+{{ 'S:' + message['content'].strip() }}
+    {% else %}
+{{ loop.index0 ~ message.content | trim | upper }}{{ eos_token }}
+    {%- endif %}
+{%- endfor %}
+{% if add_generation_prompt and tools is none %}
+A:
+{% endif %}";
+    assert_eq!(render(template, true).expect("text"), "<s>S:Be brief.\n1HELLO</s>A:\n");
+    assert_eq!(render(template, false).expect("text"), "<s>S:Be brief.\n1HELLO</s>");
+    let year = render("{{ strftime_now('%Y') }}", true).expect("text");
+    assert!((2025..2200).contains(&year.parse::<u32>().expect("a year")), "{year}");
+
+    let refused = render("\n{{ raise_exception('roles must alternate') }}", true).expect_err("it refuses");
+    assert_eq!(refused.to_string(), "the chat template fails in line 2: roles must alternate");
+    let broken = with_template("{% for %}").expect_err("no Jinja").to_string();
+    assert!(broken.starts_with("the chat template fails in line 1: ") && !broken.contains('\n'), "{broken}");
+    let (plain, config) = texts(|_| ());
+    let tokenizer = Tokenizer::new(&plain, &config).expect("it loads");
+    let none = tokenizer.chat(&messages, true).expect_err("no template").to_string();
+    assert!(none.contains("no chat template") && !tokenizer.has_chat(), "{none}");
+}
+
+#[test]
+fn text_files_survive_a_directory() {
+    let (full, config) = texts(|texts| {
+        texts.chat_template = Some("{{ messages[0].content }}\n".into());
+        texts.eos_token_ids = vec![1, 5];
+        texts.eos_token = Some("<s>".into());
+    });
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    full.write(dir.path()).expect("writable");
+    assert_eq!(TextFiles::read(dir.path()).expect("readable"), full);
+    let config = ModelConfig { eos_token_ids: vec![9, 5], ..config };
+    let tokenizer = Tokenizer::new(&full, &config).expect("it loads");
+    assert_eq!(tokenizer.stop_ids(), [0, 1, 5, 9], "all that say so, together");
+
+    // As other tools write them: objects for tokens, several templates, no generation configuration.
+    std::fs::remove_file(dir.path().join("chat_template.jinja")).expect("removable");
+    std::fs::remove_file(dir.path().join("generation_config.json")).expect("removable");
+    let write =
+        |json: Value| std::fs::write(dir.path().join("tokenizer_config.json"), json.to_string()).expect("writable");
+    write(json!({
+        "bos_token": null, "eos_token": { "content": "<|im_end|>", "special": true },
+        "chat_template": [{ "name": "tools", "template": "no" }, { "name": "default", "template": "yes" }],
+    }));
+    let read = TextFiles::read(dir.path()).expect("readable");
+    assert_eq!((read.bos_token, read.eos_token.as_deref()), (None, Some("<|im_end|>")));
+    assert_eq!((read.chat_template.as_deref(), read.eos_token_ids), (Some("yes"), vec![]));
+    write(json!({ "chat_template": 3 }));
+    let error = format!("{:#}", TextFiles::read(dir.path()).expect_err("no template"));
+    assert_eq!(error, "in tokenizer_config.json: chat_template is 3, a string or a list of named strings is expected");
+    std::fs::remove_file(dir.path().join("tokenizer.json")).expect("removable");
+    std::fs::write(dir.path().join("tokenizer.model"), b"").expect("writable");
+    let error = TextFiles::read(dir.path()).expect_err("none").to_string();
+    assert!(error.starts_with("tokenizer.json is missing") && error.contains("tokenizer.model is there"), "{error}");
+}
+
+#[test]
+fn a_tokenizer_of_another_model() {
+    let (full, config) = texts(|_| ());
+    let small = ModelConfig { vocab_size: 100, ..config.clone() };
+    let tokenizer = Tokenizer::new(&full, &small).expect("it loads");
+    assert!(tokenizer.encode("!").is_ok());
+    let error = tokenizer.encode("ab").expect_err("a large id").to_string();
+    assert!(error.contains("\"ab\" with id 258") && error.contains("below 100"), "{error}");
+
+    for damaged in [&b"{"[..], b"", b"{\"version\": \"1.0\", \"model\": {\"type\": \"Other\"}}"] {
+        let damaged = TextFiles { tokenizer_json: damaged.to_vec(), ..full.clone() };
+        let error = Tokenizer::new(&damaged, &config).expect_err("damaged").to_string();
+        assert!(
+            error.starts_with("tokenizer.json is damaged or of an unknown kind") && !error.contains('\n'),
+            "{error}"
+        );
+    }
+}

@@ -83,7 +83,8 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
     if args.json {
         let rows: Vec<_> = found
             .iter()
-            .flat_map(|found| match &found.devices {
+            .flat_map(|found| {
+                match &found.devices {
                 Ok(devices) => devices
                     .iter()
                     .map(|d| {
@@ -91,6 +92,7 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
                     })
                     .collect(),
                 Err(error) => vec![serde_json::json!({"device": found.kind, "missing": format!("{error:#}")})],
+            }
             })
             .collect();
         println!("{}", serde_json::to_string_pretty(&rows)?);

@@ -55,8 +55,10 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     };
     let layer_bits: Vec<_> = (0..config.num_layers).map(|l| weights.bits(l)).collect();
     if args.json {
-        let parts: serde_json::Map<_, _> =
-            rows.iter().map(|(name, _, part)| Ok((name.clone(), serde_json::to_value(part)?))).collect::<Result<_>>()?;
+        let parts: serde_json::Map<_, _> = rows
+            .iter()
+            .map(|(name, _, part)| Ok((name.clone(), serde_json::to_value(part)?)))
+            .collect::<Result<_>>()?;
         let line = serde_json::json!({
             "format": format, "bits": bits, "layers": config.num_layers, "layer_bits": layer_bits,
             "bits_per_weight": quantized.bits_per_weight(), "parts": parts,

@@ -16,7 +16,8 @@ use serde_json::Value as Json;
 
 use self::fuse::{first, interleave, interleave_floats, row_order};
 use self::tensors::{Expected, Tensors};
-use super::{EMBEDDING, FINAL_NORM, HEAD, norm_name};
+use super::modules::parts;
+use super::{EMBEDDING, FINAL_NORM, HEAD, Part, norm_name};
 use crate::config::{Architecture, ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual, threshold};
 use crate::tokenizer::TextFiles;
@@ -49,18 +50,6 @@ pub struct Reference {
 enum Packing {
     AnyPrec,
     LutGemm,
-}
-
-/// A stored module: the whole of a fused projection or some of its rows.
-struct Part {
-    name: String,
-    rows: usize,
-}
-
-impl Part {
-    fn tensor(&self, suffix: &str) -> String {
-        format!("{}.{suffix}", self.name)
-    }
 }
 
 impl Reference {
@@ -128,24 +117,7 @@ impl Reference {
 
     /// The modules whose rows, one below the other, make `projection`, told by which have a tensor `suffix`.
     fn parts(&self, layer: usize, projection: Projection, suffix: &str) -> Vec<Part> {
-        let ModelConfig { num_heads, num_kv_heads, head_dim, intermediate_size, .. } = self.config;
-        let (q, kv) = (num_heads * head_dim, num_kv_heads * head_dim);
-        let (fused, single): (_, &[(&str, usize)]) = match projection {
-            Projection::Qkv => {
-                ("self_attn.qkv_proj", &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)])
-            }
-            Projection::O => ("self_attn.o_proj", &[]),
-            Projection::GateUp => {
-                ("mlp.gate_up_proj", &[("mlp.gate_proj", intermediate_size), ("mlp.up_proj", intermediate_size)])
-            }
-            Projection::Down => ("mlp.down_proj", &[]),
-        };
-        let part = |module: &str, rows| Part { name: format!("model.layers.{layer}.{module}"), rows };
-        let whole = part(fused, self.config.shape(projection).1);
-        if single.is_empty() || self.tensors.contains(&whole.tensor(suffix)) {
-            return vec![whole];
-        }
-        single.iter().map(|&(module, rows)| part(module, rows)).collect()
+        parts(&self.config, layer, projection, |part| self.tensors.contains(&part.tensor(suffix)))
     }
 
     /// Every tensor that is needed is there in the right shape, and none that is not understood.

@@ -203,6 +203,24 @@ fn reference_logits() {
     }
 }
 
+#[test]
+fn reference_greedy() {
+    for dir in tiny_directories() {
+        let model = Model::read(&Reference::open(&dir, None, false).unwrap(), false);
+        let bytes = fs::read(dir.join("expected.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let ids = |name| bytemuck::pod_collect_to_vec::<u8, i64>(tensors.tensor(name).unwrap().data());
+        let mut tokens: Vec<_> = ids("input_ids").into_iter().map(|id| id as usize).collect();
+        for want in ids("greedy.base") {
+            let logits = model.logits(&tokens);
+            let last = &logits[logits.len() - model.config.vocab_size..];
+            let best = (0..last.len()).rev().max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
+            assert_eq!(best as i64, want, "{}, token {}", dir.display(), tokens.len());
+            tokens.push(best);
+        }
+    }
+}
+
 /// By how much weight (0, 0) changes when the last bit of its code is flipped.
 fn flipped(weight: &Weight<'_>) -> f64 {
     let mut codes = vec![0; weight.in_features()];
@@ -374,8 +392,9 @@ fn assert_rows(reference: &Reference, want: impl Fn(&str, usize, usize) -> f32) 
         for &(module, rows, channels) in modules(projection) {
             for row in 0..rows {
                 weight.row(fused_row, &mut got);
-                for k in 0..channels {
-                    assert_eq!(got[k], want(module, row, k), "{module}, row {row}, channel {k}");
+                assert_eq!(got.len(), channels);
+                for (k, &got) in got.iter().enumerate() {
+                    assert_eq!(got, want(module, row, k), "{module}, row {row}, channel {k}");
                 }
                 fused_row += 1;
             }

@@ -1,5 +1,6 @@
 //! Directories as Hugging Face's transformers writes them: `config.json` and (sharded) safetensors.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -125,5 +126,11 @@ impl<'a> Tensor<'a> {
             Dtype::F32 => Ok(Floats::F32(super::numbers(self.bytes))),
             other => bail!("tensor {} has type {other:?}, F16, BF16 or F32 is expected", self.name),
         }
+    }
+
+    /// Shape and bits of an i32 tensor.
+    pub(super) fn words(&self) -> Result<(&'a [usize], Cow<'a, [u32]>)> {
+        ensure!(self.dtype == Dtype::I32, "tensor {} has type {:?}, I32 is expected", self.name, self.dtype);
+        Ok((self.shape, super::numbers(self.bytes)))
     }
 }

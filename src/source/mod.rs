@@ -5,8 +5,12 @@
 //! it is asked for.
 
 mod archive;
+pub mod awq;
 mod gguf;
 mod huggingface;
+mod modules;
+pub mod reference;
+pub mod torch;
 
 use std::borrow::Cow;
 use std::fs::File;

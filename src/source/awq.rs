@@ -1,0 +1,243 @@
+//! Hugging Face directories quantized with AWQ (AutoAWQ's `gemm` layout), read as LUT-GEMM without any loss.
+//!
+//! `w[row, k] = scales[g, row]·(code − zero)`, `g = ⌊k / group_size⌋`, 4 bits. `qweight` is `int32 [in, out/8]`,
+//! `qzeros` `int32 [in/group_size, out/8]`, `scales` `f16 [in/group_size, out]`; nibble `i` of word `c` belongs to
+//! row `8c + ORDER[i]`.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::huggingface::{Shards, json_file};
+use super::modules::parts;
+use super::{EMBEDDING, FINAL_NORM, HEAD, Part, norm_name};
+use crate::config::{ModelConfig, Projection};
+use crate::format::{Dense, Floats, LutGemm};
+use crate::tokenizer::TextFiles;
+use crate::weights::{Linear, ModelWeights, Weight};
+
+/// Bits of a code, the only width of the layout.
+const BITS: usize = 4;
+
+/// The rows of a word, from its lowest nibble up.
+const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
+/// An AWQ checkpoint, memory-mapped. It has no residuals: what was lost is not in it.
+#[derive(Debug)]
+pub struct Awq {
+    shards: Shards,
+    config: ModelConfig,
+    config_json: Value,
+    texts: TextFiles,
+    group_size: usize,
+}
+
+impl Awq {
+    /// True if the `config.json` in `dir` says that AWQ made it.
+    pub fn detect(dir: &Path) -> bool {
+        let method = |json: &Value| Some(json.get("quantization_config")?.get("quant_method")? == "awq");
+        json_file(&dir.join("config.json")).ok().as_ref().and_then(method).unwrap_or(false)
+    }
+
+    /// Opens a directory.
+    ///
+    /// # Errors
+    /// Another width, layout or symmetric codes; files that are truncated; missing or misshapen tensors, by name.
+    pub fn open(dir: &Path) -> Result<Self> {
+        Self::read(dir).with_context(|| format!("cannot open the model {}", dir.display()))
+    }
+
+    fn read(dir: &Path) -> Result<Self> {
+        let config_json = json_file(&dir.join("config.json"))?;
+        let config = ModelConfig::from_json(&config_json)?;
+        let group_size = group_size(&config_json).context("in quantization_config")?;
+        let (shards, texts) = (Shards::open(dir)?, TextFiles::read(dir)?);
+        let model = Self { shards, config, config_json, texts, group_size };
+        model.check()?;
+        Ok(model)
+    }
+
+    /// `config.json` as it is.
+    pub fn config_json(&self) -> &Value {
+        &self.config_json
+    }
+
+    /// Tokenizer, chat template, special tokens.
+    pub fn texts(&self) -> &TextFiles {
+        &self.texts
+    }
+
+    /// Channels that share a scale.
+    pub fn group_size(&self) -> usize {
+        self.group_size
+    }
+
+    fn parts(&self, layer: usize, projection: Projection) -> Vec<Part> {
+        parts(&self.config, layer, projection, |part| self.shards.find(&part.tensor("qweight")).is_ok())
+    }
+
+    /// Every tensor is there, in its shape.
+    fn check(&self) -> Result<()> {
+        let ModelConfig { vocab_size, hidden_size, num_layers, .. } = self.config;
+        self.check_floats(EMBEDDING, &[vocab_size, hidden_size])?;
+        self.check_floats(FINAL_NORM, &[hidden_size])?;
+        if !self.config.tie_word_embeddings {
+            self.check_floats(HEAD, &[vocab_size, hidden_size])?;
+        }
+        for layer in 0..num_layers {
+            for which in ["input", "post_attention"] {
+                self.check_floats(&norm_name(layer, which), &[hidden_size])?;
+            }
+            for projection in Projection::ALL {
+                let channels = self.config.shape(projection).0;
+                crate::format::lutgemm::ensure_group_size(channels, self.group_size)?;
+                let groups = channels / self.group_size;
+                for part in self.parts(layer, projection) {
+                    ensure!(
+                        part.rows.is_multiple_of(8),
+                        "{} has {} rows, a multiple of 8 is expected",
+                        part.name,
+                        part.rows
+                    );
+                    self.check_words(&part.tensor("qweight"), &[channels, part.rows / 8])?;
+                    self.check_words(&part.tensor("qzeros"), &[groups, part.rows / 8])?;
+                    self.check_floats(&part.tensor("scales"), &[groups, part.rows])?;
+                    if self.shards.find(&part.tensor("bias")).is_ok() {
+                        self.check_floats(&part.tensor("bias"), &[part.rows])?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_floats(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let stored = self.shards.find(name)?.shape()?;
+        ensure!(stored == shape, "tensor {name} has shape {stored:?}, {shape:?} is expected");
+        Ok(())
+    }
+
+    fn check_words(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let (stored, _) = self.shards.find(name)?.words()?;
+        ensure!(stored == shape, "tensor {name} has shape {stored:?}, {shape:?} is expected");
+        Ok(())
+    }
+
+    /// The numbers of a tensor, which must be finite.
+    fn finite(&self, name: &str) -> Result<Vec<f32>> {
+        let values = self.shards.find(name)?.read()?.to_f32().into_owned();
+        let broken = values.iter().position(|value| !value.is_finite());
+        ensure!(broken.is_none(), "tensor {name}: number {} is not finite", broken.unwrap_or(0));
+        Ok(values)
+    }
+
+    /// The table `[vocab_size, hidden_size]`.
+    fn table(&self, name: &str) -> Result<Dense<'_>> {
+        let ModelConfig { vocab_size, hidden_size, .. } = self.config;
+        let values: Floats<'_> = self.shards.find(name)?.read()?;
+        Ok(Dense { in_features: hidden_size, out_features: vocab_size, values })
+    }
+
+    /// Codes, scales and zeros of a projection, all `[out_features, …]`, in the order in which they are fused.
+    fn weight(&self, layer: usize, projection: Projection) -> Result<Weight<'_>> {
+        let (channels, rows) = self.config.shape(projection);
+        let groups = channels / self.group_size;
+        let (mut codes, mut zeros, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+        codes.reserve_exact(rows * channels);
+        for part in self.parts(layer, projection) {
+            let words = |name| self.shards.find(&part.tensor(name))?.words().map(|(_, words)| words);
+            append_transposed(&words("qweight")?, part.rows, channels, &mut codes);
+            append_transposed(&words("qzeros")?, part.rows, groups, &mut zeros);
+            let stored = self.finite(&part.tensor("scales"))?;
+            scales.extend(
+                (0..part.rows)
+                    .flat_map(|row| (0..groups).map(move |g| (g, row)))
+                    .map(|(g, row)| stored[g * part.rows + row]),
+            );
+        }
+        let zeros: Vec<f32> = zeros.into_iter().map(f32::from).collect();
+        Ok(Weight::LutGemm(LutGemm::from_uniform(channels, rows, BITS, self.group_size, &codes, &scales, &zeros)?))
+    }
+
+    /// The biases of all parts; zeros where only some have one.
+    fn bias(&self, layer: usize, projection: Projection) -> Result<Option<Cow<'_, [f32]>>> {
+        let parts = self.parts(layer, projection);
+        let is_stored = |part: &Part| self.shards.find(&part.tensor("bias")).is_ok();
+        if !parts.iter().any(is_stored) {
+            return Ok(None);
+        }
+        let mut bias = Vec::new();
+        for part in &parts {
+            if is_stored(part) {
+                bias.extend(self.finite(&part.tensor("bias"))?);
+            } else {
+                bias.resize(bias.len() + part.rows, 0.0);
+            }
+        }
+        Ok(Some(Cow::Owned(bias)))
+    }
+}
+
+impl ModelWeights for Awq {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn embedding(&self) -> Result<Dense<'_>> {
+        self.table(EMBEDDING)
+    }
+
+    fn head(&self) -> Result<Option<Dense<'_>>> {
+        if self.config.tie_word_embeddings { Ok(None) } else { self.table(HEAD).map(Some) }
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        self.finite(FINAL_NORM)
+    }
+
+    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        Ok((self.finite(&norm_name(layer, "input"))?, self.finite(&norm_name(layer, "post_attention"))?))
+    }
+
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+        let bias = self.bias(layer, projection)?;
+        Ok(Linear { bias, ..Linear::plain(self.weight(layer, projection)?) })
+    }
+
+    fn bits(&self, _layer: usize) -> Option<u32> {
+        Some(BITS as u32)
+    }
+}
+
+/// The group size, once everything else about the quantization is known to be understood.
+fn group_size(config: &Value) -> Result<usize> {
+    let quantization = config.get("quantization_config").context("it is missing: is the model quantized?")?;
+    let get = |key: &str, default: Value| quantization.get(key).cloned().unwrap_or(default);
+    let method = get("quant_method", Value::Null);
+    ensure!(method == "awq", "quant_method is {method}, \"awq\" is expected");
+    let bits = get("bits", Value::Null);
+    ensure!(bits == BITS, "bits is {bits}, {BITS} is expected");
+    let version = get("version", "gemm".into());
+    let is_gemm = version.as_str().is_some_and(|version| version.eq_ignore_ascii_case("gemm"));
+    ensure!(is_gemm, "version is {version}, \"gemm\" is expected: save it with that layout");
+    let zero_point = get("zero_point", true.into());
+    ensure!(zero_point == true, "zero_point is {zero_point}, true is expected");
+    let group_size = get("group_size", 128.into());
+    let size = group_size.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
+    size.with_context(|| format!("group_size is {group_size}, a multiple of 32 is expected"))
+}
+
+/// Appends the nibbles of `words` `[columns, rows / 8]` as `[rows, columns]`.
+fn append_transposed(words: &[u32], rows: usize, columns: usize, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.resize(start + rows * columns, 0);
+    for (column, words) in words.chunks_exact(rows / 8).enumerate() {
+        for (c, word) in words.iter().enumerate() {
+            for (i, within) in ORDER.into_iter().enumerate() {
+                out[start + (8 * c + within) * columns + column] = (word >> (4 * i) & 15) as u8;
+            }
+        }
+    }
+}

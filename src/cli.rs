@@ -151,7 +151,7 @@ pub(crate) struct RunArgs {
 /// `decdec generate`
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArgs {
-    /// A checkpoint directory, or a full-precision source
+    /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     #[arg(long, alias = "checkpoint_path", value_name = "PATH")]
     pub(crate) checkpoint_path: PathBuf,
     /// Text to go on from; without one, a single BOS token
@@ -192,6 +192,9 @@ pub(crate) struct GenerateArgs {
     pub(crate) backend: Option<BackendArg>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+    /// Leave the residual scales of a reference directory in the order in which the reference leaves them
+    #[arg(long, alias = "compat_scale_order")]
+    pub(crate) compat_scale_order: bool,
     /// Put the prompt into the model's chat template
     #[arg(long)]
     pub(crate) chat: bool,
@@ -228,7 +231,7 @@ pub(crate) enum EvalCommand {
 /// `decdec eval perplexity`
 #[derive(Debug, Args)]
 pub(crate) struct PerplexityArgs {
-    /// A checkpoint directory, or a full-precision source
+    /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
     /// The text
     #[arg(long, value_name = "FILE")]
@@ -241,6 +244,9 @@ pub(crate) struct PerplexityArgs {
     pub(crate) windows: Option<Range<usize>>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+    /// Leave the residual scales of a reference directory in the order in which the reference leaves them
+    #[arg(long, alias = "compat_scale_order")]
+    pub(crate) compat_scale_order: bool,
     /// A full-precision source to measure divergence from
     #[arg(long, value_name = "SOURCE")]
     pub(crate) compare: Option<PathBuf>,
@@ -252,7 +258,7 @@ pub(crate) struct PerplexityArgs {
 /// `decdec inspect`
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// A checkpoint directory, or a full-precision source
+    /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
     /// Print one JSON object
     #[arg(long)]

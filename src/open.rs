@@ -1,4 +1,4 @@
-//! From a path to a model, whatever it is: our checkpoint, a full-precision source.
+//! From a path to a model, whatever it is: our checkpoint, the reference's directory, a full-precision source.
 
 use std::path::Path;
 
@@ -6,53 +6,59 @@ use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::{BitWidth, Checkpoint, WeightFormat};
 use crate::source::Source;
+use crate::source::reference::Reference;
 use crate::tokenizer::TextFiles;
 use crate::weights::ModelWeights;
 
 /// A model on disk.
-#[derive(Debug)]
-pub enum Opened {
-    /// A decdec checkpoint directory.
-    Checkpoint(Checkpoint),
-    /// Full precision.
-    Source(Source),
+pub struct Opened {
+    weights: Box<dyn ModelWeights>,
+    texts: TextFiles,
+    quantization: Option<(WeightFormat, BitWidth)>,
 }
 
 impl Opened {
-    /// Opens whatever lies at `path`.
+    /// Opens whatever lies at `path`. Of a reference directory with several codebooks, `bits` chooses one;
+    /// `compat_scale_order` keeps its residual scales in the order in which the reference's loader leaves them.
     ///
     /// # Errors
-    /// Nothing there, or what [`Checkpoint::open`] and [`Source::open`] refuse.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Nothing there, or what [`Checkpoint::open`], [`Reference::open`] and [`Source::open`] refuse.
+    pub fn open(path: &Path, bits: Option<BitWidth>, compat_scale_order: bool) -> Result<Self> {
         std::fs::metadata(path).with_context(|| format!("cannot open the model {}", path.display()))?;
         if Checkpoint::is_at(path) {
-            return Ok(Self::Checkpoint(Checkpoint::open(path)?));
+            let checkpoint = Checkpoint::open(path)?;
+            let quantization = (checkpoint.manifest().backend, checkpoint.manifest().bits);
+            let texts = checkpoint.texts().clone();
+            return Ok(Self { texts, quantization: Some(quantization), weights: Box::new(checkpoint) });
         }
-        Ok(Self::Source(Source::open(path)?))
+        if Reference::detect(path) {
+            let seed = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);
+            let reference = Reference::open(path, seed, compat_scale_order)?;
+            let backend = if reference.backend() == "ap" { WeightFormat::AnyPrec } else { WeightFormat::LutGemm };
+            let widths = reference.layer_bits();
+            let low = widths.iter().copied().min().context("the model has no layers")?;
+            let mixed = widths.iter().any(|&width| width != low);
+            let bits = BitWidth::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })?;
+            let texts = reference.texts().clone();
+            return Ok(Self { texts, quantization: Some((backend, bits)), weights: Box::new(reference) });
+        }
+        let source = Source::open(path)?;
+        Ok(Self { texts: source.texts().clone(), quantization: None, weights: Box::new(source) })
     }
 
     /// Its tensors.
     pub fn weights(&self) -> &dyn ModelWeights {
-        match self {
-            Self::Checkpoint(checkpoint) => checkpoint,
-            Self::Source(source) => source,
-        }
+        self.weights.as_ref()
     }
 
     /// Tokenizer, chat template, special tokens.
     pub fn texts(&self) -> &TextFiles {
-        match self {
-            Self::Checkpoint(checkpoint) => checkpoint.texts(),
-            Self::Source(source) => source.texts(),
-        }
+        &self.texts
     }
 
     /// How its weights are stored and in how many bits; `None` for full precision.
     pub fn quantization(&self) -> Option<(WeightFormat, BitWidth)> {
-        match self {
-            Self::Checkpoint(checkpoint) => Some((checkpoint.manifest().backend, checkpoint.manifest().bits)),
-            Self::Source(_) => None,
-        }
+        self.quantization
     }
 
     /// Holds what the user said of the model against what it is.
@@ -60,7 +66,7 @@ impl Opened {
     /// # Errors
     /// The first difference, with both values.
     pub fn expect(&self, backend: Option<WeightFormat>, bits: Option<BitWidth>) -> Result<()> {
-        let Some((own_backend, own_bits)) = self.quantization() else {
+        let Some((own_backend, own_bits)) = self.quantization else {
             ensure!(backend.is_none(), "--backend is given, but the model is full precision, leave it out");
             ensure!(bits.is_none(), "--bitwidth is given, but the model is full precision, leave it out");
             return Ok(());

@@ -12,8 +12,8 @@ use crate::cli::PerplexityArgs;
 /// Runs the command.
 #[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
-    let opened = Opened::open(&args.path)?;
-    let source = args.compare.as_deref().map(|path| Opened::open(path)).transpose()?;
+    let opened = Opened::open(&args.path, None, args.compat_scale_order)?;
+    let source = args.compare.as_deref().map(|path| Opened::open(path, None, false)).transpose()?;
     if let Some(source) = &source {
         let (ours, theirs) = (opened.weights().config().vocab_size, source.weights().config().vocab_size);
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs}, they cannot be compared");

@@ -20,7 +20,7 @@ use crate::cli::GenerateArgs;
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = sampling(args)?;
-    let opened = Opened::open(&args.checkpoint_path)?;
+    let opened = Opened::open(&args.checkpoint_path, args.bitwidth, args.compat_scale_order)?;
     opened.expect(args.backend.map(Into::into), args.bitwidth)?;
     let tokenizer = Tokenizer::new(opened.texts(), opened.weights().config())?;
     let prompt = prompt(args, &tokenizer)?;

@@ -30,7 +30,7 @@ impl Part {
 /// Runs the command.
 #[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let opened = Opened::open(&args.path)?;
+    let opened = Opened::open(&args.path, None, false)?;
     let weights = opened.weights();
     let config = weights.config();
     let projections = Projection::ALL.map(|p| measure(weights, p));

@@ -3,19 +3,18 @@
 mod fixtures;
 
 use std::fs;
-use std::path::Path;
 
 use decdec::config::{Architecture, Projection, RopeScaling};
 use decdec::source::Source;
 use decdec::weights::{ModelWeights, Weight};
-use fixtures::{Gguf, HEAD_DIM, HIDDEN, INTERMEDIATE, KV, LAYERS, Meta, values};
-use half::{bf16, f16};
+use fixtures::directory::Directory;
+use fixtures::{Gguf, HEAD_DIM, HIDDEN, INTERMEDIATE, KV, LAYERS, Meta, VOCAB, values};
+use half::bf16;
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const VOCAB: usize = 260;
 const MERGES: [&str; 2] = ["a b", "ab c"];
 
 fn directory() -> TempDir {
@@ -46,7 +45,7 @@ fn matrix(source: &Source, layer: usize, projection: Projection) -> Vec<f32> {
 
 /// The message of a failure: one line, with the path in front.
 fn message(result: anyhow::Result<Source>) -> String {
-    let message = format!("{:#}", result.err().expect("it fails"));
+    let message = format!("{:#}", result.expect_err("it fails"));
     assert!(message.starts_with("cannot open the model ") && !message.contains('\n'), "{message}");
     message
 }
@@ -232,86 +231,16 @@ fn gguf_llama_3_1_rope_from_divisors() {
     }
 }
 
-/// A small Hugging Face directory: tensors by name, in one or two files.
-struct Directory {
-    dir: TempDir,
-    tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
-}
-
-impl Directory {
-    /// A Llama with q, k, v apart, stored as `dtype`.
-    fn llama(dtype: Dtype) -> Self {
-        let mut new = Self { dir: directory(), tensors: Vec::new() };
-        new.add("model.embed_tokens.weight", dtype, &[VOCAB, HIDDEN]);
-        new.add("lm_head.weight", dtype, &[VOCAB, HIDDEN]);
-        new.add("model.norm.weight", dtype, &[HIDDEN]);
-        for layer in 0..LAYERS {
-            for (name, shape) in [
-                ("input_layernorm", &[HIDDEN][..]),
-                ("post_attention_layernorm", &[HIDDEN]),
-                ("self_attn.q_proj", &[HIDDEN, HIDDEN]),
-                ("self_attn.k_proj", &[KV, HIDDEN]),
-                ("self_attn.v_proj", &[KV, HIDDEN]),
-                ("self_attn.o_proj", &[HIDDEN, HIDDEN]),
-                ("mlp.gate_proj", &[INTERMEDIATE, HIDDEN]),
-                ("mlp.up_proj", &[INTERMEDIATE, HIDDEN]),
-                ("mlp.down_proj", &[HIDDEN, INTERMEDIATE]),
-            ] {
-                new.add(&format!("model.layers.{layer}.{name}.weight"), dtype, shape);
-            }
-        }
-        new.write_json("config.json", &Self::config());
-        let (gguf, _) = fixtures::byte_level(fixtures::small_config("llama"), "gpt-2", &MERGES);
-        let texts = open_gguf(&fixtures::small_tensors(gguf, VOCAB).bytes()).expect("it opens");
-        texts.texts().write(new.dir.path()).expect("writable");
-        new
-    }
-
-    fn config() -> Value {
-        json!({
-            "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
-            "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "hidden_act": "silu", "eos_token_id": [1, 5],
-        })
-    }
-
-    fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
-    fn write_json(&self, name: &str, json: &Value) {
-        fs::write(self.path().join(name), json.to_string()).expect("writable");
-    }
-
-    fn add(&mut self, name: &str, dtype: Dtype, shape: &[usize]) {
-        let values = values(name, shape.iter().product());
-        let bytes = match dtype {
-            Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-            Dtype::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-            _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        };
-        self.tensors.retain(|(old, ..)| old != name);
-        self.tensors.push((name.to_owned(), dtype, shape.to_vec(), bytes));
-    }
-
-    fn save(&self, name: &str, tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)]) {
-        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-            (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).expect("a tensor"))
-        });
-        let bytes = safetensors::serialize(views, None).expect("serializable");
-        fs::write(self.path().join(name), bytes).expect("writable");
-    }
-
-    fn open(&self) -> anyhow::Result<Source> {
-        self.save("model.safetensors", &self.tensors);
-        Source::open(self.path())
-    }
+/// A small Hugging Face directory with the tokenizer of the small GGUF.
+fn hugging_face(dtype: Dtype) -> Directory {
+    let source = open_gguf(&fixtures::small_tensors(small_gguf("llama"), VOCAB).bytes()).expect("it opens");
+    Directory::llama(dtype, source.texts())
 }
 
 #[test]
 fn hugging_face_types_are_kept() {
     for dtype in [Dtype::F16, Dtype::BF16, Dtype::F32] {
-        let source = Directory::llama(dtype).open().expect("it opens");
+        let source = hugging_face(dtype).open().expect("it opens");
         let name = |module: &str| format!("model.layers.1.{module}.weight");
         let rounded = |name: &str, count: usize| -> Vec<f32> {
             let round = |v: f32| if dtype == Dtype::BF16 { bf16::from_f32(v).to_f32() } else { v };
@@ -335,7 +264,7 @@ fn hugging_face_types_are_kept() {
 
 #[test]
 fn hugging_face_shards() {
-    let model = Directory::llama(Dtype::F16);
+    let model = hugging_face(Dtype::F16);
     let whole = matrix(&model.open().expect("it opens"), 1, Projection::GateUp);
     fs::remove_file(model.path().join("model.safetensors")).expect("removable");
     let (first, second) = model.tensors.split_at(model.tensors.len() / 2);
@@ -357,7 +286,7 @@ fn hugging_face_shards() {
 
 #[test]
 fn bad_directories() {
-    let mut model = Directory::llama(Dtype::F16);
+    let mut model = hugging_face(Dtype::F16);
     model.add("lm_head.weight", Dtype::F16, &[VOCAB - 1, HIDDEN]);
     assert_says(model.open(), &["lm_head.weight", "[259, 32]", "[260, 32]"]);
     model.add("lm_head.weight", Dtype::I32, &[VOCAB, HIDDEN]);
@@ -365,7 +294,7 @@ fn bad_directories() {
     model.tensors.retain(|(name, ..)| name != "lm_head.weight");
     assert_says(model.open(), &["tensor lm_head.weight is missing"]);
 
-    let model = Directory::llama(Dtype::F16);
+    let model = hugging_face(Dtype::F16);
     model.open().expect("it opens");
     let path = model.path().join("model.safetensors");
     let bytes = fs::read(&path).expect("readable");
@@ -376,7 +305,7 @@ fn bad_directories() {
     fs::write(model.path().join("pytorch_model.bin"), b"").expect("writable");
     assert_says(Source::open(model.path()), &["pytorch_model.bin", "save them as safetensors"]);
 
-    let model = Directory::llama(Dtype::F16);
+    let model = hugging_face(Dtype::F16);
     let mut config = Directory::config();
     config["quantization_config"] = json!({ "quant_method": "gptq" });
     model.write_json("config.json", &config);

@@ -108,6 +108,7 @@ fn bos_is_added_once_where_the_model_says_so() {
     assert_eq!(plain(&without, "ab"), [ab]);
     assert_eq!(plain(&with, "ab"), [0, ab]);
     assert_eq!(plain(&with, "<s>ab"), [0, ab], "not twice");
+    assert_eq!(plain(&without, "<s><s>ab"), [0, 0, ab], "what is written stays");
     assert_eq!(with.encode_chat("ab").expect("ids"), [ab]);
     let told = small("llama-bpe", &["a b"], |gguf| gguf.meta("tokenizer.ggml.add_bos_token", Meta::Bool(false)));
     assert_eq!(plain(&told, "ab<|im_end|>"), [ab, 1]);

@@ -12,6 +12,8 @@
 //! - a sequence is never written past the `max_seq_len` it was made with.
 
 pub mod cpu;
+#[cfg(feature = "reference-wgpu")]
+pub mod wgsl;
 
 use std::time::Duration;
 

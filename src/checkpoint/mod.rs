@@ -53,11 +53,11 @@ const POST_NORM: &str = "post_attention_layernorm.weight";
 pub struct Checkpoint {
     config: ModelConfig,
     manifest: Manifest,
+    texts: TextFiles,
     bits: Vec<u32>, // of every layer
     model: Tensors,
     residuals: Tensors,
     thresholds: Tensors,
-    texts: TextFiles,
 }
 
 impl Checkpoint {

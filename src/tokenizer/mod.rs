@@ -57,11 +57,10 @@ impl Tokenizer {
     /// # Errors
     /// A token outside the model's vocabulary: the tokenizer belongs to another model.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let plain = self.encode_plain(text, false)?;
-        if self.bos.is_some() && plain.first() == self.bos.as_ref() {
-            return Ok(plain);
-        }
-        self.encode_plain(text, true)
+        let encoding = self.encode_with(text, true)?;
+        let (ids, added) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+        let twice = ids.len() > 1 && ids[..2].iter().all(|&id| Some(id) == self.bos) && added[0] == 1;
+        Ok(ids[usize::from(twice)..].to_vec())
     }
 
     /// The ids of what [`Tokenizer::chat`] returned: nothing is added to what the template wrote.
@@ -69,14 +68,13 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_plain(text, false)
+        Ok(self.encode_with(text, false)?.get_ids().to_vec())
     }
 
-    fn encode_plain(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+    fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding> {
         let encoding =
             self.inner.encode_fast(text, add_special_tokens).map_err(|e| anyhow!("cannot tokenize the text: {e}"))?;
-        let ids = encoding.get_ids().to_vec();
-        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+        if let Some(&id) = encoding.get_ids().iter().find(|&&id| id as usize >= self.vocab_size) {
             let token = self.inner.id_to_token(id).unwrap_or_default();
             bail!(
                 "the text has the token {token:?} with id {id}, the model knows ids below {}: \
@@ -84,7 +82,7 @@ impl Tokenizer {
                 self.vocab_size
             );
         }
-        Ok(ids)
+        Ok(encoding)
     }
 
     /// The text of `ids`, special tokens included; incomplete characters become U+FFFD.

@@ -1,0 +1,86 @@
+// attend: out[t, head] = Σ_s softmax_s(q[t, head] · keys[s, kv] / sqrt(head_dim)) · values[s, kv]
+//         over the positions s ≤ position + t, at most `window` of the latest; kv = head · num_kv_heads / num_heads
+//
+// q       f32 [tokens, num_heads · head_dim]
+// keys    f32 [max_seq_len, num_kv_heads · head_dim]
+// values  f32 [max_seq_len, num_kv_heads · head_dim]
+// out     f32 [tokens, num_heads · head_dim], overwritten
+//
+// One group per head and token. Positions come in tiles of 256: a thread computes every 64th score of a
+// tile, then all threads add the tile's values, each to its own features, rescaling what they have by the
+// new maximum. head_dim ≤ 256.
+// groups (num_heads, tokens)
+
+struct Parameters {
+    num_heads: u32,
+    num_kv_heads: u32,
+    head_dim: u32,
+    position: u32, // of the first token
+    window: u32,
+}
+
+@group(0) @binding(0) var<storage, read> q: array<f32>;
+@group(0) @binding(1) var<storage, read> keys: array<f32>;
+@group(0) @binding(2) var<storage, read> values: array<f32>;
+@group(0) @binding(3) var<storage, read_write> out: array<f32>;
+var<immediate> p: Parameters;
+
+const THREADS: u32 = 64u;
+const TILE: u32 = 256u;
+const FEATURES: u32 = 4u; // of one thread, at most
+
+var<workgroup> scores: array<f32, TILE>;
+
+@compute @workgroup_size(THREADS)
+fn attend(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let kv = group.x / (p.num_heads / p.num_kv_heads);
+    let stride = p.num_kv_heads * p.head_dim;
+    let row = (group.y * p.num_heads + group.x) * p.head_dim;
+    let scale = 1.0 / sqrt(f32(p.head_dim));
+    let end = p.position + group.y + 1u;
+    let start = end - min(end, p.window);
+    var largest = -3.0e38;
+    var total = 0.0;
+    var sums = array<f32, FEATURES>();
+    for (var tile = start; tile < end; tile += TILE) {
+        let length = min(end - tile, TILE);
+        for (var i = thread; i < length; i += THREADS) {
+            let key = (tile + i) * stride + kv * p.head_dim;
+            var score = 0.0;
+            for (var j = 0u; j < p.head_dim; j++) {
+                score += q[row + j] * keys[key + j];
+            }
+            scores[i] = score * scale;
+        }
+        workgroupBarrier();
+
+        var new_largest = largest;
+        for (var i = 0u; i < length; i++) {
+            new_largest = max(new_largest, scores[i]);
+        }
+        let rescale = exp(largest - new_largest);
+        largest = new_largest;
+        total *= rescale;
+        for (var f = 0u; f < FEATURES; f++) {
+            sums[f] *= rescale;
+        }
+        for (var i = 0u; i < length; i++) {
+            let share = exp(scores[i] - largest);
+            total += share;
+            let value = (tile + i) * stride + kv * p.head_dim;
+            for (var f = 0u; f < FEATURES; f++) {
+                let j = thread + f * THREADS;
+                if j < p.head_dim {
+                    sums[f] += share * values[value + j];
+                }
+            }
+        }
+        workgroupBarrier();
+    }
+    for (var f = 0u; f < FEATURES; f++) {
+        let j = thread + f * THREADS;
+        if j < p.head_dim {
+            out[row + j] = sums[f] / total;
+        }
+    }
+}

@@ -1,0 +1,23 @@
+// Tables of floating-point numbers in the type in which they are stored, two halves to a word.
+// This text precedes every kernel; a kernel names the type of each of its tables by an override.
+
+const F32: u32 = 0u;
+const F16: u32 = 1u;
+const BF16: u32 = 2u;
+
+// The word that holds number i.
+fn slot(i: u32, kind: u32) -> u32 {
+    return select(i >> 1u, i, kind == F32);
+}
+
+// Number i out of its word.
+fn number(word: u32, i: u32, kind: u32) -> f32 {
+    let half = (word >> (16u * (i & 1u))) & 0xffffu;
+    if kind == F32 {
+        return bitcast<f32>(word);
+    }
+    if kind == BF16 {
+        return bitcast<f32>(half << 16u);
+    }
+    return unpack2x16float(half).x;
+}

@@ -1,0 +1,197 @@
+//! A whole token on the reference backend.
+
+use anyhow::{Result, ensure};
+
+use super::kernels::{ARGMAX, ATTEND, RMS_NORM, ROPE_APPEND, SWIGLU};
+use super::matrix::{Matrix, Plan, ROWS, words};
+use super::{Vector, Wgpu, scratch};
+use crate::backend::{DecodeBackend, GemvBackend, Input, Norm};
+use crate::config::ModelConfig;
+use crate::sampling::Sampling;
+
+/// The widest head that `attend.wgsl` takes.
+const MAX_HEAD_DIM: usize = 256;
+
+/// One text in the making.
+#[derive(Debug)]
+pub struct Sequence {
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    window: usize,
+    vocab_size: usize,
+    layers: Vec<Cache>,
+    angles: wgpu::Buffer, // cosine and sine, [max_seq_len, head_dim / 2, 2]
+    tokens: wgpu::Buffer, // sampled, u32 [max_seq_len + 1]
+    len: usize,
+    sampled: usize,
+    sampling: Sampling,
+    draws: Vec<f32>,
+}
+
+/// Keys and values of one layer, each `[max_seq_len, num_kv_heads · head_dim]`.
+#[derive(Debug)]
+struct Cache {
+    keys: wgpu::Buffer,
+    values: wgpu::Buffer,
+}
+
+/// Cosine and sine of every position's angles; the angle is rounded to f32 first, as models were trained.
+fn angles(config: &ModelConfig, max_seq_len: usize) -> Vec<f32> {
+    let frequencies = config.rope_frequencies();
+    let mut angles = Vec::with_capacity(max_seq_len * config.head_dim);
+    for position in 0..max_seq_len {
+        for frequency in &frequencies {
+            let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
+            angles.extend([cos as f32, sin as f32]);
+        }
+    }
+    angles
+}
+
+impl DecodeBackend for Wgpu {
+    type Sequence = Sequence;
+    /// Operations are queued anew for every token.
+    type Graph = ();
+
+    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
+        ensure!(
+            config.head_dim <= MAX_HEAD_DIM,
+            "heads are {} wide, {} allows {MAX_HEAD_DIM}, use --device cpu",
+            config.head_dim,
+            self.gpu.info.id
+        );
+        let bytes = 4 * max_seq_len * config.num_kv_heads * config.head_dim;
+        let cache = |_| Ok(Cache { keys: self.gpu.zeros(bytes)?, values: self.gpu.zeros(bytes)? });
+        Ok(Sequence {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            window: config.sliding_window.unwrap_or(max_seq_len),
+            vocab_size: config.vocab_size,
+            layers: (0..config.num_layers).map(cache).collect::<Result<_>>()?,
+            angles: self.gpu.upload(bytemuck::cast_slice(&angles(config, max_seq_len)))?,
+            tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
+            len: 0,
+            sampled: 0,
+            sampling: Sampling::GREEDY,
+            draws: Vec::new(),
+        })
+    }
+
+    fn begin(&self, sequence: &mut Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        sequence.len = 0;
+        sequence.sampled = 0;
+        sequence.sampling = *sampling;
+        sequence.draws = draws.to_vec();
+        Ok(())
+    }
+
+    fn embed(&self, sequence: &Sequence, table: &Matrix, input: Input<'_>, h: &mut Vector) -> Result<()> {
+        match input {
+            Input::Prompt(tokens) => {
+                let ids = scratch(&self.gpu, &self.scratch.ids, tokens.len())?;
+                self.gpu.write(tokens, &ids, 0);
+                table.embed(&self.gpu, &ids, 0, &h.0, tokens.len())
+            }
+            Input::Sampled => table.embed(&self.gpu, &sequence.tokens, sequence.sampled - 1, &h.0, 1),
+        }
+    }
+
+    fn norm_gemv(
+        &self,
+        norm: &Norm<Vector>,
+        matrix: &Matrix,
+        plan: Option<&Plan>,
+        h: &Vector,
+        y: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        let x = scratch(&self.gpu, &self.scratch.x, tokens * matrix.in_features)?;
+        let parameters = [matrix.in_features as u32, norm.eps.to_bits()];
+        self.gpu.dispatch(&RMS_NORM, &[], &[&norm.gamma.0, &h.0, &x], &parameters, [tokens, 1]);
+        self.product(matrix, plan, &x, &y.0, tokens, false)
+    }
+
+    fn attend(
+        &self,
+        sequence: &mut Sequence,
+        layer: usize,
+        qkv: &Vector,
+        out: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        let Sequence { num_heads, num_kv_heads, head_dim, .. } = *sequence;
+        let Cache { keys, values } = &sequence.layers[layer];
+        let q = scratch(&self.gpu, &self.scratch.q, tokens * num_heads * head_dim)?;
+        let pairs = (num_heads + 2 * num_kv_heads) * head_dim / 2;
+        self.gpu.dispatch(
+            &ROPE_APPEND,
+            &[],
+            &[&qkv.0, &sequence.angles, &q, keys, values],
+            &words(&[num_heads, num_kv_heads, head_dim, sequence.len]),
+            [pairs.div_ceil(ROWS), tokens],
+        );
+        self.gpu.dispatch(
+            &ATTEND,
+            &[],
+            &[&q, keys, values, &out.0],
+            &words(&[num_heads, num_kv_heads, head_dim, sequence.len, sequence.window]),
+            [num_heads, tokens],
+        );
+        Ok(())
+    }
+
+    fn gemv_add(&self, matrix: &Matrix, plan: Option<&Plan>, x: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
+        self.product(matrix, plan, &x.0, &h.0, tokens, true)
+    }
+
+    fn swiglu_gemv_add(
+        &self,
+        matrix: &Matrix,
+        plan: Option<&Plan>,
+        gu: &Vector,
+        h: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        let x = scratch(&self.gpu, &self.scratch.x, tokens * matrix.in_features)?;
+        let groups = [matrix.in_features.div_ceil(ROWS), tokens];
+        self.gpu.dispatch(&SWIGLU, &[], &[&gu.0, &x], &words(&[matrix.in_features]), groups);
+        self.product(matrix, plan, &x, &h.0, tokens, true)
+    }
+
+    fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        sequence.len += tokens;
+        Ok(())
+    }
+
+    fn last_row(&self, h: &Vector, len: usize, tokens: usize, last: &mut Vector) -> Result<()> {
+        self.gpu.copy(&h.0, 4 * (tokens - 1) * len, &last.0, 4 * len);
+        Ok(())
+    }
+
+    fn sample(&self, sequence: &mut Sequence, logits: &Vector) -> Result<()> {
+        let at = sequence.sampled;
+        if sequence.sampling.temperature == 0.0 {
+            self.gpu.dispatch(&ARGMAX, &[], &[&logits.0, &sequence.tokens], &words(&[sequence.vocab_size, at]), [1, 1]);
+        } else {
+            let mut values = vec![0.0; sequence.vocab_size];
+            self.read(logits, &mut values)?;
+            let draw = sequence.draws.get(at).copied().unwrap_or(0.0);
+            let token = sequence.sampling.choose(&values, draw);
+            self.gpu.write(&[token], &sequence.tokens, at);
+        }
+        sequence.sampled += 1;
+        Ok(())
+    }
+
+    fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
+        let mut token = [0];
+        self.gpu.read(&sequence.tokens, i, &mut token)?;
+        Ok(token[0])
+    }
+
+    fn replay(&self, _graph: &mut Option<()>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        token()
+    }
+}

@@ -1,0 +1,105 @@
+//! The WGSL kernels, as the device layer needs to know them.
+
+/// Text that precedes every kernel.
+pub(super) const FLOATS: &str = include_str!("../../../kernels-wgsl/floats.wgsl");
+
+/// Bytes of the uniform buffer from which the products take their input.
+pub(super) const UNIFORM_BYTES: usize = 65_536;
+
+/// One kernel: its bindings are `reads` buffers that it reads, then `writes` that it may also write.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    /// Stem of the file and entry point.
+    pub(super) name: &'static str,
+    pub(super) source: &'static str,
+    pub(super) reads: usize,
+    pub(super) writes: usize,
+    /// Which of `reads` is a uniform buffer of [`UNIFORM_BYTES`].
+    pub(super) uniform: Option<usize>,
+    /// Words of its immediate parameters.
+    pub(super) parameters: usize,
+}
+
+macro_rules! kernels {
+    ($($constant:ident $name:literal $reads:literal $writes:literal $uniform:expr, $parameters:literal;)*) => {
+        $(pub(super) static $constant: Kernel = Kernel {
+            name: $name,
+            source: include_str!(concat!("../../../kernels-wgsl/", $name, ".wgsl")),
+            reads: $reads,
+            writes: $writes,
+            uniform: $uniform,
+            parameters: $parameters,
+        };)*
+        /// Every kernel.
+        #[cfg(test)]
+        static ALL: &[&Kernel] = &[$(&$constant),*];
+    };
+}
+
+kernels! {
+    // constant     name           reads writes uniform parameters
+    GEMV_ANYPREC    "gemv_anyprec" 4     1      Some(3), 8;
+    GEMV_LUTGEMM    "gemv_lutgemm" 5     1      Some(4), 9;
+    GEMV_DENSE      "gemv_dense"   3     1      Some(2), 8;
+    DEC_SELECT      "dec_select"   2     1      None,    4;
+    DEC_APPLY       "dec_apply"    4     1      None,    6;
+    RMS_NORM        "rms_norm"     2     1      None,    2;
+    EMBED           "embed"        2     1      None,    4;
+    ROPE_APPEND     "rope_append"  2     3      None,    4;
+    ATTEND          "attend"       3     1      None,    5;
+    SWIGLU          "swiglu"       1     1      None,    1;
+    ARGMAX          "argmax"       1     1      None,    2;
+}
+
+#[cfg(test)]
+mod tests {
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+    use naga::{AddressSpace, StorageAccess};
+
+    use super::*;
+
+    /// Every kernel is valid, has the entry point of its name, and the bindings of the table in its order.
+    #[test]
+    fn shaders_validate() {
+        for kernel in ALL {
+            let name = kernel.name;
+            let text = format!("{FLOATS}{}", kernel.source);
+            let module =
+                naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&text)));
+            let info = Validator::new(
+                ValidationFlags::all(),
+                Capabilities::IMMEDIATES | Capabilities::SHADER_FLOAT16_IN_FLOAT32,
+            )
+            .validate(&module);
+            info.unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&text)));
+            assert_eq!(module.entry_points.len(), 1, "{name}");
+            assert_eq!(module.entry_points[0].name, name);
+
+            let mut bindings = Vec::new();
+            for (_, global) in module.global_variables.iter() {
+                match global.space {
+                    AddressSpace::Storage { access } => {
+                        let writes = access.contains(StorageAccess::STORE);
+                        bindings.push((global.binding.unwrap().binding as usize, writes));
+                    }
+                    AddressSpace::Uniform => {
+                        let binding = global.binding.unwrap().binding as usize;
+                        assert_eq!(kernel.uniform, Some(binding), "{name}");
+                        bindings.push((binding, false));
+                        let size = module.types[global.ty].inner.size(module.to_ctx()) as usize;
+                        assert_eq!(size, UNIFORM_BYTES, "{name}");
+                    }
+                    AddressSpace::Immediate => {
+                        let naga::TypeInner::Struct { span, .. } = module.types[global.ty].inner else {
+                            panic!("{name}: parameters are no struct");
+                        };
+                        assert_eq!(span as usize, 4 * kernel.parameters, "{name}");
+                    }
+                    _ => {}
+                }
+            }
+            let want: Vec<_> = (0..kernel.reads + kernel.writes).map(|i| (i, i >= kernel.reads)).collect();
+            assert_eq!(bindings, want, "{name}");
+        }
+    }
+}

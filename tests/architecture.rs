@@ -1,0 +1,48 @@
+//! Each outside crate has one door (the picture of the house in `src/lib.rs`).
+
+use std::path::{Path, PathBuf};
+
+/// Crate, and the only files of `src` that may name it.
+const DOORS: [(&str, &[&str]); 8] = [
+    ("cudarc", &["backend/cuda", "cupti"]),
+    ("wgpu", &["backend/wgsl"]),
+    ("pollster", &["backend/wgsl"]),
+    ("rusqlite", &["nsys"]),
+    ("tokenizers", &["tokenizer"]),
+    ("minijinja", &["tokenizer"]),
+    ("clap", &["cli.rs", "main.rs"]),
+    ("plotters", &["tune"]),
+];
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in dir.read_dir().expect("readable").map(|entry| entry.expect("readable").path()) {
+        if entry.is_dir() {
+            sources(&entry, found);
+        } else if entry.extension().is_some_and(|e| e == "rs") {
+            found.push(entry);
+        }
+    }
+}
+
+#[test]
+fn each_outside_crate_has_one_door() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    assert!(files.len() > 20, "the sources are there");
+    for (name, doors) in DOORS {
+        for file in &files {
+            let relative = file.strip_prefix(&src).expect("inside").to_string_lossy().into_owned();
+            let text = std::fs::read_to_string(file).expect("text");
+            let names_it = [format!("use {name}::"), format!("{name}::")].iter().any(|needle| {
+                text.lines().any(|l| {
+                    !l.trim_start().starts_with("//")
+                        && l.split(needle.as_str()).count() > 1
+                        && !l.contains(&format!("backend::{name}"))
+                })
+            });
+            let allowed = doors.iter().any(|door| relative.starts_with(door));
+            assert!(!names_it || allowed, "{relative} names {name}, whose door is {doors:?}");
+        }
+    }
+}

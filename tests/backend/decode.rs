@@ -1,0 +1,220 @@
+//! The parts of a decoder besides its products.
+
+use std::time::Duration;
+
+use decdec::backend::{Input, Norm};
+use decdec::config::ModelConfig;
+use decdec::sampling::{Sampling, draws};
+use decdec::weights::{Linear, Weight};
+
+use crate::UnderTest;
+use crate::common::{self, Stored, oracle};
+use crate::small_model::SmallModel;
+
+fn config() -> ModelConfig {
+    SmallModel::new(1, 2, false).config
+}
+
+fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
+    let mut vector = backend.vector(values.len()).unwrap();
+    backend.write(values, &mut vector).unwrap();
+    vector
+}
+
+fn download<B: UnderTest>(backend: &B, vector: &B::Vector, len: usize) -> Vec<f32> {
+    let mut out = vec![0.0; len];
+    backend.read(vector, &mut out).unwrap();
+    out
+}
+
+fn exact(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&v| f64::from(v)).collect()
+}
+
+pub(crate) fn embed_and_last_row<B: UnderTest>(backend: &B) {
+    for stored in Stored::ALL {
+        let weight = common::dense(3, 72, 50, stored);
+        let Weight::Dense(table) = &weight else { unreachable!() };
+        let rows = table.values.to_f32().into_owned();
+        let row = |id: u32| rows[72 * id as usize..][..72].to_vec();
+        let matrix = backend.matrix(&Linear::plain(weight.clone())).unwrap();
+        let mut sequence = backend.sequence(&config(), 16).unwrap();
+        backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+        let mut h = backend.vector(3 * 72).unwrap();
+        backend.embed(&sequence, &matrix, Input::Prompt(&[49, 0, 17]), &mut h).unwrap();
+        assert_eq!(download(backend, &h, 3 * 72), [row(49), row(0), row(17)].concat());
+
+        let mut last = backend.vector(72).unwrap();
+        backend.last_row(&h, 72, 3, &mut last).unwrap();
+        assert_eq!(download(backend, &last, 72), row(17));
+        backend.last_row(&h, 72, 2, &mut last).unwrap();
+        assert_eq!(download(backend, &last, 72), row(0));
+
+        let mut logits = vec![0.0; 96];
+        logits[31] = 1.0;
+        backend.sample(&mut sequence, &upload(backend, &logits)).unwrap();
+        backend.embed(&sequence, &matrix, Input::Sampled, &mut h).unwrap();
+        assert_eq!(download(backend, &h, 72), row(31));
+    }
+}
+
+/// Through the identity, so that the product adds nothing of its own.
+pub(crate) fn norm<B: UnderTest>(backend: &B) {
+    for (width, tokens) in [(64, 1), (576, 3), (1056, 5)] {
+        let matrix = backend.matrix(&Linear::plain(common::identity(width))).unwrap();
+        let gamma = common::uniform(1, width);
+        let h = common::heavy_tailed(2, tokens * width);
+        let norm = Norm { gamma: upload(backend, &gamma), eps: 1e-2 };
+        let mut y = backend.vector(tokens * width).unwrap();
+        backend.norm_gemv(&norm, &matrix, None, &upload(backend, &h), &mut y, tokens).unwrap();
+        let got = download(backend, &y, tokens * width);
+        for (h, got) in h.chunks_exact(width).zip(got.chunks_exact(width)) {
+            let want = oracle::rms_norm(&gamma, 1e-2, &exact(h));
+            let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], width + 8, want[i].abs());
+            assert_eq!(common::misfit(got, &want, allowed), None, "width {width}");
+            let wrong_eps = oracle::rms_norm(&gamma, 2e-2, &exact(h));
+            assert!(common::misfit(got, &wrong_eps, allowed).is_some(), "a wrong epsilon goes unseen");
+        }
+    }
+}
+
+pub(crate) fn swiglu<B: UnderTest>(backend: &B) {
+    let width = 96;
+    let matrix = backend.matrix(&Linear::plain(common::identity(width))).unwrap();
+    let mut gu: Vec<f32> = common::uniform(1, 4 * width).iter().map(|x| 8.0 * x).collect();
+    gu[..6].copy_from_slice(&[100.0, -100.0, 0.0, -0.0, 30.0, -30.0]);
+    let mut h = backend.vector(2 * width).unwrap();
+    backend.swiglu_gemv_add(&matrix, None, &upload(backend, &gu), &mut h, 2).unwrap();
+    let got = download(backend, &h, 2 * width);
+    for (gu, got) in gu.chunks_exact(2 * width).zip(got.chunks_exact(width)) {
+        let want = oracle::swiglu(&exact(gu));
+        // An exponential is good to 3 + 2·|x| units in the last place; what underflows is far below 1e-30.
+        let depth = |i: usize| 8 + 2 * gu[i].abs().ceil() as usize;
+        let allowed = |i: usize| 1e-30 + common::tolerance(B::ROUNDING, want[i], depth(i), want[i].abs());
+        assert_eq!(common::misfit(got, &want, allowed), None);
+        let swapped = oracle::swiglu(&exact(&[&gu[width..], &gu[..width]].concat()));
+        assert!(common::misfit(got, &swapped, allowed).is_some(), "gate and up swapped go unseen");
+    }
+    // A second time: added to what is there.
+    backend.swiglu_gemv_add(&matrix, None, &upload(backend, &gu), &mut h, 2).unwrap();
+    let twice: Vec<f64> = got.iter().map(|&y| 2.0 * f64::from(y)).collect();
+    let allowed = |i: usize| common::tolerance(B::ROUNDING, twice[i], 1, twice[i].abs());
+    assert_eq!(common::misfit(&download(backend, &h, 2 * width), &twice, allowed), None);
+}
+
+/// A text of `parts` tokens at a time, through two layers that see different numbers.
+fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usize]) {
+    let len: usize = parts.iter().sum();
+    let (q_width, dim) = (config.num_heads * config.head_dim, config.head_dim);
+    let width = q_width + 2 * config.num_kv_heads * dim;
+    let texts: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, len * width));
+    let mut sequence = backend.sequence(config, len).unwrap();
+    // The second round shows that beginning again forgets the first.
+    for _ in 0..2 {
+        backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+        let mut got = [Vec::new(), Vec::new()];
+        let mut start = 0;
+        for &tokens in parts {
+            for layer in 0..2 {
+                let qkv = upload(backend, &texts[layer][start * width..(start + tokens) * width]);
+                let mut out = backend.vector(tokens * q_width).unwrap();
+                backend.attend(&mut sequence, layer, &qkv, &mut out, tokens).unwrap();
+                got[layer].extend(download(backend, &out, tokens * q_width));
+            }
+            backend.advance(&mut sequence, tokens).unwrap();
+            start += tokens;
+        }
+        for (text, got) in texts.iter().zip(&got) {
+            let qkv: Vec<Vec<f64>> = text.chunks_exact(width).map(exact).collect();
+            let want = oracle::attend(config, &qkv).concat();
+            // |q·k| ≤ 2·dim, since a rotated pair of numbers below 1 stays below √2; an error of the scores
+            // moves every share by at most twice as much, relatively; |values| ≤ 1.
+            let score = common::tolerance(0.0, 0.0, dim + 8, 2.0 * dim as f64) / (dim as f64).sqrt();
+            let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], len + 16, 1.0) + 2.0 * score;
+            assert_eq!(common::misfit(got, &want, allowed), None);
+            let narrower =
+                ModelConfig { sliding_window: Some(config.sliding_window.unwrap_or(len) - 1), ..config.clone() };
+            let wrong = oracle::attend(&narrower, &qkv).concat();
+            assert!(common::misfit(got, &wrong, allowed).is_some(), "one token less to see goes unseen");
+        }
+    }
+}
+
+pub(crate) fn attention<B: UnderTest>(backend: &B) {
+    check_attention(backend, &config(), &[1, 1, 1]);
+    check_attention(backend, &config(), &[16, 7, 1, 1, 13]);
+    let wide = ModelConfig { num_heads: 6, num_kv_heads: 2, head_dim: 80, ..config() };
+    check_attention(backend, &wide, &[9, 1]);
+}
+
+pub(crate) fn sliding_window<B: UnderTest>(backend: &B) {
+    check_attention(backend, &ModelConfig { sliding_window: Some(5), ..config() }, &[16, 1, 1, 6]);
+    // More positions than a kernel holds at a time.
+    let small = ModelConfig { num_heads: 2, num_kv_heads: 1, head_dim: 8, sliding_window: Some(300), ..config() };
+    check_attention(backend, &small, &[[16; 25].as_slice(), &[1, 1]].concat());
+}
+
+/// The tokens that are sampled from `texts`, one after the other.
+fn sample<B: UnderTest>(backend: &B, sampling: &Sampling, draws: &[f32], texts: &[Vec<f32>]) -> Vec<u32> {
+    let config = ModelConfig { vocab_size: texts[0].len(), ..config() };
+    let mut sequence = backend.sequence(&config, texts.len()).unwrap();
+    backend.begin(&mut sequence, sampling, draws).unwrap();
+    for logits in texts {
+        backend.sample(&mut sequence, &upload(backend, logits)).unwrap();
+    }
+    (0..texts.len()).map(|i| backend.sampled(&sequence, i).unwrap()).collect()
+}
+
+pub(crate) fn greedy_sampling<B: UnderTest>(backend: &B) {
+    let vocab = 1003;
+    let base = common::uniform(1, vocab);
+    let with = |changes: &[(usize, f32)]| {
+        let mut logits = base.clone();
+        changes.iter().for_each(|&(i, value)| logits[i] = value);
+        logits
+    };
+    let negative: Vec<f32> = base.iter().map(|x| x - 5.0).collect();
+    let largest = (0..vocab).rev().max_by(|&a, &b| negative[a].total_cmp(&negative[b])).unwrap() as u32;
+    let mut zeros = vec![0.0; vocab];
+    zeros[..9].fill(-0.0);
+    let cases = [
+        (with(&[(1002, 7.0)]), 1002),
+        (with(&[(700, 7.0), (256, 7.0), (900, 7.0)]), 256),
+        (with(&[(3, f32::NAN), (800, 2.0), (1002, f32::NAN)]), 800),
+        (with(&[(5, f32::INFINITY), (4, f32::MAX)]), 5),
+        (vec![f32::NEG_INFINITY; vocab], 0),
+        (zeros, 0),
+        (negative, largest),
+    ];
+    let (texts, want): (Vec<_>, Vec<u32>) = cases.into_iter().unzip();
+    assert_eq!(sample(backend, &Sampling::GREEDY, &[], &texts), want);
+}
+
+pub(crate) fn random_sampling<B: UnderTest>(backend: &B) {
+    let sampling = Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.02 };
+    let texts: Vec<Vec<f32>> = (0..24).map(|i| common::heavy_tailed(i, 517)).collect();
+    let draws = draws(5, texts.len());
+    let want: Vec<u32> = texts.iter().zip(&draws).map(|(logits, &draw)| sampling.choose(logits, draw)).collect();
+    assert_eq!(sample(backend, &sampling, &draws, &texts), want);
+    let other: Vec<f32> = draws.iter().map(|draw| 0.999 - draw).collect();
+    assert_ne!(sample(backend, &sampling, &other, &texts), want, "the draws do not decide");
+}
+
+/// More work takes longer, by the device's own clock.
+pub(crate) fn time_passes<B: UnderTest>(backend: &B) {
+    let linear = Linear::plain(common::anyprec(1, 1024, 512, 3, Stored::F16));
+    let matrix = backend.matrix(&linear).unwrap();
+    let x = upload(backend, &common::uniform(2, 1024));
+    let mut y = backend.vector(512).unwrap();
+    let mut time = |times: usize| {
+        let mut work = || (0..times).try_for_each(|_| backend.gemv(&matrix, &x, &mut y));
+        backend.time(&mut work).unwrap()
+    };
+    time(1);
+    // Others may hold the processor up, so one clean measurement of several is asked for.
+    let clean = (0..50).any(|_| {
+        let (one, many) = (time(1), time(50));
+        one > Duration::ZERO && many > 5 * one
+    });
+    assert!(clean, "50 products took no longer than one");
+}

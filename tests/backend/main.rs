@@ -1,0 +1,95 @@
+//! Every property of a backend, once, on every backend that `DECDEC_TEST_DEVICES` names.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../small_model/mod.rs"]
+mod small_model;
+
+mod dec;
+mod decode;
+mod gemv;
+mod whole;
+
+use decdec::backend::DecodeBackend;
+use decdec::backend::cpu::Cpu;
+
+/// A backend, and what its results may differ by.
+trait UnderTest: DecodeBackend {
+    /// Relative error of a stored vector: 0 for f32, 2^-11 for f16.
+    const ROUNDING: f64;
+}
+
+impl UnderTest for Cpu {
+    const ROUNDING: f64 = 0.0;
+}
+
+#[cfg(feature = "reference-wgpu")]
+impl UnderTest for decdec::backend::wgsl::Wgpu {
+    const ROUNDING: f64 = 0.0;
+}
+
+/// One named test per backend for every body.
+macro_rules! on_every_backend {
+    ($($module:ident :: $body:ident),* $(,)?) => {
+        mod cpu {
+            $(#[test]
+            fn $body() {
+                if crate::common::is_under_test("cpu") {
+                    crate::$module::$body(&decdec::backend::cpu::Cpu::new());
+                }
+            })*
+        }
+
+        #[cfg(feature = "reference-wgpu")]
+        mod wgpu {
+            $(#[test]
+            fn $body() {
+                if crate::common::is_under_test("wgpu") {
+                    crate::$module::$body(&decdec::backend::wgsl::Wgpu::open(None).unwrap());
+                }
+            })*
+        }
+    };
+}
+
+on_every_backend! {
+    gemv::anyprec_one_hot,
+    gemv::lutgemm_one_hot,
+    gemv::dense_one_hot,
+    gemv::random_input,
+    gemv::many_tokens,
+    gemv::wide_input,
+    gemv::nan_and_infinity,
+    gemv::overwrites_its_rows_only,
+    dec::selection,
+    dec::selection_of_edges,
+    dec::correction_one_hot,
+    dec::correction_alone,
+    dec::whole_product,
+    dec::no_channels_is_the_base_product,
+    dec::every_n_tb_agrees,
+    dec::too_large_n_tb,
+    dec::nan_comes_out,
+    decode::embed_and_last_row,
+    decode::norm,
+    decode::swiglu,
+    decode::attention,
+    decode::sliding_window,
+    decode::greedy_sampling,
+    decode::random_sampling,
+    decode::time_passes,
+    whole::small_models,
+}
+
+/// A device that is named but not built in would otherwise pass unseen.
+#[test]
+fn named_devices_exist() {
+    let built_in = if cfg!(feature = "reference-wgpu") { &["cpu", "wgpu"][..] } else { &["cpu"] };
+    for name in common::named_devices() {
+        assert!(
+            built_in.contains(&name.as_str()),
+            "DECDEC_TEST_DEVICES names {name}, this build has {}",
+            built_in.join(" and ")
+        );
+    }
+}

@@ -1,0 +1,243 @@
+//! The program as a user meets it: bad input gets one clear line, and nothing is lost.
+
+mod fixtures;
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+
+fn decdec() -> Command {
+    let mut command = Command::cargo_bin("decdec").expect("built");
+    command.env_remove("RUST_LOG");
+    command
+}
+
+/// A small source, and a directory to work in.
+struct Workshop {
+    dir: tempfile::TempDir,
+}
+
+impl Workshop {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (gguf, _) = fixtures::byte_level(fixtures::small_config("llama"), "gpt-2", &["a b"]);
+        let bytes = fixtures::small_tensors(gguf, 300).bytes();
+        std::fs::write(dir.path().join("small.gguf"), bytes).expect("written");
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn quantize(&self, out: &str, more: &[&str]) -> Command {
+        let mut command = decdec();
+        command.arg("quantize").arg(self.path("small.gguf")).arg("--out").arg(self.path(out));
+        command.args(["--backend", "ap", "--bitwidth", "3", "--seq-len", "16", "--samples", "4"]).args(more);
+        command
+    }
+
+    fn checkpoint(&self) -> PathBuf {
+        self.quantize("checkpoint", &[]).assert().success();
+        self.path("checkpoint")
+    }
+
+    fn generate(&self, checkpoint: &Path, more: &[&str]) -> Command {
+        let mut command = decdec();
+        command.arg("generate").arg("--checkpoint-path").arg(checkpoint).args(["--max-new-tokens", "4"]).args(more);
+        command
+    }
+}
+
+/// Fails with one line that contains all of `parts`, and without a panic.
+fn refuses(mut command: Command, parts: &[&str]) {
+    let output = command.assert().failure().get_output().clone();
+    let stderr = String::from_utf8(output.stderr).expect("text");
+    let errors: Vec<_> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "one line of error: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    for part in parts {
+        assert!(errors[0].contains(part), "'{part}' is not in: {}", errors[0]);
+    }
+}
+
+#[test]
+fn quantize_then_generate_in_both_spellings() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let run = |flags: &[&str]| {
+        let mut command = shop.generate(&checkpoint, &["--prompt", "ab", "--ignore-eos", "--json"]);
+        let output = command.args(flags).assert().success().get_output().stdout.clone();
+        let line: serde_json::Value = serde_json::from_slice(&output).expect("one object");
+        line["tokens"].clone()
+    };
+    let dashes = run(&["--k-chunks", "64", "64", "64", "64", "--n-tbs", "2"]);
+    assert_eq!(dashes.as_array().expect("ids").len(), 4);
+    let underscores = run(&["--k_chunks", "64", "64", "64", "64", "--n_tbs", "2"]);
+    assert_eq!(dashes, underscores);
+    let seeded = |seed| run(&["--temperature", "5", "--seed", seed]);
+    assert_eq!(seeded("7"), seeded("7"), "same seed, same text");
+    assert_ne!(seeded("7"), seeded("8"), "another seed, another text");
+}
+
+#[test]
+fn what_a_checkpoint_says_need_not_be_repeated_but_must_agree() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    shop.generate(&checkpoint, &["--prompt", "ab", "--backend", "ap", "--bitwidth", "3"]).assert().success();
+    refuses(shop.generate(&checkpoint, &["--backend", "lutgemm"]), &["lutgemm", "ap"]);
+    refuses(shop.generate(&checkpoint, &["--bitwidth", "4"]), &["4", "3"]);
+}
+
+#[test]
+fn measurements_in_the_users_words() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let line =
+        predicate::str::is_match(r"Time for inference 2: \d+\.\d\d sec total, \d+\.\d\d tokens/sec").expect("valid");
+    shop.generate(&checkpoint, &["--num-samples", "2"]).assert().success().stdout(line.and(contains("Average")));
+}
+
+#[test]
+fn bad_numbers_are_refused() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let cases: [(&[&str], &[&str]); 9] = [
+        (&["--k-chunks", "1025", "0", "0", "0"], &["1025", "1024"]),
+        (&["--k-chunks", "8", "8"], &["2 numbers", "4 are expected"]),
+        (&["--n-tbs", "0"], &["--n-tbs is 0"]),
+        (&["--n-tbs", "5000"], &["5000", "allowed on cpu"]),
+        (&["--n-tbs", "2", "2"], &["2 numbers", "1"]),
+        (&["--temperature", "-1"], &["-1"]),
+        (&["--top-p", "1.5"], &["1.5", "0 to 1"]),
+        (&["--prompt", ""], &["prompt is empty"]),
+        (&["--device", "tpu"], &["tpu", "cpu"]),
+    ];
+    for (flags, parts) in cases {
+        let mut command = shop.generate(&checkpoint, &[]);
+        command.args(flags.iter().map(|flag| flag.to_string()));
+        if flags[0] == "--temperature" {
+            // Clap takes "-1" for a flag unless it is attached.
+            command = shop.generate(&checkpoint, &["--temperature=-1"]);
+        }
+        refuses(command, parts);
+    }
+    let long = "a ".repeat(4000);
+    refuses(shop.generate(&checkpoint, &["--prompt", &long]), &["the prompt has", "shorten"]);
+}
+
+#[test]
+fn damaged_checkpoints_are_refused_by_name() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    refuses(shop.generate(Path::new("/nowhere"), &[]), &["/nowhere"]);
+    for name in
+        ["config.json", "tokenizer.json", "model.safetensors", "residuals.safetensors", "thresholds.safetensors"]
+    {
+        let path = checkpoint.join(name);
+        let whole = std::fs::read(&path).expect("there");
+        std::fs::write(&path, &whole[..whole.len() / 2]).expect("written");
+        refuses(shop.generate(&checkpoint, &[]), &[]);
+        std::fs::remove_file(&path).expect("removed");
+        refuses(shop.generate(&checkpoint, &[]), &[]);
+        std::fs::write(&path, &whole).expect("written");
+    }
+    shop.generate(&checkpoint, &["--prompt", "ab"]).assert().success();
+    let config = checkpoint.join("config.json");
+    let text = std::fs::read_to_string(&config).expect("text").replace("\"llama\"", "\"rwkv\"");
+    std::fs::write(&config, text).expect("written");
+    refuses(shop.generate(&checkpoint, &[]), &["rwkv"]);
+}
+
+#[test]
+fn quantize_refuses_and_leaves_what_is_there() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let before = std::fs::read(checkpoint.join("model.safetensors")).expect("there");
+    refuses(shop.quantize("checkpoint", &[]), &["--overwrite"]);
+    let mut odd_groups = decdec();
+    odd_groups.arg("quantize").arg(shop.path("small.gguf")).arg("--out").arg(shop.path("other"));
+    odd_groups.args(["--backend", "lutgemm", "--bitwidth", "3", "--group-size", "48"]);
+    refuses(odd_groups, &["48", "32"]);
+    assert_eq!(before, std::fs::read(checkpoint.join("model.safetensors")).expect("still there"));
+    assert!(!shop.path("other").exists(), "nothing half made");
+    let mut missing = decdec();
+    missing.args(["quantize", "/nowhere", "--backend", "ap", "--bitwidth", "3", "--out", "x"]);
+    refuses(missing, &["/nowhere"]);
+    let whole = std::fs::read(shop.path("small.gguf")).expect("there");
+    std::fs::write(shop.path("small.gguf"), &whole[..whole.len() - 100]).expect("written");
+    refuses(shop.quantize("other", &[]), &["small.gguf"]);
+}
+
+#[test]
+fn a_full_disk_is_reported() {
+    if !Path::new("/dev/full").exists() {
+        eprintln!("skipped: no /dev/full");
+        return;
+    }
+    let shop = Workshop::new();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("opens");
+    let checkpoint = shop.checkpoint();
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
+    command.arg("generate").arg("--checkpoint-path").arg(&checkpoint).args(["--prompt", "ab", "--max-new-tokens", "2"]);
+    let output = command.stdout(full).output().expect("runs");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && stderr.contains("No space left") && !stderr.contains("panicked"), "{stderr}");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_generation_with_130_and_keeps_the_text() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
+    command.arg("generate").arg("--checkpoint-path").arg(&checkpoint);
+    command.args(["--prompt", "ab", "--max-new-tokens", "100", "--num-samples", "1000000", "--ignore-eos"]);
+    let mut child =
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).spawn().expect("starts");
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    // The pipe is read to its end so that the program is not held up by it.
+    let mut text = Vec::new();
+    std::io::Read::read_to_end(child.stdout.as_mut().expect("piped"), &mut text).expect("readable");
+    assert_eq!(child.wait().expect("ends").code(), Some(130));
+    assert_eq!(text.last(), Some(&b'\n'), "what was made is flushed, whole");
+}
+
+#[test]
+fn eval_and_inspect_and_completions() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    std::fs::write(shop.path("text.txt"), "ab ba abab bbaa ".repeat(40)).expect("written");
+    let eval = |path: &Path, more: &[&str]| {
+        let mut command = decdec();
+        command.args(["eval", "perplexity"]).arg(path).arg("--text").arg(shop.path("text.txt"));
+        command.args(["--seq-len", "32", "--json"]).args(more);
+        command
+    };
+    let read = |mut command: Command| -> serde_json::Value {
+        serde_json::from_slice(&command.assert().success().get_output().stdout).expect("one object")
+    };
+    let source = shop.path("small.gguf");
+    let full = read(eval(&source, &["--windows", "0..3"]));
+    assert_eq!(full["predictions"], 3 * 31);
+    assert!(full["perplexity"].as_f64().expect("a number") > 1.0);
+    let source_text = source.to_str().expect("text");
+    let itself = read(eval(&source, &["--windows", "0..3", "--compare", source_text]));
+    assert_eq!((itself["kl_divergence"].as_f64(), itself["top1_agreement"].as_f64()), (Some(0.0), Some(1.0)));
+    let kl = |k: &str| {
+        let flags = ["--windows", "0..3", "--compare", source_text, "--k-chunks", k, k, k, k];
+        read(eval(&checkpoint, &flags))["kl_divergence"].as_f64().expect("a number")
+    };
+    assert!(kl("1024") < kl("0") && kl("0") > 0.0, "compensation brings the source closer: {} {}", kl("1024"), kl("0"));
+    refuses(eval(&checkpoint, &["--windows", "90..99"]), &["90..99", "the text has"]);
+
+    decdec().arg("inspect").arg(&checkpoint).assert().success().stdout(contains("bits per weight"));
+    decdec().arg("inspect").arg(&checkpoint).arg("--json").assert().success().stdout(contains("\"host_bytes\""));
+    decdec().arg("devices").assert().success().stdout(contains("cpu"));
+    for shell in ["bash", "zsh", "fish"] {
+        decdec().args(["completions", shell]).assert().success().stdout(contains("decdec"));
+    }
+}

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use decdec::checkpoint::WeightFormat;
 use decdec::config::{ModelConfig, Projection};
 use decdec::format::anyprec;
 use decdec::source::reference::Reference;
@@ -418,7 +419,10 @@ fn reference_any_precision() {
     let dir = made.write();
     for bits in [3, 4] {
         let reference = Reference::open(dir.path(), Some(bits), false).unwrap();
-        assert_eq!((reference.backend(), reference.layer_bits(), reference.bits(0)), ("ap", &[bits][..], Some(bits)));
+        assert_eq!(
+            (reference.backend(), reference.layer_bits(), reference.bits(0)),
+            (WeightFormat::AnyPrec, &[bits][..], Some(bits))
+        );
         assert_rows(&reference, |module, row, k| any_prec_weight(&made, bits as usize, module, row, k));
     }
     let error = |bits| format!("{:#}", Reference::open(dir.path(), bits, false).unwrap_err());
@@ -443,7 +447,7 @@ fn reference_any_precision() {
 fn reference_lut_gemm_modules_are_fused() {
     let made = Made::lut_gemm(3);
     let reference = Reference::open(made.write().path(), None, false).unwrap();
-    assert_eq!((reference.backend(), reference.layer_bits()), ("lutgemm", &[3][..]));
+    assert_eq!((reference.backend(), reference.layer_bits()), (WeightFormat::LutGemm, &[3][..]));
     assert_rows(&reference, |module, row, k| {
         let [binary, alpha, q_bias] = ["binary", "alpha", "q_bias"].map(|tensor| made.array(module, tensor));
         let rows = q_bias.shape[1];

@@ -18,6 +18,7 @@ use self::fuse::{first, interleave, interleave_floats, row_order};
 use self::tensors::{Expected, Tensors};
 use super::modules::parts;
 use super::{EMBEDDING, FINAL_NORM, HEAD, Part, norm_name};
+use crate::checkpoint::WeightFormat;
 use crate::config::{Architecture, ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual, threshold};
 use crate::tokenizer::TextFiles;
@@ -39,17 +40,10 @@ pub struct Reference {
     config_json: Json,
     texts: TextFiles,
     tensors: Tensors,
-    packing: Packing,
+    format: WeightFormat,
     bits: Vec<u32>, // [num_layers]
     has_residuals: bool,
     compat_scale_order: bool,
-}
-
-/// How the codes of a directory are packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Packing {
-    AnyPrec,
-    LutGemm,
 }
 
 impl Reference {
@@ -77,12 +71,12 @@ impl Reference {
         let mut tensors = Tensors::default();
         tensors.add_weights(dir)?;
         let has_residuals = add_compensation(&mut tensors, dir)?;
-        let packing = Packing::of(&tensors)?;
+        let format = weight_format(&tensors)?;
         let map = dir.join(BIT_MAP);
         let map = if map.exists() { Some(tensors::json(&map)?) } else { None };
-        let bits = layer_bits(&config, &tensors, packing, bits, map.as_ref())?;
+        let bits = layer_bits(&config, &tensors, format, bits, map.as_ref())?;
         let texts = TextFiles::read(dir)?;
-        let reference = Self { config, config_json, texts, tensors, packing, bits, has_residuals, compat_scale_order };
+        let reference = Self { config, config_json, texts, tensors, format, bits, has_residuals, compat_scale_order };
         reference.check()?;
         Ok(reference)
     }
@@ -97,12 +91,9 @@ impl Reference {
         &self.texts
     }
 
-    /// The format as the command line names it: `ap` or `lutgemm`.
-    pub fn backend(&self) -> &'static str {
-        match self.packing {
-            Packing::AnyPrec => "ap",
-            Packing::LutGemm => "lutgemm",
-        }
+    /// How the codes are packed.
+    pub fn backend(&self) -> WeightFormat {
+        self.format
     }
 
     /// Bits of every layer, `[num_layers]`; they differ in mixed precision.
@@ -153,9 +144,9 @@ impl Reference {
         let in_features = self.config.shape(projection).0;
         let bits = self.bits[layer] as usize;
         ensure!(in_features.is_multiple_of(32), "{projection}: {in_features} channels, a multiple of 32 is expected");
-        for part in self.parts(layer, projection, self.packing.codes()) {
-            match self.packing {
-                Packing::AnyPrec => {
+        for part in self.parts(layer, projection, codes(self.format)) {
+            match self.format {
+                WeightFormat::AnyPrec => {
                     // The first `bits` of more planes are a model of their own, with its own codebooks.
                     let name = part.tensor("qweight");
                     let stored = self.tensors.find(&name).ok().and_then(|t| t.shape().first().copied());
@@ -166,7 +157,7 @@ impl Reference {
                         expect(part.tensor(&lut(b)), &[part.rows, 1 << b], false);
                     }
                 }
-                Packing::LutGemm => {
+                WeightFormat::LutGemm => {
                     let q_bias = part.tensor("q_bias");
                     let groups = self.tensors.find(&q_bias).ok().and_then(|t| t.shape().first().copied());
                     let groups = groups.unwrap_or(in_features / 128);
@@ -201,20 +192,20 @@ impl Reference {
 
     fn weight(&self, layer: usize, projection: Projection) -> Result<Weight<'_>> {
         let (in_features, out_features) = self.config.shape(projection);
-        let parts = self.parts(layer, projection, self.packing.codes());
+        let parts = self.parts(layer, projection, codes(self.format));
         let bits = self.bits[layer] as usize;
         let words = |suffix| parts.iter().map(|p| self.tensors.words(&p.tensor(suffix))).collect::<Result<Vec<_>>>();
         let finite =
             |suffix: &str| parts.iter().map(|p| self.tensors.finite(&p.tensor(suffix))).collect::<Result<Vec<_>>>();
-        Ok(match self.packing {
-            Packing::AnyPrec => {
+        Ok(match self.format {
+            WeightFormat::AnyPrec => {
                 let planes = words("qweight")?.into_iter().zip(&parts);
                 let planes = planes.map(|(planes, part)| first(planes, bits * part.rows * (in_features / 32)));
                 let planes = interleave(planes.collect(), bits);
                 let lut = interleave_floats(finite(&lut(bits))?, 1);
                 Weight::AnyPrec(AnyPrec::new(in_features, out_features, bits, planes, lut)?)
             }
-            Packing::LutGemm => {
+            WeightFormat::LutGemm => {
                 let binary = interleave(words("binary")?, in_features / 32 * bits);
                 let groups = self.tensors.find(&parts[0].tensor("q_bias"))?.shape()[0];
                 let (alpha, q_bias) = (finite("alpha")?, finite("q_bias")?);
@@ -254,7 +245,7 @@ impl Reference {
 
     /// The biases of all parts; zeros where only some have one.
     fn bias(&self, layer: usize, projection: Projection) -> Result<Option<Cow<'_, [f32]>>> {
-        let parts = self.parts(layer, projection, self.packing.codes());
+        let parts = self.parts(layer, projection, codes(self.format));
         if !parts.iter().any(|part| self.tensors.contains(&part.tensor("bias"))) {
             return Ok(None);
         }
@@ -311,34 +302,35 @@ impl ModelWeights for Reference {
     }
 }
 
-impl Packing {
-    fn of(tensors: &Tensors) -> Result<Self> {
-        let any = |suffix| tensors.names().any(|name| name.ends_with(suffix));
-        match (any(".qweight"), any(".binary")) {
-            (true, false) => Ok(Self::AnyPrec),
-            (false, true) => Ok(Self::LutGemm),
-            (true, true) => bail!("both qweight (AnyPrec) and binary (LUT-GEMM) tensors, one kind is expected"),
-            (false, false) => bail!("neither qweight (AnyPrec) nor binary (LUT-GEMM) tensors: is it quantized?"),
-        }
+/// How the codes of a directory are packed.
+fn weight_format(tensors: &Tensors) -> Result<WeightFormat> {
+    let any = |suffix| tensors.names().any(|name| name.ends_with(suffix));
+    match (any(".qweight"), any(".binary")) {
+        (true, false) => Ok(WeightFormat::AnyPrec),
+        (false, true) => Ok(WeightFormat::LutGemm),
+        (true, true) => bail!("both qweight (AnyPrec) and binary (LUT-GEMM) tensors, one kind is expected"),
+        (false, false) => bail!("neither qweight (AnyPrec) nor binary (LUT-GEMM) tensors: is it quantized?"),
     }
+}
 
-    /// The tensor that every quantized module has.
-    fn codes(self) -> &'static str {
-        match self {
-            Self::AnyPrec => "qweight",
-            Self::LutGemm => "binary",
-        }
+/// The tensor that every quantized module has.
+fn codes(format: WeightFormat) -> &'static str {
+    match format {
+        WeightFormat::AnyPrec => "qweight",
+        WeightFormat::LutGemm => "binary",
     }
+}
 
-    /// The precisions that `layer` is stored in, told by its output projection, which is never fused.
-    fn stored(self, tensors: &Tensors, layer: usize) -> Vec<u32> {
-        let module = format!("model.layers.{layer}.self_attn.o_proj");
-        match self {
-            Self::AnyPrec => (2..=8).filter(|&b| tensors.contains(&format!("{module}.{}", lut(b as usize)))).collect(),
-            Self::LutGemm => {
-                let binary = tensors.find(&format!("{module}.binary")).ok();
-                binary.and_then(|binary| u32::try_from(*binary.shape().get(1)?).ok()).into_iter().collect()
-            }
+/// The precisions that `layer` is stored in, told by its output projection, which is never fused.
+fn stored_bits(format: WeightFormat, tensors: &Tensors, layer: usize) -> Vec<u32> {
+    let module = format!("model.layers.{layer}.self_attn.o_proj");
+    match format {
+        WeightFormat::AnyPrec => {
+            (2..=8).filter(|&bits| tensors.contains(&format!("{module}.{}", lut(bits as usize)))).collect()
+        }
+        WeightFormat::LutGemm => {
+            let binary = tensors.find(&format!("{module}.binary")).ok();
+            binary.and_then(|binary| u32::try_from(*binary.shape().get(1)?).ok()).into_iter().collect()
         }
     }
 }
@@ -361,7 +353,7 @@ fn add_compensation(tensors: &mut Tensors, dir: &Path) -> Result<bool> {
 fn layer_bits(
     config: &ModelConfig,
     tensors: &Tensors,
-    packing: Packing,
+    format: WeightFormat,
     asked: Option<u32>,
     map: Option<&Json>,
 ) -> Result<Vec<u32>> {
@@ -376,13 +368,13 @@ fn layer_bits(
         ensure!(got == layers && first_wrong.is_none(), "{BIT_MAP} has {got} layers, 0 to {} are expected", layers - 1);
     }
     let choose = |layer| {
-        let stored = packing.stored(tensors, layer);
+        let stored = stored_bits(format, tensors, layer);
         let listed = stored.iter().map(u32::to_string).collect::<Vec<_>>().join(" or ");
         let bits = match (asked, &map, &stored[..]) {
             (Some(bits), _, _) => bits,
             (None, Some(map), _) => map[&layer],
             (None, None, &[only]) => only,
-            (None, None, []) => bail!("layer {layer} has no {} for its output projection", packing.codes()),
+            (None, None, []) => bail!("layer {layer} has no {} for its output projection", codes(format)),
             (None, None, _) => {
                 bail!("layer {layer} is stored with several bit widths, choose with --bitwidth {listed}")
             }

@@ -34,13 +34,12 @@ impl Opened {
         if Reference::detect(path) {
             let seed = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);
             let reference = Reference::open(path, seed, compat_scale_order)?;
-            let backend = if reference.backend() == "ap" { WeightFormat::AnyPrec } else { WeightFormat::LutGemm };
             let widths = reference.layer_bits();
             let low = widths.iter().copied().min().context("the model has no layers")?;
             let mixed = widths.iter().any(|&width| width != low);
             let bits = BitWidth::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })?;
-            let texts = reference.texts().clone();
-            return Ok(Self { texts, quantization: Some((backend, bits)), weights: Box::new(reference) });
+            let (texts, format) = (reference.texts().clone(), reference.backend());
+            return Ok(Self { texts, quantization: Some((format, bits)), weights: Box::new(reference) });
         }
         let source = Source::open(path)?;
         Ok(Self { texts: source.texts().clone(), quantization: None, weights: Box::new(source) })

@@ -1,4 +1,5 @@
-//! From a path to a model, whatever it is: our checkpoint, the reference's directory, a full-precision source.
+//! From a path to a model, whatever it is: our checkpoint, a quantized model
+//! that other programs made, a full-precision source.
 
 use std::path::Path;
 
@@ -6,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::{BitWidth, Checkpoint, WeightFormat};
 use crate::source::Source;
+use crate::source::awq::Awq;
 use crate::source::reference::Reference;
 use crate::tokenizer::TextFiles;
 use crate::weights::ModelWeights;
@@ -30,6 +32,12 @@ impl Opened {
             let quantization = (checkpoint.manifest().backend, checkpoint.manifest().bits);
             let texts = checkpoint.texts().clone();
             return Ok(Self { texts, quantization: Some(quantization), weights: Box::new(checkpoint) });
+        }
+        if Awq::detect(path) {
+            let awq = Awq::open(path)?;
+            let quantization = (WeightFormat::LutGemm, BitWidth::try_from(4.0)?);
+            let texts = awq.texts().clone();
+            return Ok(Self { texts, quantization: Some(quantization), weights: Box::new(awq) });
         }
         if Reference::detect(path) {
             let seed = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);

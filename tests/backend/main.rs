@@ -8,6 +8,7 @@ mod small_model;
 mod dec;
 mod decode;
 mod gemv;
+mod reference;
 mod whole;
 
 use decdec::backend::DecodeBackend;
@@ -78,6 +79,7 @@ on_every_backend! {
     decode::greedy_sampling,
     decode::random_sampling,
     decode::time_passes,
+    reference::reference_directories,
     whole::small_models,
 }
 

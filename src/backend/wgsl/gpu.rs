@@ -1,4 +1,4 @@
-//! The device: adapters, buffers, a queue of dispatches, reads and the clock. All of wgpu that is used is here.
+//! The device: adapters, buffers, a queue of dispatches, reads and the clock.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -96,7 +96,7 @@ pub(crate) fn selection_of_edges<B: UnderTest>(backend: &B) {
     }
     // Subnormal and zero: whoever flushes to zero mixes them up.
     let tiny: Vec<f32> =
-        (0..inner).map(|i| f32::from_bits((i as u32 * 7919) % 64 | if i % 3 == 0 { 1 << 31 } else { 0 })).collect();
+        (0..inner).map(|i| f32::from_bits((i as u32 * 7919 % 64) | if i % 3 == 0 { 1 << 31 } else { 0 })).collect();
     for k_chunk in [1, 8, 64, 200, 1000] {
         for x in [&on_edges, &special, &tiny, &vec![0.0; inner], &vec![-0.0; inner], &vec![f32::NAN; inner]] {
             check_selection(backend, &linear, &matrix, k_chunk, x);

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../small_model/mod.rs"]
 mod small_model;
 

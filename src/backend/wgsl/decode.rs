@@ -1,6 +1,6 @@
 //! A whole token on the reference backend.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::kernels::{ARGMAX, ATTEND, RMS_NORM, ROPE_APPEND, SWIGLU};
 use super::matrix::{Matrix, Plan, ROWS, words};
@@ -63,13 +63,14 @@ impl DecodeBackend for Wgpu {
         );
         let bytes = 4 * max_seq_len * config.num_kv_heads * config.head_dim;
         let cache = |_| Ok(Cache { keys: self.gpu.zeros(bytes)?, values: self.gpu.zeros(bytes)? });
+        let layers = (0..config.num_layers).map(cache).collect::<Result<_>>();
         Ok(Sequence {
             num_heads: config.num_heads,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             window: config.sliding_window.unwrap_or(max_seq_len),
             vocab_size: config.vocab_size,
-            layers: (0..config.num_layers).map(cache).collect::<Result<_>>()?,
+            layers: layers.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer"))?,
             angles: self.gpu.upload(bytemuck::cast_slice(&angles(config, max_seq_len)))?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
             len: 0,

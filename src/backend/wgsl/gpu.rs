@@ -1,4 +1,4 @@
-//! The device: adapters, buffers, a queue of dispatches, reads and the clock. All of wgpu that is used is here.
+//! The device: adapters, buffers, a queue of dispatches, reads and the clock.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -13,6 +13,9 @@ use crate::backend::DeviceInfo;
 
 /// Dispatches that are queued before the device starts on them without being asked.
 const SUBMIT_AFTER: usize = 2048;
+
+/// Vulkan does not say how many groups a device holds at once; this is about half of what the largest do.
+const MAX_N_TB: usize = 128;
 
 /// Values of a kernel's `override`s.
 pub(super) type Overrides<'a> = &'a [(&'static str, u32)];
@@ -78,7 +81,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
         id: format!("wgpu:{index}"),
         name: info.name,
         driver: [info.driver, info.driver_info].join(" ").trim().to_owned(),
-        max_n_tb: adapter.limits().max_compute_workgroups_per_dimension as usize,
+        max_n_tb: MAX_N_TB,
         max_tokens: super::MAX_TOKENS,
         lookahead: 0,
     }
@@ -277,7 +280,7 @@ impl Gpu {
         drop(pending);
         let mut ticks = [0u64; 2];
         self.read(&clock.resolved, 0, bytemuck::cast_slice_mut(&mut ticks))?;
-        let nanoseconds = (ticks[1] - ticks[0]) as f64 * f64::from(self.queue.get_timestamp_period());
+        let nanoseconds = ticks[1].saturating_sub(ticks[0]) as f64 * f64::from(self.queue.get_timestamp_period());
         Ok(Duration::from_nanos(nanoseconds as u64))
     }
 

@@ -105,9 +105,8 @@ impl Table<'_> {
 /// Uploads `tables`, all of the same `rows`, in as few blocks of rows as bindings of this device allow.
 fn upload_blocks(gpu: &Gpu, rows: usize, tables: &[Table<'_>]) -> Result<Vec<(Range<usize>, Vec<wgpu::Buffer>)>> {
     let fit = tables.iter().map(|table| gpu.max_binding / (table.outer * table.inner)).min().unwrap_or(rows);
-    // Whole words of halves and of residual rows: eight rows at a time.
-    let step = if fit >= rows { rows } else { fit / 8 * 8 };
-    ensure!(step > 0, "{} holds {} bytes in a binding, too few for eight rows", gpu.info.id, gpu.max_binding);
+    ensure!(fit > 0, "{} holds {} bytes in a binding, too few for a row", gpu.info.id, gpu.max_binding);
+    let step = fit.min(rows);
     let blocks = (0..rows).step_by(step).map(|start| {
         let block = start..(start + step).min(rows);
         let buffers = tables.iter().map(|table| gpu.upload(&table.rows(rows, &block))).collect::<Result<_>>()?;
@@ -291,5 +290,78 @@ impl Plan {
         });
         let groups = [self.in_features.div_ceil(CHUNK), tokens];
         gpu.dispatch(&DEC_SELECT, &[], &[&self.edges, x, list], &parameters, groups);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Wgpu;
+    use super::*;
+    use crate::backend::GemvBackend;
+    use crate::sampling::draws;
+
+    #[test]
+    fn rows_are_cut_out_of_every_line() {
+        let bytes: Vec<u8> = (0..24).collect();
+        let table = Table { bytes: &bytes, outer: 2, inner: 3 };
+        assert_eq!(table.rows(4, &(1..3)), vec![3, 4, 5, 6, 7, 8, 15, 16, 17, 18, 19, 20]);
+        assert!(matches!(table.rows(4, &(0..4)), Cow::Borrowed(whole) if whole == bytes));
+    }
+
+    fn halves(seed: u64, len: usize) -> Floats<'static> {
+        draws(seed, len).into_iter().map(half::f16::from_f32).collect::<Vec<_>>().into()
+    }
+
+    fn layers() -> Vec<Linear<'static>> {
+        let (inner, outer) = (96, 200);
+        let words = |seed, len| draws(seed, len).into_iter().map(|d| d.to_bits().wrapping_mul(2_654_435_761)).collect();
+        let anyprec = AnyPrec::new(inner, outer, 3, words(1, 3 * outer * 3), halves(2, outer * 8)).unwrap();
+        let lutgemm =
+            LutGemm::new(inner, outer, 3, 32, words(3, 3 * 3 * outer), halves(4, 9 * outer), halves(5, 3 * outer));
+        let dense = Dense { in_features: inner, out_features: outer, values: halves(6, inner * outer) };
+        let layer = |weight| Linear {
+            bias: Some(draws(7, outer).into()),
+            residual: Some(Residual::new(inner, outer, words(8, inner * outer / 8), halves(9, outer)).unwrap()),
+            thresholds: Some(vec![1.0; inner].into()),
+            ..Linear::plain(weight)
+        };
+        [Weight::AnyPrec(anyprec), Weight::LutGemm(lutgemm.unwrap()), Weight::Dense(dense)].map(layer).into()
+    }
+
+    /// A device with small bindings computes, bit for bit, what one with large bindings does.
+    #[test]
+    fn blocks_of_rows_agree_with_the_whole() {
+        if !std::env::var("DECDEC_TEST_DEVICES").is_ok_and(|names| names.split(',').any(|n| n.trim() == "wgpu")) {
+            eprintln!("skipped: wgpu not in DECDEC_TEST_DEVICES");
+            return;
+        }
+        let outputs = [usize::MAX, 2048].map(|max_binding| {
+            let mut wgpu = Wgpu::open(None).unwrap();
+            wgpu.gpu.max_binding = wgpu.gpu.max_binding.min(max_binding);
+            let mut x = wgpu.vector(96).unwrap();
+            wgpu.write(&draws(10, 96), &mut x).unwrap();
+            let mut y = wgpu.vector(200).unwrap();
+            let mut out = vec![0.0; 200];
+            let mut all = Vec::new();
+            for linear in layers() {
+                let matrix = wgpu.matrix(&linear).unwrap();
+                assert_eq!(matrix.blocks.len() > 1, max_binding == 2048);
+                let plan = DecPlan::new(96, 200, &[1.0; 96], 512, 7, Selection::Exact).unwrap();
+                let plan = wgpu.plan(&matrix, &plan).unwrap();
+                wgpu.dec_gemv(&matrix, &plan, &x, &mut y).unwrap();
+                wgpu.read(&y, &mut out).unwrap();
+                all.extend(out.iter().map(|y| y.to_bits()));
+                if matches!(linear.weight, Weight::Dense(_)) {
+                    for token in [0u32, 199, 64, 77] {
+                        let ids = wgpu.gpu.upload(&token.to_le_bytes()).unwrap();
+                        matrix.embed(&wgpu.gpu, &ids, 0, &y.0, 1).unwrap();
+                        wgpu.read(&y, &mut out).unwrap();
+                        all.extend(out[..96].iter().map(|y| y.to_bits()));
+                    }
+                }
+            }
+            all
+        });
+        assert_eq!(outputs[0], outputs[1]);
     }
 }

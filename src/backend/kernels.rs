@@ -1,0 +1,54 @@
+//! Which kernel of `kernels-wgsl/` is the obvious form of which in `kernels-cuda/`, and which stand alone.
+//!
+//! A test reads both folders and holds this table against their entry points.
+
+/// An entry point on either side, or both.
+#[derive(Debug, Clone, Copy)]
+pub struct Twin {
+    /// Entry point in `kernels-wgsl/`.
+    pub wgsl: Option<&'static str>,
+    /// Entry point in `kernels-cuda/`.
+    pub cuda: Option<&'static str>,
+    /// Why a side is missing or goes by another name; empty where the twins agree.
+    pub why: &'static str,
+}
+
+const fn twins(name: &'static str) -> Twin {
+    Twin { wgsl: Some(name), cuda: Some(name), why: "" }
+}
+
+const fn renamed(wgsl: &'static str, cuda: &'static str, why: &'static str) -> Twin {
+    Twin { wgsl: Some(wgsl), cuda: Some(cuda), why }
+}
+
+const fn cuda_only(cuda: &'static str, why: &'static str) -> Twin {
+    Twin { wgsl: None, cuda: Some(cuda), why }
+}
+
+/// Every kernel.
+pub const TWINS: &[Twin] = &[
+    twins("gemv_anyprec"),
+    twins("gemv_lutgemm"),
+    twins("gemv_dense"),
+    renamed(
+        "dec_select",
+        "select_channels",
+        "on CUDA a compensating block also selects for itself; this writes the list",
+    ),
+    renamed("dec_apply", "dec", "on CUDA selection and sum are one launch, mostly inside the product's"),
+    renamed("rms_norm", "stage", "on CUDA one kernel normalizes, gates or only rounds the input of a product"),
+    twins("embed"),
+    renamed("rope_append", "append", "on CUDA queries are rotated where they are used"),
+    twins("attend"),
+    twins("swiglu"),
+    renamed("argmax", "sample", "in WGSL only greedy choices stay on the device, others are the host's"),
+    cuda_only("attend_prompt", "the WGSL attend takes any number of tokens"),
+    cuda_only("gemv_any", "widths and types without a fast form; the WGSL products take all"),
+    cuda_only("dequant_any", "prompts are dense products of a library; the WGSL products take any number of tokens"),
+    cuda_only("dequant_anyprec", "as dequant_any"),
+    cuda_only("dequant_lutgemm", "as dequant_any"),
+    cuda_only("dequant_dense", "as dequant_any"),
+    cuda_only("add_bias", "after a library's product; the WGSL products add it themselves"),
+    cuda_only("copy_row", "a row may await its compensation; in WGSL it is a copy of the queue"),
+    cuda_only("advance", "a replayed token reads its position from the device; in WGSL the host counts"),
+];

@@ -83,7 +83,8 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     let largest = shapes.iter().map(|s| s.0 * s.1).max().unwrap_or(0);
     // What was lost in f32, codes as bytes, codes and residual packed; or, in the forward pass, one batch.
     let matrix = largest * 6;
-    let batch = 4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
+    let batch =
+        4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
     residual_stream + inputs + layer + matrix.max(batch)
 }
 

@@ -81,8 +81,8 @@ fn more_bits_lose_less_and_residuals_hold_what_was_lost() {
             let losses = Projection::ALL.map(|p| loss(&model, &checkpoint, 1, p, false));
             let compensated = Projection::ALL.map(|p| loss(&model, &checkpoint, 1, p, true));
             for (lost, left) in losses.iter().zip(compensated) {
-                // 4 bits of a bell-shaped residual leave about 1 % of its square.
-                assert!(left < 0.05 * lost, "{backend} {bits}: {lost} lost, {left} left");
+                // Steps of max/7 leave max²/588 on average: a tenth, where the mean square was at least max²/59.
+                assert!(left < 0.1 * lost, "{backend} {bits}: {lost} lost, {left} left");
             }
             let total: f64 = losses.iter().sum();
             assert!(total < before / 2.0, "{backend} {bits}: {total} after {before}");
@@ -199,12 +199,14 @@ fn an_interrupted_job_ends_in_the_same_files() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(5, 4, false);
     let out = dir.path().join("out");
-    for (backend, bits) in [(WeightFormat::AnyPrec, 3.5), (WeightFormat::LutGemm, 3.0)] {
+    // At 0 the layers are done, and read again to choose between widths.
+    let (mixed, single) = (&[1, 2, 3, 0][..], &[2, 3][..]);
+    for (backend, bits, reads) in [(WeightFormat::AnyPrec, 3.5, mixed), (WeightFormat::LutGemm, 3.0, single)] {
         let whole = dir.path().join(format!("whole-{backend}"));
         make(&model, &options(backend, bits), &whole).unwrap();
         let before = out.exists().then(|| contents(&out));
         let overwriting = Options { overwrite: true, ..options(backend, bits) };
-        for at in [2, 0, 3] {
+        for &at in reads {
             let model = Interrupting { model: &model, stop: AtomicBool::new(false), at };
             let error = quantize(&model, &texts(), &overwriting, &out, &model.stop, &ProgressBar::hidden());
             assert!(error.unwrap_err().is::<Interrupted>());

@@ -118,17 +118,26 @@ fn row_scale(row: &[f32]) -> f16 {
         if scale == 0.0 || !scale.is_finite() {
             continue;
         }
-        let inverse = 1.0 / scale;
-        let error: f32 = row
-            .iter()
-            .map(|&r| {
-                let q = (r * inverse).round_ties_even().clamp(-7.0, 7.0);
-                (r - q * scale) * (r - q * scale)
-            })
-            .sum();
+        let error = squared_error(row, scale);
         if error < best.0 {
             best = (error, stored);
         }
     }
     best.1
+}
+
+/// Σ (r − q·scale)² with the nearest `q`. Eight sums side by side, and rounding by an addition, let it vectorize:
+/// this runs once for every candidate and weight.
+fn squared_error(row: &[f32], scale: f32) -> f32 {
+    /// 1.5 · 2^23: a sum with it has no bits left behind the point, and ties go to even.
+    const WHOLE: f32 = 12_582_912.0;
+    let inverse = 1.0 / scale;
+    let mut sums = [0f32; 8];
+    for row in row.chunks_exact(8) {
+        for (sum, &r) in sums.iter_mut().zip(row) {
+            let q = ((r * inverse).clamp(-7.0, 7.0) + WHOLE) - WHOLE;
+            *sum += (r - q * scale) * (r - q * scale);
+        }
+    }
+    sums.iter().sum()
 }

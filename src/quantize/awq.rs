@@ -34,7 +34,7 @@ pub(crate) fn scale(config: &ModelConfig, layer: &mut Layer, inputs: &mut Inputs
     for projection in [Projection::O, Projection::Down, Projection::Qkv, Projection::GateUp] {
         let x = &mut inputs[projection.index()];
         let linear = &mut layer.linears[projection.index()];
-        let scales = search(config, projection, linear, x, bits, group_size);
+        let scales = search(linear, x, &magnitudes(config, projection, x, linear.in_features), bits, group_size);
         let multiply = |row: &mut [f32]| row.iter_mut().zip(&scales).for_each(|(w, s)| *w *= s);
         linear.weight.par_chunks_exact_mut(scales.len()).for_each(multiply);
         let divide = |row: &mut [f32]| row.iter_mut().zip(&scales).for_each(|(x, s)| *x /= s);
@@ -72,17 +72,9 @@ fn divide_rows(linear: &mut Affine, first: usize, scales: &[f32]) {
     }
 }
 
-/// The scales with the least output error, one per input channel.
-fn search(
-    config: &ModelConfig,
-    projection: Projection,
-    linear: &Affine,
-    x: &[f32],
-    bits: usize,
-    group_size: usize,
-) -> Vec<f32> {
+/// The scales with the least output error, one per input channel, for channels of these `magnitudes`.
+pub(crate) fn search(linear: &Affine, x: &[f32], magnitudes: &[f32], bits: usize, group_size: usize) -> Vec<f32> {
     let inputs = linear.in_features;
-    let magnitudes = magnitudes(config, projection, x, inputs);
     let tokens = x.len() / inputs;
     let sampled = tokens.min(SAMPLE_TOKENS);
     let sample: Vec<f32> = (0..sampled).flat_map(|i| &x[i * tokens / sampled * inputs..][..inputs]).copied().collect();
@@ -90,7 +82,7 @@ fn search(
     let mut output = vec![0.0; sampled * linear.out_features];
     let mut best = (f64::INFINITY, Vec::new());
     for ratio in 0..RATIOS {
-        let scales = normalized(&magnitudes, ratio as f32 / RATIOS as f32);
+        let scales = normalized(magnitudes, ratio as f32 / RATIOS as f32);
         delta.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, delta)| {
             rounding_error(linear.row(row), &scales, bits, group_size, delta);
         });
@@ -267,3 +259,6 @@ fn clipped(linear: &Affine, g: usize, bits: usize, group_size: usize, x: &[f32])
     }
     grids
 }
+
+#[cfg(test)]
+mod tests;

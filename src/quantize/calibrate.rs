@@ -11,7 +11,7 @@ use crate::config::ModelConfig;
 use crate::format::Dense;
 
 /// Tokens that go through a layer at once: enough to keep the products busy.
-const BATCH_TOKENS: usize = 2048;
+pub(super) const BATCH_TOKENS: usize = 2048;
 
 /// Tokens summed up by one thread; fixed, so that sums do not depend on the number of threads.
 const SUM_TOKENS: usize = 256;

@@ -1,8 +1,181 @@
-//! placeholder
-/// e
-#[derive(Debug)]
-pub struct Estimate;
-/// e
-pub fn estimate() -> Estimate {
-    Estimate
+//! What a quantization will take, for those who want to know before: sizes from shapes, times from running a
+//! sample of the very same work on this machine.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use rayon::prelude::*;
+
+use super::calibrate;
+use super::forward::{Affine, product};
+use super::{Calibration, Options, awq, finish, mixed, plan, sample, sqllm};
+use crate::checkpoint::{Manifest, WeightFormat};
+use crate::config::{ModelConfig, Projection};
+
+/// Tokens, channels and rows of the sample.
+const TOKENS: usize = 512;
+const CHANNELS: usize = 1024;
+const ROWS: usize = 512;
+/// Channels of a group of the sample.
+const GROUP: usize = 64;
+
+/// What a quantization will take and leave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Estimate {
+    /// Bytes of codes, codebooks, norms, embedding and head: what a device holds.
+    pub device_bytes: usize,
+    /// Bytes of residuals and thresholds: what stays in host memory.
+    pub host_bytes: usize,
+    /// Bytes on disk while the job runs: finished layers beside the checkpoint made of them.
+    pub disk_bytes: usize,
+    /// Most bytes in memory at once, without what is only mapped.
+    pub memory_bytes: usize,
+    /// Time on this machine, if it does nothing else.
+    pub time: Duration,
+}
+
+/// Estimates; checks the options as [`super::quantize`] does. Takes about a second.
+///
+/// # Errors
+/// Options that do not fit the model.
+pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
+    let manifest = plan(config, options)?;
+    let (codes, residuals) = layer_bytes(config, &manifest);
+    let tables = if config.tie_word_embeddings { 1 } else { 2 };
+    let rest = 2 * tables * config.vocab_size * config.hidden_size + 4 * config.hidden_size;
+    let widths = if manifest.bits.is_mixed() { 2 } else { 1 };
+    Ok(Estimate {
+        device_bytes: config.num_layers * codes + rest,
+        host_bytes: config.num_layers * residuals,
+        disk_bytes: (1 + widths) * config.num_layers * (codes + residuals) + rest,
+        memory_bytes: memory(config, options, &manifest),
+        time: time(config, options, &manifest)?,
+    })
+}
+
+/// Bytes of one layer, the mean over bit widths: codes, codebooks and norms; residuals and thresholds.
+fn layer_bytes(config: &ModelConfig, manifest: &Manifest) -> (usize, usize) {
+    let bits = f64::from(manifest.bits);
+    let mut codes = (8 * config.hidden_size) as f64;
+    let mut residuals = 0;
+    for (inputs, outputs) in Projection::ALL.map(|p| config.shape(p)) {
+        codes += bits / 8.0 * (inputs * outputs) as f64;
+        codes += match manifest.group_size {
+            None => {
+                let centroids = f64::from((1u32 << manifest.bits.low()) + (1 << manifest.bits.high())) / 2.0;
+                2.0 * centroids * outputs as f64
+            }
+            Some(group) => 2.0 * (bits + 1.0) * (inputs / group * outputs) as f64,
+        };
+        residuals += inputs * outputs / 2 + 2 * outputs + 4 * inputs;
+    }
+    (codes as usize, residuals)
+}
+
+/// Activations, one layer (twice where AWQ changes it), and the largest matrix a few times over.
+fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
+    let tokens = options.calibration.samples() * options.calibration.seq_len();
+    let shapes = Projection::ALL.map(|p| config.shape(p));
+    let copies = if manifest.backend == WeightFormat::LutGemm && options.awq { 2 } else { 1 };
+    let residual_stream = 2 * 4 * tokens * config.hidden_size;
+    let inputs = copies * 4 * tokens * shapes.iter().map(|s| s.0).sum::<usize>();
+    let layer = copies * 4 * sample::layer_weights(config);
+    let largest = shapes.iter().map(|s| s.0 * s.1).max().unwrap_or(0);
+    // What was lost in f32, codes as bytes, codes and residual packed; or, in the forward pass, one batch.
+    let matrix = largest * 6;
+    let batch =
+        4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
+    residual_stream + inputs + layer + matrix.max(batch)
+}
+
+fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {
+    let sample = Sample::new();
+    let (texts, seq_len) = (options.calibration.samples(), options.calibration.seq_len());
+    let layers = config.num_layers as f64;
+    let weights = sample::layer_weights(config) as f64;
+    // Scores and weighted sums, half of which are masked.
+    let attention = (seq_len * config.num_heads * config.head_dim) as f64;
+    let per_token = sample.product()? * (weights + attention);
+    let head = sample.product()? * (config.vocab_size * config.hidden_size) as f64;
+    let mut seconds = layers * per_token * (texts * seq_len) as f64;
+    if let Calibration::Sampled { .. } = options.calibration {
+        // One token of each text at a time: about half as fast as many.
+        seconds += 2.0 * (texts * seq_len) as f64 * (layers * per_token + head);
+    }
+    let widths = if manifest.bits.is_mixed() { 2.0 } else { 1.0 };
+    seconds += widths * layers * weights * sample.quantize(options, manifest)?;
+    let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
+    seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;
+    if manifest.bits.is_mixed() {
+        let (mixed_texts, tokens) = mixed::windows(&options.calibration);
+        let passes = mixed::work(&options.calibration, config.num_layers as u64);
+        seconds += (passes * tokens as u64) as f64 * per_token + layers * (mixed_texts * tokens) as f64 * head;
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// A small matrix and what may enter it.
+struct Sample {
+    linear: Affine,
+    x: Vec<f32>, // [TOKENS, CHANNELS]
+}
+
+impl Sample {
+    fn new() -> Self {
+        // Numbers without pattern, between −1 and 1.
+        let number = |i: usize| (i.wrapping_mul(2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0;
+        let weight = (0..ROWS * CHANNELS).into_par_iter().map(number).collect();
+        let linear = Affine { in_features: CHANNELS, out_features: ROWS, weight, bias: None };
+        Self { linear, x: (0..TOKENS * CHANNELS).map(number).collect() }
+    }
+
+    /// Seconds for a token and a weight.
+    fn product(&self) -> Result<f64> {
+        let mut y = vec![0.0; TOKENS * ROWS];
+        let seconds = fastest(|| {
+            product(&self.x, &self.linear.weight, CHANNELS, &mut y);
+            Ok(())
+        })?;
+        Ok(seconds / (TOKENS * CHANNELS * ROWS) as f64)
+    }
+
+    /// Seconds to learn from one number that enters a projection.
+    fn statistics(&self) -> Result<f64> {
+        let seconds = fastest(|| {
+            calibrate::energy(&self.x, CHANNELS);
+            calibrate::thresholds(&self.x, CHANNELS);
+            Ok(())
+        })?;
+        Ok(seconds / (TOKENS * CHANNELS) as f64)
+    }
+
+    /// Seconds to quantize a weight, AWQ's search included.
+    fn quantize(&self, options: &Options, manifest: &Manifest) -> Result<f64> {
+        let bits = manifest.bits.high() as usize;
+        let awq = options.awq.then_some(&self.x);
+        let seconds = fastest(|| {
+            let weight = match manifest.group_size {
+                None => sqllm::quantize(&self.linear, bits, &calibrate::energy(&self.x, CHANNELS))?,
+                Some(_) => {
+                    if awq.is_some() {
+                        awq::search(&self.linear, &self.x, &[1.0; CHANNELS], bits, GROUP);
+                    }
+                    awq::quantize(&self.linear, bits, GROUP, awq)?
+                }
+            };
+            finish(&self.linear, &self.x, weight).map(drop)
+        })?;
+        Ok(seconds / (CHANNELS * ROWS) as f64)
+    }
+}
+
+/// The shortest of three runs.
+fn fastest(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let start = Instant::now();
+        work()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(best)
 }

@@ -337,3 +337,6 @@ pub(crate) fn multiply(
         );
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,7 @@ use crate::checkpoint::LayerFile;
 const TOKENS: usize = 512;
 
 /// Texts, and tokens of each, on which the divergence is measured.
-fn windows(calibration: &Calibration) -> (usize, usize) {
+pub(super) fn windows(calibration: &Calibration) -> (usize, usize) {
     let tokens = calibration.seq_len().min(TOKENS);
     ((TOKENS / tokens).min(calibration.samples()), tokens)
 }

@@ -1,0 +1,163 @@
+//! The layer against an obvious one in f64.
+
+use super::*;
+use crate::config::{Architecture, RopeScaling};
+
+fn config(sliding_window: Option<usize>) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        hidden_size: 24,
+        intermediate_size: 40,
+        num_layers: 1,
+        num_heads: 6,
+        num_kv_heads: 2,
+        head_dim: 8,
+        vocab_size: 8,
+        rms_norm_eps: 1e-5,
+        rope_theta: 100.0,
+        rope_scaling: RopeScaling::None,
+        sliding_window,
+        max_position_embeddings: 256,
+        tie_word_embeddings: true,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+    }
+}
+
+/// Numbers without pattern, between −1 and 1.
+fn numbers(seed: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((i + seed * 7919).wrapping_mul(2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0).collect()
+}
+
+fn layer(config: &ModelConfig) -> Layer {
+    let linears = Projection::ALL.map(|p| {
+        let (in_features, out_features) = config.shape(p);
+        let bias = (p == Projection::Qkv).then(|| numbers(9, out_features));
+        let weight = numbers(p.index() + 1, in_features * out_features).iter().map(|w| w * 0.4).collect();
+        Affine { in_features, out_features, weight, bias }
+    });
+    Layer { input_norm: numbers(5, config.hidden_size), post_norm: numbers(6, config.hidden_size), linears }
+}
+
+fn oracle_norm(h: &[f64], gamma: &[f32], eps: f32) -> Vec<f64> {
+    let mean = h.iter().map(|x| x * x).sum::<f64>() / h.len() as f64;
+    h.iter().zip(gamma).map(|(x, &g)| x / (mean + f64::from(eps)).sqrt() * f64::from(g)).collect()
+}
+
+fn oracle_apply(linear: &Affine, x: &[f64]) -> Vec<f64> {
+    (0..linear.out_features)
+        .map(|row| {
+            let bias = linear.bias.as_ref().map_or(0.0, |b| f64::from(b[row]));
+            bias + linear.row(row).iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum::<f64>()
+        })
+        .collect()
+}
+
+/// The whole layer for one text `[tokens][hidden]`, returning its output and the input of `o`.
+fn oracle(config: &ModelConfig, layer: &Layer, h: &[Vec<f64>]) -> Vec<(Vec<f64>, Vec<f64>)> {
+    let d = config.head_dim;
+    let (q_dim, kv_dim) = (config.num_heads * d, config.num_kv_heads * d);
+    let frequencies = config.rope_frequencies();
+    let qkv: Vec<Vec<f64>> = h
+        .iter()
+        .enumerate()
+        .map(|(position, h)| {
+            let x = oracle_norm(h, &layer.input_norm, config.rms_norm_eps);
+            let mut qkv = oracle_apply(&layer.linears[0], &x);
+            for head in 0..config.num_heads + config.num_kv_heads {
+                for (i, &f) in frequencies.iter().enumerate() {
+                    let (sin, cos) = (position as f64 * f64::from(f)).sin_cos();
+                    let (a, b) = (qkv[head * d + i], qkv[head * d + i + d / 2]);
+                    qkv[head * d + i] = a * cos - b * sin;
+                    qkv[head * d + i + d / 2] = b * cos + a * sin;
+                }
+            }
+            qkv
+        })
+        .collect();
+    (0..h.len())
+        .map(|t| {
+            let start = config.sliding_window.map_or(0, |w| (t + 1).saturating_sub(w));
+            let mut attended = vec![0.0; q_dim];
+            for head in 0..config.num_heads {
+                let kv = head / (config.num_heads / config.num_kv_heads) * d;
+                let score = |s: usize| -> f64 {
+                    (0..d).map(|i| qkv[t][head * d + i] * qkv[s][q_dim + kv + i]).sum::<f64>() / (d as f64).sqrt()
+                };
+                let weights: Vec<f64> = (start..=t).map(|s| score(s).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                for (s, weight) in (start..=t).zip(&weights) {
+                    for i in 0..d {
+                        attended[head * d + i] += weight / sum * qkv[s][q_dim + kv_dim + kv + i];
+                    }
+                }
+            }
+            let o = oracle_apply(&layer.linears[1], &attended);
+            let h: Vec<f64> = h[t].iter().zip(&o).map(|(h, o)| h + o).collect();
+            let gate_up = oracle_apply(&layer.linears[2], &oracle_norm(&h, &layer.post_norm, config.rms_norm_eps));
+            let (gate, up) = gate_up.split_at(config.intermediate_size);
+            let inner: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+            let down = oracle_apply(&layer.linears[3], &inner);
+            (h.iter().zip(&down).map(|(h, d)| h + d).collect(), attended)
+        })
+        .collect()
+}
+
+/// The largest difference between `h` and the oracle, over the largest value.
+fn difference(got: &[f32], want: impl Iterator<Item = f64>) -> f64 {
+    let want: Vec<f64> = want.collect();
+    assert_eq!(got.len(), want.len());
+    let largest = want.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+    got.iter().zip(&want).fold(0.0, |m: f64, (&g, w)| m.max((f64::from(g) - w).abs())) / largest
+}
+
+#[test]
+fn a_layer_is_what_the_formulas_say() {
+    // More tokens than a block of queries, two texts, with and without a window.
+    let (texts, tokens) = (2, QUERY_BLOCK + 9);
+    for window in [None, Some(5)] {
+        let config = config(window);
+        let layer = layer(&config);
+        let rope = Rope::new(&config, tokens);
+        let start = numbers(11, texts * tokens * config.hidden_size);
+        let rows: Vec<Vec<f64>> =
+            start.chunks(config.hidden_size).map(|h| h.iter().map(|&x| f64::from(x)).collect()).collect();
+        let want: Vec<_> = rows.chunks(tokens).flat_map(|text| oracle(&config, &layer, text)).collect();
+        let mut h = start.clone();
+        let mut cache = KvCache::new(&config, texts, tokens);
+        let inputs = forward(&config, &layer, &rope, &mut cache, texts, &mut h);
+        // Six sums of at most 41 terms follow each other; every one of them loses 2^-24 of its size per term,
+        // and cancellation costs no more than a factor of 16 here.
+        let tolerance = 16.0 * 6.0 * 41.0 * (2f64).powi(-24);
+        assert!(difference(&h, want.iter().flat_map(|w| w.0.clone())) < tolerance);
+        assert!(difference(&inputs[1], want.iter().flat_map(|w| w.1.clone())) < tolerance);
+
+        let other = ModelConfig { rope_theta: 101.0, ..config.clone() };
+        let mut h = start.clone();
+        let mut cache = KvCache::new(&other, texts, tokens);
+        forward(&other, &layer, &Rope::new(&other, tokens), &mut cache, texts, &mut h);
+        assert!(difference(&h, want.iter().flat_map(|w| w.0.clone())) > tolerance, "a wrong angle must show");
+    }
+}
+
+#[test]
+fn one_token_at_a_time_is_the_same() {
+    let config = config(Some(7));
+    let (layer, texts, tokens) = (layer(&config), 3, 20);
+    let rope = Rope::new(&config, tokens);
+    let hidden = config.hidden_size;
+    let start = numbers(3, texts * tokens * hidden);
+    let mut whole = start.clone();
+    forward(&config, &layer, &rope, &mut KvCache::new(&config, texts, tokens), texts, &mut whole);
+    let mut cache = KvCache::new(&config, texts, tokens + 4);
+    for step in 0..tokens {
+        let at = |text: usize| (text * tokens + step) * hidden;
+        let mut h: Vec<f32> = (0..texts).flat_map(|text| start[at(text)..at(text) + hidden].to_vec()).collect();
+        forward(&config, &layer, &rope, &mut cache, texts, &mut h);
+        for (text, h) in h.chunks(hidden).enumerate() {
+            let want = &whole[at(text)..at(text) + hidden];
+            let difference = difference(h, want.iter().map(|&x| f64::from(x)));
+            assert!(difference < 1e-4, "text {text}, token {step}: {difference}");
+        }
+    }
+}

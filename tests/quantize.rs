@@ -1,0 +1,280 @@
+//! From a small random model to a checkpoint, with interruptions, wrong options, and every kind of calibration.
+
+mod small_model;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Result;
+use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
+use decdec::config::{ModelConfig, Projection};
+use decdec::format::Dense;
+use decdec::quantize::{Calibration, Interrupted, Options, Report, estimate, quantize};
+use decdec::weights::{Linear, ModelWeights};
+use indicatif::ProgressBar;
+use small_model::{SmallModel, texts};
+
+fn options(backend: WeightFormat, bits: f64) -> Options {
+    Options {
+        backend,
+        bits: BitWidth::try_from(bits).unwrap(),
+        group_size: None,
+        awq: true,
+        calibration: text(4),
+        source: "random".into(),
+        overwrite: false,
+    }
+}
+
+/// `samples` windows of 24 tokens of a text without sense.
+fn text(samples: usize) -> Calibration {
+    let tokens = (0..400u32).map(|i| i * 37 % 89).collect();
+    Calibration::Text { tokens, seq_len: 24, samples, name: "nonsense".into() }
+}
+
+fn make(model: &dyn ModelWeights, options: &Options, out: &Path) -> Result<Report> {
+    quantize(model, &texts(), options, out, &AtomicBool::new(false), &ProgressBar::hidden())
+}
+
+/// What all files of a directory hold.
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read(path).unwrap())).collect()
+}
+
+/// Mean squared difference between the model's matrix and the checkpoint's, with or without its residual.
+fn loss(model: &SmallModel, checkpoint: &Checkpoint, layer: usize, projection: Projection, compensated: bool) -> f64 {
+    let linear = checkpoint.projection(layer, projection).unwrap();
+    let inputs = linear.weight.in_features();
+    let original = &model.linears[layer][projection.index()];
+    let (mut row, mut residual) = (vec![0.0; inputs], vec![0.0; inputs]);
+    let mut sum = 0.0;
+    for (r, original) in original.chunks_exact(inputs).enumerate() {
+        linear.weight.row(r, &mut row);
+        linear.residual.as_ref().unwrap().row(r, &mut residual);
+        for ((w, q), lost) in original.iter().zip(&row).zip(&residual) {
+            sum += f64::from(w - q - if compensated { *lost } else { 0.0 }).powi(2);
+        }
+    }
+    sum / original.len() as f64
+}
+
+#[test]
+fn more_bits_lose_less_and_residuals_hold_what_was_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(1, 2, true);
+    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+        let mut before = f64::INFINITY;
+        for bits in [2.0, 3.0, 4.0, 8.0] {
+            let out = dir.path().join(format!("{backend}-{bits}"));
+            // Without AWQ: its scaled matrices are not those of the model.
+            let report = make(&model, &Options { awq: false, ..options(backend, bits) }, &out).unwrap();
+            assert_eq!((report.bits, report.tokens), (vec![bits as u32; 2], 96));
+            let checkpoint = Checkpoint::open(&out).unwrap();
+            assert_eq!(checkpoint.manifest(), &report.manifest);
+            assert_eq!(checkpoint.manifest().group_size, (backend == WeightFormat::LutGemm).then_some(64));
+            assert_eq!(checkpoint.layer_norms(1).unwrap(), model.norms[1]);
+            let qkv = checkpoint.projection(0, Projection::Qkv).unwrap();
+            assert_eq!(qkv.bias.as_deref(), model.qkv_bias.as_deref());
+            let losses = Projection::ALL.map(|p| loss(&model, &checkpoint, 1, p, false));
+            let compensated = Projection::ALL.map(|p| loss(&model, &checkpoint, 1, p, true));
+            for (lost, left) in losses.iter().zip(compensated) {
+                // Steps of max/7 leave max²/588 on average: a tenth, where the mean square was at least max²/59.
+                assert!(left < 0.1 * lost, "{backend} {bits}: {lost} lost, {left} left");
+            }
+            let total: f64 = losses.iter().sum();
+            assert!(total < before / 2.0, "{backend} {bits}: {total} after {before}");
+            before = total;
+        }
+    }
+}
+
+#[test]
+fn awq_scales_what_it_stores() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(2, 2, false);
+    let out = dir.path().join("awq");
+    make(&model, &options(WeightFormat::LutGemm, 4.0), &out).unwrap();
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    let (input, _) = checkpoint.layer_norms(0).unwrap();
+    assert_ne!(input, model.norms[0].0);
+    // Undone channel by channel, what is stored is the model again.
+    let linear = checkpoint.projection(0, Projection::Qkv).unwrap();
+    let (mut row, mut residual) = (vec![0.0; 64], vec![0.0; 64]);
+    linear.weight.row(3, &mut row);
+    linear.residual.as_ref().unwrap().row(3, &mut residual);
+    let original = &model.linears[0][0][3 * 64..4 * 64];
+    let largest = original.iter().fold(0f32, |m, w| m.max(w.abs()));
+    for k in 0..64 {
+        let scale = model.norms[0].0[k] / input[k];
+        let restored = (row[k] + residual[k]) / scale;
+        assert!((restored - original[k]).abs() < 0.05 * largest, "channel {k}: {restored}, {}", original[k]);
+    }
+}
+
+#[test]
+fn half_of_the_layers_get_one_bit_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(3, 5, false);
+    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+        let out = dir.path().join(backend.name());
+        let report = make(&model, &options(backend, 3.5), &out).unwrap();
+        assert_eq!(report.bits.iter().filter(|&&b| b == 4).count(), 2);
+        assert_eq!(report.bits.iter().filter(|&&b| b == 3).count(), 3);
+        assert_eq!(report.divergences.len(), 5);
+        let raised = |bits| report.bits.iter().zip(&report.divergences).filter(move |(b, _)| **b == bits).map(|p| *p.1);
+        let (worst, best) = (raised(4).fold(0.0, f64::max), raised(3).fold(f64::INFINITY, f64::min));
+        assert!(0.0 < worst && worst <= best, "{backend}: {:?}", report.divergences);
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        for (layer, &bits) in report.bits.iter().enumerate() {
+            assert_eq!(checkpoint.bits(layer), Some(bits));
+        }
+        let map: BTreeMap<String, u32> =
+            serde_json::from_slice(&fs::read(out.join("bitwidth_map.json")).unwrap()).unwrap();
+        assert_eq!(map.len(), 5);
+        assert!(map.iter().all(|(layer, bits)| report.bits[layer.parse::<usize>().unwrap()] == *bits));
+    }
+}
+
+#[test]
+fn sampled_text_follows_the_seed() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(4, 2, false);
+    let with = |name: &str, seed| {
+        let calibration = Calibration::Sampled { seq_len: 20, samples: 3, seed };
+        let out = dir.path().join(name);
+        let report = make(&model, &Options { calibration, ..options(WeightFormat::AnyPrec, 3.0) }, &out).unwrap();
+        assert_eq!(report.tokens, 60);
+        contents(&out)
+    };
+    let (first, again, other) = (with("first", 1), with("again", 1), with("other", 2));
+    assert_eq!(first, again);
+    assert_ne!(first["thresholds.safetensors"], other["thresholds.safetensors"]);
+}
+
+/// A model during whose quantization someone presses Ctrl-C: when layer `at` is read.
+struct Interrupting<'a> {
+    model: &'a SmallModel,
+    stop: AtomicBool,
+    at: usize,
+}
+
+impl ModelWeights for Interrupting<'_> {
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn embedding(&self) -> Result<Dense<'_>> {
+        self.model.embedding()
+    }
+
+    fn head(&self) -> Result<Option<Dense<'_>>> {
+        self.model.head()
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        self.model.final_norm()
+    }
+
+    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.model.layer_norms(layer)
+    }
+
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+        if layer == self.at && projection == Projection::Down {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        self.model.projection(layer, projection)
+    }
+
+    fn bits(&self, layer: usize) -> Option<u32> {
+        self.model.bits(layer)
+    }
+}
+
+#[test]
+fn an_interrupted_job_ends_in_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(5, 4, false);
+    let out = dir.path().join("out");
+    // At 0 the layers are done, and read again to choose between widths.
+    let (mixed, single) = (&[1, 2, 3, 0][..], &[2, 3][..]);
+    for (backend, bits, reads) in [(WeightFormat::AnyPrec, 3.5, mixed), (WeightFormat::LutGemm, 3.0, single)] {
+        let whole = dir.path().join(format!("whole-{backend}"));
+        make(&model, &options(backend, bits), &whole).unwrap();
+        let before = out.exists().then(|| contents(&out));
+        let overwriting = Options { overwrite: true, ..options(backend, bits) };
+        for &at in reads {
+            let model = Interrupting { model: &model, stop: AtomicBool::new(false), at };
+            let error = quantize(&model, &texts(), &overwriting, &out, &model.stop, &ProgressBar::hidden());
+            assert!(error.unwrap_err().is::<Interrupted>());
+            assert_eq!(out.exists().then(|| contents(&out)), before, "what was there is left alone");
+        }
+        let kept = fs::read_dir(dir.path().join("out.partial")).unwrap().count();
+        assert!(kept > 3, "finished layers are kept");
+        make(&model, &overwriting, &out).unwrap();
+        assert_eq!(contents(&out), contents(&whole));
+        assert!(!dir.path().join("out.partial").exists());
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let model = SmallModel::new(6, 2, false);
+    let refused = |options: Options, says: &[&str]| {
+        let message = format!("{:#}", make(&model, &options, &out).unwrap_err());
+        assert!(says.iter().all(|s| message.contains(s)), "{message}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{message}");
+    };
+    let lutgemm = options(WeightFormat::LutGemm, 3.0);
+    refused(Options { group_size: Some(128), ..lutgemm.clone() }, &["128", "64 or 32"]);
+    refused(Options { group_size: Some(48), ..lutgemm.clone() }, &["48", "64 or 32"]);
+    let ap = options(WeightFormat::AnyPrec, 3.0);
+    refused(Options { group_size: Some(64), ..ap.clone() }, &["lutgemm"]);
+    let text = |tokens, seq_len, samples| Options {
+        calibration: Calibration::Text { tokens: vec![1; tokens], seq_len, samples, name: "t".into() },
+        ..ap.clone()
+    };
+    refused(text(10, 24, 4), &["10 tokens", "24"]);
+    refused(text(400, 129, 1), &["129", "128"]);
+    refused(text(400, 0, 1), &["0 tokens", "--seq-len"]);
+    refused(text(400, 24, 0), &["--samples"]);
+    // An id the model does not have shows when it is looked up; nothing but the unfinished job is left then.
+    let mut foreign = text(24, 24, 1);
+    if let Calibration::Text { tokens, .. } = &mut foreign.calibration {
+        tokens[7] = 96;
+    }
+    let message = make(&model, &foreign, &out).unwrap_err().to_string();
+    assert!(message.contains("token 96") && !out.exists(), "{message}");
+
+    make(&model, &ap, &out).unwrap();
+    let quantized = Checkpoint::open(&out).unwrap();
+    let message = make(&quantized, &ap, &dir.path().join("twice")).unwrap_err().to_string();
+    assert!(message.contains("already quantized"), "{message}");
+}
+
+#[test]
+fn estimated_sizes_are_those_on_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(7, 4, false);
+    for (backend, bits) in [(WeightFormat::AnyPrec, 3.0), (WeightFormat::AnyPrec, 3.5), (WeightFormat::LutGemm, 4.0)] {
+        let options = options(backend, bits);
+        let estimated = estimate(&model.config, &options).unwrap();
+        let out = dir.path().join(format!("{backend}-{bits}"));
+        make(&model, &options, &out).unwrap();
+        let size = |name: &str| fs::metadata(out.join(name)).unwrap().len() as usize;
+        // A header has about a hundred bytes for every tensor.
+        let headers = 8192;
+        let device = size("model.safetensors");
+        assert!(estimated.device_bytes < device && device < estimated.device_bytes + headers);
+        let host = size("residuals.safetensors") + size("thresholds.safetensors");
+        assert!(estimated.host_bytes < host && host < estimated.host_bytes + headers);
+        assert!(estimated.disk_bytes > 2 * host && !estimated.time.is_zero());
+    }
+    let wrong = Options { group_size: Some(128), ..options(WeightFormat::LutGemm, 4.0) };
+    assert!(estimate(&model.config, &wrong).is_err());
+}

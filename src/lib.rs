@@ -1,4 +1,40 @@
-//! decdec
+//! Low-bit language models with dynamic error compensation: quantize, profile, tune, generate, evaluate.
+//!
+//! # The idea
+//! A model's linear layers are quantized to 3 or 4 bits. What that lost, the *residual*, is kept in host
+//! memory, itself in 4 bits. For each token, the few input channels whose activations are large get their
+//! residual fetched over the host link and added to the product, while the product of the quantized weights
+//! runs: DecDEC (Park et al., OSDI 2025). A few channels in a thousand give back a good part of the quality.
+//!
+//! # The flow
+//! ```text
+//! foreign files ── source ──┐                 ┌── backend::cpu
+//!                           ├─ weights ─ model ┼── backend::wgsl   the slow, obvious twin
+//! quantize ── checkpoint ───┘     │           └── backend::cuda
+//!                                 ├─ generate    text
+//!                                 └─ eval        perplexity
+//! ```
+//! Arrows go down only: nothing above [`backend`] names a backend, and backends do not know each other. Each
+//! outside crate has one door, held by `tests/architecture.rs`.
+//!
+//! # The files
+//! | file | what is in it |
+//! |---|---|
+//! | [`format`](mod@format) | what is stored: AnyPrec, LUT-GEMM, residuals, thresholds; pure |
+//! | [`source`] | foreign files: Hugging Face, GGUF, PyTorch, the reference's directories, AWQ |
+//! | [`checkpoint`] | our directory: open, validate, map, write |
+//! | [`open`] | from a path to whichever of these it is |
+//! | [`config`], [`weights`] | what a model is, and where its numbers come from |
+//! | [`mod@quantize`] | calibration, codebooks, AWQ, mixed precision: source to checkpoint |
+//! | [`dec`] | which channels are compensated, and the plan that says how; pure |
+//! | [`backend`] | the contract with devices, and its implementations |
+//! | [`model`] | a decoder on a device: weights, state, forward |
+//! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
+//! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
+//!
+//! The program (`main.rs`, `cli.rs`, `commands/`) parses, calls one of these for each command, and prints.
+
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod backend;
 pub mod checkpoint;

@@ -1,7 +1,7 @@
 //! `decdec quantize`
 
 use anyhow::{Context, Result};
-use decdec::quantize::{Calibration, Interrupted, Options, quantize};
+use decdec::quantize::{Calibration, Interrupted, Options, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::Tokenizer;
 use decdec::weights::ModelWeights;
@@ -20,6 +20,9 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
         overwrite: args.overwrite,
     };
+    if args.dry_run {
+        return dry_run(&source, &options);
+    }
     let stop = super::interrupt_flag()?;
     let bar = super::progress(0, "");
     let report = match quantize(&source, source.texts(), &options, &args.out, stop, &bar) {
@@ -40,6 +43,21 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     if let Some(peak) = peak_memory() {
         tracing::info!("peak memory {peak} MB");
     }
+    Ok(())
+}
+
+/// Prints what the job would take and leave.
+#[allow(clippy::print_stdout, reason = "the command's result")]
+fn dry_run(source: &Source, options: &Options) -> Result<()> {
+    let estimate = estimate(source.config(), options)?;
+    let megabytes = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
+    let mut table = super::table();
+    table.add_row(["weights, on the device".into(), megabytes(estimate.device_bytes)]);
+    table.add_row(["residuals and thresholds, on the host".into(), megabytes(estimate.host_bytes)]);
+    table.add_row(["disk while it is made".into(), megabytes(estimate.disk_bytes)]);
+    table.add_row(["memory while it is made".into(), megabytes(estimate.memory_bytes)]);
+    table.add_row(["time on this machine".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
+    println!("{table}");
     Ok(())
 }
 

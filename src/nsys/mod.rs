@@ -1,0 +1,271 @@
+//! The two files of a profile (spec §4.1): a trace that says what every kernel was launched for, and a SQLite
+//! file in the export schema of Nsight Systems that says when it ran.
+//!
+//! - [`trace`]: the lines of the trace;
+//! - [`Writer`]: both files, one transaction per configuration, resumable;
+//! - [`read`]: both files, of ours or of a real Nsight Systems.
+
+pub mod trace;
+
+mod reader;
+mod writer;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::config::Projection;
+
+pub use reader::{Profile, read};
+pub use writer::Writer;
+
+/// The compensation kernel's name in both files.
+pub const DEC_KERNEL: &str = "fused_dec_kernel";
+
+/// The quantizer whose format is profiled, as the reference's flags name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Algo {
+    /// One codebook per row (`--backend ap`).
+    Sqllm,
+    /// Group-wise, binary-coded (`--backend lutgemm`).
+    Awq,
+}
+
+impl Algo {
+    /// `sqllm` or `awq`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sqllm => "sqllm",
+            Self::Awq => "awq",
+        }
+    }
+
+    /// The base GEMV's name in both files.
+    pub const fn gemv_kernel(self) -> &'static str {
+        match self {
+            Self::Sqllm => "matmul_kbit_32",
+            Self::Awq => "nqmv_bias",
+        }
+    }
+
+    /// The other one.
+    const fn other(self) -> Self {
+        match self {
+            Self::Sqllm => Self::Awq,
+            Self::Awq => Self::Sqllm,
+        }
+    }
+}
+
+/// The type that a backend computes with, as the reference's flags name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Precision {
+    /// IEEE half precision.
+    Fp16,
+    /// bfloat16.
+    Bf16,
+    /// IEEE single precision.
+    Fp32,
+}
+
+impl Precision {
+    /// `fp16`, `bf16` or `fp32`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
+            Self::Fp32 => "fp32",
+        }
+    }
+}
+
+/// What a profile is of, and so what its files are called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Chosen by the user to tell runs apart.
+    pub prefix: String,
+    /// The model's name.
+    pub model: String,
+    /// Computation type.
+    pub precision: Precision,
+    /// Quantizer.
+    pub algo: Algo,
+    /// Bits of a weight.
+    pub bits: u32,
+}
+
+impl Identity {
+    /// Checks that the names can be part of a file's name.
+    ///
+    /// # Errors
+    /// An empty name, one with a path separator or a leading dot, or bits outside 2..=8.
+    pub fn validate(&self) -> Result<()> {
+        for (what, name) in [("prefix", &self.prefix), ("model name", &self.model)] {
+            let plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0', '\n']);
+            ensure!(plain, "the {what} {name:?} becomes part of a file name: use one without / and leading dot");
+        }
+        ensure!((2..=8).contains(&self.bits), "bit width {}, 2 to 8 are allowed", self.bits);
+        Ok(())
+    }
+
+    /// `PREFIX_MODEL_FP_ALGO_BITS`, the common part of every file name.
+    pub fn stem(&self) -> String {
+        let Self { prefix, model, precision, algo, bits } = self;
+        format!("{prefix}_{model}_{}_{}_{bits}", precision.name(), algo.name())
+    }
+
+    /// The trace in `dir`.
+    pub fn trace(&self, dir: &Path) -> PathBuf {
+        dir.join(self.stem() + ".trace")
+    }
+
+    /// The kernel times in `dir`.
+    pub fn sqlite(&self, dir: &Path) -> PathBuf {
+        dir.join(self.stem() + ".sqlite")
+    }
+}
+
+/// One kernel that ran, or a stretch of time that stands for one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct KernelRecord {
+    /// The kernel's own name, whatever the trace calls it.
+    pub name: String,
+    /// Nanoseconds on the clock of the recorder.
+    pub start_ns: u64,
+    /// Nanoseconds on the same clock; above `start_ns`.
+    pub end_ns: u64,
+    /// Thread blocks. Of a compensation kernel the first is its `n_tb`.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Registers of a thread, 0 if unknown.
+    pub registers: u32,
+    /// Bytes of shared memory that the kernel declares.
+    pub static_shared: u32,
+    /// Bytes of shared memory that its launch adds.
+    pub dynamic_shared: u32,
+    /// Device, as the driver counts.
+    pub device_id: u32,
+    /// Context, as CUPTI counts.
+    pub context_id: u32,
+    /// Stream, as CUPTI counts.
+    pub stream_id: u32,
+    /// What CUPTI joins launches and kernels by.
+    pub correlation_id: u64,
+    /// The node of a captured graph, 0 outside of one.
+    pub graph_node_id: u64,
+}
+
+/// How and on what a profile was taken; kept in `META_DATA_CAPTURE`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Capture {
+    /// What the profile is of.
+    pub identity: Identity,
+    /// `(in_features, out_features)` of the four projections.
+    pub shapes: [(usize, usize); 4],
+    /// Where the weights came from.
+    pub weights: String,
+    /// What took the times: `CUPTI`, `Nsight Systems 2025.1`, `host clock`.
+    pub clock: String,
+    /// The device as `--device` takes it.
+    pub device: String,
+    /// What the vendor calls it.
+    pub device_name: String,
+    /// Version of its driver, empty where there is none.
+    pub driver: String,
+    /// Tokens measured per configuration.
+    pub tokens: usize,
+    /// Layers that take turns, so that caches do not serve the weights.
+    pub layers: usize,
+    /// Bytes per second of device memory, measured.
+    pub device_memory: f64,
+    /// Bytes per second of the host link, measured.
+    pub host_link: f64,
+    /// Swept numbers of thread blocks, ascending.
+    pub n_tbs: Vec<usize>,
+    /// Swept `k_chunk`, ascending, without 0.
+    pub k_chunks: Vec<usize>,
+}
+
+impl Capture {
+    /// As rows of `META_DATA_CAPTURE`.
+    fn rows(&self) -> Vec<(String, String)> {
+        let id = &self.identity;
+        let list = |v: &[usize]| v.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
+        let mut rows = vec![
+            ("PREFIX", id.prefix.clone()),
+            ("MODEL", id.model.clone()),
+            ("FP_DTYPE", id.precision.name().into()),
+            ("ALGO", id.algo.name().into()),
+            ("BITWIDTH", id.bits.to_string()),
+            ("WEIGHTS", self.weights.clone()),
+            ("CLOCK", self.clock.clone()),
+            ("DEVICE", self.device.clone()),
+            ("DEVICE_NAME", self.device_name.clone()),
+            ("DRIVER", self.driver.clone()),
+            ("TOKENS", self.tokens.to_string()),
+            ("LAYERS", self.layers.to_string()),
+            ("DEVICE_MEMORY_BYTES_PER_SECOND", self.device_memory.to_string()),
+            ("HOST_LINK_BYTES_PER_SECOND", self.host_link.to_string()),
+            ("N_TBS", list(&self.n_tbs)),
+            ("K_CHUNKS", list(&self.k_chunks)),
+        ];
+        for (projection, (inputs, outputs)) in Projection::ALL.into_iter().zip(self.shapes) {
+            rows.push((SHAPE_ROWS[projection.index()], format!("{inputs} {outputs}")));
+        }
+        rows.into_iter().map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
+    }
+
+    /// From rows of `META_DATA_CAPTURE`; `None` if they are not of our writing.
+    fn from_rows(rows: &[(String, String)]) -> Result<Option<Self>> {
+        if !rows.iter().any(|(name, _)| name.starts_with(PREFIX)) {
+            return Ok(None);
+        }
+        let text = |name: &str| {
+            let found = rows.iter().find(|(n, _)| n.strip_prefix(PREFIX) == Some(name));
+            found.map(|(_, value)| value.as_str()).with_context(|| format!("META_DATA_CAPTURE lacks {PREFIX}{name}"))
+        };
+        let numbers = |name: &str| -> Result<Vec<usize>> {
+            let value = text(name)?;
+            let parsed: Result<_, _> = value.split_whitespace().map(str::parse).collect();
+            parsed.with_context(|| format!("META_DATA_CAPTURE: {PREFIX}{name} is {value:?}, numbers are expected"))
+        };
+        let number = |name: &str| numbers(name)?.first().copied().with_context(|| format!("{PREFIX}{name} is empty"));
+        let speed = |name: &str| -> Result<f64> { text(name)?.parse().with_context(|| format!("{PREFIX}{name}")) };
+        let mut shapes = [(0, 0); 4];
+        for (shape, name) in shapes.iter_mut().zip(SHAPE_ROWS) {
+            let [inputs, outputs] = numbers(name)?[..] else {
+                anyhow::bail!("META_DATA_CAPTURE: {PREFIX}{name} is {:?}, two numbers are expected", text(name)?);
+            };
+            *shape = (inputs, outputs);
+        }
+        let choice = |name: &str| format!("META_DATA_CAPTURE: {PREFIX}{name} is not one that we know");
+        use clap::ValueEnum;
+        Ok(Some(Self {
+            identity: Identity {
+                prefix: text("PREFIX")?.into(),
+                model: text("MODEL")?.into(),
+                precision: Precision::from_str(text("FP_DTYPE")?, false).ok().with_context(|| choice("FP_DTYPE"))?,
+                algo: Algo::from_str(text("ALGO")?, false).ok().with_context(|| choice("ALGO"))?,
+                bits: u32::try_from(number("BITWIDTH")?)?,
+            },
+            shapes,
+            weights: text("WEIGHTS")?.into(),
+            clock: text("CLOCK")?.into(),
+            device: text("DEVICE")?.into(),
+            device_name: text("DEVICE_NAME")?.into(),
+            driver: text("DRIVER")?.into(),
+            tokens: number("TOKENS")?,
+            layers: number("LAYERS")?,
+            device_memory: speed("DEVICE_MEMORY_BYTES_PER_SECOND")?,
+            host_link: speed("HOST_LINK_BYTES_PER_SECOND")?,
+            n_tbs: numbers("N_TBS")?,
+            k_chunks: numbers("K_CHUNKS")?,
+        }))
+    }
+}
+
+/// What our rows of `META_DATA_CAPTURE` start with, so that they cannot be taken for Nsight's.
+const PREFIX: &str = "DECDEC_";
+
+const SHAPE_ROWS: [&str; 4] = ["SHAPE_QKV", "SHAPE_O", "SHAPE_GU", "SHAPE_D"];

@@ -1,0 +1,188 @@
+//! The sweep (spec §4.1): every useful `n_tb` and `k_chunk` of every projection, timed kernel by kernel.
+//!
+//! - [`grid`]: which configurations are worth a measurement;
+//! - [`Recorder`]: what a backend's clock delivers;
+//! - [`RandomModel`]: weights where there is no checkpoint.
+//!
+//! Layers take turns, so that no cache serves the weights, and so do inputs, so that none serves the
+//! residuals. The base product is timed anew beside every `n_tb`, so that a clock that drifts moves both.
+
+pub mod grid;
+
+mod random;
+mod record;
+mod sweep;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use crate::backend::GemvBackend;
+use crate::config::{ModelConfig, Projection};
+use crate::dec::Selection;
+use crate::nsys::{Capture, Identity, Writer};
+use crate::weights::ModelWeights;
+
+pub use grid::Bandwidths;
+pub use random::RandomModel;
+pub use record::{ByClock, Launch, Products, Recorder, by_products};
+
+use sweep::Sweep;
+
+/// What to sweep.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What the files are called.
+    pub identity: Identity,
+    /// Where the weights come from, for the files.
+    pub weights: String,
+    /// Where the two files go; made if missing.
+    pub dir: PathBuf,
+    /// Tokens per configuration.
+    pub tokens: usize,
+    /// Measure again even if there is a profile.
+    pub overwrite: bool,
+    /// Keep only half as many layers on the device.
+    pub halve_layers: bool,
+    /// Fewest thread blocks; 4, or the most if that is less.
+    pub min_n_tb: Option<usize>,
+    /// Most thread blocks; half of what the device holds at once.
+    pub max_n_tb: Option<usize>,
+    /// Largest `k_chunk`; twice the knee.
+    pub max_k_chunk: Option<usize>,
+    /// How channels are selected.
+    pub selection: Selection,
+}
+
+/// What a sweep left behind.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// The trace.
+    pub trace: PathBuf,
+    /// The kernel times.
+    pub sqlite: PathBuf,
+    /// What was measured; `None` if there was a profile, which was kept.
+    pub measured: Option<Measured>,
+}
+
+/// A finished sweep.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    /// How it was taken.
+    pub capture: Capture,
+    /// Configurations of `n_tb` and `k_chunk`.
+    pub configurations: usize,
+    /// Of these, the ones that an interrupted sweep had left.
+    pub resumed: usize,
+    /// Per projection, values of `n_tb` measured, and values skipped because they change nothing.
+    pub n_tbs: [(usize, usize); 4],
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(measured) = &self.measured else {
+            writeln!(f, "kept {} (measure again with --overwrite)", self.trace.display())?;
+            return writeln!(f, "kept {}", self.sqlite.display());
+        };
+        let c = &measured.capture;
+        let bandwidths = Bandwidths { device_memory: c.device_memory, host_link: c.host_link };
+        writeln!(f, "device           : {} ({}), times from {}", c.device_name, c.device, c.clock)?;
+        writeln!(f, "device memory    : {:.1} GB/s", c.device_memory / 1e9)?;
+        writeln!(f, "host link        : {:.1} GB/s", c.host_link / 1e9)?;
+        let (ratio, knee) = (bandwidths.ratio(), bandwidths.knee(c.identity.bits));
+        writeln!(f, "R_bw             : {ratio:.1}, estimated knee at k_chunk {knee:.1}")?;
+        let first = c.k_chunks.first().unwrap_or(&0);
+        writeln!(f, "k_chunk          : {first} to {}", c.k_chunks.last().unwrap_or(&0))?;
+        for (projection, (useful, skipped)) in Projection::ALL.into_iter().zip(measured.n_tbs) {
+            writeln!(f, "n_tb of {projection:<9}: {useful} measured, {skipped} skipped (same partition)")?;
+        }
+        let seconds = measured.elapsed.as_secs_f64();
+        write!(f, "configurations   : {} in {seconds:.1} s", measured.configurations)?;
+        if measured.resumed > 0 {
+            write!(f, ", {} of them from an interrupted sweep", measured.resumed)?;
+        }
+        writeln!(f, "\nwrote {}", self.trace.display())?;
+        writeln!(f, "wrote {}", self.sqlite.display())
+    }
+}
+
+/// Sweeps `weights` on `backend` and writes the two files, or keeps those that are there.
+///
+/// # Errors
+/// Options out of range, only one of the two files, a model without residuals or without layers of the asked
+/// width, what the device or the file system says.
+pub fn run<B: GemvBackend>(
+    backend: &B,
+    recorder: &mut dyn Recorder<B>,
+    weights: &dyn ModelWeights,
+    options: &Options,
+) -> Result<Outcome> {
+    options.identity.validate()?;
+    ensure!(options.tokens > 0, "--tokens is 0, at least 1 is needed");
+    let (trace, sqlite) = (options.identity.trace(&options.dir), options.identity.sqlite(&options.dir));
+    let resumed = if options.overwrite { None } else { Writer::resume(&sqlite) };
+    if !options.overwrite && resumed.is_none() {
+        match (trace.exists(), sqlite.exists()) {
+            (true, true) => return Ok(Outcome { trace, sqlite, measured: None }),
+            (false, false) => {}
+            (there, _) => {
+                let (a, b) = if there { (&trace, &sqlite) } else { (&sqlite, &trace) };
+                anyhow::bail!("{} is there, but not {}: use --overwrite to measure both", a.display(), b.display());
+            }
+        }
+    }
+    let started = Instant::now();
+    let (min, max) = n_tb_range(backend, options)?;
+    let useful = grid::useful_n_tbs(weights.config(), min, max)?;
+    let mut sweep = Sweep::new(backend, recorder, weights, options)?;
+    let mut writer = match resumed.filter(|writer| may_resume(writer.capture(), &sweep, &useful, options)) {
+        Some(writer) => writer,
+        None => Writer::create(&sqlite, &sweep.capture(&useful)?)?,
+    };
+    let before = writer.configurations();
+    sweep.run(&mut writer, &useful)?;
+    let configurations = writer.configurations() - 1;
+    let measured = Measured {
+        capture: writer.capture().clone(),
+        configurations,
+        resumed: before.saturating_sub(1),
+        n_tbs: useful.map(|n_tbs| (n_tbs.len(), max - min + 1 - n_tbs.len())),
+        elapsed: started.elapsed(),
+    };
+    writer.finish(&trace, &sqlite)?;
+    Ok(Outcome { trace, sqlite, measured: Some(measured) })
+}
+
+fn n_tb_range<B: GemvBackend>(backend: &B, options: &Options) -> Result<(usize, usize)> {
+    let device = backend.device();
+    let max = options.max_n_tb.unwrap_or((device.max_n_tb / 2).max(1));
+    ensure!(max <= device.max_n_tb, "--max-n-tb is {max}, at most {} are allowed on {}", device.max_n_tb, device.id);
+    Ok((options.min_n_tb.unwrap_or(4.min(max)), max))
+}
+
+/// Whether an interrupted sweep was going to measure what is asked for now.
+fn may_resume<B: GemvBackend>(
+    before: &Capture,
+    sweep: &Sweep<'_, B>,
+    useful: &[Vec<usize>; 4],
+    options: &Options,
+) -> bool {
+    let now = sweep.describe(useful);
+    let same_k = options.max_k_chunk.is_none_or(|max| before.k_chunks.last() == Some(&max));
+    // Bandwidths, and the range that follows from them, stay as the first run measured them.
+    let (device_memory, host_link, k_chunks) = (before.device_memory, before.host_link, before.k_chunks.clone());
+    let same = same_k && *before == Capture { device_memory, host_link, k_chunks, ..now };
+    if !same {
+        tracing::warn!("an interrupted sweep was taken with other options, it starts over");
+    }
+    same
+}
+
+/// `(in_features, out_features)` of the four projections.
+pub fn shapes(config: &ModelConfig) -> [(usize, usize); 4] {
+    Projection::ALL.map(|projection| config.shape(projection))
+}

@@ -1,0 +1,236 @@
+//! From a profile to `n_tb` and `k_chunk` (spec §4.2): read, search, report.
+//!
+//! - [`search`]: the two phases and the true optimum, pure;
+//! - [`Table`]: medians of a profile's kernel times;
+//! - [`Outcome`]: its `Display` is the report, [`Outcome::write`] leaves CSV, plots and the tuned files;
+//! - [`Tuned`]: the file that `generate --tuned` takes.
+
+pub mod search;
+
+mod plot;
+mod report;
+mod table;
+mod tuned;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::config::Projection;
+use crate::nsys::{self, Capture, Identity};
+
+use search::{Choice, Found, Timings};
+
+pub use table::{Sample, Table};
+pub use tuned::{Device, Tuned};
+
+/// What to tune.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What the profile is called.
+    pub identity: Identity,
+    /// Where the profile lies.
+    pub dir: PathBuf,
+    /// `(in_features, out_features)` of qkv, o, gu and d; filled in from the profile where absent.
+    pub shapes: [Option<(usize, usize)>; 4],
+    /// Slowdowns to aim for, per cent.
+    pub targets: Vec<f64>,
+    /// Also find the true optimum.
+    pub exhaustive: bool,
+}
+
+/// Where results go; directories are made if missing.
+#[derive(Debug, Clone)]
+pub struct Directories {
+    /// For `….csv`.
+    pub csv: PathBuf,
+    /// For `…_MODULE.png` and `…_overview.png`.
+    pub plots: PathBuf,
+    /// For `…_TARGET.json`.
+    pub tuned: PathBuf,
+}
+
+/// The result for one target.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tuning {
+    /// Slowdown asked for, per cent.
+    pub target: f64,
+    /// What the two phases found.
+    pub found: Found,
+    /// The true optimum, if asked for.
+    pub exhaustive: Option<Choice>,
+}
+
+/// The result for all targets.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// What the profile is of.
+    pub identity: Identity,
+    /// How it was taken, if we took it.
+    pub capture: Option<Capture>,
+    /// The card's name, if the profile tells.
+    pub device_name: Option<String>,
+    /// `(in_features, out_features)` of the four projections.
+    pub shapes: [(usize, usize); 4],
+    /// Medians.
+    pub table: Table,
+    /// The same, smoothed.
+    pub timings: Timings,
+    /// One entry per target, as asked.
+    pub tunings: Vec<Tuning>,
+    /// What the reader of the report should know.
+    pub notices: Vec<String>,
+}
+
+/// Reads the profile and searches for every target.
+///
+/// # Errors
+/// A target below 0, shapes that are nowhere to be found or not those of the profile, and what
+/// [`nsys::read`] refuses.
+pub fn run(options: &Options) -> Result<Outcome> {
+    options.identity.validate()?;
+    ensure!(!options.targets.is_empty(), "no target: give --target-slowdown in per cent, such as 2.5");
+    for &target in &options.targets {
+        ensure!(target.is_finite() && target >= 0.0, "--target-slowdown is {target} %, at least 0 is allowed");
+    }
+    let identity = &options.identity;
+    let profile = nsys::read(&identity.trace(&options.dir), &identity.sqlite(&options.dir), identity)?;
+    let shapes = shapes(&options.shapes, profile.capture.as_ref())?;
+    let table = Table::new(&profile)?;
+    let timings = table.timings(shapes);
+    let base = timings.base_us();
+    let tunings: Vec<_> = options
+        .targets
+        .iter()
+        .map(|&target| {
+            let budget = base * (1.0 + target / 100.0);
+            let exhaustive = options.exhaustive.then(|| timings.exhaustive(budget));
+            Tuning { target, found: timings.search(budget), exhaustive }
+        })
+        .collect();
+    Ok(Outcome {
+        identity: identity.clone(),
+        capture: profile.capture,
+        device_name: profile.device_name,
+        shapes,
+        notices: notices(&timings, &tunings),
+        table,
+        timings,
+        tunings,
+    })
+}
+
+/// The projections' shapes: given, or the profile's; never two different ones.
+fn shapes(given: &[Option<(usize, usize)>; 4], capture: Option<&Capture>) -> Result<[(usize, usize); 4]> {
+    let mut shapes = [(0, 0); 4];
+    for projection in Projection::ALL {
+        let i = projection.index();
+        let profiled = capture.map(|c| c.shapes[i]);
+        let shape = given[i].or(profiled).with_context(|| {
+            format!("the profile does not say how large {projection} is: give --{projection} IN OUT, or a --model-name that is known")
+        })?;
+        if let Some(profiled) = profiled.filter(|&profiled| profiled != shape) {
+            anyhow::bail!(
+                "{projection} is {} x {}, but the profile is of {} x {}: it belongs to another model",
+                shape.0,
+                shape.1,
+                profiled.0,
+                profiled.1
+            );
+        }
+        ensure!(shape.0 > 0 && shape.1 > 0, "--{projection} is {} {}, sizes above 0 are expected", shape.0, shape.1);
+        shapes[i] = shape;
+    }
+    Ok(shapes)
+}
+
+/// What the search had to leave out, and where it ended at the edge of what was measured.
+fn notices(timings: &Timings, tunings: &[Tuning]) -> Vec<String> {
+    let mut notices = Vec::new();
+    for (projection, module) in Projection::ALL.into_iter().zip(&timings.0) {
+        if module.curves.is_empty() {
+            notices.push(format!("{projection} was never measured with compensation, it stays without"));
+        }
+    }
+    for Tuning { target, found, .. } in tunings {
+        let target = report::per_cent(*target);
+        if found.excluded.len() == 4 {
+            notices.push(format!("at {target} % no common k_chunk fits, not even in one module alone"));
+        } else if !found.excluded.is_empty() {
+            let names: Vec<_> = found.excluded.iter().map(|p| p.name()).collect();
+            notices.push(format!("at {target} % the common k_chunk fits only without {}", names.join(", ")));
+        }
+        for projection in &found.clamped {
+            let k = found.fine.modules[projection.index()].k_chunk;
+            let more = (2 * k).min(crate::dec::CHUNK);
+            notices.push(format!(
+                "at {target} % {projection} ends at k_chunk {k}, the largest measured: profile with --max-k-chunk {more} to look further"
+            ));
+        }
+    }
+    notices
+}
+
+impl Outcome {
+    /// The tuned file's content for one target.
+    pub fn tuned(&self, tuning: &Tuning) -> Tuned {
+        let text = |f: fn(&Capture) -> &String| self.capture.as_ref().map(f).cloned().unwrap_or_default();
+        let (fine, base) = (&tuning.found.fine, self.timings.base_us());
+        let name = text(|c| &c.device_name);
+        let name = if name.is_empty() { self.device_name.clone().unwrap_or_default() } else { name };
+        Tuned {
+            format: Tuned::FORMAT,
+            device: Device { id: text(|c| &c.device), name, driver: text(|c| &c.driver) },
+            model: self.identity.model.clone(),
+            algo: self.identity.algo.name().into(),
+            bits: self.identity.bits,
+            fp_dtype: self.identity.precision.name().into(),
+            shapes: self.shapes,
+            clock: if self.capture.is_some() { text(|c| &c.clock) } else { "Nsight Systems".into() },
+            target_slowdown: tuning.target,
+            slowdown: (fine.us() / base - 1.0) * 100.0,
+            base_layer_us: base,
+            layer_us: fine.us(),
+            n_tb: fine.n_tb,
+            k_chunks: fine.k_chunks(),
+        }
+    }
+
+    /// Writes the CSV, the plots and one tuned file per target; returns their paths.
+    ///
+    /// # Errors
+    /// What the file system says. Files that were there are replaced as a whole or not at all.
+    pub fn write(&self, to: &Directories) -> Result<Vec<PathBuf>> {
+        let stem = self.identity.stem();
+        for dir in [&to.csv, &to.plots, &to.tuned] {
+            fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        }
+        let mut written = vec![to.csv.join(format!("{stem}.csv"))];
+        replace(&written[0], |path| Ok(fs::write(path, report::csv(self)?)?))?;
+        for projection in Projection::ALL {
+            if !self.timings.0[projection.index()].curves.is_empty() {
+                let path = to.plots.join(format!("{stem}_{projection}.png"));
+                replace(&path, |path| plot::module(self, projection, path))?;
+                written.push(path);
+            }
+        }
+        let overview = to.plots.join(format!("{stem}_overview.png"));
+        replace(&overview, |path| plot::overview(self, path))?;
+        written.push(overview);
+        for tuning in &self.tunings {
+            let path = to.tuned.join(format!("{stem}_{}.json", report::per_cent(tuning.target)));
+            replace(&path, |path| Ok(fs::write(path, self.tuned(tuning).to_json()?)?))?;
+            written.push(path);
+        }
+        Ok(written)
+    }
+}
+
+/// Lets `write` make a file beside `path`, with the same extension, then gives it its name.
+fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let extension = path.extension().unwrap_or_default().to_string_lossy();
+    let beside = path.with_extension(format!("partial.{extension}"));
+    write(&beside).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::rename(&beside, path).with_context(|| format!("cannot write {}", path.display()))
+}

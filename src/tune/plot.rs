@@ -1,0 +1,222 @@
+//! Pictures: one per module with a panel for every `n_tb`, and one of all four modules.
+
+use std::path::Path;
+use std::sync::Once;
+
+use anyhow::{Result, anyhow};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::{FontStyle, register_font};
+
+use super::report::per_cent;
+use super::search::{Curve, Module};
+use super::{Outcome, Tuning};
+use crate::config::Projection;
+
+/// Pixels of one panel.
+const PANEL: (u32, u32) = (360, 260);
+
+/// Pixels of the strip with the picture's title.
+const TITLE: u32 = 64;
+
+const INK: RGBColor = RGBColor(40, 44, 52);
+const MESH: RGBColor = RGBColor(225, 228, 232);
+const LINE: RGBColor = RGBColor(31, 96, 170);
+const FAINT: RGBColor = RGBColor(170, 182, 196);
+
+/// Targets, told apart by colour.
+const TARGETS: [RGBColor; 4] =
+    [RGBColor(200, 60, 40), RGBColor(214, 130, 20), RGBColor(46, 139, 87), RGBColor(130, 70, 160)];
+
+type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+
+/// Relative time over `k_chunk` of one module, a panel for every `n_tb`; points as measured, a line as smoothed.
+pub(super) fn module(outcome: &Outcome, projection: Projection, path: &Path) -> Result<()> {
+    draw_module(outcome, projection, path).map_err(|error| anyhow!("{error}"))
+}
+
+/// Time over `k_chunk` of all four modules, with what was chosen for each target.
+pub(super) fn overview(outcome: &Outcome, path: &Path) -> Result<()> {
+    draw_overview(outcome, path).map_err(|error| anyhow!("{error}"))
+}
+
+type Drawn<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+fn draw_module(outcome: &Outcome, projection: Projection, path: &Path) -> Drawn {
+    use_bundled_font();
+    let module = &outcome.timings.0[projection.index()];
+    let panels = module.curves.len();
+    let columns = ((panels as f64 * 1.2).sqrt().ceil() as usize).max(2).min(panels.max(1));
+    let rows = panels.div_ceil(columns);
+    let size = ((PANEL.0 * columns as u32).max(760), PANEL.1 * rows as u32 + TITLE);
+    let root = BitMapBackend::new(path, size).into_drawing_area();
+    root.fill(&WHITE)?;
+    let (inputs, outputs) = module.shape;
+    let title = format!("{projection} ({inputs} x {outputs}): time relative to {:.2} µs", module.base_us);
+    let body = titled(&root, outcome, &title)?;
+    legend(&root, size.0, &outcome.tunings)?;
+    let ratios = module.curves.values().flatten().map(|&(_, us)| us / module.base_us);
+    let targets = outcome.tunings.iter().map(|t| 1.0 + t.target / 100.0);
+    let top = ratios.chain(targets).fold(1.05, f64::max);
+    let y = 1.0 - (top - 1.0) * 0.12..top + (top - 1.0) * 0.08;
+    for ((&n_tb, curve), area) in module.curves.iter().zip(body.split_evenly((rows, columns))) {
+        panel(outcome, projection, n_tb, curve, &area, y.clone())?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+fn panel(
+    outcome: &Outcome,
+    projection: Projection,
+    n_tb: usize,
+    curve: &Curve,
+    area: &Area<'_>,
+    y: std::ops::Range<f64>,
+) -> Drawn {
+    let base = outcome.timings.0[projection.index()].base_us;
+    let x = 0.0..last_k(curve) * 1.04;
+    let mut chart = ChartBuilder::on(area)
+        .margin(6)
+        .caption(format!("n_tb = {n_tb}"), ("sans-serif", 17, FontStyle::Bold).into_font().color(&INK))
+        .x_label_area_size(36)
+        .y_label_area_size(50)
+        .build_cartesian_2d(x.clone(), y.clone())?;
+    mesh(&mut chart, "k_chunk", "time / base", 14)?;
+    for (tuning, color) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()) {
+        let at = 1.0 + tuning.target / 100.0;
+        let line = [(x.start, at), (x.end, at)];
+        chart.draw_series(DashedLineSeries::new(line, 6, 4, color.stroke_width(1)))?;
+    }
+    let measured = outcome.table.pairs.range((projection.index(), n_tb, 0)..=(projection.index(), n_tb, usize::MAX));
+    let points = measured.map(|(&(_, _, k), sample)| (k as f64, sample.decdec_us / base));
+    let visible = points.filter(|&(_, ratio)| y.contains(&ratio));
+    chart.draw_series(visible.map(|point| Circle::new(point, 2, FAINT.filled())))?;
+    let line = curve.iter().map(|&(k, us)| (k as f64, us / base));
+    chart.draw_series(LineSeries::new(line, LINE.stroke_width(2)))?;
+    for (tuning, color) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()) {
+        let chosen = tuning.found.fine.modules[projection.index()];
+        if chosen.n_tb == n_tb {
+            chart.draw_series([Circle::new((chosen.k_chunk as f64, chosen.us / base), 6, color.stroke_width(3))])?;
+        }
+    }
+    Ok(())
+}
+
+fn draw_overview(outcome: &Outcome, path: &Path) -> Drawn {
+    use_bundled_font();
+    let size = (1280, 860 + TITLE);
+    let root = BitMapBackend::new(path, size).into_drawing_area();
+    root.fill(&WHITE)?;
+    let title = format!("all modules, layer base {:.2} µs", outcome.timings.base_us());
+    let body = titled(&root, outcome, &title)?;
+    legend(&root, size.0, &outcome.tunings)?;
+    for ((projection, module), area) in
+        Projection::ALL.into_iter().zip(&outcome.timings.0).zip(body.split_evenly((2, 2)))
+    {
+        quarter(outcome, projection, module, &area)?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+/// One module of the overview: every `n_tb` faint, the chosen ones strong, what was chosen as rings.
+fn quarter(outcome: &Outcome, projection: Projection, module: &Module, area: &Area<'_>) -> Drawn {
+    let (inputs, outputs) = module.shape;
+    let far = module.curves.values().map(last_k).fold(1.0, f64::max);
+    let top = module.curves.values().flatten().map(|&(_, us)| us).fold(module.base_us * 1.05, f64::max);
+    let caption = format!("{projection} ({inputs} x {outputs}), base {:.2} µs", module.base_us);
+    let mut chart = ChartBuilder::on(area)
+        .margin(10)
+        .caption(caption, ("sans-serif", 19, FontStyle::Bold).into_font().color(&INK))
+        .x_label_area_size(42)
+        .y_label_area_size(64)
+        .build_cartesian_2d(0.0..far * 1.04, 0.0..top * 1.05)?;
+    mesh(&mut chart, "k_chunk (channels of 1024)", "time, µs", 16)?;
+    let line = |curve: &Curve| curve.iter().map(|&(k, us)| (k as f64, us)).collect::<Vec<_>>();
+    for curve in module.curves.values() {
+        chart.draw_series(LineSeries::new(line(curve), FAINT.stroke_width(1)))?;
+    }
+    for (i, (tuning, color)) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()).enumerate() {
+        let chosen = tuning.found.fine.modules[projection.index()];
+        if let Some(curve) = module.curves.get(&chosen.n_tb) {
+            chart.draw_series(LineSeries::new(line(curve), color.stroke_width(2)))?;
+        }
+        let at = (chosen.k_chunk as f64, chosen.us);
+        chart.draw_series([Circle::new(at, 7, color.stroke_width(3))])?;
+        // Below the curve, one target under the other, so that equal choices stay readable.
+        let text = format!("{} %: k_chunk {}, n_tb {}", per_cent(tuning.target), chosen.k_chunk, chosen.n_tb);
+        let style = ("sans-serif", 16).into_font().color(&color);
+        let place = (far * 0.55, top * (0.08 + 0.075 * (outcome.tunings.len() - 1 - i) as f64));
+        chart.draw_series([Text::new(text, place, style)])?;
+    }
+    Ok(())
+}
+
+fn mesh<'a, DB: DrawingBackend + 'a>(
+    chart: &mut ChartContext<
+        'a,
+        DB,
+        Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
+    >,
+    x: &str,
+    y: &str,
+    size: u32,
+) -> Drawn
+where
+    DB::ErrorType: 'static,
+{
+    chart
+        .configure_mesh()
+        .bold_line_style(MESH)
+        .light_line_style(TRANSPARENT)
+        .axis_style(INK)
+        .label_style(("sans-serif", size).into_font().color(&INK))
+        .axis_desc_style(("sans-serif", size).into_font().color(&INK))
+        .x_labels(6)
+        .y_labels(6)
+        .x_label_formatter(&|k| format!("{k:.0}"))
+        .y_label_formatter(&|value| if *value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") })
+        .x_desc(x)
+        .y_desc(y)
+        .draw()?;
+    Ok(())
+}
+
+/// Draws the picture's title and returns what is left below it.
+fn titled<'a>(root: &Area<'a>, outcome: &Outcome, title: &str) -> Drawn<Area<'a>> {
+    let id = &outcome.identity;
+    let device = outcome.capture.as_ref().map(|c| &c.device_name).or(outcome.device_name.as_ref());
+    let device = device.map(|name| format!(", {name}")).unwrap_or_default();
+    let first = format!("{} {} {}-bit{device}", id.model, id.algo.name(), id.bits);
+    let (head, body) = root.split_vertically(TITLE);
+    head.draw(&Text::new(first, (14, 10), ("sans-serif", 21, FontStyle::Bold).into_font().color(&INK)))?;
+    head.draw(&Text::new(title.to_owned(), (14, 38), ("sans-serif", 17).into_font().color(&INK)))?;
+    Ok(body)
+}
+
+/// The targets' colours, at the right end of the title.
+fn legend(root: &Area<'_>, width: u32, tunings: &[Tuning]) -> Drawn {
+    let mut left = width as i32 - 14;
+    for (tuning, color) in tunings.iter().zip(TARGETS.into_iter().cycle()).collect::<Vec<_>>().into_iter().rev() {
+        let text = format!("+{} %", per_cent(tuning.target));
+        left -= 8 * text.chars().count() as i32 + 44;
+        root.draw(&PathElement::new([(left, 47), (left + 24, 47)], color.stroke_width(3)))?;
+        root.draw(&Text::new(text, (left + 30, 38), ("sans-serif", 16).into_font().color(&INK)))?;
+    }
+    Ok(())
+}
+
+fn last_k(curve: &Curve) -> f64 {
+    curve.last().map_or(1.0, |&(k, _)| k.max(1) as f64)
+}
+
+/// The font comes with the program: servers often have none.
+fn use_bundled_font() {
+    static REGISTER: Once = Once::new();
+    REGISTER.call_once(|| {
+        let regular = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
+        let bold = register_font("sans-serif", FontStyle::Bold, dejavu::sans::bold());
+        assert!(regular.is_ok() && bold.is_ok(), "the bundled font is sound");
+    });
+}

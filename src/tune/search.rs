@@ -1,0 +1,242 @@
+//! The search (spec §4.2; DecDEC §6): pure arithmetic on a table of times.
+//!
+//! First one `k_chunk` for all modules, then single modules raised while the layer fits its target. Times are
+//! smoothed first: in `k_chunk` they can only grow, so that what shrinks is noise.
+
+use std::collections::BTreeMap;
+
+use crate::config::Projection;
+
+/// The times of one module at one `n_tb`: `(k_chunk, µs)`, both ascending, starting with the base at 0.
+pub type Curve = Vec<(usize, f64)>;
+
+/// What is known of one module.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Module {
+    /// `(in_features, out_features)`
+    pub shape: (usize, usize),
+    /// The base product alone, µs.
+    pub base_us: f64,
+    /// By `n_tb`; smoothed.
+    pub curves: BTreeMap<usize, Curve>,
+}
+
+/// What is known of the four modules, in the order of [`Projection::ALL`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Timings(pub [Module; 4]);
+
+/// One way to run a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// Most thread blocks that compensate.
+    pub n_tb: usize,
+    /// What each module makes of it.
+    pub modules: [Chosen; 4],
+}
+
+/// One way to run a module.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Chosen {
+    /// Its largest measured `n_tb` that is not above the most.
+    pub n_tb: usize,
+    /// Channels per chunk.
+    pub k_chunk: usize,
+    /// Time of the pair.
+    pub us: f64,
+}
+
+/// What the search found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// One `k_chunk` for every module that is not excluded.
+    pub global: Choice,
+    /// The same with single modules raised.
+    pub fine: Choice,
+    /// Modules that the first phase had to leave uncompensated.
+    pub excluded: Vec<Projection>,
+    /// Modules that ended at the largest `k_chunk` measured: more may fit.
+    pub clamped: Vec<Projection>,
+}
+
+impl Module {
+    /// Takes measured times by `n_tb` as `(k_chunk, µs)`, in any order; `k_chunk` 0 is always the base.
+    pub fn new(shape: (usize, usize), base_us: f64, measured: BTreeMap<usize, Vec<(usize, f64)>>) -> Self {
+        let curves = measured.into_iter().map(|(n_tb, mut times)| {
+            times.retain(|&(k_chunk, _)| k_chunk > 0);
+            times.sort_by_key(|&(k_chunk, _)| k_chunk);
+            let smooth = isotonic(times.iter().map(|&(_, us)| us));
+            let points = times.iter().zip(smooth).map(|(&(k_chunk, _), us)| (k_chunk, us.max(base_us)));
+            (n_tb, std::iter::once((0, base_us)).chain(points).collect())
+        });
+        Self { shape, base_us, curves: curves.collect() }
+    }
+
+    /// The curve at the largest measured `n_tb` that is not above `most`.
+    fn at(&self, most: usize) -> Option<(usize, &Curve)> {
+        self.curves.range(..=most).next_back().map(|(&n_tb, curve)| (n_tb, curve))
+    }
+}
+
+/// The closest sequence that never decreases (least squares; pool adjacent violators).
+fn isotonic(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut pools: Vec<(f64, usize)> = Vec::new(); // sum, count
+    for value in values {
+        let mut pool = (value, 1);
+        while let Some(&(sum, count)) = pools.last() {
+            if sum / count as f64 <= pool.0 / pool.1 as f64 {
+                break;
+            }
+            pool = (pool.0 + sum, pool.1 + count);
+            pools.pop();
+        }
+        pools.push(pool);
+    }
+    pools.iter().flat_map(|&(sum, count)| std::iter::repeat_n(sum / count as f64, count)).collect()
+}
+
+impl Choice {
+    /// Time of the layer, µs.
+    pub fn us(&self) -> f64 {
+        self.modules.iter().map(|m| m.us).sum()
+    }
+
+    /// Σ `k_chunk`.
+    pub fn sum_k(&self) -> usize {
+        self.modules.iter().map(|m| m.k_chunk).sum()
+    }
+
+    /// `k_chunk` of each module.
+    pub fn k_chunks(&self) -> [usize; 4] {
+        self.modules.map(|m| m.k_chunk)
+    }
+}
+
+impl Timings {
+    /// Time of the layer without compensation, µs.
+    pub fn base_us(&self) -> f64 {
+        self.0.iter().map(|m| m.base_us).sum()
+    }
+
+    /// Every `n_tb` that was measured, ascending.
+    pub fn n_tbs(&self) -> Vec<usize> {
+        let mut all: Vec<_> = self.0.iter().flat_map(|m| m.curves.keys().copied()).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// All modules at the base, with at most `n_tb` thread blocks.
+    fn at_base(&self, n_tb: usize) -> Choice {
+        let chosen = |m: &Module| Chosen { n_tb: m.at(n_tb).map_or(n_tb, |(n, _)| n), k_chunk: 0, us: m.base_us };
+        Choice { n_tb, modules: self.0.each_ref().map(chosen) }
+    }
+
+    /// The search of both phases, for a layer of at most `budget_us`.
+    ///
+    /// A larger budget never excludes more modules, nor, with as many excluded, ends the first phase at a
+    /// smaller `k_chunk`, nor, with an equal first phase, the second at a smaller sum.
+    pub fn search(&self, budget_us: f64) -> Found {
+        let mut excluded = Vec::new();
+        let mut included: Vec<_> = Projection::ALL.to_vec();
+        included.sort_by_key(|p| self.0[p.index()].shape.0 * self.0[p.index()].shape.1);
+        let global = loop {
+            if included.is_empty() {
+                break self.at_base(self.n_tbs().first().copied().unwrap_or(1));
+            }
+            match self.global(&included, budget_us) {
+                Some(choice) => break choice,
+                None => excluded.push(included.remove(0)),
+            }
+        };
+        let fine = self.fine(global.clone(), budget_us);
+        let clamped = Projection::ALL.into_iter().filter(|p| {
+            let chosen = fine.modules[p.index()];
+            let curve = self.0[p.index()].curves.get(&chosen.n_tb);
+            chosen.k_chunk > 0 && curve.and_then(|c| c.last()).is_some_and(|&(last, _)| last == chosen.k_chunk)
+        });
+        Found { clamped: clamped.collect(), global, fine, excluded }
+    }
+
+    /// The largest common `k_chunk` of the `included` modules that fits, then the least time.
+    fn global(&self, included: &[Projection], budget_us: f64) -> Option<Choice> {
+        let mut best: Option<(usize, f64, Choice)> = None;
+        for n_tb in self.n_tbs() {
+            let curves: Option<Vec<_>> = included.iter().map(|p| Some((*p, self.0[p.index()].at(n_tb)?.1))).collect();
+            let Some(curves) = curves else { continue };
+            // Ascending in k_chunk, the sums only grow: the last one that fits is the largest.
+            for &(k_chunk, _) in curves[0].1.iter().filter(|&&(k_chunk, _)| k_chunk > 0) {
+                let mut choice = self.at_base(n_tb);
+                let common = curves.iter().all(|(projection, curve)| {
+                    let point = curve.binary_search_by_key(&k_chunk, |&(k, _)| k).map(|i| curve[i]);
+                    let chosen = &mut choice.modules[projection.index()];
+                    point.is_ok_and(|(k_chunk, us)| {
+                        (chosen.k_chunk, chosen.us) = (k_chunk, us);
+                        true
+                    })
+                });
+                let us = choice.us();
+                if !common || us > budget_us {
+                    continue;
+                }
+                if best.as_ref().is_none_or(|&(k, t, _)| k_chunk > k || k_chunk == k && us < t) {
+                    best = Some((k_chunk, us, choice));
+                }
+            }
+        }
+        best.map(|(_, _, choice)| choice)
+    }
+
+    /// Raises single modules to their next measured `k_chunk`, the one that adds least time first, while the
+    /// layer fits.
+    fn fine(&self, mut choice: Choice, budget_us: f64) -> Choice {
+        loop {
+            let mut best: Option<(f64, Choice)> = None;
+            for (module, chosen) in self.0.iter().zip(0..4) {
+                let now = choice.modules[chosen];
+                let Some((_, curve)) = module.at(choice.n_tb) else { continue };
+                let Some(&(k_chunk, us)) = curve.iter().find(|&&(k_chunk, _)| k_chunk > now.k_chunk) else { continue };
+                let mut raised = choice.clone();
+                raised.modules[chosen] = Chosen { k_chunk, us, ..now };
+                if best.as_ref().is_none_or(|&(added, _)| us - now.us < added) {
+                    best = Some((us - now.us, raised));
+                }
+            }
+            match best {
+                Some((_, raised)) if raised.us() <= budget_us => choice = raised,
+                _ => return choice,
+            }
+        }
+    }
+
+    /// The true optimum over everything measured: the largest Σ `k_chunk` within `budget_us`, then the least
+    /// time. For every `n_tb`, the least time of every sum, module by module.
+    pub fn exhaustive(&self, budget_us: f64) -> Choice {
+        let mut best = self.at_base(self.n_tbs().first().copied().unwrap_or(1));
+        for n_tb in self.n_tbs() {
+            let start = self.at_base(n_tb);
+            let mut by_sum = BTreeMap::from([(0, (start.us(), start))]);
+            for (i, module) in self.0.iter().enumerate() {
+                let Some((_, curve)) = module.at(n_tb) else { continue };
+                let mut next = BTreeMap::<usize, (f64, Choice)>::new();
+                for (sum, (_, choice)) in &by_sum {
+                    for &(k_chunk, us) in curve {
+                        let mut raised = choice.clone();
+                        raised.modules[i] = Chosen { k_chunk, us, ..raised.modules[i] };
+                        let total = raised.us();
+                        let known = next.get(&(sum + k_chunk));
+                        if total <= budget_us && known.is_none_or(|&(least, _)| total < least) {
+                            next.insert(sum + k_chunk, (total, raised));
+                        }
+                    }
+                }
+                by_sum = next;
+            }
+            if let Some((sum, (us, choice))) = by_sum.pop_last()
+                && (sum > best.sum_k() || sum == best.sum_k() && us < best.us())
+            {
+                best = choice;
+            }
+        }
+        best
+    }
+}

@@ -1,0 +1,124 @@
+//! From kernel times to one number per module and configuration.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+
+use super::search::{Module, Timings};
+use crate::config::Projection;
+use crate::nsys::trace::{Kernel, Role};
+use crate::nsys::{KernelRecord, Profile};
+
+/// The times of one configuration of one module, in µs: medians over its tokens and layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// From the first kernel's start to the last one's end.
+    pub decdec_us: f64,
+    /// The base product.
+    pub gemv_us: f64,
+    /// The compensation; 0 where there is none.
+    pub dec_us: f64,
+    /// How often the kernels started and ended in which order: `g`, `d` for starts, `G`, `D` for ends of base
+    /// product and compensation.
+    pub orderings: String,
+}
+
+/// Everything that a profile says of the four modules.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Table {
+    /// Base products alone.
+    pub base: [Sample; 4],
+    /// By module, `n_tb` and `k_chunk`.
+    pub pairs: BTreeMap<(usize, usize, usize), Sample>,
+}
+
+#[derive(Default)]
+struct Runs {
+    decdec: Vec<f64>,
+    gemv: Vec<f64>,
+    dec: Vec<f64>,
+    orderings: BTreeMap<String, usize>,
+}
+
+impl Runs {
+    fn add(&mut self, gemv: &KernelRecord, dec: Option<&KernelRecord>) {
+        let us = |start: u64, end: u64| (end - start) as f64 / 1e3;
+        let start = dec.map_or(gemv.start_ns, |dec| dec.start_ns.min(gemv.start_ns));
+        let end = dec.map_or(gemv.end_ns, |dec| dec.end_ns.max(gemv.end_ns));
+        self.decdec.push(us(start, end));
+        self.gemv.push(us(gemv.start_ns, gemv.end_ns));
+        self.dec.push(dec.map_or(0.0, |dec| us(dec.start_ns, dec.end_ns)));
+        let mut events = vec![(gemv.start_ns, 'g'), (gemv.end_ns, 'G')];
+        events.extend(dec.into_iter().flat_map(|dec| [(dec.start_ns, 'd'), (dec.end_ns, 'D')]));
+        events.sort_by_key(|&(at, _)| at);
+        *self.orderings.entry(events.into_iter().map(|(_, event)| event).collect()).or_default() += 1;
+    }
+
+    fn sample(self) -> Sample {
+        let orderings: Vec<_> = self.orderings.iter().map(|(order, count)| format!("{order}:{count}")).collect();
+        Sample {
+            decdec_us: median(self.decdec),
+            gemv_us: median(self.gemv),
+            dec_us: median(self.dec),
+            orderings: orderings.join(" "),
+        }
+    }
+}
+
+impl Table {
+    /// Pairs up the kernels of a profile. A compensation's `n_tb` is the first side of its grid.
+    ///
+    /// # Errors
+    /// A module whose base product is missing.
+    pub fn new(profile: &Profile) -> Result<Self> {
+        let mut base: [Runs; 4] = Default::default();
+        let mut pairs: BTreeMap<usize, [Option<(Kernel, &KernelRecord)>; 2]> = BTreeMap::new();
+        for (line, record) in &profile.kernels {
+            match (line.role, line.kernel) {
+                (Role::Standalone, Kernel::Gemv(projection)) => base[projection.index()].add(record, None),
+                (Role::Concurrent(pair), kernel) => {
+                    let side = usize::from(matches!(kernel, Kernel::Dec(_)));
+                    pairs.entry(pair).or_default()[side] = Some((kernel, record));
+                }
+                _ => {}
+            }
+        }
+        for (projection, runs) in Projection::ALL.into_iter().zip(&base) {
+            ensure!(
+                !runs.gemv.is_empty(),
+                "the trace has no standalone kernel of {projection}: take the profile again"
+            );
+        }
+        let mut grouped: BTreeMap<_, Runs> = BTreeMap::new();
+        for (pair, sides) in pairs {
+            let [Some((Kernel::Gemv(projection), gemv)), Some((Kernel::Dec(k_chunk), dec))] = sides else {
+                anyhow::bail!("pair {pair} is not a base product and its compensation");
+            };
+            let n_tb = dec.grid[0] as usize;
+            ensure!(n_tb > 0, "the compensation of pair {pair} ran on 0 thread blocks, at least 1 is expected");
+            grouped.entry((projection.index(), n_tb, k_chunk)).or_default().add(gemv, Some(dec));
+        }
+        let pairs = grouped.into_iter().map(|(key, runs)| (key, runs.sample())).collect();
+        Ok(Self { base: base.map(Runs::sample), pairs })
+    }
+
+    /// What the search works on.
+    pub fn timings(&self, shapes: [(usize, usize); 4]) -> Timings {
+        let mut modules = shapes.map(|shape| (shape, BTreeMap::<usize, Vec<(usize, f64)>>::new()));
+        for (&(module, n_tb, k_chunk), sample) in &self.pairs {
+            modules[module].1.entry(n_tb).or_default().push((k_chunk, sample.decdec_us));
+        }
+        let mut base = self.base.iter();
+        Timings(modules.map(|(shape, curves)| {
+            let base_us = base.next().map_or(0.0, |sample| sample.decdec_us);
+            Module::new(shape, base_us, curves)
+        }))
+    }
+}
+
+/// The middle value, or the mean of the two middle ones; 0 of none.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let n = values.len();
+    if n == 0 { 0.0 } else { (values[(n - 1) / 2] + values[n / 2]) / 2.0 }
+}

@@ -77,21 +77,26 @@ impl Module {
     }
 }
 
-/// The closest sequence that never decreases (least squares; pool adjacent violators).
+/// The closest sequence that never decreases (least absolute error; pool adjacent violators by their medians,
+/// so that a single spike is overruled by its neighbours instead of lifting all that follow).
 fn isotonic(values: impl Iterator<Item = f64>) -> Vec<f64> {
-    let mut pools: Vec<(f64, usize)> = Vec::new(); // sum, count
+    let mut pools: Vec<(f64, Vec<f64>)> = Vec::new(); // median, values
     for value in values {
-        let mut pool = (value, 1);
-        while let Some(&(sum, count)) = pools.last() {
-            if sum / count as f64 <= pool.0 / pool.1 as f64 {
-                break;
-            }
-            pool = (pool.0 + sum, pool.1 + count);
-            pools.pop();
+        let mut pool = (value, vec![value]);
+        while let Some((_, before)) = pools.pop_if(|(median, _)| *median > pool.0) {
+            pool.1.extend(before);
+            pool.0 = median(&mut pool.1);
         }
         pools.push(pool);
     }
-    pools.iter().flat_map(|&(sum, count)| std::iter::repeat_n(sum / count as f64, count)).collect()
+    pools.iter().flat_map(|(median, values)| std::iter::repeat_n(*median, values.len())).collect()
+}
+
+/// The middle value, or the mean of the two middle ones; 0 of none. Sorts `values`.
+pub(super) fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let n = values.len();
+    if n == 0 { 0.0 } else { (values[(n - 1) / 2] + values[n / 2]) / 2.0 }
 }
 
 impl Choice {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
 
-use super::search::{Module, Timings};
+use super::search::{Module, Timings, median};
 use crate::config::Projection;
 use crate::nsys::trace::{Kernel, Role};
 use crate::nsys::{KernelRecord, Profile};
@@ -54,12 +54,12 @@ impl Runs {
         *self.orderings.entry(events.into_iter().map(|(_, event)| event).collect()).or_default() += 1;
     }
 
-    fn sample(self) -> Sample {
+    fn sample(mut self) -> Sample {
         let orderings: Vec<_> = self.orderings.iter().map(|(order, count)| format!("{order}:{count}")).collect();
         Sample {
-            decdec_us: median(self.decdec),
-            gemv_us: median(self.gemv),
-            dec_us: median(self.dec),
+            decdec_us: median(&mut self.decdec),
+            gemv_us: median(&mut self.gemv),
+            dec_us: median(&mut self.dec),
             orderings: orderings.join(" "),
         }
     }
@@ -114,11 +114,4 @@ impl Table {
             Module::new(shape, base_us, curves)
         }))
     }
-}
-
-/// The middle value, or the mean of the two middle ones; 0 of none.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    if n == 0 { 0.0 } else { (values[(n - 1) / 2] + values[n / 2]) / 2.0 }
 }

@@ -1,0 +1,276 @@
+//! The sweep, from matrices to files to a tuned result, with a tiny model on the CPU.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use decdec::backend::GemvBackend;
+use decdec::backend::cpu::Cpu;
+use decdec::config::{Architecture, ModelConfig, Projection, RopeScaling};
+use decdec::dec::Selection;
+use decdec::nsys::trace::{self, Kernel, Role};
+use decdec::nsys::{self, Algo, Identity, KernelRecord, Precision};
+use decdec::profile::{self, Bandwidths, ByClock, Launch, Options, Outcome, RandomModel, Recorder, grid};
+use decdec::tune;
+
+const TOKENS: usize = 2;
+const LAYERS: usize = 2;
+
+fn tiny() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_layers: LAYERS,
+        num_heads: 2,
+        num_kv_heads: 1,
+        head_dim: 32,
+        vocab_size: 32,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        sliding_window: None,
+        max_position_embeddings: 64,
+        tie_word_embeddings: false,
+        bos_token_id: None,
+        eos_token_ids: vec![1],
+    }
+}
+
+fn options(dir: &Path, algo: Algo) -> Options {
+    Options {
+        identity: Identity { prefix: "tiny".into(), model: "random".into(), precision: Precision::Fp32, algo, bits: 3 },
+        weights: "random:7".into(),
+        dir: dir.to_path_buf(),
+        tokens: TOKENS,
+        overwrite: false,
+        halve_layers: false,
+        min_n_tb: Some(1),
+        max_n_tb: Some(5),
+        max_k_chunk: Some(3),
+        selection: Selection::Bucket,
+    }
+}
+
+fn sweep(recorder: &mut dyn Recorder<Cpu>, options: &Options) -> Result<Outcome> {
+    let model = RandomModel::new(tiny(), options.identity.algo, 3, 7);
+    profile::run(&Cpu::new(), recorder, &model, options)
+}
+
+/// A recorder that stops, or forgets a time, at its `at`-th call.
+struct Faulty {
+    clock: ByClock,
+    calls: usize,
+    at: usize,
+    zero: bool,
+}
+
+impl Recorder<Cpu> for Faulty {
+    fn clock(&self) -> String {
+        Recorder::<Cpu>::clock(&self.clock)
+    }
+
+    fn record(
+        &mut self,
+        cpu: &Cpu,
+        launches: usize,
+        launch: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Launch>> {
+        self.calls += 1;
+        let mut recorded = self.clock.record(cpu, launches, launch)?;
+        if self.calls == self.at && self.zero {
+            recorded[0].gemv = KernelRecord::default();
+        } else if self.calls == self.at {
+            bail!("unplugged");
+        }
+        Ok(recorded)
+    }
+
+    fn bandwidths(&mut self, _: &Cpu) -> Result<Option<Bandwidths>> {
+        Ok(Some(Bandwidths { device_memory: 6e9, host_link: 1e8 }))
+    }
+}
+
+fn read(options: &Options) -> nsys::Profile {
+    let id = &options.identity;
+    nsys::read(&id.trace(&options.dir), &id.sqlite(&options.dir), id).unwrap()
+}
+
+/// Launches of a whole sweep: per useful `n_tb` of each projection, one base and three compensated rounds.
+fn expected(useful: &[Vec<usize>; 4]) -> (usize, usize) {
+    let rounds: usize = useful.iter().map(|n_tbs| n_tbs.len() * TOKENS * LAYERS).sum();
+    (rounds, 3 * rounds)
+}
+
+#[test]
+fn a_sweep_becomes_two_files_and_a_tuned_result() {
+    for algo in [Algo::Sqllm, Algo::Awq] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = options(&dir.path().join("nsys"), algo);
+        let outcome = sweep(&mut ByClock::default(), &options).unwrap();
+        let measured = outcome.measured.as_ref().unwrap();
+        assert!(outcome.trace.ends_with(format!("nsys/tiny_random_fp32_{}_3.trace", algo.name())));
+        assert_eq!(measured.resumed, 0);
+        assert!(outcome.to_string().contains("GB/s"), "{outcome}");
+        let left: Vec<_> = fs::read_dir(&options.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 2, "nothing but the two files is left: {left:?}");
+
+        let useful = grid::useful_n_tbs(&tiny(), 1, 5).unwrap();
+        let text = fs::read_to_string(&outcome.trace).unwrap();
+        let first: Vec<_> = text.lines().take(12).collect();
+        let gemv = algo.gemv_kernel();
+        assert_eq!(first[0], format!("compile {gemv} qkv"));
+        assert_eq!(first[4], "compile fused_dec_kernel 1");
+        let lines = trace::parse(&text, algo).unwrap();
+        let count = |role: fn(Role) -> bool| lines.iter().filter(|line| role(line.role)).count();
+        let (bases, pairs) = expected(&useful);
+        assert_eq!(count(|role| role == Role::Compile), 12);
+        assert_eq!(count(|role| role == Role::Standalone), bases);
+        assert_eq!(count(|role| matches!(role, Role::Concurrent(_))), 2 * pairs);
+
+        let profile = read(&options);
+        assert_eq!(profile.capture.as_ref().unwrap(), &measured.capture);
+        for (line, record) in &profile.kernels {
+            if let (Role::Concurrent(_), Kernel::Dec(_)) = (line.role, line.kernel) {
+                assert!(useful.concat().contains(&(record.grid[0] as usize)));
+            }
+        }
+        tunes(&options, dir.path());
+    }
+}
+
+/// Tunes what was profiled, writes everything, and checks that it is for this model.
+fn tunes(options: &Options, dir: &Path) {
+    let outcome = tune::run(&tune::Options {
+        identity: options.identity.clone(),
+        dir: options.dir.clone(),
+        shapes: [None; 4],
+        targets: vec![5.0, 500.0],
+        exhaustive: true,
+    })
+    .unwrap();
+    for tuning in &outcome.tunings {
+        assert!(tuning.found.fine.us() <= outcome.timings.base_us() * (1.0 + tuning.target / 100.0));
+        assert!(tuning.exhaustive.as_ref().unwrap().sum_k() >= tuning.found.fine.sum_k());
+    }
+    let to = tune::Directories { csv: dir.join("csv"), plots: dir.join("plots"), tuned: dir.join("tuned") };
+    let written = outcome.write(&to).unwrap();
+    let tuned = tune::Tuned::read(written.last().unwrap()).unwrap();
+    tuned.check(Cpu::new().device(), profile::shapes(&tiny()), 3).unwrap();
+    assert!(tuned.check(Cpu::new().device(), [(64, 64); 4], 3).is_err());
+}
+
+#[test]
+fn what_is_there_is_kept_unless_told_otherwise() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = options(dir.path(), Algo::Sqllm);
+    let first = sweep(&mut ByClock::default(), &options).unwrap();
+    let before = fs::read(&first.sqlite).unwrap();
+    let second = sweep(&mut ByClock::default(), &options).unwrap();
+    assert!(second.measured.is_none());
+    assert!(second.to_string().contains("kept"), "{second}");
+    assert_eq!(fs::read(&first.sqlite).unwrap(), before);
+    fs::remove_file(&first.trace).unwrap();
+    let error = sweep(&mut ByClock::default(), &options).unwrap_err().to_string();
+    assert!(error.contains("use --overwrite"), "{error}");
+    options.overwrite = true;
+    assert!(sweep(&mut ByClock::default(), &options).unwrap().measured.is_some());
+    assert_ne!(fs::read(&first.sqlite).unwrap(), before, "measured again");
+}
+
+#[test]
+fn an_interrupted_sweep_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), Algo::Sqllm);
+    // Calls: four to set up, then one per configuration.
+    let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 4 + 6, zero: false };
+    let error = format!("{:#}", sweep(&mut faulty, &options).unwrap_err());
+    assert!(error.contains("unplugged"), "{error}");
+    assert!(!options.identity.trace(dir.path()).exists());
+    let mut whole = Faulty { clock: ByClock::default(), calls: 0, at: 0, zero: false };
+    let outcome = sweep(&mut whole, &options).unwrap();
+    let measured = outcome.measured.unwrap();
+    assert_eq!(measured.resumed, 5);
+    assert_eq!(whole.calls, 4 + measured.configurations - 5, "what was measured is not measured again");
+    assert_eq!(measured.capture.k_chunks, [1, 2, 3]);
+    let (bases, pairs) = expected(&grid::useful_n_tbs(&tiny(), 1, 5).unwrap());
+    assert_eq!(read(&options).kernels.len(), 24 + bases + 2 * pairs);
+    // The second process' clock started anew, and yet every pair found its own times.
+    let mut last = 0;
+    for (_, record) in read(&options).kernels.iter().filter(|(line, _)| matches!(line.kernel, Kernel::Gemv(_))) {
+        assert!(record.start_ns >= last);
+        last = record.end_ns;
+    }
+}
+
+#[test]
+fn an_interrupted_sweep_with_other_options_starts_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = options(dir.path(), Algo::Sqllm);
+    let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 9, zero: false };
+    sweep(&mut faulty, &options).unwrap_err();
+    options.tokens = 1;
+    let outcome = sweep(&mut ByClock::default(), &options).unwrap();
+    assert_eq!(outcome.measured.unwrap().resumed, 0);
+    fs::write(options.identity.sqlite(dir.path()).with_extension("sqlite.partial"), "rubbish").unwrap();
+    options.overwrite = true;
+    assert!(sweep(&mut ByClock::default(), &options).is_ok());
+}
+
+#[test]
+fn a_kernel_without_a_time_fails_its_configuration_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), Algo::Sqllm);
+    let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 4 + 3, zero: true };
+    let error = format!("{:#}", sweep(&mut faulty, &options).unwrap_err());
+    assert!(error.contains("n_tb 1, k_chunk 2") && error.contains("fused_dec_kernel 2 has no time"), "{error}");
+    assert_eq!(sweep(&mut ByClock::default(), &options).unwrap().measured.unwrap().resumed, 2);
+}
+
+#[test]
+fn options_out_of_range_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = options(dir.path(), Algo::Sqllm);
+    let cases: [(&dyn Fn(&mut Options), &str); 8] = [
+        (&|o| o.tokens = 0, "--tokens is 0"),
+        (&|o| o.max_n_tb = Some(1000), "--max-n-tb is 1000, at most 64 are allowed on cpu"),
+        (&|o| o.min_n_tb = Some(0), "at least 1 thread block"),
+        (&|o| o.min_n_tb = Some(6), "--min-n-tb 6 and --max-n-tb 5"),
+        (&|o| o.max_k_chunk = Some(2000), "--max-k-chunk is 2000, 1 to 1024 are allowed"),
+        (&|o| o.identity.bits = 4, "--bitwidth is 4, but no layer is: the first ones are 3-bit"),
+        (&|o| o.identity.prefix = "../x".into(), "becomes part of a file name"),
+        (&|o| o.identity.model = String::new(), "becomes part of a file name"),
+    ];
+    for (change, says) in cases {
+        let mut options = good.clone();
+        change(&mut options);
+        let error = format!("{:#}", sweep(&mut ByClock::default(), &options).unwrap_err());
+        assert!(error.contains(says), "{error}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{says}: nothing was written");
+    }
+}
+
+#[test]
+fn the_grid_follows_from_bandwidths_and_partitions() {
+    let h100 = Bandwidths { device_memory: 60.0, host_link: 1.0 };
+    assert_eq!(h100.ratio(), 60.0);
+    assert_eq!(h100.knee(3), 12.8);
+    assert_eq!(grid::k_chunks(12.8, None).unwrap(), (1..=26).collect::<Vec<_>>());
+    assert_eq!(grid::k_chunks(12.8, Some(2)).unwrap(), [1, 2]);
+    assert_eq!(grid::k_chunks(0.1, None).unwrap(), [1, 2]);
+    let wide = grid::k_chunks(768.0, None).unwrap();
+    assert!(wide.len() <= 64 && wide.last() == Some(&1024), "{wide:?}");
+    // 64 rows are 8 words: 5, 6 and 7 blocks take two words each, as 4 do. 8 take one each.
+    let useful = grid::useful_n_tbs(&tiny(), 1, 9).unwrap();
+    assert_eq!(useful[Projection::O.index()], [1, 2, 3, 4, 8]);
+    assert_eq!(useful[Projection::Down.index()], [1, 2, 3, 4, 8]);
+    assert_eq!(grid::useful_n_tbs(&tiny(), 5, 7).unwrap()[Projection::O.index()], [5]);
+}
+
+#[test]
+fn layers_that_take_turns_are_halved_on_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { halve_layers: true, ..options(dir.path(), Algo::Sqllm) };
+    let outcome = sweep(&mut ByClock::default(), &options).unwrap();
+    assert_eq!(outcome.measured.unwrap().capture.layers, 1);
+}

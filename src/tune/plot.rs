@@ -55,10 +55,8 @@ fn draw_module(outcome: &Outcome, projection: Projection, path: &Path) -> Drawn 
     let title = format!("{projection} ({inputs} x {outputs}): time relative to {:.2} µs", module.base_us);
     let body = titled(&root, outcome, &title)?;
     legend(&root, size.0, &outcome.tunings)?;
-    let ratios = module.curves.values().flatten().map(|&(_, us)| us / module.base_us);
-    let targets = outcome.tunings.iter().map(|t| 1.0 + t.target / 100.0);
-    let top = ratios.chain(targets).fold(1.05, f64::max);
-    let y = 1.0 - (top - 1.0) * 0.12..top + (top - 1.0) * 0.08;
+    let top = top(outcome, projection) / module.base_us;
+    let y = 1.0 - (top - 1.0) * 0.12..top;
     for ((&n_tb, curve), area) in module.curves.iter().zip(body.split_evenly((rows, columns))) {
         panel(outcome, projection, n_tb, curve, &area, y.clone())?;
     }
@@ -82,7 +80,7 @@ fn panel(
         .x_label_area_size(36)
         .y_label_area_size(50)
         .build_cartesian_2d(x.clone(), y.clone())?;
-    mesh(&mut chart, "k_chunk", "time / base", 14)?;
+    mesh(&mut chart, "k_chunk", "time / base", 14, 2)?;
     for (tuning, color) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()) {
         let at = 1.0 + tuning.target / 100.0;
         let line = [(x.start, at), (x.end, at)];
@@ -92,8 +90,7 @@ fn panel(
     let points = measured.map(|(&(_, _, k), sample)| (k as f64, sample.decdec_us / base));
     let visible = points.filter(|&(_, ratio)| y.contains(&ratio));
     chart.draw_series(visible.map(|point| Circle::new(point, 2, FAINT.filled())))?;
-    let line = curve.iter().map(|&(k, us)| (k as f64, us / base));
-    chart.draw_series(LineSeries::new(line, LINE.stroke_width(2)))?;
+    chart.draw_series(LineSeries::new(below(curve, base, y.end), LINE.stroke_width(2)))?;
     for (tuning, color) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()) {
         let chosen = tuning.found.fine.modules[projection.index()];
         if chosen.n_tb == n_tb {
@@ -124,30 +121,30 @@ fn draw_overview(outcome: &Outcome, path: &Path) -> Drawn {
 fn quarter(outcome: &Outcome, projection: Projection, module: &Module, area: &Area<'_>) -> Drawn {
     let (inputs, outputs) = module.shape;
     let far = module.curves.values().map(last_k).fold(1.0, f64::max);
-    let top = module.curves.values().flatten().map(|&(_, us)| us).fold(module.base_us * 1.05, f64::max);
+    let (bottom, top) = (module.base_us, top(outcome, projection));
+    let y = bottom - (top - bottom) * 0.12..top;
     let caption = format!("{projection} ({inputs} x {outputs}), base {:.2} µs", module.base_us);
     let mut chart = ChartBuilder::on(area)
         .margin(10)
         .caption(caption, ("sans-serif", 19, FontStyle::Bold).into_font().color(&INK))
         .x_label_area_size(42)
         .y_label_area_size(64)
-        .build_cartesian_2d(0.0..far * 1.04, 0.0..top * 1.05)?;
-    mesh(&mut chart, "k_chunk (channels of 1024)", "time, µs", 16)?;
-    let line = |curve: &Curve| curve.iter().map(|&(k, us)| (k as f64, us)).collect::<Vec<_>>();
+        .build_cartesian_2d(0.0..far * 1.04, y)?;
+    mesh(&mut chart, "k_chunk (channels of 1024)", "time, µs", 16, usize::from(top < 100.0))?;
     for curve in module.curves.values() {
-        chart.draw_series(LineSeries::new(line(curve), FAINT.stroke_width(1)))?;
+        chart.draw_series(LineSeries::new(below(curve, 1.0, top), FAINT.stroke_width(1)))?;
     }
     for (i, (tuning, color)) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()).enumerate() {
         let chosen = tuning.found.fine.modules[projection.index()];
         if let Some(curve) = module.curves.get(&chosen.n_tb) {
-            chart.draw_series(LineSeries::new(line(curve), color.stroke_width(2)))?;
+            chart.draw_series(LineSeries::new(below(curve, 1.0, top), color.stroke_width(2)))?;
         }
         let at = (chosen.k_chunk as f64, chosen.us);
         chart.draw_series([Circle::new(at, 7, color.stroke_width(3))])?;
-        // Below the curve, one target under the other, so that equal choices stay readable.
+        // Top left, where curves that start at the base leave room; one under the other.
         let text = format!("{} %: k_chunk {}, n_tb {}", per_cent(tuning.target), chosen.k_chunk, chosen.n_tb);
         let style = ("sans-serif", 16).into_font().color(&color);
-        let place = (far * 0.55, top * (0.08 + 0.075 * (outcome.tunings.len() - 1 - i) as f64));
+        let place = (far * 0.02, top - (top - bottom) * (0.02 + 0.075 * i as f64));
         chart.draw_series([Text::new(text, place, style)])?;
     }
     Ok(())
@@ -162,6 +159,7 @@ fn mesh<'a, DB: DrawingBackend + 'a>(
     x: &str,
     y: &str,
     size: u32,
+    decimals: usize,
 ) -> Drawn
 where
     DB::ErrorType: 'static,
@@ -176,7 +174,7 @@ where
         .x_labels(6)
         .y_labels(6)
         .x_label_formatter(&|k| format!("{k:.0}"))
-        .y_label_formatter(&|value| if *value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") })
+        .y_label_formatter(&|value| format!("{value:.decimals$}"))
         .x_desc(x)
         .y_desc(y)
         .draw()?;
@@ -205,6 +203,33 @@ fn legend(root: &Area<'_>, width: u32, tunings: &[Tuning]) -> Drawn {
         root.draw(&Text::new(text, (left + 30, 38), ("sans-serif", 16).into_font().color(&INK)))?;
     }
     Ok(())
+}
+
+/// How far up a module's picture reaches, µs: to its slowest time, but no further than tells the targets apart.
+fn top(outcome: &Outcome, projection: Projection) -> f64 {
+    let module = &outcome.timings.0[projection.index()];
+    let slowest = module.curves.values().flatten().map(|&(_, us)| us).fold(module.base_us, f64::max);
+    let widest = outcome.tunings.iter().map(|t| t.target / 100.0).fold(0.0, f64::max);
+    let most = module.base_us * (1.0 + (4.0 * widest).max(0.5));
+    let chosen = outcome.tunings.iter().map(|t| t.found.fine.modules[projection.index()].us).fold(0.0, f64::max);
+    let least = module.base_us * (1.0 + widest).max(1.05);
+    (slowest.min(most).max(chosen).max(least) - module.base_us) * 1.08 + module.base_us
+}
+
+/// The part of a curve (which never falls) that lies below `top`, in units of `unit` µs.
+fn below(curve: &Curve, unit: f64, top: f64) -> Vec<(f64, f64)> {
+    let mut points: Vec<(f64, f64)> = Vec::new();
+    for &(k, us) in curve {
+        let (k, value) = (k as f64, us / unit);
+        if value > top {
+            if let Some(&(from, start)) = points.last() {
+                points.push((from + (k - from) * (top - start) / (value - start), top));
+            }
+            break;
+        }
+        points.push((k, value));
+    }
+    points
 }
 
 fn last_k(curve: &Curve) -> f64 {

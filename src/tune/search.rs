@@ -138,22 +138,28 @@ impl Timings {
 
     /// The search of both phases, for a layer of at most `budget_us`.
     ///
+    /// The second phase starts from every `n_tb` that reaches the common `k_chunk` of the first, and the largest
+    /// sum is kept: the quickest start often leaves least to raise.
+    ///
     /// A larger budget never excludes more modules, nor, with as many excluded, ends the first phase at a
-    /// smaller `k_chunk`, nor, with an equal first phase, the second at a smaller sum.
+    /// smaller `k_chunk`, nor, at the same one, the second at a smaller sum.
     pub fn search(&self, budget_us: f64) -> Found {
         let mut excluded = Vec::new();
         let mut included: Vec<_> = Projection::ALL.to_vec();
         included.sort_by_key(|p| self.0[p.index()].shape.0 * self.0[p.index()].shape.1);
-        let global = loop {
-            if included.is_empty() {
-                break self.at_base(self.n_tbs().first().copied().unwrap_or(1));
+        let starts = loop {
+            let starts = self.starts(&included, budget_us);
+            if !starts.is_empty() || included.is_empty() {
+                break starts;
             }
-            match self.global(&included, budget_us) {
-                Some(choice) => break choice,
-                None => excluded.push(included.remove(0)),
-            }
+            excluded.push(included.remove(0));
         };
-        let fine = self.fine(global.clone(), budget_us);
+        let quicker = |a: &Choice, b: &Choice| a.us().total_cmp(&b.us());
+        let global = starts.iter().min_by(|a, b| quicker(a, b)).cloned();
+        let global = global.unwrap_or_else(|| self.at_base(self.n_tbs().first().copied().unwrap_or(1)));
+        let ends = starts.into_iter().map(|start| self.fine(start, budget_us));
+        let best = ends.max_by(|a, b| a.sum_k().cmp(&b.sum_k()).then_with(|| quicker(b, a)));
+        let fine = best.unwrap_or_else(|| global.clone());
         let clamped = Projection::ALL.into_iter().filter(|p| {
             let chosen = fine.modules[p.index()];
             let curve = self.0[p.index()].curves.get(&chosen.n_tb);
@@ -162,33 +168,27 @@ impl Timings {
         Found { clamped: clamped.collect(), global, fine, excluded }
     }
 
-    /// The largest common `k_chunk` of the `included` modules that fits, then the least time.
-    fn global(&self, included: &[Projection], budget_us: f64) -> Option<Choice> {
-        let mut best: Option<(usize, f64, Choice)> = None;
-        for n_tb in self.n_tbs() {
-            let curves: Option<Vec<_>> = included.iter().map(|p| Some((*p, self.0[p.index()].at(n_tb)?.1))).collect();
-            let Some(curves) = curves else { continue };
-            // Ascending in k_chunk, the sums only grow: the last one that fits is the largest.
-            for &(k_chunk, _) in curves[0].1.iter().filter(|&&(k_chunk, _)| k_chunk > 0) {
-                let mut choice = self.at_base(n_tb);
-                let common = curves.iter().all(|(projection, curve)| {
-                    let point = curve.binary_search_by_key(&k_chunk, |&(k, _)| k).map(|i| curve[i]);
-                    let chosen = &mut choice.modules[projection.index()];
-                    point.is_ok_and(|(k_chunk, us)| {
-                        (chosen.k_chunk, chosen.us) = (k_chunk, us);
-                        true
-                    })
-                });
-                let us = choice.us();
-                if !common || us > budget_us {
-                    continue;
-                }
-                if best.as_ref().is_none_or(|&(k, t, _)| k_chunk > k || k_chunk == k && us < t) {
-                    best = Some((k_chunk, us, choice));
-                }
+    /// One way for every `n_tb` that reaches the largest common `k_chunk` of the `included` modules that fits.
+    fn starts(&self, included: &[Projection], budget_us: f64) -> Vec<Choice> {
+        let n_tbs = self.n_tbs().into_iter();
+        let starts: Vec<_> = n_tbs.filter_map(|n_tb| self.start(n_tb, included, budget_us)).collect();
+        let most = starts.iter().map(|&(k_chunk, _)| k_chunk).max();
+        starts.into_iter().filter(|&(k_chunk, _)| Some(k_chunk) == most).map(|(_, choice)| choice).collect()
+    }
+
+    /// The largest `k_chunk` above 0 that was measured for all `included` modules and fits.
+    fn start(&self, n_tb: usize, included: &[Projection], budget_us: f64) -> Option<(usize, Choice)> {
+        let (_, first) = self.0[included.first()?.index()].at(n_tb)?;
+        first.iter().rev().filter(|&&(k_chunk, _)| k_chunk > 0).find_map(|&(k_chunk, _)| {
+            let mut choice = self.at_base(n_tb);
+            for projection in included {
+                let (_, curve) = self.0[projection.index()].at(n_tb)?;
+                let point = curve.binary_search_by_key(&k_chunk, |&(k, _)| k).ok()?;
+                let chosen = &mut choice.modules[projection.index()];
+                (chosen.k_chunk, chosen.us) = curve[point];
             }
-        }
-        best.map(|(_, _, choice)| choice)
+            (choice.us() <= budget_us).then_some((k_chunk, choice))
+        })
     }
 
     /// Raises single modules to their next measured `k_chunk`, the one that adds least time first, while the

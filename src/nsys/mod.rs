@@ -3,11 +3,14 @@
 //!
 //! - [`trace`]: the lines of the trace;
 //! - [`Writer`]: both files, one transaction per configuration, resumable;
-//! - [`read`]: both files, of ours or of a real Nsight Systems.
+//! - [`read`]: both files, of ours or of a real Nsight Systems;
+//! - [`adopt`]: a profile whose times are replaced by those of a real Nsight Systems.
 
 pub mod trace;
 
+mod adopt;
 mod reader;
+mod rows;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +19,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::config::Projection;
 
+pub use adopt::adopt;
 pub use reader::{Profile, read};
 pub use writer::Writer;
 

@@ -9,6 +9,7 @@
 
 pub mod grid;
 
+mod nsight;
 mod random;
 mod record;
 mod sweep;
@@ -26,6 +27,7 @@ use crate::nsys::{Capture, Identity, Writer};
 use crate::weights::ModelWeights;
 
 pub use grid::Bandwidths;
+pub use nsight::under_nsight;
 pub use random::RandomModel;
 pub use record::{ByClock, Launch, Products, Recorder, by_products};
 

@@ -12,7 +12,7 @@ pub struct Launch {
     /// The base product. Where compensation runs inside the same launch this is the whole launch.
     pub gemv: KernelRecord,
     /// The compensation: a kernel of its own, or the stretch from the first compensating block's start to the
-    /// last one's end; `None` where nothing tells it from the base product.
+    /// last one's end, without a name then; `None` where nothing tells it from the base product.
     pub dec: Option<KernelRecord>,
 }
 

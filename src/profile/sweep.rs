@@ -253,7 +253,8 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
             match compensation {
                 None => launch.dec = None,
                 Some((n_tb, _)) => {
-                    let dec = launch.dec.get_or_insert_with(|| launch.gemv.clone());
+                    let dec =
+                        launch.dec.get_or_insert_with(|| KernelRecord { name: String::new(), ..launch.gemv.clone() });
                     dec.grid = [n_tb as u32, 1, 1];
                 }
             }

@@ -156,7 +156,7 @@ fn notices(timings: &Timings, tunings: &[Tuning]) -> Vec<String> {
     for Tuning { target, found, .. } in tunings {
         let target = report::per_cent(*target);
         if found.excluded.len() == 4 {
-            notices.push(format!("at {target} % no common k_chunk fits, not even in one module alone"));
+            notices.push(format!("at {target} % no common k_chunk fits, not even in the largest module alone"));
         } else if !found.excluded.is_empty() {
             let names: Vec<_> = found.excluded.iter().map(|p| p.name()).collect();
             notices.push(format!("at {target} % the common k_chunk fits only without {}", names.join(", ")));

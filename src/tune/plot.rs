@@ -134,18 +134,24 @@ fn quarter(outcome: &Outcome, projection: Projection, module: &Module, area: &Ar
     for curve in module.curves.values() {
         chart.draw_series(LineSeries::new(below(curve, 1.0, top), FAINT.stroke_width(1)))?;
     }
-    for (i, (tuning, color)) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()).enumerate() {
+    let tunings = || outcome.tunings.iter().zip(TARGETS.into_iter().cycle());
+    for (tuning, color) in tunings() {
         let chosen = tuning.found.fine.modules[projection.index()];
         if let Some(curve) = module.curves.get(&chosen.n_tb) {
             chart.draw_series(LineSeries::new(below(curve, 1.0, top), color.stroke_width(2)))?;
         }
         let at = (chosen.k_chunk as f64, chosen.us);
         chart.draw_series([Circle::new(at, 7, color.stroke_width(3))])?;
-        // Top left, where curves that start at the base leave room; one under the other.
+    }
+    // Top left, where only the worst n_tb pass; one line under the other.
+    let line = |i: usize| top - (top - bottom) * (0.02 + 0.075 * i as f64);
+    let paper = [(far * 0.01, line(0)), (far * 0.40, line(outcome.tunings.len()))];
+    chart.draw_series([Rectangle::new(paper, WHITE.mix(0.85).filled())])?;
+    for (i, (tuning, color)) in tunings().enumerate() {
+        let chosen = tuning.found.fine.modules[projection.index()];
         let text = format!("{} %: k_chunk {}, n_tb {}", per_cent(tuning.target), chosen.k_chunk, chosen.n_tb);
         let style = ("sans-serif", 16).into_font().color(&color);
-        let place = (far * 0.02, top - (top - bottom) * (0.02 + 0.075 * i as f64));
-        chart.draw_series([Text::new(text, place, style)])?;
+        chart.draw_series([Text::new(text, (far * 0.02, line(i)), style)])?;
     }
     Ok(())
 }

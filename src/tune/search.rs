@@ -148,15 +148,19 @@ impl Timings {
         let mut included: Vec<_> = Projection::ALL.to_vec();
         included.sort_by_key(|p| self.0[p.index()].shape.0 * self.0[p.index()].shape.1);
         let starts = loop {
+            if included.is_empty() {
+                // Single modules may still fit, if not the largest.
+                break self.n_tbs().into_iter().map(|n_tb| self.at_base(n_tb)).collect();
+            }
             let starts = self.starts(&included, budget_us);
-            if !starts.is_empty() || included.is_empty() {
+            if !starts.is_empty() {
                 break starts;
             }
             excluded.push(included.remove(0));
         };
         let quicker = |a: &Choice, b: &Choice| a.us().total_cmp(&b.us());
         let global = starts.iter().min_by(|a, b| quicker(a, b)).cloned();
-        let global = global.unwrap_or_else(|| self.at_base(self.n_tbs().first().copied().unwrap_or(1)));
+        let global = global.unwrap_or_else(|| self.at_base(1));
         let ends = starts.into_iter().map(|start| self.fine(start, budget_us));
         let best = ends.max_by(|a, b| a.sum_k().cmp(&b.sum_k()).then_with(|| quicker(b, a)));
         let fine = best.unwrap_or_else(|| global.clone());

@@ -51,4 +51,5 @@ pub mod quantize;
 pub mod sampling;
 pub mod source;
 pub mod tokenizer;
+pub mod tune;
 pub mod weights;

@@ -231,15 +231,16 @@ fn a_kernel_without_a_time_fails_its_configuration_only() {
 fn options_out_of_range_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let good = options(dir.path(), Algo::Sqllm);
-    let cases: [(&dyn Fn(&mut Options), &str); 8] = [
-        (&|o| o.tokens = 0, "--tokens is 0"),
-        (&|o| o.max_n_tb = Some(1000), "--max-n-tb is 1000, at most 64 are allowed on cpu"),
-        (&|o| o.min_n_tb = Some(0), "at least 1 thread block"),
-        (&|o| o.min_n_tb = Some(6), "--min-n-tb 6 and --max-n-tb 5"),
-        (&|o| o.max_k_chunk = Some(2000), "--max-k-chunk is 2000, 1 to 1024 are allowed"),
-        (&|o| o.identity.bits = 4, "--bitwidth is 4, but no layer is: the first ones are 3-bit"),
-        (&|o| o.identity.prefix = "../x".into(), "becomes part of a file name"),
-        (&|o| o.identity.model = String::new(), "becomes part of a file name"),
+    type Change = fn(&mut Options);
+    let cases: [(Change, &str); 8] = [
+        (|o| o.tokens = 0, "--tokens is 0"),
+        (|o| o.max_n_tb = Some(1000), "--max-n-tb is 1000, at most 64 are allowed on cpu"),
+        (|o| o.min_n_tb = Some(0), "at least 1 thread block"),
+        (|o| o.min_n_tb = Some(6), "--min-n-tb 6 and --max-n-tb 5"),
+        (|o| o.max_k_chunk = Some(2000), "--max-k-chunk is 2000, 1 to 1024 are allowed"),
+        (|o| o.identity.bits = 4, "--bitwidth is 4, but no layer is: the first ones are 3-bit"),
+        (|o| o.identity.prefix = "../x".into(), "becomes part of a file name"),
+        (|o| o.identity.model = String::new(), "becomes part of a file name"),
     ];
     for (change, says) in cases {
         let mut options = good.clone();

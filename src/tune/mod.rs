@@ -161,6 +161,9 @@ fn notices(timings: &Timings, tunings: &[Tuning]) -> Vec<String> {
             let names: Vec<_> = found.excluded.iter().map(|p| p.name()).collect();
             notices.push(format!("at {target} % the common k_chunk fits only without {}", names.join(", ")));
         }
+        if found.uneven {
+            notices.push(format!("at {target} % a smaller common k_chunk leaves room for a larger sum, and is taken"));
+        }
         for projection in &found.clamped {
             let k = found.fine.modules[projection.index()].k_chunk;
             let more = (2 * k).min(crate::dec::CHUNK);

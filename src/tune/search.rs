@@ -54,6 +54,8 @@ pub struct Found {
     pub fine: Choice,
     /// Modules that the first phase had to leave uncompensated.
     pub excluded: Vec<Projection>,
+    /// The second phase did not start from `global` but from a smaller common `k_chunk`, to reach a larger sum.
+    pub uneven: bool,
     /// Modules that ended at the largest `k_chunk` measured: more may fit.
     pub clamped: Vec<Projection>,
 }
@@ -138,12 +140,33 @@ impl Timings {
 
     /// The search of both phases, for a layer of at most `budget_us`.
     ///
+    /// Where a smaller budget ends at a larger sum (its smaller common `k_chunk` leaves more to raise), that
+    /// result is taken: a larger budget never gives a smaller sum.
+    pub fn search(&self, budget_us: f64) -> Found {
+        let (excluded, global, mut fine) = self.both_phases(budget_us);
+        let mut lower = global.clone();
+        let mut uneven = false;
+        while lower.sum_k() > 0 {
+            // The largest budget that does not reach this common k_chunk.
+            let (_, next, other) = self.both_phases(lower.us().next_down());
+            if other.sum_k() > fine.sum_k() {
+                (fine, uneven) = (other, true);
+            }
+            lower = next;
+        }
+        let clamped = Projection::ALL.into_iter().filter(|p| {
+            let chosen = fine.modules[p.index()];
+            let curve = self.0[p.index()].curves.get(&chosen.n_tb);
+            chosen.k_chunk > 0 && curve.and_then(|c| c.last()).is_some_and(|&(last, _)| last == chosen.k_chunk)
+        });
+        Found { clamped: clamped.collect(), global, fine, excluded, uneven }
+    }
+
+    /// Modules excluded, the first phase's result and the second's.
+    ///
     /// The second phase starts from every `n_tb` that reaches the common `k_chunk` of the first, and the largest
     /// sum is kept: the quickest start often leaves least to raise.
-    ///
-    /// A larger budget never excludes more modules, nor, with as many excluded, ends the first phase at a
-    /// smaller `k_chunk`, nor, at the same one, the second at a smaller sum.
-    pub fn search(&self, budget_us: f64) -> Found {
+    fn both_phases(&self, budget_us: f64) -> (Vec<Projection>, Choice, Choice) {
         let mut excluded = Vec::new();
         let mut included: Vec<_> = Projection::ALL.to_vec();
         included.sort_by_key(|p| self.0[p.index()].shape.0 * self.0[p.index()].shape.1);
@@ -164,12 +187,7 @@ impl Timings {
         let ends = starts.into_iter().map(|start| self.fine(start, budget_us));
         let best = ends.max_by(|a, b| a.sum_k().cmp(&b.sum_k()).then_with(|| quicker(b, a)));
         let fine = best.unwrap_or_else(|| global.clone());
-        let clamped = Projection::ALL.into_iter().filter(|p| {
-            let chosen = fine.modules[p.index()];
-            let curve = self.0[p.index()].curves.get(&chosen.n_tb);
-            chosen.k_chunk > 0 && curve.and_then(|c| c.last()).is_some_and(|&(last, _)| last == chosen.k_chunk)
-        });
-        Found { clamped: clamped.collect(), global, fine, excluded }
+        (excluded, global, fine)
     }
 
     /// One way for every `n_tb` that reaches the largest common `k_chunk` of the `included` modules that fits.
@@ -199,20 +217,21 @@ impl Timings {
     /// layer fits.
     fn fine(&self, mut choice: Choice, budget_us: f64) -> Choice {
         loop {
-            let mut best: Option<(f64, Choice)> = None;
-            for (module, chosen) in self.0.iter().zip(0..4) {
-                let now = choice.modules[chosen];
+            let mut best: Option<(f64, usize, Chosen)> = None;
+            for (i, module) in self.0.iter().enumerate() {
+                let now = choice.modules[i];
                 let Some((_, curve)) = module.at(choice.n_tb) else { continue };
-                let Some(&(k_chunk, us)) = curve.iter().find(|&&(k_chunk, _)| k_chunk > now.k_chunk) else { continue };
-                let mut raised = choice.clone();
-                raised.modules[chosen] = Chosen { k_chunk, us, ..now };
-                if best.as_ref().is_none_or(|&(added, _)| us - now.us < added) {
-                    best = Some((us - now.us, raised));
+                let next = curve.partition_point(|&(k_chunk, _)| k_chunk <= now.k_chunk);
+                let Some(&(k_chunk, us)) = curve.get(next) else { continue };
+                if best.as_ref().is_none_or(|&(added, ..)| us - now.us < added) {
+                    best = Some((us - now.us, i, Chosen { k_chunk, us, ..now }));
                 }
             }
-            match best {
-                Some((_, raised)) if raised.us() <= budget_us => choice = raised,
-                _ => return choice,
+            let Some((_, i, raised)) = best else { return choice };
+            let before = std::mem::replace(&mut choice.modules[i], raised);
+            if choice.us() > budget_us {
+                choice.modules[i] = before;
+                return choice;
             }
         }
     }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
+use decdec::nsys::{Algo, Precision};
 
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
@@ -27,6 +28,10 @@ pub(crate) enum Command {
     /// Measure how good a model is
     #[command(subcommand)]
     Eval(EvalCommand),
+    /// Measure every useful n_tb and k_chunk on this device
+    Profile(ProfileArgs),
+    /// Find n_tb and k_chunk for a slowdown, from a profile
+    Tune(TuneArgs),
     /// Show what a checkpoint or a source holds
     Inspect(InspectArgs),
     /// List what can run here, and what is missing otherwise
@@ -253,6 +258,102 @@ pub(crate) struct PerplexityArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What a profile is called: the same for `profile` and `tune`.
+#[derive(Debug, Args)]
+pub(crate) struct ProfileName {
+    /// Tells profiles apart; the files' names begin with it
+    pub(crate) prefix: String,
+    /// The model's name; one of the presets needs no checkpoint [default: the checkpoint's directory]
+    #[arg(long, alias = "model_name", value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// Quantizer: sqllm (one codebook per row) or awq (groups of channels) [default: the checkpoint's]
+    #[arg(long, value_enum)]
+    pub(crate) algo: Option<Algo>,
+    /// Bits of a weight; of a mixed checkpoint, the layers to measure [default: the checkpoint's]
+    #[arg(long)]
+    pub(crate) bitwidth: Option<u32>,
+    /// A checkpoint, a directory as the reference's scripts write it, or random:SEED
+    #[arg(long, alias = "checkpoint_path", value_name = "PATH", default_value = "random:0")]
+    pub(crate) checkpoint_path: String,
+    /// Type of the products
+    #[arg(long, alias = "fp_dtype", value_enum, default_value_t = Precision::Fp16)]
+    pub(crate) fp_dtype: Precision,
+    /// Where profiles lie
+    #[arg(long, alias = "nsys_dir", value_name = "DIR", default_value = "nsys")]
+    pub(crate) nsys_dir: PathBuf,
+}
+
+/// `decdec profile`
+#[derive(Debug, Args)]
+pub(crate) struct ProfileArgs {
+    #[command(flatten)]
+    pub(crate) name: ProfileName,
+    /// Tokens measured per configuration
+    #[arg(long, default_value_t = 10)]
+    pub(crate) tokens: usize,
+    /// Measure again even if there is a profile of this name
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Keep half as many layers on the device, for small memory
+    #[arg(long, alias = "halve_layers")]
+    pub(crate) halve_layers: bool,
+    /// Fewest thread blocks that compensate [default: 4]
+    #[arg(long, alias = "min_n_tb", value_name = "N")]
+    pub(crate) min_n_tb: Option<usize>,
+    /// Most thread blocks that compensate [default: half of what the device holds]
+    #[arg(long, alias = "max_n_tb", value_name = "N")]
+    pub(crate) max_n_tb: Option<usize>,
+    /// Largest k_chunk [default: twice the knee that the measured bandwidths promise]
+    #[arg(long, alias = "max_k_chunk", value_name = "K")]
+    pub(crate) max_k_chunk: Option<usize>,
+    /// Take the times with this nsys instead of CUPTI
+    #[arg(long, alias = "nsys_path", value_name = "PROGRAM")]
+    pub(crate) nsys_path: Option<PathBuf>,
+    /// auto, cpu, wgpu[:N] or cuda[:N]
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// How channels are found
+    #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]
+    pub(crate) selection: SelectionArg,
+}
+
+/// `decdec tune`
+#[derive(Debug, Args)]
+pub(crate) struct TuneArgs {
+    #[command(flatten)]
+    pub(crate) name: ProfileName,
+    /// Channels and rows of the fused q, k, v [default: the profile's or the model's]
+    #[arg(long, num_args = 2, value_names = ["IN", "OUT"])]
+    pub(crate) qkv: Option<Vec<usize>>,
+    /// Channels and rows of the attention output
+    #[arg(long, num_args = 2, value_names = ["IN", "OUT"])]
+    pub(crate) o: Option<Vec<usize>>,
+    /// Channels and rows of the fused gate and up
+    #[arg(long, num_args = 2, value_names = ["IN", "OUT"])]
+    pub(crate) gu: Option<Vec<usize>>,
+    /// Channels and rows of down
+    #[arg(long, num_args = 2, value_names = ["IN", "OUT"])]
+    pub(crate) d: Option<Vec<usize>>,
+    /// Slowdowns to aim for, per cent: one, or several as in 2.5,5,10,20
+    #[arg(long, alias = "target_slowdown", value_delimiter = ',', value_name = "PERCENT")]
+    pub(crate) target_slowdown: Vec<f64>,
+    /// Also find the true optimum over everything measured
+    #[arg(long)]
+    pub(crate) exhaustive: bool,
+    /// Where the measured table goes
+    #[arg(long, alias = "csv_dir", value_name = "DIR", default_value = "csv")]
+    pub(crate) csv_dir: PathBuf,
+    /// Where the pictures go
+    #[arg(long, alias = "plots_dir", value_name = "DIR", default_value = "plots")]
+    pub(crate) plots_dir: PathBuf,
+    /// Where the files for generate --tuned go
+    #[arg(long, alias = "tuned_dir", value_name = "DIR", default_value = "tuned")]
+    pub(crate) tuned_dir: PathBuf,
+    /// Catches `-- target_slowdown 2.5`
+    #[arg(last = true, hide = true)]
+    pub(crate) stray: Vec<String>,
 }
 
 /// `decdec inspect`

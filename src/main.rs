@@ -18,6 +18,8 @@ fn main() -> ExitCode {
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval(EvalCommand::Perplexity(args)) => commands::eval::perplexity(args),
+        Command::Profile(args) => commands::profile::run(args),
+        Command::Tune(args) => commands::tune::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Devices(args) => commands::devices::run(args),
         Command::Completions { shell } => {

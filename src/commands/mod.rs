@@ -4,7 +4,9 @@ pub(crate) mod devices;
 pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod profile;
 pub(crate) mod quantize;
+pub(crate) mod tune;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};

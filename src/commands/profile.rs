@@ -1,0 +1,151 @@
+//! `decdec profile`
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use decdec::backend::DecodeBackend;
+use decdec::checkpoint::{BitWidth, WeightFormat};
+use decdec::config::ModelConfig;
+use decdec::nsys::{Algo, Identity, Precision};
+use decdec::open::Opened;
+use decdec::profile::{self, ByClock, Options, Outcome, RandomModel};
+use decdec::weights::ModelWeights;
+
+use super::devices::{Job, on_device};
+use crate::cli::{DtypeArg, ProfileArgs, ProfileName};
+
+/// Runs the command.
+#[allow(clippy::print_stdout, reason = "the command's result")]
+pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
+    let named = Named::resolve(&args.name)?;
+    let options = Options {
+        identity: named.identity,
+        weights: args.name.checkpoint_path.clone(),
+        dir: args.name.nsys_dir.clone(),
+        tokens: args.tokens,
+        overwrite: args.overwrite,
+        halve_layers: args.halve_layers,
+        min_n_tb: args.min_n_tb,
+        max_n_tb: args.max_n_tb,
+        max_k_chunk: args.max_k_chunk,
+        selection: args.selection.into(),
+    };
+    if let Some(nsys) = &args.nsys_path {
+        let (trace, sqlite) = profile::under_nsight(nsys, &options, own_command_line)?;
+        println!("wrote {}\nwrote {}", trace.display(), sqlite.display());
+        return Ok(());
+    }
+    let dtype = match args.name.fp_dtype {
+        Precision::Fp16 => DtypeArg::Float16,
+        Precision::Bf16 => DtypeArg::Bfloat16,
+        Precision::Fp32 => DtypeArg::Float32,
+    };
+    // Backends that compute in one type only are not asked for another.
+    let dtype = args.device.starts_with("cuda").then_some(dtype);
+    let outcome = on_device(&args.device, dtype, Sweep { weights: named.weights.get(), options: &options })?;
+    print!("{outcome}");
+    Ok(())
+}
+
+/// This very command line, without `--nsys-path`, writing to `staging`.
+fn own_command_line(staging: &Path) -> Vec<std::ffi::OsString> {
+    let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("decdec"));
+    let mut line = vec![program.into_os_string()];
+    let mut skip = false;
+    for argument in std::env::args_os().skip(1) {
+        let text = argument.to_string_lossy().replace('_', "-");
+        let mine = ["--nsys-path", "--nsys-dir"].iter().find(|flag| text.starts_with(**flag));
+        match mine {
+            _ if std::mem::take(&mut skip) => {}
+            Some(flag) => skip = text == **flag,
+            None => line.push(argument),
+        }
+    }
+    line.extend(["--nsys-dir".into(), staging.into()]);
+    line
+}
+
+struct Sweep<'a> {
+    weights: &'a dyn ModelWeights,
+    options: &'a Options,
+}
+
+impl Job for Sweep<'_> {
+    type Output = Outcome;
+
+    fn run<B: DecodeBackend>(self, backend: &B) -> Result<Outcome> {
+        profile::run(backend, &mut ByClock::default(), self.weights, self.options)
+    }
+}
+
+/// Where the weights come from.
+pub(crate) enum Weights {
+    Random(Box<RandomModel>),
+    Opened(Box<Opened>),
+}
+
+impl Weights {
+    pub(crate) fn get(&self) -> &dyn ModelWeights {
+        match self {
+            Self::Random(model) => model.as_ref(),
+            Self::Opened(opened) => opened.weights(),
+        }
+    }
+}
+
+/// A profile's name and its model, with what the flags leave out filled in.
+pub(crate) struct Named {
+    pub(crate) identity: Identity,
+    pub(crate) weights: Weights,
+}
+
+impl Named {
+    /// Fills in from the checkpoint what was not given; holds what was given against it.
+    pub(crate) fn resolve(name: &ProfileName) -> Result<Self> {
+        let identity = |model: String, algo, bits| Identity {
+            prefix: name.prefix.clone(),
+            model,
+            precision: name.fp_dtype,
+            algo,
+            bits,
+        };
+        if let Some(seed) = name.checkpoint_path.strip_prefix("random:") {
+            let seed = seed.parse().with_context(|| format!("random:{seed}: a number is expected after random:"))?;
+            let model = name.model_name.clone().context("random weights need the --model-name of a preset")?;
+            let config = ModelConfig::preset(&model).with_context(|| {
+                format!(
+                    "--model-name {model} is no preset, {} are, or give a --checkpoint-path",
+                    ModelConfig::PRESETS.join(", ")
+                )
+            })?;
+            let algo = name.algo.context("random weights need --algo sqllm or awq")?;
+            let bits = name.bitwidth.context("random weights need a --bitwidth, such as 3 or 4")?;
+            let weights = Weights::Random(Box::new(RandomModel::new(config, algo, bits, seed)));
+            return Ok(Self { identity: identity(model, algo, bits), weights });
+        }
+        let path = Path::new(&name.checkpoint_path);
+        let asked = name.bitwidth.map(|bits| BitWidth::try_from(f64::from(bits))).transpose()?;
+        let opened = Opened::open(path, asked, false)?;
+        let Some((format, width)) = opened.quantization() else {
+            bail!("{} is full precision: quantize it first, or profile random:SEED", path.display());
+        };
+        let algo = match format {
+            WeightFormat::AnyPrec => Algo::Sqllm,
+            WeightFormat::LutGemm => Algo::Awq,
+        };
+        if let Some(asked) = name.algo {
+            ensure!(asked == algo, "--algo is {}, but {} is {}", asked.name(), path.display(), algo.name());
+        }
+        ensure!(
+            name.bitwidth.is_some() || !width.is_mixed(),
+            "{} mixes {} and {} bits: profile and tune them one after the other with --bitwidth",
+            path.display(),
+            width.low(),
+            width.high()
+        );
+        let file_name = path.canonicalize()?.file_name().map(|name| name.to_string_lossy().into_owned());
+        let model = name.model_name.clone().or(file_name).context("give a --model-name")?;
+        let bits = name.bitwidth.unwrap_or(width.low());
+        Ok(Self { identity: identity(model, algo, bits), weights: Weights::Opened(Box::new(opened)) })
+    }
+}

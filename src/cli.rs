@@ -148,6 +148,9 @@ pub(crate) struct RunArgs {
     /// Channels compensated per 1024, for qkv, o, gu, d: four numbers, or four for each bit width
     #[arg(long, alias = "k_chunks", num_args = 1..=8, value_name = "K")]
     pub(crate) k_chunks: Option<Vec<usize>>,
+    /// What decdec tune found, in place of --n-tbs and --k-chunks [default: tuned.json of the checkpoint]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["n_tbs", "k_chunks"])]
+    pub(crate) tuned: Option<PathBuf>,
     /// How channels are found
     #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]
     pub(crate) selection: SelectionArg,

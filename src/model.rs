@@ -119,6 +119,11 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         widths
     }
 
+    /// True if there is something to compensate with.
+    pub fn has_residuals(&self) -> bool {
+        self.layers.iter().any(|layer| layer.projections.iter().any(|p| p.thresholds.is_some()))
+    }
+
     /// Compensates from now on as `compensation` says; `None` stops it.
     ///
     /// States made before must not have a recorded token any more: make new ones, or [`State::forget_graph`].

@@ -51,7 +51,7 @@ impl Job for Perplexity<'_> {
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Evaluation> {
         let mut model = super::load(backend, self.opened.weights())?;
-        let compensation = super::compensation(&model, &self.args.run)?;
+        let compensation = super::compensation(&model, &self.args.path, &self.args.run)?;
         model.compensate(compensation.as_ref())?;
         let source = self.source.map(|source| super::load(backend, source.weights())).transpose()?;
         let bar = super::progress(self.windows.len(), "reading");

@@ -83,7 +83,7 @@ impl Job for Generation<'_> {
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
         let args = self.args;
         let mut model = super::load(backend, self.opened.weights())?;
-        let compensation = super::compensation(&model, &args.run)?;
+        let compensation = super::compensation(&model, &args.checkpoint_path, &args.run)?;
         model.compensate(compensation.as_ref())?;
         let mut state = model.state(self.limit.min(self.prompt.len() + args.max_new_tokens))?;
         let seed = args.seed.unwrap_or_else(fresh_seed);

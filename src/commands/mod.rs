@@ -8,13 +8,16 @@ pub(crate) mod profile;
 pub(crate) mod quantize;
 pub(crate) mod tune;
 
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use decdec::backend::DecodeBackend;
+use decdec::backend::{DecodeBackend, DeviceInfo};
+use decdec::config::Projection;
 use decdec::dec::Selection;
 use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -64,21 +67,73 @@ pub(crate) fn load<'b, B: DecodeBackend>(backend: &'b B, weights: &dyn ModelWeig
     Ok(model)
 }
 
-/// How a model is to be compensated, from the flags; says on stderr what it chose for lack of them.
+/// How the model at `path` is to be compensated: by the flags, else by a tuned file for this device, else by
+/// default; says on stderr which, unless it was the flags.
 ///
 /// # Errors
-/// Counts that do not fit the model's bit widths, `k_chunk` above 1024, `n_tb` above what the device holds.
-pub(crate) fn compensation<B: DecodeBackend>(model: &Model<'_, B>, args: &RunArgs) -> Result<Option<Compensation>> {
+/// Counts that do not fit the model's bit widths, `k_chunk` above 1024, `n_tb` above what the device holds, a
+/// `--tuned` file of another device or model.
+pub(crate) fn compensation<B: DecodeBackend>(
+    model: &Model<'_, B>,
+    path: &Path,
+    args: &RunArgs,
+) -> Result<Option<Compensation>> {
     let widths = model.bit_widths();
     if widths.is_empty() {
-        let given = args.k_chunks.iter().flatten().any(|&k| k > 0);
-        ensure!(!given, "--k-chunks is given, but a full-precision model has nothing to compensate, leave it out");
+        let given = args.k_chunks.iter().flatten().any(|&k| k > 0) || args.tuned.is_some();
+        ensure!(!given, "a full-precision model has nothing to compensate, leave --k-chunks and --tuned out");
         return Ok(None);
     }
-    let max = model.backend().device().max_n_tb;
+    let selection: Selection = args.selection.into();
+    if args.n_tbs.is_none() && args.k_chunks.is_none() {
+        if let Some(tuned) = tuned(model, path, args)? {
+            let own = LayerCompensation { n_tb: tuned.n_tb, k_chunks: tuned.k_chunks };
+            return Ok(Some(Compensation { by_bits: vec![own], selection }));
+        }
+        if !model.has_residuals() {
+            tracing::info!("the model has no residuals: nothing is compensated");
+            return Ok(None);
+        }
+    }
+    let by_bits = by_flags(&widths, model.backend().device(), args)?;
+    if args.n_tbs.is_none() || args.k_chunks.is_none() {
+        let sets: Vec<_> = by_bits.iter().map(|set| format!("n_tb {}, k_chunk {:?}", set.n_tb, set.k_chunks)).collect();
+        tracing::info!("compensating with {} (not tuned for this device)", sets.join("; "));
+    }
+    Ok(Some(Compensation { by_bits, selection }))
+}
+
+/// The file of `--tuned`, or `tuned.json` of the checkpoint if it fits this device.
+fn tuned<B: DecodeBackend>(model: &Model<'_, B>, path: &Path, args: &RunArgs) -> Result<Option<Tuned>> {
+    let beside = path.join("tuned.json");
+    let file = match &args.tuned {
+        Some(file) => file,
+        None if beside.is_file() => &beside,
+        None => return Ok(None),
+    };
+    let tuned = Tuned::read(file)?;
+    let shapes = Projection::ALL.map(|p| model.config().shape(p));
+    let bits = model.bit_widths()[0];
+    match tuned.check(model.backend().device(), shapes, bits) {
+        Ok(()) => {
+            let (n_tb, k_chunks) = (tuned.n_tb, tuned.k_chunks);
+            tracing::info!("compensating with n_tb {n_tb}, k_chunk {k_chunks:?}, as {} says", file.display());
+            Ok(Some(tuned))
+        }
+        Err(error) if args.tuned.is_none() => {
+            tracing::info!("{} is left aside: {error:#}", file.display());
+            Ok(None)
+        }
+        Err(error) => Err(error.context(file.display().to_string())),
+    }
+}
+
+/// One set of `n_tb` and `k_chunk` for all layers, or one for each bit width.
+fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<LayerCompensation>> {
+    let max = device.max_n_tb;
     let n_tbs = args.n_tbs.clone().unwrap_or_else(|| vec![DEFAULT_COMPENSATION.n_tb.min(max)]);
     if let Some(n_tb) = n_tbs.iter().find(|&&n| n == 0 || n > max) {
-        bail!("--n-tbs is {n_tb}, 1 to {max} are allowed on {}", model.backend().device().id);
+        bail!("--n-tbs is {n_tb}, 1 to {max} are allowed on {}", device.id);
     }
     let k_chunks = args.k_chunks.clone().unwrap_or_else(|| DEFAULT_COMPENSATION.k_chunks.to_vec());
     if let Some(k) = k_chunks.iter().find(|&&k| k > decdec::dec::CHUNK) {
@@ -93,22 +148,16 @@ pub(crate) fn compensation<B: DecodeBackend>(model: &Model<'_, B>, args: &RunArg
     );
     ensure!(
         n_tbs.len() == 1 || n_tbs.len() == widths.len(),
-        "--n-tbs has {} numbers, 1 or {} are expected: one for all layers or one for each bit width",
+        "--n-tbs has {} numbers, {} expected: one for all layers{}",
         n_tbs.len(),
-        widths.len()
+        if widths.len() == 1 { "1 is".into() } else { format!("1 or {} are", widths.len()) },
+        if widths.len() == 1 { "" } else { " or one for each bit width" },
     );
-    let sets = n_tbs.len().max(k_chunks.len() / 4);
-    let by_bits: Vec<_> = (0..sets)
-        .map(|i| LayerCompensation {
-            n_tb: n_tbs[i.min(n_tbs.len() - 1)],
-            k_chunks: std::array::from_fn(|p| k_chunks[(4 * i + p) % k_chunks.len()]),
-        })
-        .collect();
-    if args.n_tbs.is_none() || args.k_chunks.is_none() {
-        tracing::info!("compensating with n_tb {n_tbs:?}, k_chunk {k_chunks:?} (not tuned for this device)");
-    }
-    let selection: Selection = args.selection.into();
-    Ok(Some(Compensation { by_bits, selection }))
+    let set = |i: usize| LayerCompensation {
+        n_tb: n_tbs[i.min(n_tbs.len() - 1)],
+        k_chunks: std::array::from_fn(|p| k_chunks[(4 * i + p) % k_chunks.len()]),
+    };
+    Ok((0..n_tbs.len().max(k_chunks.len() / 4)).map(set).collect())
 }
 
 /// A plain table for stdout.

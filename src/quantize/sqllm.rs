@@ -1,8 +1,10 @@
 //! AnyPrec codes: one codebook per row, found by weighted k-means (SqueezeLLM, Kim et al. 2023, §4.1, with the
 //! energy of a channel over calibration in place of the Fisher information).
 //!
-//! In one dimension a clustering is a list of boundaries between sorted weights, and prefix sums give the
-//! error of any interval at once, so a round of Lloyd's method costs a few binary searches.
+//! In one dimension clusters are intervals of the sorted weights, so the best clustering can be found exactly, by
+//! dynamic programming over where the last interval begins (Wang and Song, Ckmeans.1d.dp, 2011; the beginnings never
+//! move backwards, which allows divide and conquer). Lloyd's rounds from quantiles, the usual way, stop at 1.1 to
+//! 4 times the error on the layers of SmolLM2.
 
 use anyhow::Result;
 use half::f16;
@@ -12,7 +14,9 @@ use super::forward::Affine;
 use crate::format::AnyPrec;
 use crate::weights::Weight;
 
-/// Rounds of Lloyd's method; few rows still move after that.
+/// Clusters that are found exactly; more are found by dividing each of these, and Lloyd's rounds over all.
+const EXACT: usize = 16;
+/// Rounds of Lloyd's method after dividing; few rows still move after that.
 const ROUNDS: usize = 25;
 
 /// Quantizes every row of `linear` to `bits`; an error in channel `k` counts `importance[k]` times its square.
@@ -27,15 +31,9 @@ pub(crate) fn quantize(linear: &Affine, bits: usize, importance: &[f32]) -> Resu
 
 /// Overwrites `codes` and `lut` (`2^bits`, ascending) with the clustering of one row.
 fn quantize_row(row: &[f32], importance: &[f32], codes: &mut [u8], lut: &mut [f16]) {
-    let sorted = Sorted::new(row, importance);
-    let mut centroids = sorted.quantiles(lut.len());
-    for _ in 0..ROUNDS {
-        if !sorted.lloyd(&mut centroids) {
-            break;
-        }
-    }
-    for (lut, centroid) in lut.iter_mut().zip(&centroids) {
-        *lut = f16::from_f64(*centroid);
+    let centroids = Sorted::new(row, importance).centroids(lut.len());
+    for (lut, centroid) in lut.iter_mut().zip(centroids) {
+        *lut = f16::from_f64(centroid);
     }
     // Codes belong to the codebook as it is stored.
     let boundaries: Vec<f32> = lut.windows(2).map(|pair| (pair[0].to_f32() + pair[1].to_f32()) / 2.0).collect();
@@ -44,61 +42,225 @@ fn quantize_row(row: &[f32], importance: &[f32], codes: &mut [u8], lut: &mut [f1
     }
 }
 
-/// The weights of a row in ascending order, with running sums.
+/// The weights of a row in ascending order, with sums over all before: `[n + 1]` each, importance `h`, weight `w`.
 struct Sorted {
-    values: Vec<f32>,
-    mass: Vec<f64>,   // [n + 1]: importance of all before
-    moment: Vec<f64>, // [n + 1]: importance · weight of all before
+    values: Vec<f32>, // [n]
+    mass: Vec<f64>,   // Σ h
+    moment: Vec<f64>, // Σ h·w
+    square: Vec<f64>, // Σ h·w²
 }
 
 impl Sorted {
     fn new(row: &[f32], importance: &[f32]) -> Self {
         let mut pairs: Vec<(f32, f32)> = row.iter().copied().zip(importance.iter().copied()).collect();
         pairs.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
-        let (mut mass, mut moment) = (vec![0.0], vec![0.0]);
-        let (mut m, mut s) = (0.0, 0.0);
-        for &(w, h) in &pairs {
-            m += f64::from(h);
-            s += f64::from(h) * f64::from(w);
-            mass.push(m);
-            moment.push(s);
-        }
-        Self { values: pairs.iter().map(|p| p.0).collect(), mass, moment }
+        let sums = |of: fn(f64, f64) -> f64| {
+            let mut sum = 0.0;
+            let running = pairs.iter().map(|&(w, h)| {
+                sum += of(f64::from(w), f64::from(h));
+                sum
+            });
+            std::iter::once(0.0).chain(running).collect()
+        };
+        let (mass, moment, square) = (sums(|_, h| h), sums(|w, h| h * w), sums(|w, h| h * w * w));
+        Self { values: pairs.iter().map(|p| p.0).collect(), mass, moment, square }
     }
 
-    /// `k` centroids at the middles of `k` equally filled intervals.
-    fn quantiles(&self, k: usize) -> Vec<f64> {
-        let last = (self.values.len() - 1) as f64;
-        let at = |i: usize| {
-            let position = (i as f64 + 0.5) / k as f64 * last;
-            let (low, part) = (position.floor(), position.fract());
-            let value = |p: f64| f64::from(self.values[p as usize]);
-            value(low) + part * (value(position.ceil()) - value(low))
+    /// `k` centroids, ascending.
+    fn centroids(&self, k: usize) -> Vec<f64> {
+        let n = self.values.len();
+        if k <= EXACT {
+            return self.means(&self.divide(0, n, k));
+        }
+        let coarse = self.divide(0, n, EXACT);
+        let mut starts = Vec::with_capacity(k);
+        for (i, &start) in coarse.iter().enumerate() {
+            let end = coarse.get(i + 1).copied().unwrap_or(n);
+            starts.extend(self.divide(start, end, k / EXACT));
+        }
+        let mut centroids = self.means(&starts);
+        for _ in 0..ROUNDS {
+            if !self.lloyd(&mut centroids) {
+                break;
+            }
+        }
+        centroids
+    }
+
+    /// The mean of every interval, or where one is empty the value at its place.
+    fn means(&self, starts: &[usize]) -> Vec<f64> {
+        let n = self.values.len();
+        let mean = |(i, &start): (usize, &usize)| {
+            let end = starts.get(i + 1).copied().unwrap_or(n);
+            let mass = self.mass[end] - self.mass[start];
+            if mass > 0.0 {
+                (self.moment[end] - self.moment[start]) / mass
+            } else {
+                f64::from(self.values[start.min(n - 1)])
+            }
         };
-        (0..k).map(at).collect()
+        starts.iter().enumerate().map(mean).collect()
+    }
+
+    /// Where `k` intervals of the weights `first..end` begin that have the least error together; the last ones are
+    /// empty where there are fewer weights.
+    fn divide(&self, first: usize, end: usize, k: usize) -> Vec<usize> {
+        let n = end - first;
+        if n <= k {
+            return (0..k).map(|i| (first + i).min(end)).collect();
+        }
+        // Least error of the weights before `j` (counted from `first`) in one interval, two, ...
+        let mut errors: Vec<f64> = (0..=n).map(|j| if j == 0 { 0.0 } else { self.error(first, first + j) }).collect();
+        let mut begins = vec![vec![0u32; n + 1]; k];
+        for (count, begins) in begins.iter_mut().enumerate().skip(1) {
+            let mut stage = Stage { sorted: self, first, before: errors, errors: vec![f64::INFINITY; n + 1], begins };
+            // The errors before, less their squares: what remains of the sum does not depend on `i`.
+            (0..=n).for_each(|i| stage.before[i] -= self.square[first + i]);
+            stage.solve(count + 1, n, count, n - 1);
+            errors = stage.errors;
+        }
+        let mut starts = vec![first; k];
+        let mut last = n;
+        for (start, begins) in starts.iter_mut().zip(&begins).skip(1).rev() {
+            last = begins[last] as usize;
+            *start = first + last;
+        }
+        starts
+    }
+
+    /// The error of the weights `i..j` in one interval.
+    fn error(&self, i: usize, j: usize) -> f64 {
+        let moment = self.moment[j] - self.moment[i];
+        self.square[j] - self.square[i] - moment * moment / (self.mass[j] - self.mass[i])
     }
 
     /// One round: every weight to its nearest centroid, every centroid to the mean of its weights. False if nothing
     /// moved.
     fn lloyd(&self, centroids: &mut [f64]) -> bool {
-        let mut moved = false;
-        let mut start = 0;
-        for i in 0..centroids.len() {
-            let end = match centroids.get(i + 1) {
-                Some(next) => {
-                    let boundary = (centroids[i] + next) / 2.0;
-                    start + self.values[start..].partition_point(|&w| f64::from(w) <= boundary)
-                }
-                None => self.values.len(),
-            };
-            let mass = self.mass[end] - self.mass[start];
-            if mass > 0.0 {
-                let mean = (self.moment[end] - self.moment[start]) / mass;
-                moved |= mean != centroids[i];
-                centroids[i] = mean;
-            }
-            start = end;
+        let mut starts = vec![0];
+        for pair in centroids.windows(2) {
+            let boundary = (pair[0] + pair[1]) / 2.0;
+            let start = starts[starts.len() - 1];
+            starts.push(start + self.values[start..].partition_point(|&w| f64::from(w) <= boundary));
         }
+        let means = self.means(&starts);
+        let moved = means != centroids;
+        centroids.copy_from_slice(&means);
         moved
+    }
+}
+
+/// One more interval.
+struct Stage<'a> {
+    sorted: &'a Sorted,
+    first: usize,
+    before: Vec<f64>,      // [n + 1]: least error with one interval fewer, less Σ h·w²
+    errors: Vec<f64>,      // [n + 1]: least error with this one, filled in
+    begins: &'a mut [u32], // [n + 1]: where it begins, filled in
+}
+
+impl Stage<'_> {
+    /// Fills in the entries `low..=high`, whose last interval begins within `from..=to`.
+    fn solve(&mut self, low: usize, high: usize, from: usize, to: usize) {
+        if low > high {
+            return;
+        }
+        let middle = (low + high) / 2;
+        let range = from..to.min(middle - 1) + 1;
+        let sums = self.first + range.start..self.first + range.end;
+        let (mass, moment) = (self.sorted.mass[self.first + middle], self.sorted.moment[self.first + middle]);
+        let rest = self.sorted.mass[sums.clone()].iter().zip(&self.sorted.moment[sums]);
+        let mut best = (f64::INFINITY, from);
+        for (i, (before, (mass_i, moment_i))) in range.clone().zip(self.before[range].iter().zip(rest)) {
+            let moment = moment - moment_i;
+            let error = before - moment * moment / (mass - mass_i);
+            if error < best.0 {
+                best = (error, i);
+            }
+        }
+        self.errors[middle] = best.0 + self.sorted.square[self.first + middle];
+        self.begins[middle] = best.1 as u32;
+        self.solve(low, middle - 1, from, best.1);
+        self.solve(middle + 1, high, best.1, to);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling;
+
+    fn error(row: &[f32], importance: &[f32], centroids: &[f64]) -> f64 {
+        let nearest = |w: f32| centroids.iter().map(|c| (c - f64::from(w)).powi(2)).fold(f64::INFINITY, f64::min);
+        row.iter().zip(importance).map(|(&w, &h)| f64::from(h) * nearest(w)).sum()
+    }
+
+    fn row(seed: u64, len: usize) -> (Vec<f32>, Vec<f32>) {
+        let importance = sampling::draws(seed + 1, len).iter().map(|x| 1.0 / (0.01 + x)).collect();
+        (sampling::draws(seed, len).iter().map(|x| (x - 0.5).powi(3)).collect(), importance)
+    }
+
+    /// Every way to cut `n` weights into `k` intervals.
+    fn exhaustive(sorted: &Sorted, k: usize) -> f64 {
+        fn least(sorted: &Sorted, first: usize, k: usize) -> f64 {
+            let n = sorted.values.len();
+            if k == 1 {
+                return sorted.error(first, n);
+            }
+            (first + 1..n).map(|i| sorted.error(first, i) + least(sorted, i, k - 1)).fold(f64::INFINITY, f64::min)
+        }
+        least(sorted, 0, k)
+    }
+
+    #[test]
+    fn no_clustering_is_better() {
+        for seed in 0..20 {
+            let (row, importance) = row(seed, 14);
+            let sorted = Sorted::new(&row, &importance);
+            for k in [2, 4] {
+                let found = error(&row, &importance, &sorted.centroids(k));
+                let want = exhaustive(&sorted, k);
+                assert!((found - want).abs() <= 1e-12 + 1e-9 * want, "{k} clusters: {found}, {want}");
+            }
+            assert!(error(&row, &importance, &sorted.centroids(8)) < exhaustive(&sorted, 4), "the comparison can fail");
+        }
+    }
+
+    #[test]
+    fn more_clusters_lose_less() {
+        let (row, importance) = row(3, 1024);
+        let sorted = Sorted::new(&row, &importance);
+        let mut before = f64::INFINITY;
+        for bits in 2..=8 {
+            let centroids = sorted.centroids(1 << bits);
+            assert!(centroids.is_sorted());
+            let now = error(&row, &importance, &centroids);
+            assert!(now < before / 2.5, "{bits} bits: {now} after {before}");
+            before = now;
+        }
+    }
+
+    #[test]
+    fn few_distinct_weights_are_kept_as_they_are() {
+        for bits in [3, 6] {
+            let row: Vec<f32> = (0..64).map(|i| [0.5, -0.25, 2.0][i % 3]).collect();
+            let (mut codes, mut lut) = (vec![0; 64], vec![f16::ZERO; 1 << bits]);
+            quantize_row(&row, &[1.0; 64], &mut codes, &mut lut);
+            for (w, &code) in row.iter().zip(&codes) {
+                assert_eq!(lut[usize::from(code)].to_f32(), *w);
+            }
+        }
+    }
+
+    #[test]
+    fn every_weight_takes_its_nearest_stored_centroid() {
+        let (row, importance) = row(5, 512);
+        let (mut codes, mut lut) = (vec![0; 512], vec![f16::ZERO; 8]);
+        quantize_row(&row, &importance, &mut codes, &mut lut);
+        for (w, &code) in row.iter().zip(&codes) {
+            let distance = |c: &f16| (c.to_f32() - w).abs();
+            let nearest = lut.iter().map(distance).fold(f32::INFINITY, f32::min);
+            assert!(distance(&lut[usize::from(code)]) <= nearest + f32::EPSILON * w.abs());
+        }
     }
 }

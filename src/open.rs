@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::{BitWidth, Checkpoint, WeightFormat};
+use crate::config::{ModelConfig, Projection};
 use crate::source::Source;
 use crate::source::awq::Awq;
 use crate::source::reference::Reference;
@@ -17,6 +18,8 @@ pub struct Opened {
     weights: Box<dyn ModelWeights>,
     texts: TextFiles,
     quantization: Option<(WeightFormat, BitWidth)>,
+    /// The file or directory, and what a checkpoint says it was made from.
+    names: Vec<String>,
 }
 
 impl Opened {
@@ -26,18 +29,20 @@ impl Opened {
     /// # Errors
     /// Nothing there, or what [`Checkpoint::open`], [`Reference::open`] and [`Source::open`] refuse.
     pub fn open(path: &Path, bits: Option<BitWidth>, compat_scale_order: bool) -> Result<Self> {
-        std::fs::metadata(path).with_context(|| format!("cannot open the model {}", path.display()))?;
+        let place = std::fs::canonicalize(path).with_context(|| format!("cannot open the model {}", path.display()))?;
+        let mut names = vec![place.file_name().unwrap_or_default().to_string_lossy().into_owned()];
         if Checkpoint::is_at(path) {
             let checkpoint = Checkpoint::open(path)?;
             let quantization = (checkpoint.manifest().backend, checkpoint.manifest().bits);
             let texts = checkpoint.texts().clone();
-            return Ok(Self { texts, quantization: Some(quantization), weights: Box::new(checkpoint) });
+            names.insert(0, checkpoint.manifest().source.clone());
+            return Ok(Self { texts, names, quantization: Some(quantization), weights: Box::new(checkpoint) });
         }
         if Awq::detect(path) {
             let awq = Awq::open(path)?;
             let quantization = (WeightFormat::LutGemm, BitWidth::try_from(4.0)?);
             let texts = awq.texts().clone();
-            return Ok(Self { texts, quantization: Some(quantization), weights: Box::new(awq) });
+            return Ok(Self { texts, names, quantization: Some(quantization), weights: Box::new(awq) });
         }
         if Reference::detect(path) {
             let seed = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);
@@ -47,10 +52,10 @@ impl Opened {
             let mixed = widths.iter().any(|&width| width != low);
             let bits = BitWidth::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })?;
             let (texts, format) = (reference.texts().clone(), reference.backend());
-            return Ok(Self { texts, quantization: Some((format, bits)), weights: Box::new(reference) });
+            return Ok(Self { texts, names, quantization: Some((format, bits)), weights: Box::new(reference) });
         }
         let source = Source::open(path)?;
-        Ok(Self { texts: source.texts().clone(), quantization: None, weights: Box::new(source) })
+        Ok(Self { texts: source.texts().clone(), names, quantization: None, weights: Box::new(source) })
     }
 
     /// Its tensors.
@@ -72,7 +77,10 @@ impl Opened {
     ///
     /// # Errors
     /// The first difference, with both values.
-    pub fn expect(&self, backend: Option<WeightFormat>, bits: Option<BitWidth>) -> Result<()> {
+    pub fn expect(&self, backend: Option<WeightFormat>, bits: Option<BitWidth>, name: Option<&str>) -> Result<()> {
+        if let Some(name) = name {
+            self.expect_name(name)?;
+        }
         let Some((own_backend, own_bits)) = self.quantization else {
             ensure!(backend.is_none(), "--backend is given, but the model is full precision, leave it out");
             ensure!(bits.is_none(), "--bitwidth is given, but the model is full precision, leave it out");
@@ -84,6 +92,28 @@ impl Opened {
         if let Some(bits) = bits {
             ensure!(bits == own_bits, "--bitwidth is {bits}, the checkpoint has {own_bits} bits, leave it out");
         }
+        Ok(())
+    }
+
+    /// A preset's name must have the preset's shapes, any other must occur in what the model is called.
+    fn expect_name(&self, name: &str) -> Result<()> {
+        let own = self.weights.config();
+        if let Some(preset) = ModelConfig::preset(name) {
+            let shapes = |c: &ModelConfig| (c.num_layers, Projection::ALL.map(|p| c.shape(p)));
+            let (theirs, ours) = (shapes(&preset), shapes(own));
+            ensure!(
+                theirs == ours,
+                "--model-name is {name} with {} layers of {:?}, the model has {} layers of {:?}, leave it out",
+                theirs.0,
+                theirs.1,
+                ours.0,
+                ours.1
+            );
+            return Ok(());
+        }
+        let plain = |text: &str| text.to_lowercase().replace(|c: char| !c.is_alphanumeric(), "");
+        let known = self.names.iter().any(|own| plain(own).contains(&plain(name)));
+        ensure!(known, "--model-name is {name}, the model is {}, leave it out", self.names.join(" in "));
         Ok(())
     }
 }

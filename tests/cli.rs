@@ -89,6 +89,10 @@ fn what_a_checkpoint_says_need_not_be_repeated_but_must_agree() {
     shop.generate(&checkpoint, &["--prompt", "ab", "--backend", "ap", "--bitwidth", "3"]).assert().success();
     refuses(shop.generate(&checkpoint, &["--backend", "lutgemm"]), &["lutgemm", "ap"]);
     refuses(shop.generate(&checkpoint, &["--bitwidth", "4"]), &["4", "3"]);
+    shop.generate(&checkpoint, &["--prompt", "ab", "--model-name", "small"]).assert().success();
+    refuses(shop.generate(&checkpoint, &["--model-name", "large"]), &["large", "small.gguf"]);
+    let preset = "Meta-Llama-3-8B-Instruct";
+    refuses(shop.generate(&checkpoint, &["--model_name", preset]), &[preset, "32 layers", "2 layers"]);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::cli::GenerateArgs;
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = sampling(args)?;
     let opened = Opened::open(&args.checkpoint_path, args.bitwidth, args.compat_scale_order)?;
-    opened.expect(args.backend.map(Into::into), args.bitwidth)?;
+    opened.expect(args.backend.map(Into::into), args.bitwidth, args.model_name.as_deref())?;
     let tokenizer = Tokenizer::new(opened.texts(), opened.weights().config())?;
     let prompt = prompt(args, &tokenizer)?;
     let max = opened.weights().config().max_position_embeddings;

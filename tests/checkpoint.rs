@@ -113,7 +113,7 @@ fn what_is_written_is_read() {
         // Negative control: the comparison sees another layer's weights.
         let other = linear(&model, 1, Projection::O, backend, bits as usize);
         assert_ne!(read.projection(0, Projection::O).unwrap().weight, other.weight);
-        assert_eq!(out.with_file_name(format!("{backend}-{bits}.partial")).exists(), false);
+        assert!(!out.with_file_name(format!("{backend}-{bits}.partial")).exists());
     }
 }
 

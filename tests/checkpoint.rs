@@ -136,6 +136,11 @@ fn only_a_checkpoint_is_replaced_and_only_when_asked() {
     let message = write(&other, &home, WeightFormat::AnyPrec, 3.0, true).unwrap_err().to_string();
     assert!(message.contains("not a decdec checkpoint"), "{message}");
     assert_eq!(fs::read(home.join("precious")).unwrap(), b"kept");
+    // Nor is the place of unfinished work, if it is something else.
+    fs::rename(&home, dir.path().join("new.partial")).unwrap();
+    let message = write(&other, &dir.path().join("new"), WeightFormat::AnyPrec, 3.0, true).unwrap_err().to_string();
+    assert!(message.contains("something else"), "{message}");
+    assert_eq!(fs::read(dir.path().join("new.partial/precious")).unwrap(), b"kept");
 }
 
 #[test]

@@ -85,7 +85,9 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     let matrix = largest * 6;
     let batch =
         4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
-    residual_stream + inputs + layer + matrix.max(batch)
+    // The finished projections wait for each other, with about a byte for every weight.
+    let finished = sample::layer_weights(config);
+    residual_stream + inputs + layer + finished + matrix.max(batch)
 }
 
 fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {

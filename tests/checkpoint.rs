@@ -113,7 +113,7 @@ fn what_is_written_is_read() {
         // Negative control: the comparison sees another layer's weights.
         let other = linear(&model, 1, Projection::O, backend, bits as usize);
         assert_ne!(read.projection(0, Projection::O).unwrap().weight, other.weight);
-        assert_eq!(out.with_file_name(format!("{backend}-{bits}.partial")).exists(), false);
+        assert!(!out.with_file_name(format!("{backend}-{bits}.partial")).exists());
     }
 }
 
@@ -136,6 +136,11 @@ fn only_a_checkpoint_is_replaced_and_only_when_asked() {
     let message = write(&other, &home, WeightFormat::AnyPrec, 3.0, true).unwrap_err().to_string();
     assert!(message.contains("not a decdec checkpoint"), "{message}");
     assert_eq!(fs::read(home.join("precious")).unwrap(), b"kept");
+    // Nor is the place of unfinished work, if it is something else.
+    fs::rename(&home, dir.path().join("new.partial")).unwrap();
+    let message = write(&other, &dir.path().join("new"), WeightFormat::AnyPrec, 3.0, true).unwrap_err().to_string();
+    assert!(message.contains("something else"), "{message}");
+    assert_eq!(fs::read(dir.path().join("new.partial/precious")).unwrap(), b"kept");
 }
 
 #[test]

@@ -278,3 +278,17 @@ fn estimated_sizes_are_those_on_disk() {
     let wrong = Options { group_size: Some(128), ..options(WeightFormat::LutGemm, 4.0) };
     assert!(estimate(&model.config, &wrong).is_err());
 }
+
+#[test]
+fn a_model_of_8_billion_weights_fits_16_gb() {
+    let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
+    let calibration = Calibration::Text { tokens: vec![1; 24 * 512], seq_len: 512, samples: 24, name: "t".into() };
+    for (backend, bits) in [(WeightFormat::AnyPrec, 3.0), (WeightFormat::LutGemm, 3.5)] {
+        let options = Options { calibration: calibration.clone(), ..options(backend, bits) };
+        let estimated = estimate(&config, &options).unwrap();
+        assert!(estimated.memory_bytes < 12 << 30, "{backend}: {} bytes", estimated.memory_bytes);
+        // Codes of 7 billion weights, embedding and head of half a billion each in 16 bits.
+        let codes = 7.0e9 * bits / 8.0 + 4.0 * 128_256.0 * 4096.0;
+        assert!((estimated.device_bytes as f64 / codes - 1.0).abs() < 0.25);
+    }
+}

@@ -40,6 +40,7 @@ impl CheckpointWriter {
         let mut partial_name = name.to_owned();
         partial_name.push(".partial");
         let partial = out.with_file_name(partial_name);
+        ensure_ours(&partial)?;
         make_dir(&partial)?;
         let lock = lock(&partial)?;
         if fs::read_to_string(partial.join(KEY)).is_ok_and(|found| found != key) {
@@ -254,6 +255,18 @@ fn ensure_replaceable(out: &Path, overwrite: bool) -> Result<()> {
         out.display()
     );
     ensure!(overwrite, "{} exists, use --overwrite to replace it, or choose another --out", out.display());
+    Ok(())
+}
+
+/// The directory of a job is emptied in the end: it must not be one that someone else has filled.
+fn ensure_ours(partial: &Path) -> Result<()> {
+    let Ok(files) = fs::read_dir(partial) else { return Ok(()) };
+    let foreign = files.filter_map(Result::ok).any(|file| !file.file_name().to_string_lossy().starts_with("job."));
+    ensure!(
+        !foreign || partial.join(KEY).exists(),
+        "{} is needed for unfinished work, but holds something else: move it away or choose another --out",
+        partial.display()
+    );
     Ok(())
 }
 

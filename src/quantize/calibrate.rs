@@ -50,7 +50,7 @@ impl Activations {
 
     /// Takes all texts through one layer; with `collect`, returns what entered its projections.
     ///
-    /// `progress` grows by one per text.
+    /// `progress` grows by one per token.
     ///
     /// # Errors
     /// [`super::Interrupted`].
@@ -79,7 +79,7 @@ impl Activations {
             if collect {
                 all.iter_mut().zip(&inputs).for_each(|(all, x)| all.extend_from_slice(x));
             }
-            progress.inc(texts as u64);
+            progress.inc((texts * self.tokens) as u64);
         }
         Ok(all)
     }

@@ -85,7 +85,9 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     let matrix = largest * 6;
     let batch =
         4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
-    residual_stream + inputs + layer + matrix.max(batch)
+    // The finished projections wait for each other, with about a byte for every weight.
+    let finished = sample::layer_weights(config);
+    residual_stream + inputs + layer + finished + matrix.max(batch)
 }
 
 fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {
@@ -99,8 +101,7 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     let head = sample.product()? * (config.vocab_size * config.hidden_size) as f64;
     let mut seconds = layers * per_token * (texts * seq_len) as f64;
     if let Calibration::Sampled { .. } = options.calibration {
-        // One token of each text at a time: about half as fast as many.
-        seconds += 2.0 * (texts * seq_len) as f64 * (layers * per_token + head);
+        seconds += sample::SAMPLED_TOKEN as f64 * (texts * seq_len) as f64 * (layers * per_token + head);
     }
     let widths = if manifest.bits.is_mixed() { 2.0 } else { 1.0 };
     seconds += widths * layers * weights * sample.quantize(options, manifest)?;
@@ -109,7 +110,7 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     if manifest.bits.is_mixed() {
         let (mixed_texts, tokens) = mixed::windows(&options.calibration);
         let passes = mixed::work(&options.calibration, config.num_layers as u64);
-        seconds += (passes * tokens as u64) as f64 * per_token + layers * (mixed_texts * tokens) as f64 * head;
+        seconds += passes as f64 * per_token + layers * (mixed_texts * tokens) as f64 * head;
     }
     Ok(Duration::from_secs_f64(seconds))
 }

@@ -17,6 +17,9 @@ const TOKENS: &str = "tokens.bin";
 /// File of the activations before the next layer: its index as u64, then f32, all little-endian.
 const ACTIVATIONS: &str = "activations.bin";
 
+/// Quantizing a layer takes about as long as this many tokens through it, whatever its size.
+const LAYER_WORK: u64 = 8192;
+
 /// A quantization on its way.
 pub(super) struct Job<'a> {
     pub(super) source: &'a dyn ModelWeights,
@@ -28,21 +31,25 @@ pub(super) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Steps of the progress bar: texts through one layer; quantizing a layer, and sampling, count as the texts that
-    /// take about as long.
+    /// Length of the progress bar: tokens that go through a layer, summed over layers, and what else takes as long.
     pub(super) fn work(&self) -> u64 {
-        let (layers, texts) = (self.source.config().num_layers as u64, self.options.calibration.samples() as u64);
+        let layers = self.source.config().num_layers as u64;
         let sampling = match self.options.calibration {
-            Calibration::Sampled { seq_len, .. } => texts * seq_len as u64,
+            Calibration::Sampled { .. } => sample::SAMPLED_TOKEN * self.tokens() * layers,
             Calibration::Text { .. } => 0,
         };
         let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
-        sampling + layers * (texts + self.layer_work()) + mixed
+        sampling + layers * (self.tokens() + self.layer_work()) + mixed
     }
 
+    fn tokens(&self) -> u64 {
+        (self.options.calibration.samples() * self.options.calibration.seq_len()) as u64
+    }
+
+    /// Quantizing a layer, in tokens that would go through it in that time.
     fn layer_work(&self) -> u64 {
         let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
-        widths * self.options.calibration.samples() as u64
+        widths * LAYER_WORK
     }
 
     /// The calibration tokens, windows of `seq_len`, one after the other.
@@ -55,7 +62,7 @@ impl Job<'_> {
                 self.progress.set_message("sampling text");
                 let kept = self.writer.read_file(TOKENS).filter(|bytes| bytes.len() == 4 * samples * seq_len);
                 if let Some(bytes) = kept {
-                    self.progress.inc((samples * seq_len) as u64);
+                    self.progress.inc(sample::SAMPLED_TOKEN * self.tokens() * self.source.config().num_layers as u64);
                     return Ok(bytemuck::pod_collect_to_vec(&bytes));
                 }
                 let ids = sample::sample(self.source, samples, seq_len, seed, self.stop, self.progress)?;
@@ -73,7 +80,7 @@ impl Job<'_> {
         let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
         let widths = (self.manifest.bits.low()..).take(widths);
         let (first, mut activations) = self.activations(ids)?;
-        self.progress.inc(first as u64 * (self.options.calibration.samples() as u64 + self.layer_work()));
+        self.progress.inc(first as u64 * (self.tokens() + self.layer_work()));
         self.progress.reset_eta();
         for index in first..config.num_layers {
             self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));

@@ -24,9 +24,10 @@ pub(super) fn windows(calibration: &Calibration) -> (usize, usize) {
     ((TOKENS / tokens).min(calibration.samples()), tokens)
 }
 
-/// Passes of one text through one layer.
+/// Tokens that go through a layer, summed over layers.
 pub(super) fn work(calibration: &Calibration, layers: u64) -> u64 {
-    windows(calibration).0 as u64 * (2 * layers + layers * (layers + 1) / 2)
+    let (texts, tokens) = windows(calibration);
+    (texts * tokens) as u64 * (2 * layers + layers * (layers + 1) / 2)
 }
 
 /// Bits of every layer, half of them raised, and the divergence with each layer raised alone (nats, the mean over

@@ -17,13 +17,16 @@ use crate::weights::ModelWeights;
 /// Layers stay in memory as f32 between tokens if all of them together take no more than this.
 const HELD_BYTES: usize = 4 << 30;
 
+/// Sampling a token takes about as long as this many do that are known before.
+pub(crate) const SAMPLED_TOKEN: u64 = 2;
+
 /// Rows of the head that are converted to f32 at once.
 const HEAD_ROWS: usize = 4096;
 
 /// `texts` texts of `tokens` ids each, one after the other. Each begins with the model's BOS; where the model ends
 /// a text, BOS follows and begins another.
 ///
-/// `progress` grows by `texts` for each of the `tokens` steps.
+/// `progress` grows by [`SAMPLED_TOKEN`] for every token and layer.
 ///
 /// # Errors
 /// [`super::Interrupted`], or a tensor that cannot be read.
@@ -47,7 +50,7 @@ pub(crate) fn sample(
     let mut ids = vec![0; texts * tokens];
     for (step, draws) in draws.chunks_exact(texts).enumerate() {
         ids.iter_mut().skip(step).step_by(tokens).zip(&last).for_each(|(id, &last)| *id = last);
-        progress.inc(texts as u64);
+        progress.inc(SAMPLED_TOKEN * (texts * config.num_layers) as u64);
         if step + 1 == tokens {
             break;
         }

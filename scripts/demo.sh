@@ -11,7 +11,7 @@ question="What is the capital of France?"
 
 # Made again when the program has changed since.
 if [ ! -e "$checkpoint/config.json" ] || [ "$decdec" -nt "$checkpoint/config.json" ]; then
-    "$decdec" quantize "$model" --backend ap --bitwidth 3 --calib "$text" --out "$checkpoint" --overwrite
+    "$decdec" quantize "$model" --backend ap --bitwidth 3 --out "$checkpoint" --overwrite
 fi
 
 # name, path, flags

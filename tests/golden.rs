@@ -1,7 +1,6 @@
 //! Known answers: every file of `$DECDEC_GOLDEN_DIR`, made by the reference's own kernels and scripts.
 
-#[cfg(feature = "reference-wgpu")]
-mod common;
+mod devices;
 
 use std::path::PathBuf;
 
@@ -311,13 +310,15 @@ fn reference_selection(golden: &Golden<'_>) -> Vec<usize> {
 
 #[test]
 fn golden_products_on_cpu() {
-    each_golden("g_", |golden| check_products(&Cpu::new(), golden));
+    if devices::is_under_test("cpu") {
+        each_golden("g_", |golden| check_products(&Cpu::new(), golden));
+    }
 }
 
 #[cfg(feature = "reference-wgpu")]
 #[test]
 fn golden_products_on_wgpu() {
-    if common::is_under_test("wgpu") {
+    if devices::is_under_test("wgpu") {
         let backend = decdec::backend::wgsl::Wgpu::open(None).expect("a Vulkan adapter");
         each_golden("g_", |golden| check_products(&backend, golden));
     }

@@ -36,7 +36,7 @@ macro_rules! on_every_backend {
         mod cpu {
             $(#[test]
             fn $body() {
-                if crate::common::is_under_test("cpu") {
+                if crate::common::devices::is_under_test("cpu") {
                     crate::$module::$body(&decdec::backend::cpu::Cpu::new());
                 }
             })*
@@ -46,7 +46,7 @@ macro_rules! on_every_backend {
         mod wgpu {
             $(#[test]
             fn $body() {
-                if crate::common::is_under_test("wgpu") {
+                if crate::common::devices::is_under_test("wgpu") {
                     crate::$module::$body(&decdec::backend::wgsl::Wgpu::open(None).unwrap());
                 }
             })*
@@ -88,7 +88,7 @@ on_every_backend! {
 #[test]
 fn named_devices_exist() {
     let built_in = if cfg!(feature = "reference-wgpu") { &["cpu", "wgpu"][..] } else { &["cpu"] };
-    for name in common::named_devices() {
+    for name in common::devices::named_devices() {
         assert!(
             built_in.contains(&name.as_str()),
             "DECDEC_TEST_DEVICES names {name}, this build has {}",

@@ -1,5 +1,7 @@
 //! What tests of several backends share: inputs, the f64 oracle, the tolerance.
 
+#[path = "../devices/mod.rs"]
+pub(crate) mod devices;
 pub(crate) mod oracle;
 
 use std::borrow::Cow;
@@ -8,21 +10,6 @@ use decdec::format::{AnyPrec, Dense, Floats, LutGemm, Residual};
 use decdec::sampling::draws;
 use decdec::weights::{Linear, Weight};
 use half::{bf16, f16};
-
-/// Whether `device` is among those that `DECDEC_TEST_DEVICES` (default `cpu`) names; says so if not.
-pub(crate) fn is_under_test(device: &str) -> bool {
-    let named = named_devices().iter().any(|name| name == device);
-    if !named {
-        eprintln!("skipped: {device} not in DECDEC_TEST_DEVICES");
-    }
-    named
-}
-
-/// The devices that `DECDEC_TEST_DEVICES` names.
-pub(crate) fn named_devices() -> Vec<String> {
-    let names = std::env::var("DECDEC_TEST_DEVICES").unwrap_or_else(|_| "cpu".into());
-    names.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
-}
 
 /// How far a sum may be off: `depth` f32 additions and products of terms whose magnitudes sum to `magnitude`,
 /// stored with relative error `rounding` (0 for f32, 2^-11 for f16).

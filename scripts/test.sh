@@ -11,6 +11,8 @@ if [[ $DECDEC_TEST_DEVICES == *wgpu* ]] && ! { ldconfig -p | grep -q libvulkan.s
     $sudo apt-get -qq install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 >/dev/null
 fi
 scripts/model.sh >/dev/null
+# Mesa complains on stderr where there is no session.
+export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 
 cargo fmt --check
 cargo clippy --release --all-targets --features reference-wgpu -- -D warnings

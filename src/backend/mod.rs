@@ -12,6 +12,7 @@
 //! - a sequence is never written past the `max_seq_len` it was made with.
 
 pub mod cpu;
+pub mod cuda;
 
 use std::time::Duration;
 

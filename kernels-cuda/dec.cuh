@@ -1,0 +1,254 @@
+// Dynamic error compensation: which channels, and their correction of a stripe of rows.
+//
+//   out[row] = scales[row] · Σ_{c selected} q[c, row] · x[c]
+//
+//   x         f32 [in_features]
+//   residual  u32 [in_features, out_features / 8], nibble i of word w of a channel is q + 8 of row 8·w + i;
+//             in mapped host memory or on the device
+//   scales    f32 [out_features]
+//   edges     i32 [32], the bit patterns of the plan's lower edges (magnitudes compare as their bits do)
+//
+// One warp selects per chunk of 1024 channels; every compensating block selects for itself, so none waits for
+// another. All reads of a thread are in flight together; sums are f32, in a fixed order; one store per row.
+//
+// Limits: in_features % 32 == 0; the whole stripe in pieces of WORDS words, WORDS 4 where that divides
+// out_features / 8, else 1.
+#pragma once
+#include "common.cuh"
+
+#define CHUNK 1024
+#define BUCKETS 32
+
+struct Dec {
+    const u32* residual;
+    const float* scales;
+    const int* edges;
+    int in_features;
+    int out_features;
+    int k_chunk;
+    int n_tb;
+    int exact;        // selection: 0 by buckets, 1 exact
+    int list_chunks;  // chunks whose selected channels fit the list at once
+};
+
+// A selected channel and its activation.
+struct Salient {
+    int channel;
+    float x;
+};
+
+__device__ __forceinline__ int magnitude(u32 bits) { return bits & 0x7fffffff; }
+
+__device__ __forceinline__ u32 count_from(const u32 (&x)[32], int least) {
+    u32 n = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i++) n += magnitude(x[i]) >= least;
+    return warp_count(n);
+}
+
+// Magnitudes above `above` are taken, then the lowest channels among those of at least `least`.
+__device__ __forceinline__ void find_limits(const u32 (&x)[32], int k, const Dec& dec, int& above, int& least) {
+    if (dec.exact) {
+        // The k-th largest key, bit by bit from the top.
+        int value = 0;
+        for (int bit = 30; bit >= 0; bit--) {
+            int candidate = value | 1 << bit;
+            if (count_from(x, candidate) >= k) value = candidate;
+        }
+        above = value;
+        least = value;
+    } else {
+        // The first bucket at whose lower edge k channels are reached; the last edge is 0 and reaches all.
+        int first = 0, last = BUCKETS - 1;
+        while (first < last) {
+            int middle = (first + last) / 2;
+            if (count_from(x, __ldg(dec.edges + middle)) >= k)
+                last = middle;
+            else
+                first = middle + 1;
+        }
+        least = __ldg(dec.edges + first);
+        above = first > 0 ? __ldg(dec.edges + first - 1) - 1 : 0x7fffffff;
+    }
+}
+
+// One warp writes the k salient channels of a chunk, ascending. Value 4·j + e of a lane (as bits) is channel
+// start + 128·j + 4·lane + e. Channels past the end are zeros: the last of the smallest, never taken.
+__device__ __forceinline__ void select_chunk(const u32 (&x)[32], int start, int k, const Dec& dec, Salient* list) {
+    int lane = threadIdx.x % 32;
+    int above, least;
+    find_limits(x, k, dec, above, least);
+
+    // How many are above, and how many tie, in every group of four: one byte per j, summed over the lanes.
+    u32 taken[2] = {0, 0}, ties[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        u32 one = 1u << (8 * (i / 4 % 4));
+        if (magnitude(x[i]) > above)
+            taken[i / 16] += one;
+        else if (magnitude(x[i]) >= least)
+            ties[i / 16] += one;
+    }
+    u32 own_taken[2] = {taken[0], taken[1]}, own_ties[2] = {ties[0], ties[1]};
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u32 t = __shfl_up_sync(FULL, taken[h], d), e = __shfl_up_sync(FULL, ties[h], d);
+            if (lane >= d) taken[h] += t, ties[h] += e;
+        }
+    }
+    // A group has at most 128 channels, so a byte holds its count.
+    u32 all_taken[2], all_ties[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        all_taken[h] = __shfl_sync(FULL, taken[h], 31);
+        all_ties[h] = __shfl_sync(FULL, ties[h], 31);
+    }
+    int total = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) total += all_taken[j / 4] >> (8 * (j % 4)) & 255;
+    int quota = k - total;
+
+    int taken_before = 0, ties_before = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        int h = j / 4, shift = 8 * (j % 4);
+        int t = taken_before + ((taken[h] - own_taken[h]) >> shift & 255);
+        int e = ties_before + ((ties[h] - own_ties[h]) >> shift & 255);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = magnitude(x[4 * j + i]);
+            bool is_taken = key > above;
+            bool is_tie = !is_taken && key >= least;
+            if (is_taken || (is_tie && e < quota))
+                list[t + min(e, quota)] = Salient{start + 128 * j + 4 * lane + i, __uint_as_float(x[4 * j + i])};
+            t += is_taken;
+            e += is_tie;
+        }
+        taken_before += all_taken[h] >> shift & 255;
+        ties_before += all_ties[h] >> shift & 255;
+    }
+}
+
+// How many channels chunk `c` gives.
+__device__ __forceinline__ int chunk_quota(const Dec& dec, int c) {
+    return dec.k_chunk * min(CHUNK, dec.in_features - c * CHUNK) / CHUNK;
+}
+
+// Selects chunks `first` to `last` into `list`; `read(i)` gives four activations. Returns how many.
+template <int THREADS, class Read>
+__device__ __forceinline__ int select_chunks(const Dec& dec, int first, int last, Salient* list, Read read) {
+    int lane = threadIdx.x % 32;
+    for (int c = first + threadIdx.x / 32; c < last; c += THREADS / 32) {
+        int start = c * CHUNK;
+        int len = min(CHUNK, dec.in_features - start);
+        int k = chunk_quota(dec, c);
+        u32 x[32];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            int i = 128 * j + 4 * lane;
+            float4 v = i < len ? read(start + i) : make_float4(0, 0, 0, 0);
+            x[4 * j] = __float_as_uint(v.x);
+            x[4 * j + 1] = __float_as_uint(v.y);
+            x[4 * j + 2] = __float_as_uint(v.z);
+            x[4 * j + 3] = __float_as_uint(v.w);
+        }
+        if (k > 0) select_chunk(x, start, k, dec, list + (c - first) * dec.k_chunk);
+    }
+    return (last - first - 1) * dec.k_chunk + chunk_quota(dec, last - 1);
+}
+
+// Host memory is read once and never again.
+template <int WORDS>
+__device__ __forceinline__ void load_words(u32 (&w)[WORDS], const u32* p) {
+    if constexpr (WORDS == 4)
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                     : "l"(p));
+    else
+        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
+}
+
+// acc[i] += q_i · x for the eight rows of a word. 0x4b0000nn is 2^23 + nn as f32, so q is exact.
+__device__ __forceinline__ void add_word(float* acc, u32 word, float x) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float q = __uint_as_float(and_or(word >> (4 * i), 15u, 0x4b000000u)) - 8388616.0f;
+        acc[i] = fmaf(q, x, acc[i]);
+    }
+}
+
+// Channels in flight per thread.
+#ifndef DEC_FLIGHT
+#define DEC_FLIGHT 4
+#endif
+
+// Adds channels first, first + step, … of the list to `acc`, DEC_FLIGHT of them in flight.
+template <int WORDS>
+__device__ __forceinline__ void add_channels(const Salient* list, int first, int n, int step, const u32* column,
+                                             int words, float (&acc)[8 * WORDS]) {
+    for (int i = first; i < n; i += step * DEC_FLIGHT) {
+        u32 w[DEC_FLIGHT][WORDS];
+        float x[DEC_FLIGHT];
+#pragma unroll
+        for (int f = 0; f < DEC_FLIGHT; f++) {
+            if (i + f * step < n) {
+                Salient s = list[i + f * step];
+                x[f] = s.x;
+                load_words<WORDS>(w[f], column + (long long)s.channel * words);
+            }
+        }
+#pragma unroll
+        for (int f = 0; f < DEC_FLIGHT; f++)
+            if (i + f * step < n)
+#pragma unroll
+                for (int j = 0; j < WORDS; j++) add_word(acc + 8 * j, w[f][j], x[f]);
+    }
+}
+
+// Block `block` of n_tb computes its stripe: out[row] = (ONTO ? out[row] : 0) + s·Σ q·x.
+// `shared` holds list_chunks·k_chunk Salients, then 8·WORDS·(THREADS + 1) floats.
+template <int THREADS, int WORDS, bool ONTO, class Read>
+__device__ __forceinline__ void compensate(const Dec& dec, int block, char* shared, float* out, Read read) {
+    Salient* list = (Salient*)shared;
+    float* sums = (float*)(list + dec.list_chunks * dec.k_chunk);
+    int tid = threadIdx.x;
+    int words = dec.out_features / 8;
+    int chunks = (dec.in_features + CHUNK - 1) / CHUNK;
+    int pieces = words / WORDS;
+    int begin = (long long)pieces * block / dec.n_tb, end = (long long)pieces * (block + 1) / dec.n_tb;
+
+    for (int p0 = begin; p0 < end; p0 += THREADS) {
+        // Threads form `slots` teams of `width`; each team takes every slots-th channel, each member a piece.
+        int width = min(end - p0, THREADS), slots = THREADS / width;
+        int piece = tid % width, slot = tid / width;
+        const u32* column = dec.residual + (long long)(p0 + piece) * WORDS;
+
+        for (int c = 0; c < chunks; c += dec.list_chunks) {
+            int n = select_chunks<THREADS>(dec, c, min(c + dec.list_chunks, chunks), list, read);
+            __syncthreads();
+            float acc[8 * WORDS];
+#pragma unroll
+            for (int i = 0; i < 8 * WORDS; i++) acc[i] = 0;
+            if (slot < slots) add_channels<WORDS>(list, slot, n, slots, column, words, acc);
+#pragma unroll
+            for (int i = 0; i < 8 * WORDS; i++) {
+                float* sum = sums + i * (THREADS + 1) + tid;
+                *sum = c == 0 ? acc[i] : *sum + acc[i];
+            }
+            __syncthreads();
+        }
+
+        // Teams are added in order, one thread per row.
+        for (int r = tid; r < width * 8 * WORDS; r += THREADS) {
+            int i = r % (8 * WORDS), p = r / (8 * WORDS);
+            float sum = 0;
+            for (int s = 0; s < slots; s++) sum += sums[i * (THREADS + 1) + s * width + p];
+            int row = p0 * 8 * WORDS + r;
+            float value = dec.scales[row] * sum;
+            out[row] = ONTO ? out[row] + value : value;
+        }
+        __syncthreads();
+    }
+}

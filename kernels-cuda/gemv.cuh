@@ -1,0 +1,273 @@
+// The product of one token with a packed matrix, compensated in the same launch: what gemv_anyprec.cu,
+// gemv_lutgemm.cu and gemv_dense.cu share. They differ in a unit's bytes and in how a unit becomes operands.
+//
+//   v[row] = Σ_k W[row, k] · x[k] + bias[row]           x = NORM ? norm(x + x_delta)·γ : x + x_delta
+//   y[row] = add ? y[row] + y_delta[row] + v[row] : v[row]
+//   dec_out[row] = the compensation (dec.cuh), to be added by whoever reads y
+//
+//   codes  [tiles, units, VECTORS, 32 lanes] 16 bytes: tiles of 16 rows, units of UNIT channels
+//   aux    what a unit needs besides its codes
+//   x, x_delta, gamma, bias, y, y_delta, dec_out   f32; x_delta, y_delta and bias may be null
+//
+// A block owns whole tiles; its warps take their units in turn and keep the next STAGES − 1 of their own in
+// flight. Weights do not depend on earlier kernels, so they are on their way before the wait. The tensor cores
+// do the sums (f32): lane 4·g + t holds rows g and g + 8 and channels 8·t to 8·t + 7 of every 32, so x stays in
+// plain order and one 16-byte read of it serves two products.
+//
+// The first n_tb blocks compensate, the others multiply. No block waits for another.
+// Constants: K, R in and out features, WARPS, STAGES, NORM, DEC, DEC_WORDS.
+#pragma once
+#include "common.cuh"
+#include "dec.cuh"
+
+#define THREADS (32 * WARPS)
+
+// When the next kernel may start: 0 at once, 1 after the wait, 2 when the weights have been read.
+#ifndef TRIGGER
+#define TRIGGER 0
+#endif
+
+// Blocks that fit a multiprocessor's registers, so that the next kernel's can start beside this one's.
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS (2 * 8 / WARPS > 1 ? 2 * 8 / WARPS : 1)
+#endif
+
+struct Gemv {
+    const uint4* codes;
+    const char* aux;
+    const float* bias;
+    const float* x;
+    const float* x_delta;
+    const float* gamma;
+    float* y;
+    const float* y_delta;
+    float* dec_out;
+    Dec dec;
+    float eps;
+    int add;
+};
+
+constexpr int TILES = (R + 15) / 16;
+constexpr int UNITS = (K + UNIT - 1) / UNIT;
+constexpr int SUMS = (GROUPS + 3) / 4 * 4;
+constexpr int STAGE_BYTES = VECTORS * 512 + AUX_BYTES;
+
+// Reads x, normalizes it if asked to, and hands it on in fours: write(channel, values), up to PADDED channels,
+// zero from K on. Every thread of a warp writes, or none.
+template <int PADDED, class Write>
+__device__ __forceinline__ void stage_x(const Gemv& g, float* scratch, Write write) {
+    constexpr int STEPS = (PADDED / 4 + THREADS - 1) / THREADS;
+#if NORM
+    float4 v[STEPS];
+    float sum = 0;
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = 4 * (s * THREADS + threadIdx.x);
+        v[s] = i < K ? load4(g.x, g.x_delta, i) : make_float4(0, 0, 0, 0);
+        sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
+    }
+    float scale = 1.0f / sqrtf(block_sum<THREADS>(sum, scratch) / K + g.eps);
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = 4 * (s * THREADS + threadIdx.x);
+        if (i < PADDED) {
+            float4 w = i < K ? *(const float4*)(g.gamma + i) : make_float4(0, 0, 0, 0);
+            write(i, make_float4(v[s].x * scale * w.x, v[s].y * scale * w.y, v[s].z * scale * w.z,
+                                 v[s].w * scale * w.w));
+        }
+    }
+#else
+#pragma unroll 8
+    for (int s = 0; s < STEPS; s++) {
+        int i = 4 * (s * THREADS + threadIdx.x);
+        if (i < PADDED) write(i, i < K ? load4(g.x, g.x_delta, i) : make_float4(0, 0, 0, 0));
+    }
+#endif
+}
+
+#ifdef GROUPED
+// Sums of a tile's rows g and g + 8, of integer codes that become weights group by group.
+struct Unit {
+    float low, high;
+
+    __device__ __forceinline__ void clear() { low = high = 0; }
+
+    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float* group_sums) {
+        const float2* steps = (const float2*)(slot + VECTORS * 32) + threadIdx.x % 32 / 4;
+        const uint4* xs = (const uint4*)x + threadIdx.x % 4;
+        float d[2][4] = {};
+        expand(slot, slot, [&](int p, const u32* a) {
+            uint4 v = xs[4 * p];
+            mma(d[0], a[0], a[1], a[2], a[3], v.x, v.y);
+            mma(d[1], a[4], a[5], a[6], a[7], v.z, v.w);
+            int j = p / (GROUP / 32);
+            if (p % (GROUP / 32) == GROUP / 32 - 1) {
+                float2 s = steps[j * 16], t = steps[j * 16 + 8];
+                low = fmaf(s.x, d[0][0] + d[1][0], fmaf(s.y, group_sums[j], low));
+                high = fmaf(t.x, d[0][2] + d[1][2], fmaf(t.y, group_sums[j], high));
+#pragma unroll
+                for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
+            }
+        });
+    }
+
+    // Every column of a product is the same token, so lane t = 0 of each row has the sum.
+    __device__ __forceinline__ void store(float* rows) const {
+        int lane = threadIdx.x % 32;
+        if (lane % 4 == 0) rows[lane / 4] = low, rows[lane / 4 + 8] = high;
+    }
+};
+#else
+// Sums of a tile's rows g and g + 8, in two chains.
+struct Unit {
+    float d[2][4];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
+    }
+
+    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float*) {
+        const uint4* xs = (const uint4*)x + threadIdx.x % 4;
+        expand(slot, slot + VECTORS * 32, [&](int p, const u32* a) {
+            uint4 v = xs[4 * p];
+            mma(d[0], a[0], a[1], a[2], a[3], v.x, v.y);
+            mma(d[1], a[4], a[5], a[6], a[7], v.z, v.w);
+        });
+    }
+
+    // Every column of a product is the same token, so lane t = 0 of each row has the sum.
+    __device__ __forceinline__ void store(float* rows) const {
+        int lane = threadIdx.x % 32;
+        if (lane % 4 == 0) rows[lane / 4] = d[0][0] + d[1][0], rows[lane / 4 + 8] = d[0][2] + d[1][2];
+    }
+};
+#endif
+
+// A warp's way through the units of its block, tile by tile.
+struct Cursor {
+    int tile, unit;
+    __device__ __forceinline__ void step() {
+        unit += WARPS;
+        while (unit >= UNITS) unit -= UNITS, tile++;
+    }
+};
+
+__device__ __forceinline__ void request(const Gemv& g, Cursor at, int end, u32 slot) {
+    if (at.tile < end) {
+        int lane = threadIdx.x % 32;
+        long long unit = (long long)at.tile * UNITS + at.unit;
+        const uint4* from = g.codes + unit * (VECTORS * 32) + lane;
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) copy_async(slot + (v * 32 + lane) * 16, from + v * 32);
+        if (AUX_BYTES > 0) {
+            const char* aux = g.aux + (AUX_PER_UNIT ? unit : at.tile) * AUX_BYTES;
+#pragma unroll
+            for (int i = 0; i < AUX_BYTES; i += 512)
+                if (i + lane * 16 < AUX_BYTES) copy_async(slot + VECTORS * 512 + i + lane * 16, aux + i + lane * 16);
+        }
+    }
+    copy_async_commit();
+}
+
+__device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, char* shared) {
+    int warp = threadIdx.x / 32;
+    int begin = (long long)TILES * block / blocks, end = (long long)TILES * (block + 1) / blocks;
+
+    // [WARPS] scratch · x · sums of x by group · the ring · partial sums [tiles, WARPS, 16]
+    float* scratch = (float*)shared;
+    u16* xs = (u16*)(shared + 128);
+    float* group_sums = (float*)(xs + UNITS * UNIT);
+    char* ring = (char*)(group_sums + SUMS) + warp * STAGES * STAGE_BYTES;
+    float* parts = (float*)((char*)(group_sums + SUMS) + WARPS * STAGES * STAGE_BYTES);
+    u32 slots = shared_address(ring);
+
+    Cursor ahead{begin, warp}, at{begin, warp};
+    while (ahead.unit >= UNITS) ahead.unit -= UNITS, ahead.tile++;
+    at = ahead;
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) {
+        request(g, ahead, end, slots + s * STAGE_BYTES);
+        ahead.step();
+    }
+    if (TRIGGER == 0) let_next_start();
+    if (UNITS < WARPS)
+        for (int i = threadIdx.x; i < (end - begin) * WARPS * 16; i += THREADS) parts[i] = 0;
+
+    wait_for_previous();
+    if (TRIGGER == 1) let_next_start();
+    stage_x<UNITS * UNIT>(g, scratch, [&](int i, float4 v) {
+        u32 lo = narrow2(v.x, v.y), hi = narrow2(v.z, v.w);
+        *(uint2*)(xs + i) = make_uint2(lo, hi);
+        if constexpr (GROUPS > 0) {
+            float sum = widen((u16)lo) + widen((u16)(lo >> 16)) + widen((u16)hi) + widen((u16)(hi >> 16));
+#pragma unroll
+            for (int d = GROUP / 8; d > 0; d /= 2) sum += __shfl_xor_sync(FULL, sum, d);
+            if (i % GROUP == 0) group_sums[i / GROUP] = sum;
+        }
+    });
+    __syncthreads();
+
+    Unit unit;
+    unit.clear();
+    int tile = at.tile, slot = 0;
+    while (at.tile < end) {
+        copy_async_wait<STAGES - 2>();
+        __syncwarp();
+        int next = slot == 0 ? STAGES - 1 : slot - 1;
+        request(g, ahead, end, slots + next * STAGE_BYTES);
+        ahead.step();
+        if (at.tile != tile) {
+            unit.store(parts + ((tile - begin) * WARPS + warp) * 16);
+            unit.clear();
+            tile = at.tile;
+        }
+        unit.add((const uint4*)(ring + slot * STAGE_BYTES), xs + at.unit * UNIT, group_sums + at.unit * (GROUPS / UNITS));
+        at.step();
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
+    }
+    if (tile < end) unit.store(parts + ((tile - begin) * WARPS + warp) * 16);
+    if (TRIGGER == 2) let_next_start();
+    __syncthreads();
+
+    for (int r = threadIdx.x; r < (end - begin) * 16; r += THREADS) {
+        int row = begin * 16 + r;
+        if (row >= R) break;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += parts[(r / 16 * WARPS + w) * 16 + r % 16];
+        if (g.bias) sum += g.bias[row];
+        if (g.add) sum += load1(g.y, g.y_delta, row);
+        g.y[row] = sum;
+    }
+}
+
+#if DEC
+__device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
+    if (TRIGGER != 2) let_next_start();
+    wait_for_previous();
+#if NORM
+    // x [K] f32, then what compensate() needs.
+    float* xs = (float*)(shared + 128);
+    stage_x<(K + 127) / 128 * 128>(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
+    __syncthreads();
+    compensate<THREADS, DEC_WORDS, false>(g.dec, blockIdx.x, shared + 128 + (K + 127) / 128 * 128 * 4, g.dec_out,
+                                          [&](int i) { return *(const float4*)(xs + i); });
+#else
+    compensate<THREADS, DEC_WORDS, false>(g.dec, blockIdx.x, shared, g.dec_out,
+                                          [&](int i) { return load4(g.x, g.x_delta, i); });
+#endif
+}
+#endif
+
+__device__ __forceinline__ void gemv(const Gemv& g) {
+    extern __shared__ __align__(128) char shared[];
+#if DEC
+    if (blockIdx.x < g.dec.n_tb)
+        compensate_block(g, shared);
+    else
+        multiply(g, blockIdx.x - g.dec.n_tb, gridDim.x - g.dec.n_tb, shared);
+#else
+    multiply(g, blockIdx.x, gridDim.x, shared);
+#endif
+}

@@ -5,14 +5,14 @@
 //   qkv    f32 [tokens, (HEADS + 2·KV_HEADS)·HEAD_DIM]; queries and keys not yet rotated
 //   keys, values  [KV_HEADS, max_seq_len, HEAD_DIM] in KV's type (0 float16, 1 bfloat16, 2 float32)
 //   angles f32 [max_seq_len, HEAD_DIM / 2, (cos, sin)]
-//   parts  f32 [KV_HEADS, gridDim.y, GROUP, HEAD_DIM + 2], tickets u32 [KV_HEADS], zero before and after
+//   parts  f32 [KV_HEADS, SPLITS, GROUP, HEAD_DIM + 2], tickets u32 [KV_HEADS], zero before and after
 //
-// `attend` takes one token: grid (KV_HEADS, splits). The block whose share holds the token rotates its key and
+// `attend` takes one token: grid (KV_HEADS, SPLITS). The block whose share holds the token rotates its key and
 // appends both; each block rotates its own queries. Shares are merged, in order, by whichever block of a
 // key-value head ends last, so the result does not depend on which.
 // `append` rotates and appends many tokens; `attend_prompt` then takes grid (KV_HEADS, 1, tokens).
 //
-// Constants: HEADS, KV_HEADS, HEAD_DIM (even, at most 256, % 8 == 0), KV, WINDOW (0: none).
+// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, WINDOW (0: none), SPLITS.
 #include "common.cuh"
 
 #define THREADS 256
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     wait_for_previous();
     int kv = blockIdx.x, position = g.state->position;
     int first = WINDOW > 0 ? max(0, position + 1 - WINDOW) : 0, length = position + 1 - first;
-    int splits = min((int)gridDim.y, (length + SHARE - 1) / SHARE), split = blockIdx.y;
+    int splits = min(SPLITS, (length + SHARE - 1) / SHARE), split = blockIdx.y;
     if (split >= splits) return;
     int begin = first + (long long)length * split / splits, end = first + (long long)length * (split + 1) / splits;
 
@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     }
     __syncthreads();
     float* out = g.out + (long long)kv * GROUP * HEAD_DIM;
-    float* parts = g.parts + (long long)kv * gridDim.y * GROUP * (HEAD_DIM + 2);
+    float* parts = g.parts + (long long)kv * SPLITS * GROUP * (HEAD_DIM + 2);
     attend_share(g, queries, kv, begin, end, splits == 1 ? out : nullptr, parts + split * GROUP * (HEAD_DIM + 2));
     if (splits == 1) return;
 
@@ -248,14 +248,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     if (threadIdx.x == 0) g.tickets[kv] = 0;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         int h = i / HEAD_DIM, d = i % HEAD_DIM;
-        float m = -INFINITY;
-        for (int s = 0; s < splits; s++) m = fmaxf(m, __ldcg(parts + (s * GROUP + h) * (HEAD_DIM + 2)));
-        float l = 0, sum = 0;
-        for (int s = 0; s < splits; s++) {
-            const float* from = parts + (s * GROUP + h) * (HEAD_DIM + 2);
-            float f = rescale(__ldcg(from), m);
-            l = fmaf(f, __ldcg(from + 1), l);
-            sum = fmaf(f, __ldcg(from + 2 + d), sum);
+        // All loads first: they are far away, and do not wait for each other.
+        float from[SPLITS], sums[SPLITS], values[SPLITS];
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            const float* at = parts + (s * GROUP + h) * (HEAD_DIM + 2);
+            from[s] = s < splits ? __ldcg(at) : -INFINITY;
+            sums[s] = s < splits ? __ldcg(at + 1) : 0.0f;
+            values[s] = s < splits ? __ldcg(at + 2 + d) : 0.0f;
+        }
+        float m = -INFINITY, l = 0, sum = 0;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) m = fmaxf(m, from[s]);
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            float f = rescale(from[s], m);
+            l = fmaf(f, sums[s], l);
+            sum = fmaf(f, values[s], sum);
         }
         out[i] = sum / l;
     }

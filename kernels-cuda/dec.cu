@@ -6,13 +6,15 @@ extern "C" __global__ void __launch_bounds__(256) dec(const __grid_constant__ De
     extern __shared__ __align__(16) char shared[];
     wait_for_previous();
     let_next_start();
-    compensate<256, DEC_WORDS, true>(d, blockIdx.x, shared, y, [&](int i) { return load4(x, nullptr, i); });
+    compensate<256, DEC_WORDS, true>(d, blockIdx.x, shared + 8 * CHUNK * 4, y,
+                                     copied(shared, [&](int i) { return load4(x, nullptr, i); }));
 }
 
 extern "C" __global__ void __launch_bounds__(256) select_channels(const __grid_constant__ Dec d, const float* x,
                                                                   const float* delta, Salient* list) {
+    extern __shared__ __align__(16) char shared[];
     wait_for_previous();
     let_next_start();
     int chunks = (d.in_features + CHUNK - 1) / CHUNK;
-    select_chunks<256>(d, 0, chunks, list, [&](int i) { return load4(x, delta, i); });
+    select_chunks<256>(d, 0, chunks, list, copied(shared, [&](int i) { return load4(x, delta, i); }));
 }

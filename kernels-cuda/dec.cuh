@@ -11,8 +11,8 @@
 // One warp selects per chunk of 1024 channels; every compensating block selects for itself, so none waits for
 // another. All reads of a thread are in flight together; sums are f32, in a fixed order; one store per row.
 //
-// Limits: in_features % 32 == 0; the whole stripe in pieces of WORDS words, WORDS 4 where that divides
-// out_features / 8, else 1.
+// Limits: in_features % 32 == 0; the whole stripe in pieces of WORDS words, WORDS 1, 2 or 4 and a divisor
+// of out_features / 8.
 #pragma once
 #include "common.cuh"
 
@@ -39,15 +39,39 @@ struct Salient {
 
 __device__ __forceinline__ int magnitude(u32 bits) { return bits & 0x7fffffff; }
 
-__device__ __forceinline__ u32 count_from(const u32 (&x)[32], int least) {
+// A chunk's activations in shared memory, as bits: value 4·j + e of a lane is channel 128·j + 4·lane + e. Each
+// lane reads what it wrote. They are read again for every count, which costs less than 32 registers do.
+struct Chunk {
+    u32 address;
+
+    __device__ __forceinline__ uint4 four(int j) const {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(address + j * 512));
+        return v;
+    }
+
+    __device__ __forceinline__ void put(int j, float4 v) const {
+        asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address + j * 512), "f"(v.x), "f"(v.y), "f"(v.z),
+                     "f"(v.w)
+                     : "memory");
+    }
+};
+
+__device__ __forceinline__ u32 count_from(const Chunk& x, int least) {
     u32 n = 0;
 #pragma unroll
-    for (int i = 0; i < 32; i++) n += magnitude(x[i]) >= least;
+    for (int j = 0; j < 8; j++) {
+        uint4 v = x.four(j);
+#pragma unroll
+        for (int e = 0; e < 4; e++) n += magnitude(word(v, e)) >= least;
+    }
     return warp_count(n);
 }
 
 // Magnitudes above `above` are taken, then the lowest channels among those of at least `least`.
-__device__ __forceinline__ void find_limits(const u32 (&x)[32], int k, const Dec& dec, int& above, int& least) {
+__device__ __forceinline__ void find_limits(const Chunk& x, int k, const Dec& dec, int& above, int& least) {
     if (dec.exact) {
         // The k-th largest key, bit by bit from the top.
         int value = 0;
@@ -72,9 +96,9 @@ __device__ __forceinline__ void find_limits(const u32 (&x)[32], int k, const Dec
     }
 }
 
-// One warp writes the k salient channels of a chunk, ascending. Value 4·j + e of a lane (as bits) is channel
-// start + 128·j + 4·lane + e. Channels past the end are zeros: the last of the smallest, never taken.
-__device__ __forceinline__ void select_chunk(const u32 (&x)[32], int start, int k, const Dec& dec, Salient* list) {
+// One warp writes the k salient channels of a chunk, ascending. Channels past the end are zeros: the last of the
+// smallest, never taken.
+__device__ __forceinline__ void select_chunk(const Chunk& x, int start, int k, const Dec& dec, Salient* list) {
     int lane = threadIdx.x % 32;
     int above, least;
     find_limits(x, k, dec, above, least);
@@ -82,12 +106,16 @@ __device__ __forceinline__ void select_chunk(const u32 (&x)[32], int start, int 
     // How many are above, and how many tie, in every group of four: one byte per j, summed over the lanes.
     u32 taken[2] = {0, 0}, ties[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-        u32 one = 1u << (8 * (i / 4 % 4));
-        if (magnitude(x[i]) > above)
-            taken[i / 16] += one;
-        else if (magnitude(x[i]) >= least)
-            ties[i / 16] += one;
+    for (int j = 0; j < 8; j++) {
+        uint4 v = x.four(j);
+        u32 one = 1u << (8 * (j % 4));
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            if (magnitude(word(v, e)) > above)
+                taken[j / 4] += one;
+            else if (magnitude(word(v, e)) >= least)
+                ties[j / 4] += one;
+        }
     }
     u32 own_taken[2] = {taken[0], taken[1]}, own_ties[2] = {ties[0], ties[1]};
 #pragma unroll
@@ -116,13 +144,14 @@ __device__ __forceinline__ void select_chunk(const u32 (&x)[32], int start, int 
         int h = j / 4, shift = 8 * (j % 4);
         int t = taken_before + ((taken[h] - own_taken[h]) >> shift & 255);
         int e = ties_before + ((ties[h] - own_ties[h]) >> shift & 255);
+        uint4 v = x.four(j);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int key = magnitude(x[4 * j + i]);
+            int key = magnitude(word(v, i));
             bool is_taken = key > above;
             bool is_tie = !is_taken && key >= least;
             if (is_taken || (is_tie && e < quota))
-                list[t + min(e, quota)] = Salient{start + 128 * j + 4 * lane + i, __uint_as_float(x[4 * j + i])};
+                list[t + min(e, quota)] = Salient{start + 128 * j + 4 * lane + i, __uint_as_float(word(v, i))};
             t += is_taken;
             e += is_tie;
         }
@@ -136,24 +165,44 @@ __device__ __forceinline__ int chunk_quota(const Dec& dec, int c) {
     return dec.k_chunk * min(CHUNK, dec.in_features - c * CHUNK) / CHUNK;
 }
 
-// Selects chunks `first` to `last` into `list`; `read(i)` gives four activations. Returns how many.
-template <int THREADS, class Read>
-__device__ __forceinline__ int select_chunks(const Dec& dec, int first, int last, Salient* list, Read read) {
-    int lane = threadIdx.x % 32;
-    for (int c = first + threadIdx.x / 32; c < last; c += THREADS / 32) {
-        int start = c * CHUNK;
-        int len = min(CHUNK, dec.in_features - start);
-        int k = chunk_quota(dec, c);
-        u32 x[32];
+// Activations from device memory, copied once for the warp that selects among them: 4 KB per warp.
+template <class Read>
+struct Copied {
+    u32 values;
+    Read read; // read(i): four activations
+
+    __device__ __forceinline__ Chunk operator()(int start, int len) const {
+        int lane = threadIdx.x % 32;
+        Chunk x{values + threadIdx.x / 32 * (CHUNK * 4) + lane * 16};
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             int i = 128 * j + 4 * lane;
-            float4 v = i < len ? read(start + i) : make_float4(0, 0, 0, 0);
-            x[4 * j] = __float_as_uint(v.x);
-            x[4 * j + 1] = __float_as_uint(v.y);
-            x[4 * j + 2] = __float_as_uint(v.z);
-            x[4 * j + 3] = __float_as_uint(v.w);
+            x.put(j, i < len ? read(start + i) : make_float4(0, 0, 0, 0));
         }
+        return x;
+    }
+};
+
+template <class Read>
+__device__ __forceinline__ Copied<Read> copied(void* values, Read read) {
+    return Copied<Read>{shared_address(values), read};
+}
+
+// Activations that are in shared memory already, zeros up to a whole chunk.
+struct InPlace {
+    u32 values;
+    __device__ __forceinline__ Chunk operator()(int start, int) const {
+        return Chunk{values + start * 4 + threadIdx.x % 32 * 16};
+    }
+};
+
+// Selects chunks `first` to `last` into `list`. Returns how many channels.
+template <int THREADS, class Source>
+__device__ __forceinline__ int select_chunks(const Dec& dec, int first, int last, Salient* list, Source source) {
+    for (int c = first + threadIdx.x / 32; c < last; c += THREADS / 32) {
+        int start = c * CHUNK;
+        int k = chunk_quota(dec, c);
+        Chunk x = source(start, min(CHUNK, dec.in_features - start));
         if (k > 0) select_chunk(x, start, k, dec, list + (c - first) * dec.k_chunk);
     }
     return (last - first - 1) * dec.k_chunk + chunk_quota(dec, last - 1);
@@ -166,6 +215,8 @@ __device__ __forceinline__ void load_words(u32 (&w)[WORDS], const u32* p) {
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
                      : "l"(p));
+    else if constexpr (WORDS == 2)
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
     else
         asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
 }
@@ -209,8 +260,9 @@ __device__ __forceinline__ void add_channels(const Salient* list, int first, int
 
 // Block `block` of n_tb computes its stripe: out[row] = (ONTO ? out[row] : 0) + s·Σ q·x.
 // `shared` holds list_chunks·k_chunk Salients, then 8·WORDS·(THREADS + 1) floats.
-template <int THREADS, int WORDS, bool ONTO, class Read>
-__device__ __forceinline__ void compensate(const Dec& dec, int block, char* shared, float* out, Read read) {
+template <int THREADS, int WORDS, bool ONTO, class Source>
+__device__ __forceinline__ void compensate(const Dec& dec, int block, char* shared, float* out,
+                                           Source source) {
     Salient* list = (Salient*)shared;
     float* sums = (float*)(list + dec.list_chunks * dec.k_chunk);
     int tid = threadIdx.x;
@@ -226,7 +278,7 @@ __device__ __forceinline__ void compensate(const Dec& dec, int block, char* shar
         const u32* column = dec.residual + (long long)(p0 + piece) * WORDS;
 
         for (int c = 0; c < chunks; c += dec.list_chunks) {
-            int n = select_chunks<THREADS>(dec, c, min(c + dec.list_chunks, chunks), list, read);
+            int n = select_chunks<THREADS>(dec, c, min(c + dec.list_chunks, chunks), list, source);
             __syncthreads();
             float acc[8 * WORDS];
 #pragma unroll

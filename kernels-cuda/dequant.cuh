@@ -16,7 +16,7 @@ __device__ __forceinline__ void dequant(const Packed& m) {
     if (unit >= (long long)TILES * UNITS) return;
     int tile = unit / UNITS, first = unit % UNITS * UNIT;
     const char* aux = m.aux + (AUX_PER_UNIT ? unit : tile) * AUX_BYTES;
-    expand(m.codes + unit * (VECTORS * 32), (const uint4*)aux, [&](int p, const u32* a) {
+    expand(m.codes + unit * (VECTORS * 32), Book((const uint4*)aux), [&](int p, const u32* a) {
         int k = first + 32 * p + lane % 4 * 8;
 #pragma unroll
         for (int h = 0; h < 2; h++) {

@@ -14,7 +14,8 @@
 // do the sums (f32): lane 4·g + t holds rows g and g + 8 and channels 8·t to 8·t + 7 of every 32, so x stays in
 // plain order and one 16-byte read of it serves two products.
 //
-// The first n_tb blocks compensate, the others multiply. No block waits for another.
+// The last n_tb blocks compensate, the others multiply: one for each multiprocessor, so that none has two of
+// them. No block waits for another.
 // Constants: K, R in and out features, WARPS, STAGES, NORM, DEC, DEC_WORDS.
 #pragma once
 #include "common.cuh"
@@ -29,7 +30,7 @@
 
 // Blocks that fit a multiprocessor's registers, so that the next kernel's can start beside this one's.
 #ifndef MIN_BLOCKS
-#define MIN_BLOCKS (2 * 8 / WARPS > 1 ? 2 * 8 / WARPS : 1)
+#define MIN_BLOCKS (16 / WARPS > 1 ? 16 / WARPS : 1)
 #endif
 
 struct Gemv {
@@ -90,13 +91,13 @@ __device__ __forceinline__ void stage_x(const Gemv& g, float* scratch, Write wri
 struct Unit {
     float low, high;
 
-    __device__ __forceinline__ void clear() { low = high = 0; }
+    __device__ __forceinline__ void begin(const uint4*) { low = high = 0; }
 
     __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float* group_sums) {
         const float2* steps = (const float2*)(slot + VECTORS * 32) + threadIdx.x % 32 / 4;
         const uint4* xs = (const uint4*)x + threadIdx.x % 4;
         float d[2][4] = {};
-        expand(slot, slot, [&](int p, const u32* a) {
+        expand(slot, Book(slot), [&](int p, const u32* a) {
             uint4 v = xs[4 * p];
             mma(d[0], a[0], a[1], a[2], a[3], v.x, v.y);
             mma(d[1], a[4], a[5], a[6], a[7], v.z, v.w);
@@ -121,15 +122,17 @@ struct Unit {
 // Sums of a tile's rows g and g + 8, in two chains.
 struct Unit {
     float d[2][4];
+    Book book;
 
-    __device__ __forceinline__ void clear() {
+    __device__ __forceinline__ void begin(const uint4* aux) {
+        book = Book(aux);
 #pragma unroll
         for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
     }
 
     __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float*) {
         const uint4* xs = (const uint4*)x + threadIdx.x % 4;
-        expand(slot, slot + VECTORS * 32, [&](int p, const u32* a) {
+        expand(slot, book, [&](int p, const u32* a) {
             uint4 v = xs[4 * p];
             mma(d[0], a[0], a[1], a[2], a[3], v.x, v.y);
             mma(d[1], a[4], a[5], a[6], a[7], v.z, v.w);
@@ -144,27 +147,35 @@ struct Unit {
 };
 #endif
 
-// A warp's way through the units of its block, tile by tile.
+// A warp's way through the units of its block: unit `index` of the matrix, which is `unit` of `tile`.
 struct Cursor {
-    int tile, unit;
+    int index, tile, unit;
+    bool fresh; // the warp's first unit of this tile
+
+    __device__ __forceinline__ Cursor(int begin, int warp)
+        : index(begin * UNITS + warp), tile(begin + warp / UNITS), unit(warp % UNITS), fresh(true) {}
+
     __device__ __forceinline__ void step() {
-        unit += WARPS;
-        while (unit >= UNITS) unit -= UNITS, tile++;
+        int before = tile;
+        index += WARPS;
+        tile += WARPS / UNITS, unit += WARPS % UNITS;
+        if (unit >= UNITS) unit -= UNITS, tile++;
+        fresh = tile != before;
     }
 };
 
-__device__ __forceinline__ void request(const Gemv& g, Cursor at, int end, u32 slot) {
-    if (at.tile < end) {
+// Asks for a unit's codes and, where they change, what comes with them.
+__device__ __forceinline__ void request(const Gemv& g, const Cursor& at, int end, u32 slot) {
+    if (at.index < end) {
         int lane = threadIdx.x % 32;
-        long long unit = (long long)at.tile * UNITS + at.unit;
-        const uint4* from = g.codes + unit * (VECTORS * 32) + lane;
+        const char* from = (const char*)(g.codes + lane) + (long long)at.index * (VECTORS * 512);
 #pragma unroll
-        for (int v = 0; v < VECTORS; v++) copy_async(slot + (v * 32 + lane) * 16, from + v * 32);
-        if (AUX_BYTES > 0) {
-            const char* aux = g.aux + (AUX_PER_UNIT ? unit : at.tile) * AUX_BYTES;
+        for (int v = 0; v < VECTORS; v++) copy_async(slot + v * 512, from + v * 512);
+        if (AUX_BYTES > 0 && (AUX_PER_UNIT || at.fresh)) {
+            const char* aux = g.aux + lane * 16 + (long long)(AUX_PER_UNIT ? at.index : at.tile) * AUX_BYTES;
 #pragma unroll
             for (int i = 0; i < AUX_BYTES; i += 512)
-                if (i + lane * 16 < AUX_BYTES) copy_async(slot + VECTORS * 512 + i + lane * 16, aux + i + lane * 16);
+                if (AUX_BYTES - i >= 512 || lane * 16 < AUX_BYTES - i) copy_async(slot + VECTORS * 512 + i, aux + i);
         }
     }
     copy_async_commit();
@@ -180,14 +191,13 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     float* group_sums = (float*)(xs + UNITS * UNIT);
     char* ring = (char*)(group_sums + SUMS) + warp * STAGES * STAGE_BYTES;
     float* parts = (float*)((char*)(group_sums + SUMS) + WARPS * STAGES * STAGE_BYTES);
-    u32 slots = shared_address(ring);
+    u32 slots = shared_address(ring) + threadIdx.x % 32 * 16;
 
-    Cursor ahead{begin, warp}, at{begin, warp};
-    while (ahead.unit >= UNITS) ahead.unit -= UNITS, ahead.tile++;
-    at = ahead;
+    Cursor at(begin, warp), ahead(begin, warp);
+    int last = end * UNITS;
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-        request(g, ahead, end, slots + s * STAGE_BYTES);
+        request(g, ahead, last, slots + s * STAGE_BYTES);
         ahead.step();
     }
     if (TRIGGER == 0) let_next_start();
@@ -209,24 +219,24 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     __syncthreads();
 
     Unit unit;
-    unit.clear();
-    int tile = at.tile, slot = 0;
-    while (at.tile < end) {
+    float* part = parts + warp * 16;
+    int slot = 0, next = STAGES - 1;
+    for (; at.index < last; at.step()) {
         copy_async_wait<STAGES - 2>();
         __syncwarp();
-        int next = slot == 0 ? STAGES - 1 : slot - 1;
-        request(g, ahead, end, slots + next * STAGE_BYTES);
+        request(g, ahead, last, slots + next * STAGE_BYTES);
         ahead.step();
-        if (at.tile != tile) {
-            unit.store(parts + ((tile - begin) * WARPS + warp) * 16);
-            unit.clear();
-            tile = at.tile;
+        const uint4* stage = (const uint4*)(ring + slot * STAGE_BYTES);
+        if (at.fresh) {
+            unit.begin(stage + VECTORS * 32);
+            part = parts + ((at.tile - begin) * WARPS + warp) * 16;
         }
-        unit.add((const uint4*)(ring + slot * STAGE_BYTES), xs + at.unit * UNIT, group_sums + at.unit * (GROUPS / UNITS));
-        at.step();
+        unit.add(stage, xs + at.unit * UNIT, group_sums + at.unit * (GROUPS / UNITS));
+        next = slot;
         slot = slot == STAGES - 1 ? 0 : slot + 1;
+        // The warp's last unit of a tile.
+        if (at.unit + WARPS >= UNITS) unit.store(part);
     }
-    if (tile < end) unit.store(parts + ((tile - begin) * WARPS + warp) * 16);
     if (TRIGGER == 2) let_next_start();
     __syncthreads();
 
@@ -243,19 +253,20 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
 }
 
 #if DEC
-__device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
+__device__ __forceinline__ void compensate_block(const Gemv& g, int block, char* shared) {
     if (TRIGGER != 2) let_next_start();
     wait_for_previous();
 #if NORM
-    // x [K] f32, then what compensate() needs.
+    // Scratch, x [whole chunks] f32, then what compensate() needs.
+    constexpr int PADDED = (K + CHUNK - 1) / CHUNK * CHUNK;
     float* xs = (float*)(shared + 128);
-    stage_x<(K + 127) / 128 * 128>(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
+    stage_x<PADDED>(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
     __syncthreads();
-    compensate<THREADS, DEC_WORDS, false>(g.dec, blockIdx.x, shared + 128 + (K + 127) / 128 * 128 * 4, g.dec_out,
-                                          [&](int i) { return *(const float4*)(xs + i); });
+    compensate<THREADS, DEC_WORDS, false>(g.dec, block, (char*)(xs + PADDED), g.dec_out, InPlace{shared_address(xs)});
 #else
-    compensate<THREADS, DEC_WORDS, false>(g.dec, blockIdx.x, shared, g.dec_out,
-                                          [&](int i) { return load4(g.x, g.x_delta, i); });
+    // 4 KB per warp, then what compensate() needs.
+    compensate<THREADS, DEC_WORDS, false>(g.dec, block, shared + WARPS * CHUNK * 4, g.dec_out,
+                                          copied(shared, [&](int i) { return load4(g.x, g.x_delta, i); }));
 #endif
 }
 #endif
@@ -263,10 +274,11 @@ __device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
 __device__ __forceinline__ void gemv(const Gemv& g) {
     extern __shared__ __align__(128) char shared[];
 #if DEC
-    if (blockIdx.x < g.dec.n_tb)
-        compensate_block(g, shared);
+    int blocks = gridDim.x - g.dec.n_tb;
+    if (blockIdx.x >= blocks)
+        compensate_block(g, blockIdx.x - blocks, shared);
     else
-        multiply(g, blockIdx.x - g.dec.n_tb, gridDim.x - g.dec.n_tb, shared);
+        multiply(g, blockIdx.x, blocks, shared);
 #else
     multiply(g, blockIdx.x, gridDim.x, shared);
 #endif

@@ -36,10 +36,11 @@ __device__ __forceinline__ void look_up(uint4 lows, uint4 highs, u32 codes, u32 
     second = prmt(lo, hi, 0x7362);
 }
 
-struct Codebook {
+struct Book {
+    __device__ __forceinline__ Book() {}
 #if BITS == 3
     uint4 low, high; // of rows g and g + 8
-    __device__ __forceinline__ explicit Codebook(const uint4* books) {
+    __device__ __forceinline__ explicit Book(const uint4* books) {
         low = books[threadIdx.x % 32 / 4], high = books[threadIdx.x % 32 / 4 + 8];
     }
     __device__ __forceinline__ void operator()(u32 codes, u32* a) const {
@@ -48,7 +49,7 @@ struct Codebook {
     }
 #else
     uint4 low0, low1, high0, high1;
-    __device__ __forceinline__ explicit Codebook(const uint4* books) {
+    __device__ __forceinline__ explicit Book(const uint4* books) {
         int row = threadIdx.x % 32 / 4 * 2;
         low0 = books[row], low1 = books[row + 1], high0 = books[row + 16], high1 = books[row + 17];
     }
@@ -62,9 +63,8 @@ struct Codebook {
 
 // Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31.
 template <class Operands>
-__device__ __forceinline__ void expand(const uint4* codes, const uint4* aux, Operands operands) {
+__device__ __forceinline__ void expand(const uint4* codes, const Book& centroids, Operands operands) {
     int lane = threadIdx.x % 32;
-    Codebook centroids(aux);
 #if BITS == 3
     uint4 a = codes[lane], b = codes[32 + lane], c = codes[64 + lane];
 #endif

@@ -10,9 +10,15 @@ constexpr int GROUPS = 0;
 
 #include "common.cuh"
 
+// Nothing comes with the codes that their operands need.
+struct Book {
+    __device__ __forceinline__ Book() {}
+    __device__ __forceinline__ explicit Book(const uint4*) {}
+};
+
 // Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31.
 template <class Operands>
-__device__ __forceinline__ void expand(const uint4* codes, const uint4*, Operands operands) {
+__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int p = 0; p < 2; p++) {

@@ -35,9 +35,15 @@ __device__ __forceinline__ void integers(u32 codes, u32* a) {
     a[1] = integers(codes >> 8), a[3] = integers(codes >> 12);
 }
 
+// Nothing comes with the codes that their operands need.
+struct Book {
+    __device__ __forceinline__ Book() {}
+    __device__ __forceinline__ explicit Book(const uint4*) {}
+};
+
 // Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31.
 template <class Operands>
-__device__ __forceinline__ void expand(const uint4* codes, const uint4*, Operands operands) {
+__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands) {
     int lane = threadIdx.x % 32;
 #if BITS == 3
     uint4 a = codes[lane], b = codes[32 + lane], c = codes[64 + lane];

@@ -10,7 +10,7 @@
 // The block that ends last chooses.
 #include "common.cuh"
 
-#define THREADS 1024
+#define THREADS 512
 #define ONE (1ull << 44)
 
 struct State {

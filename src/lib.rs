@@ -10,6 +10,7 @@ pub mod generate;
 pub mod model;
 pub mod open;
 pub mod quantize;
+pub mod random;
 pub mod sampling;
 pub mod source;
 pub mod tokenizer;

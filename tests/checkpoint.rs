@@ -28,11 +28,18 @@ fn manifest(backend: WeightFormat, bits: f64) -> Manifest {
 }
 
 /// A random quantized projection: not a good one, but every number in it differs.
-fn linear(model: &SmallModel, layer: usize, projection: Projection, backend: WeightFormat, bits: usize) -> Linear<'static> {
+fn linear(
+    model: &SmallModel,
+    layer: usize,
+    projection: Projection,
+    backend: WeightFormat,
+    bits: usize,
+) -> Linear<'static> {
     let (inputs, outputs) = model.config.shape(projection);
     let mut rng = ChaCha8Rng::seed_from_u64((layer * 4 + projection.index()) as u64);
     let codes: Vec<u8> = (0..inputs * outputs).map(|_| (rng.next_u32() % (1 << bits)) as u8).collect();
-    let halves = |rng: &mut ChaCha8Rng, len| random(rng, len, 1.0).iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
+    let halves =
+        |rng: &mut ChaCha8Rng, len| random(rng, len, 1.0).iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
     let weight = match backend {
         WeightFormat::AnyPrec => {
             let lut = halves(&mut rng, outputs << bits);
@@ -151,7 +158,10 @@ fn an_unfinished_job_goes_on_and_a_different_one_starts_over() {
     assert_same(&file.projection(Projection::Down, &model.config, None).unwrap(), &layer[3]);
     let rest = Unquantized { embedding: model.embedding().unwrap(), head: None, final_norm: vec![1.0; 64] };
     let manifest = manifest(WeightFormat::AnyPrec, 3.0);
-    assert!(writer.finish(&model.config, &manifest, &[3, 3], &rest, &small_model::texts()).is_err(), "layer 1 is not there");
+    assert!(
+        writer.finish(&model.config, &manifest, &[3, 3], &rest, &small_model::texts()).is_err(),
+        "layer 1 is not there"
+    );
     assert!(!out.exists());
 
     let writer = CheckpointWriter::create(&out, "another key", false).unwrap();
@@ -169,7 +179,8 @@ fn what_is_broken_is_not_opened() {
         assert!(message.contains(out.to_str().unwrap()), "{what}: {message}");
         message
     };
-    for name in ["config.json", "model.safetensors", "residuals.safetensors", "thresholds.safetensors", "bitwidth_map.json"]
+    for name in
+        ["config.json", "model.safetensors", "residuals.safetensors", "thresholds.safetensors", "bitwidth_map.json"]
     {
         let path = out.join(name);
         let whole = fs::read(&path).unwrap();

@@ -56,8 +56,7 @@ fn fold(config: &ModelConfig, layer: &mut Layer, projection: Projection, scales:
         Projection::O => {
             let d = config.head_dim;
             let shared = config.num_heads / config.num_kv_heads;
-            let by_value: Vec<f32> =
-                (0..config.num_kv_heads * d).map(|v| scales[v / d * shared * d + v % d]).collect();
+            let by_value: Vec<f32> = (0..config.num_kv_heads * d).map(|v| scales[v / d * shared * d + v % d]).collect();
             let first = (config.num_heads + config.num_kv_heads) * d;
             divide_rows(&mut layer.linears[Projection::Qkv.index()], first, &by_value);
         }
@@ -204,7 +203,9 @@ pub(crate) fn quantize(
         .into_par_iter()
         .map(|g| match inputs {
             Some(x) => clipped(linear, g, bits, group_size, x),
-            None => (0..rows).map(|row| Grid::over(range(&linear.row(row)[g * group_size..][..group_size]), bits)).collect(),
+            None => {
+                (0..rows).map(|row| Grid::over(range(&linear.row(row)[g * group_size..][..group_size]), bits)).collect()
+            }
         })
         .collect();
     let mut codes = vec![0; rows * depth];
@@ -239,8 +240,7 @@ fn clipped(linear: &Affine, g: usize, bits: usize, group_size: usize, x: &[f32])
         let rows: Vec<&[f32]> = (first..linear.out_features.min(first + ROW_BLOCK))
             .map(|row| &linear.row(row)[g * group_size..][..group_size])
             .collect();
-        let mut best: Vec<(f32, Grid)> =
-            rows.iter().map(|row| (f32::INFINITY, Grid::over(range(row), bits))).collect();
+        let mut best: Vec<(f32, Grid)> = rows.iter().map(|row| (f32::INFINITY, Grid::over(range(row), bits))).collect();
         let mut delta = vec![0.0; rows.len() * group_size];
         let mut through = vec![0.0; delta.len()];
         for candidate in 0..RANGES {

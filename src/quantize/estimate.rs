@@ -3,4 +3,6 @@
 #[derive(Debug)]
 pub struct Estimate;
 /// e
-pub fn estimate() -> Estimate { Estimate }
+pub fn estimate() -> Estimate {
+    Estimate
+}

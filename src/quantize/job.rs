@@ -82,8 +82,8 @@ impl Job<'_> {
             let inputs = activations.advance(config, &layer, &rope, !missing.is_empty(), self.stop, self.progress)?;
             for &bits in &missing {
                 super::ensure_running(self.stop)?;
-                let (norms, linears) = super::quantize_layer(self, bits, &layer, &inputs)
-                    .with_context(|| format!("layer {index}"))?;
+                let (norms, linears) =
+                    super::quantize_layer(self, bits, &layer, &inputs).with_context(|| format!("layer {index}"))?;
                 self.writer.write_layer(index, bits, &norms, &linears)?;
             }
             self.progress.inc(self.layer_work());

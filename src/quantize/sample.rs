@@ -7,8 +7,8 @@ use anyhow::Result;
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
-use super::forward::{KvCache, Layer, Rope, forward, norm, product, softmax};
 use super::calibrate::Activations;
+use super::forward::{KvCache, Layer, Rope, forward, norm, product, softmax};
 use crate::config::ModelConfig;
 use crate::format::{Dense, Floats};
 use crate::sampling;
@@ -138,8 +138,7 @@ mod tests {
     #[test]
     fn the_head_is_the_same_in_every_type() {
         let (depth, vocab) = (8, HEAD_ROWS + 3);
-        let halves: Vec<half::f16> =
-            (0..depth * vocab).map(|i| half::f16::from_f32((i % 61) as f32 - 30.0)).collect();
+        let halves: Vec<half::f16> = (0..depth * vocab).map(|i| half::f16::from_f32((i % 61) as f32 - 30.0)).collect();
         let floats: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
         let x: Vec<f32> = (0..2 * depth).map(|i| i as f32 - 7.0).collect();
         let dense = |values| Dense { in_features: depth, out_features: vocab, values };

@@ -45,7 +45,7 @@ pub(super) struct Blas {
     gemm: GemmEx,
     destroy: unsafe extern "C" fn(Handle) -> c_int,
     _driver: Rc<Driver>,
-    _library: libloading::Library,
+    _libraries: Vec<libloading::Library>,
 }
 
 impl Blas {
@@ -54,7 +54,8 @@ impl Blas {
     /// # Errors
     /// No library, or one that does not start.
     pub(super) fn open(driver: &Rc<Driver>) -> Result<Self> {
-        let library = super::driver::library("libcublas", "nvidia-cublas")?;
+        let libraries = super::driver::library("libcublas", "libcublasLt.so", "nvidia-cublas")?;
+        let library = &libraries[0];
         let mut handle = std::ptr::null_mut();
         // SAFETY: the types are those of cublas_api.h, unchanged from CUDA 12 to 13.
         let (gemm, destroy, status) = unsafe {
@@ -70,7 +71,7 @@ impl Blas {
             (gemm, destroy, status)
         };
         ensure!(status == 0, "cuda: cuBLAS does not start: status {status}");
-        Ok(Self { handle, gemm, destroy, _driver: Rc::clone(driver), _library: library })
+        Ok(Self { handle, gemm, destroy, _driver: Rc::clone(driver), _libraries: libraries })
     }
 
     /// `y[tokens, rows] = x[tokens, k] · w[rows, k]ᵀ` (`+ y` if `add`), sums and `y` in f32.

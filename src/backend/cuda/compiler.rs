@@ -61,7 +61,7 @@ pub(crate) struct Compiler {
     version: (c_int, c_int),
     architecture: String,
     cache: Option<PathBuf>,
-    _library: libloading::Library,
+    _libraries: Vec<libloading::Library>,
 }
 
 impl Compiler {
@@ -70,7 +70,8 @@ impl Compiler {
     /// # Errors
     /// No NVRTC, or one without the functions that are needed; says how to get one.
     pub(crate) fn open(architecture: &str, cache: Option<PathBuf>) -> Result<Self> {
-        let library = super::driver::library("libnvrtc", "nvidia-cuda-nvrtc")?;
+        let libraries = super::driver::library("libnvrtc", "libnvrtc-builtins.so", "nvidia-cuda-nvrtc")?;
+        let library = &libraries[0];
         // SAFETY: the types are those of nvrtc.h, unchanged from CUDA 12 to 13.
         let api = unsafe {
             Api {
@@ -88,7 +89,7 @@ impl Compiler {
         // SAFETY: writes two integers.
         let status = unsafe { (api.version)(&mut version.0, &mut version.1) };
         ensure!(status == 0, "cuda: nvrtcVersion failed with {status}");
-        Ok(Self { api, version, architecture: architecture.to_owned(), cache, _library: library })
+        Ok(Self { api, version, architecture: architecture.to_owned(), cache, _libraries: libraries })
     }
 
     /// The compiler's version, as in `13.0`.
@@ -101,18 +102,16 @@ impl Compiler {
     /// # Errors
     /// A file that is not among the kernels; the compiler's messages.
     pub(crate) fn cubin(&self, file: &str, defines: &[String]) -> Result<Vec<u8>> {
-        let Some((_, source)) = SOURCES.iter().find(|(name, _)| *name == file) else {
-            bail!("cuda: there is no kernel file {file}");
-        };
+        let source = source(file)?;
         let Some(directory) = &self.cache else {
-            return self.compile(file, source, defines);
+            return Ok(self.compile(file, source, defines)?.0);
         };
         let stem = file.trim_end_matches(".cu");
         let path = directory.join(format!("{stem}-{:032x}.cubin", self.key(source, defines)));
         if let Some(cubin) = fs::read(&path).ok().and_then(|bytes| unseal(&bytes).map(<[u8]>::to_vec)) {
             return Ok(cubin);
         }
-        let cubin = self.compile(file, source, defines)?;
+        let (cubin, _) = self.compile(file, source, defines)?;
         if let Err(error) = store(&path, &cubin) {
             tracing::warn!("compiled kernels are not kept: {}: {error}", path.display());
         }
@@ -128,12 +127,14 @@ impl Compiler {
         u128::from(hash(text.as_bytes(), 1)) << 64 | u128::from(hash(text.as_bytes(), 2))
     }
 
-    fn compile(&self, file: &str, source: &str, defines: &[String]) -> Result<Vec<u8>> {
+    /// Compiled code, and the compiler's log with the resources that each kernel takes.
+    fn compile(&self, file: &str, source: &str, defines: &[String]) -> Result<(Vec<u8>, String)> {
         let c = |s: &str| CString::new(s).map_err(anyhow::Error::from);
         let (name, source) = (c(file)?, c(source)?);
         let texts = HEADERS.iter().map(|(_, text)| c(text)).collect::<Result<Vec<_>>>()?;
         let names = HEADERS.iter().map(|(name, _)| c(name)).collect::<Result<Vec<_>>>()?;
-        let mut options = vec![c(&format!("--gpu-architecture={}", self.architecture))?, c("--std=c++17")?];
+        let mut options =
+            vec![c(&format!("--gpu-architecture={}", self.architecture))?, c("--std=c++17")?, c("--ptxas-options=-v")?];
         for define in defines {
             options.push(c(&format!("-D{define}"))?);
         }
@@ -155,13 +156,13 @@ impl Compiler {
         ensure!(status == 0, "cuda: nvrtcCreateProgram failed with {status} for {file}");
         // SAFETY: as above; the program is destroyed below, once.
         let status = unsafe { (self.api.compile)(program, options_at.len() as c_int, options_at.as_ptr()) };
+        // SAFETY: a program has a log once it was compiled, whatever came of it.
+        let log = unsafe { fetch(program, self.api.log_size, self.api.log) }.unwrap_or_default();
+        let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().into_owned();
         let result = if status == 0 {
             // SAFETY: the program is compiled.
-            unsafe { fetch(program, self.api.cubin_size, self.api.cubin) }
+            unsafe { fetch(program, self.api.cubin_size, self.api.cubin) }.map(|cubin| (cubin, log))
         } else {
-            // SAFETY: a failed program has a log.
-            let log = unsafe { fetch(program, self.api.log_size, self.api.log) }.unwrap_or_default();
-            let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().into_owned();
             Err(anyhow::anyhow!(
                 "cuda: {file} does not compile for {} with NVRTC {}: {}",
                 self.architecture,
@@ -173,6 +174,13 @@ impl Compiler {
         unsafe { (self.api.destroy)(&mut program) };
         result
     }
+}
+
+fn source(file: &str) -> Result<&'static str> {
+    let Some((_, source)) = SOURCES.iter().find(|(name, _)| *name == file) else {
+        bail!("cuda: there is no kernel file {file}");
+    };
+    Ok(source)
 }
 
 /// What one of NVRTC's pairs of functions gives: a size, then as many bytes.
@@ -237,6 +245,76 @@ fn store(path: &std::path::Path, cubin: &[u8]) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rayon::prelude::*;
+
+    /// Every hot kernel as models ask for it, and every other one: file, defines.
+    fn variants() -> Vec<(&'static str, Vec<String>)> {
+        let split = |s: &str| s.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let mut all = Vec::new();
+        let shape = "K=4096 R=6144 WARPS=8 STAGES=4 MIN_BLOCKS=2 DEC_WORDS=2";
+        for dtype in [0, 1] {
+            for (norm, dec) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                for bits in [3, 4] {
+                    let common = format!("DTYPE={dtype} NORM={norm} DEC={dec} {shape}");
+                    all.push(("gemv_anyprec.cu", split(&format!("{common} BITS={bits}"))));
+                    all.push(("gemv_lutgemm.cu", split(&format!("{common} BITS={bits} GROUP=128"))));
+                }
+            }
+            all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} NORM=1 DEC=0 {shape}"))));
+        }
+        // SmolLM2's shapes: rows that are no whole tiles, channels that are no whole units, narrow residuals.
+        let small = "K=576 R=72 WARPS=8 STAGES=4 MIN_BLOCKS=2 DEC_WORDS=1 DTYPE=0 NORM=1 DEC=1";
+        all.push(("gemv_anyprec.cu", split(&format!("{small} BITS=3"))));
+        all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=64"))));
+        all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=32"))));
+        for dtype in [0, 1, 2] {
+            all.push(("gemv_any.cu", split(&format!("DTYPE={dtype}"))));
+            all.push(("rows.cu", split(&format!("DTYPE={dtype}"))));
+            for heads in ["HEADS=32 KV_HEADS=8 HEAD_DIM=128", "HEADS=9 KV_HEADS=3 HEAD_DIM=64"] {
+                all.push(("attend.cu", split(&format!("DTYPE={dtype} KV={dtype} WINDOW=0 SPLITS=16 {heads}"))));
+            }
+        }
+        all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=2047 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));
+        all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=0 SPLITS=16 HEADS=64 KV_HEADS=8 HEAD_DIM=128")));
+        all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
+        all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
+        all.push(("sample.cu", split("DTYPE=0")));
+        all
+    }
+
+    /// Needs NVRTC, not a GPU: `scripts/cuda-toolchain.sh`, then `DECDEC_CUDA_LIBRARIES=.cache/cuda/lib`.
+    #[test]
+    fn every_kernel_compiles_for_every_architecture_without_spilling() {
+        let Ok(probe) = Compiler::open("sm_80", None) else {
+            eprintln!("skipped: no NVRTC");
+            return;
+        };
+        drop(probe);
+        for architecture in ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"] {
+            let compiler = Compiler::open(architecture, None).unwrap();
+            variants().par_iter().for_each(|(file, defines)| {
+                let (_, log) = compiler.compile(file, source(file).unwrap(), defines).unwrap();
+                assert!(log.contains("bytes stack frame"), "no resource report for {file}: {log}");
+                for line in log.lines().filter(|line| line.contains("bytes stack frame")) {
+                    assert!(
+                        line.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
+                        "{architecture} {file} {defines:?}: {}",
+                        line.trim()
+                    );
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_compile_says_why() {
+        let Ok(compiler) = Compiler::open("sm_90", None) else {
+            eprintln!("skipped: no NVRTC");
+            return;
+        };
+        let error = compiler.compile("dec.cu", "nonsense", &[]).unwrap_err().to_string();
+        assert!(error.contains("sm_90") && error.contains("nonsense"), "{error}");
+    }
 
     #[test]
     fn a_damaged_cache_file_is_not_code() {

@@ -19,7 +19,6 @@ pub(super) struct Numbers {
     pub(super) minor: i32,
     pub(super) multiprocessors: usize,
     pub(super) shared_per_block: usize,
-    pub(super) shared_per_multiprocessor: usize,
 }
 
 /// One device and the one stream that everything is queued on. Single-threaded: its context is current on the
@@ -80,9 +79,6 @@ impl Driver {
             minor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
-            shared_per_multiprocessor: attribute(
-                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-            )? as usize,
         };
         ensure!(
             numbers.major >= 8,
@@ -455,22 +451,28 @@ impl Drop for Graph {
     }
 }
 
-/// A library's name in several versions, opened from wherever it is installed.
+/// A library in the latest version that is installed, and those of `parts` that lie beside it: libraries that it
+/// opens by name later, from a directory that the loader may not search.
 ///
 /// # Errors
 /// Names what was looked for and how to get it.
-pub(super) fn library(name: &str, package: &str) -> Result<libloading::Library> {
+pub(super) fn library(name: &str, parts: &str, package: &str) -> Result<Vec<libloading::Library>> {
     let directory = std::env::var("DECDEC_CUDA_LIBRARIES").ok();
-    let directories = directory
-        .as_deref()
-        .into_iter()
-        .chain(["", "/usr/local/cuda/lib64", "/opt/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]);
+    let directories = directory.as_deref().into_iter().chain([
+        "",
+        "/usr/local/cuda/lib64",
+        "/opt/cuda/lib64",
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+    ]);
     for directory in directories {
         for version in [".13", ".12", ""] {
             let file = std::path::Path::new(directory).join(format!("{name}.so{version}"));
+            let mut libraries = beside(directory, parts);
             // SAFETY: NVIDIA's libraries run nothing of consequence when they are opened.
             if let Ok(library) = unsafe { libloading::Library::new(&file) } {
-                return Ok(library);
+                libraries.insert(0, library);
+                return Ok(libraries);
             }
         }
     }
@@ -478,4 +480,13 @@ pub(super) fn library(name: &str, package: &str) -> Result<libloading::Library> 
         "cuda: {name}.so of CUDA 12 or 13 not found, install the CUDA toolkit or the Python package {package}, and \
          name its directory in DECDEC_CUDA_LIBRARIES"
     )
+}
+
+fn beside(directory: &str, parts: &str) -> Vec<libloading::Library> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| !parts.is_empty() && entry.file_name().to_string_lossy().starts_with(parts))
+        // SAFETY: as above.
+        .filter_map(|entry| unsafe { libloading::Library::new(entry.path()) }.ok())
+        .collect()
 }

@@ -7,7 +7,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::driver::{Buffer, Kernel, Mapped};
-use super::{Cuda, Dtype, Residuals, pack};
+use super::{Cuda, Dtype, Residuals, Tuning, pack};
 use crate::dec::{BUCKETS, CHUNK, DecPlan, Selection};
 use crate::format::{Dense, LutGemm, Residual};
 use crate::weights::{Linear, Weight};
@@ -50,8 +50,8 @@ pub struct Matrix {
     pub(super) body: Body,
     pub(super) bias: Option<Buffer>,
     pub(super) residual: Option<(Words, Buffer)>,
-    /// Compiled products by (normalizes, compensates), made when first used.
-    pub(super) kernels: RefCell<[Option<Kernel>; 4]>,
+    /// Compiled products by (normalizes, compensates, launch parameters), made when first used.
+    pub(super) kernels: RefCell<Vec<((bool, bool, Tuning), Kernel)>>,
 }
 
 /// A compensation plan as the kernels take it.
@@ -66,16 +66,16 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Chunks whose selections fit 48 KB of shared memory together.
+    /// Chunks whose selections fit 24 KB of shared memory together.
     pub(super) fn list_chunks(&self) -> usize {
         let chunks = self.in_features.div_ceil(CHUNK);
-        (48 * 1024 / (8 * self.k_chunk.max(1))).clamp(1, chunks)
+        (24 * 1024 / (8 * self.k_chunk.max(1))).clamp(1, chunks)
     }
 }
 
 /// Words that a compensating thread reads at once.
 pub(super) fn dec_words(out_features: usize) -> usize {
-    if out_features.is_multiple_of(32) { 4 } else { 1 }
+    if out_features.is_multiple_of(16) { 2 } else { 1 }
 }
 
 pub(super) fn plan(cuda: &Cuda, matrix: &Matrix, plan: &DecPlan) -> Result<Plan> {

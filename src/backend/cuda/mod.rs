@@ -203,7 +203,7 @@ impl Cuda {
 
     /// Blocks that share one key-value head's text.
     fn splits(&self, kv_heads: usize) -> usize {
-        (self.driver.numbers().multiprocessors / kv_heads).clamp(1, 64)
+        (self.driver.numbers().multiprocessors / kv_heads).clamp(1, 16)
     }
 }
 
@@ -312,14 +312,7 @@ impl DecodeBackend for Cuda {
         sequence.attend(self, layer, qkv, out, tokens)
     }
 
-    fn gemv_add(
-        &self,
-        matrix: &Matrix,
-        plan: Option<&Plan>,
-        x: &Vector,
-        h: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
+    fn gemv_add(&self, matrix: &Matrix, plan: Option<&Plan>, x: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
         self.product(None, matrix, plan, (x.at(), x.delta()), h, tokens, true)
     }
 

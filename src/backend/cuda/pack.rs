@@ -243,15 +243,8 @@ mod tests {
         assert!(is_uniform(&uniform));
         let mut alpha = uniform.alpha().to_f32().into_owned();
         alpha[20] *= 1.001;
-        let other = LutGemm::new(
-            128,
-            16,
-            3,
-            64,
-            uniform.binary().to_vec().into(),
-            alpha.into(),
-            uniform.q_bias().clone(),
-        );
+        let other =
+            LutGemm::new(128, 16, 3, 64, uniform.binary().to_vec().into(), alpha.into(), uniform.q_bias().clone());
         assert!(!is_uniform(&other.unwrap()));
     }
 }

@@ -1,6 +1,7 @@
 //! Products: which kernel, how many blocks, in how many steps.
 
 use anyhow::{Result, ensure};
+use rayon::prelude::*;
 
 use super::driver::{Arguments, Kernel, Launch};
 use super::matrix::{Body, Format, Matrix, Plan, dec_words};
@@ -31,7 +32,7 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { warps: 8, stages: 4, per_multiprocessor: 1, min_blocks: 2, trigger: 0, dec_flight: 4 }
+        Self { warps: 16, stages: 2, per_multiprocessor: 1, min_blocks: 2, trigger: 0, dec_flight: 4 }
     }
 }
 
@@ -143,18 +144,49 @@ fn gemv_launch(
     let shared = |stages: usize| fixed + warps * stages * stage;
     let stages = (2..=tuning.stages).rev().find(|&s| shared(s) <= most_shared);
     let Some(stages) = stages else {
-        anyhow::bail!("cuda: a row of {in_features} channels needs {} bytes of shared memory, {most_shared} are there", shared(2));
+        anyhow::bail!(
+            "cuda: a row of {in_features} channels needs {} bytes of shared memory, {most_shared} are there",
+            shared(2)
+        );
     };
     Ok(GemvLaunch { blocks, warps, stages, shared: shared(stages) })
 }
 
-/// Shared memory of a compensating block.
+/// Shared memory of a compensating block: activations (all of them, or a chunk per warp), list, sums.
 fn dec_shared(plan: &Plan, threads: usize, normalizes: bool) -> usize {
-    let x = if normalizes { 128 + plan.in_features.next_multiple_of(128) * 4 } else { 0 };
+    let x = if normalizes { 128 + plan.in_features.next_multiple_of(CHUNK) * 4 } else { threads / 32 * CHUNK * 4 };
     x + plan.list_chunks() * plan.k_chunk * 8 + 8 * dec_words(plan.out_features) * (threads + 1) * 4
 }
 
 impl Cuda {
+    /// Compiles what products of `matrices` need under each of `tunings`, on all cores, ahead of their first use.
+    ///
+    /// `norm` and `dec`: whether they normalize, whether they compensate.
+    ///
+    /// # Errors
+    /// The compiler's messages.
+    pub fn compile_ahead(&self, matrices: &[&Matrix], tunings: &[Tuning], norm: bool, dec: bool) -> Result<()> {
+        let numbers = self.driver.numbers();
+        let mut jobs = Vec::new();
+        for &matrix in matrices {
+            let Body::Packed { format, .. } = matrix.body else { continue };
+            for &tuning in tunings {
+                let (k, r) = (matrix.in_features, matrix.out_features);
+                let launch = gemv_launch(format, k, r, tuning, numbers.multiprocessors, numbers.shared_per_block)?;
+                let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
+                defines.extend(gemv_defines(format, matrix, launch, tuning, norm, dec));
+                jobs.push((entries(format).0, defines));
+            }
+        }
+        let compiler = &self.compiler;
+        jobs.par_iter().try_for_each(|(file, defines)| compiler.cubin(file, defines).map(|_| ()))
+    }
+
+    /// Uses other launch parameters from now on.
+    pub fn retune(&mut self, tuning: Tuning) {
+        self.options.tuning = tuning;
+    }
+
     /// `y (+)= W·x + bias` for `tokens` tokens; `x` is where the activations and what is to be added to them are.
     #[allow(clippy::too_many_arguments, reason = "everything that a product can ask for")]
     pub(super) fn product(
@@ -182,7 +214,8 @@ impl Cuda {
             }
             Body::Packed { format, .. } if by_token => {
                 for t in 0..tokens as u64 {
-                    let (x, at) = (x.0 + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
+                    let (x, at) =
+                        (x.0 + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
                     let token = Token { x, x_delta: 0, y: at, y_delta: 0, dec_out: 0, add };
                     self.packed(*format, norm, matrix, None, &token)?;
                 }
@@ -191,7 +224,8 @@ impl Cuda {
             Body::Any { .. } if by_token => {
                 let staged = self.stage(norm, x, matrix.in_features, tokens, false, Dtype::Float32)?;
                 for t in 0..tokens as u64 {
-                    let (x, at) = (staged + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
+                    let (x, at) =
+                        (staged + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
                     self.any(matrix, x, at, add)?;
                 }
                 if !add {
@@ -277,24 +311,22 @@ impl Cuda {
     }
 
     /// The product's kernel for a matrix, compiled once per shape.
-    fn gemv_kernel(&self, format: Format, matrix: &Matrix, launch: GemvLaunch, norm: bool, dec: bool) -> Result<Kernel> {
-        let slot = usize::from(norm) * 2 + usize::from(dec);
-        if let Some(kernel) = &matrix.kernels.borrow()[slot] {
+    fn gemv_kernel(
+        &self,
+        format: Format,
+        matrix: &Matrix,
+        launch: GemvLaunch,
+        norm: bool,
+        dec: bool,
+    ) -> Result<Kernel> {
+        let key = (norm, dec, self.options.tuning);
+        if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
-        let mut defines = shape_defines(format, matrix, launch);
-        let Tuning { min_blocks, trigger, dec_flight, .. } = self.options.tuning;
-        defines.push(format!("NORM={}", u8::from(norm)));
-        defines.push(format!("DEC={}", u8::from(dec)));
-        defines.push(format!("TRIGGER={trigger}"));
-        defines.push(format!("MIN_BLOCKS={min_blocks}"));
-        if dec {
-            defines.push(format!("DEC_WORDS={}", dec_words(matrix.out_features)));
-            defines.push(format!("DEC_FLIGHT={dec_flight}"));
-        }
+        let defines = gemv_defines(format, matrix, launch, self.options.tuning, norm, dec);
         let (file, gemv, _) = entries(format);
         let kernel = self.kernel(file, gemv, &defines)?;
-        matrix.kernels.borrow_mut()[slot] = Some(kernel.clone());
+        matrix.kernels.borrow_mut().push((key, kernel.clone()));
         Ok(kernel)
     }
 
@@ -318,8 +350,7 @@ impl Cuda {
         swiglu: bool,
         dtype: Dtype,
     ) -> Result<u64> {
-        let (what, size, kind) =
-            if dtype == Dtype::Float32 { (Scratch::X, 4, 2i32) } else { (Scratch::Half, 2, 0) };
+        let (what, size, kind) = if dtype == Dtype::Float32 { (Scratch::X, 4, 2i32) } else { (Scratch::Half, 2, 0) };
         let out = self.scratch(what, tokens * features * size)?.pointer();
         let gamma = norm.map_or(0, |n| n.gamma.at());
         let eps = norm.map_or(0.0, |n| n.eps);
@@ -442,13 +473,14 @@ impl Cuda {
 
     /// The channels that a plan selects for `x`, ascending.
     pub(super) fn selected_channels(&self, plan: &Plan, x: &Vector) -> Result<Vec<u32>> {
+        let launch = Launch { shared: 8 * CHUNK * 4, ..Launch::new(1, 256) };
         let list = super::Buffer::new(&self.driver, plan.selected.max(1) * 8)?;
         let chunks = plan.in_features.div_ceil(CHUNK) as i32;
         let argument = DecArgument { list_chunks: chunks, ..DecArgument::without_matrix(plan) };
         let (x_at, delta, to) = (x.at(), x.delta(), list.pointer());
         self.driver.launch(
             &self.kernel("dec.cu", "select_channels", &[format!("DEC_WORDS={}", dec_words(plan.out_features))])?,
-            Launch::new(1, 256),
+            launch,
             &mut Arguments::new().with(&argument).with(&x_at).with(&delta).with(&to),
         )?;
         let mut pairs = vec![[0u32; 2]; plan.selected];
@@ -477,6 +509,27 @@ fn shape_defines(format: Format, matrix: &Matrix, launch: GemvLaunch) -> Vec<Str
         Format::AnyPrec { bits } => defines.push(format!("BITS={bits}")),
         Format::LutGemm { bits, group } => defines.extend([format!("BITS={bits}"), format!("GROUP={group}")]),
         Format::Dense => {}
+    }
+    defines
+}
+
+fn gemv_defines(
+    format: Format,
+    matrix: &Matrix,
+    launch: GemvLaunch,
+    tuning: Tuning,
+    norm: bool,
+    dec: bool,
+) -> Vec<String> {
+    let mut defines = shape_defines(format, matrix, launch);
+    let Tuning { min_blocks, trigger, dec_flight, .. } = tuning;
+    defines.push(format!("NORM={}", u8::from(norm)));
+    defines.push(format!("DEC={}", u8::from(dec)));
+    defines.push(format!("TRIGGER={trigger}"));
+    defines.push(format!("MIN_BLOCKS={min_blocks}"));
+    if dec {
+        defines.push(format!("DEC_WORDS={}", dec_words(matrix.out_features)));
+        defines.push(format!("DEC_FLIGHT={dec_flight}"));
     }
     defines
 }

@@ -16,7 +16,7 @@ use crate::sampling::Sampling;
 const NONE: u32 = u32::MAX;
 
 /// Blocks that look for the largest logit.
-const SAMPLE_BLOCKS: usize = 32;
+const SAMPLE_BLOCKS: usize = 64;
 
 /// One text: its key-value cache, its length, its sampled tokens.
 pub struct Sequence {
@@ -33,10 +33,10 @@ pub struct Sequence {
     parts: Buffer,
     tickets: Buffer,
     rules: Buffer,
-    draws: Buffer,   // f32 [max_seq_len + 1]
-    best: Buffer,    // u64 [SAMPLE_BLOCKS], then the ticket
-    list: Buffer,    // (u64, u64) [vocab_size]
-    tokens: Mapped,  // u32 [max_seq_len + 1]
+    draws: Buffer,  // f32 [max_seq_len + 1]
+    best: Buffer,   // u64 [SAMPLE_BLOCKS], then the ticket
+    list: Buffer,   // (u64, u64) [vocab_size]
+    tokens: Mapped, // u32 [max_seq_len + 1]
     begun: Cell<bool>,
 }
 
@@ -115,7 +115,14 @@ impl Sequence {
         Ok(())
     }
 
-    pub(super) fn attend(&self, cuda: &Cuda, layer: usize, qkv: &Vector, out: &mut Vector, tokens: usize) -> Result<()> {
+    pub(super) fn attend(
+        &self,
+        cuda: &Cuda,
+        layer: usize,
+        qkv: &Vector,
+        out: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
         let arguments = Attend {
             qkv: qkv.at(),
             delta: qkv.delta(),
@@ -134,6 +141,7 @@ impl Sequence {
             format!("HEAD_DIM={}", self.head_dim),
             format!("KV={}", cuda.options.dtype as u8),
             format!("WINDOW={}", self.window),
+            format!("SPLITS={}", cuda.splits(self.kv_heads)),
         ];
         let group = self.heads / self.kv_heads;
         let teams = 256 / lanes(self.head_dim);
@@ -167,7 +175,7 @@ impl Sequence {
         let ticket = best + (SAMPLE_BLOCKS * 8) as u64;
         cuda.driver.launch(
             &cuda.kernel("sample.cu", "sample", &[])?,
-            Launch::new(SAMPLE_BLOCKS, 1024),
+            Launch::new(SAMPLE_BLOCKS, 512),
             &mut Arguments::new()
                 .with(&at)
                 .with(&delta)

@@ -123,16 +123,14 @@ fn main() -> Result<()> {
 }
 
 fn brief(t: Tuning) -> String {
-    format!("w{} s{} b{} m{} t{} f{}", t.warps, t.stages, t.per_multiprocessor, t.min_blocks, t.trigger, t.dec_flight)
+    format!("w{} s{} d{} t{} f{}", t.warps, t.stages, t.dec_warps, t.trigger, t.dec_flight)
 }
 
 fn sweep() -> Vec<Tuning> {
     let mut all = Vec::new();
-    for (warps, stages, per_multiprocessor, min_blocks) in
-        [(8, 3, 1, 3), (8, 4, 1, 3), (8, 3, 2, 3), (16, 2, 1, 2), (16, 3, 1, 2), (16, 2, 1, 1), (12, 3, 1, 2), (8, 2, 2, 4)]
-    {
-        for trigger in [0, 2] {
-            all.push(Tuning { warps, stages, per_multiprocessor, min_blocks, trigger, dec_flight: 4 });
+    for (warps, stages) in [(16, 2), (16, 3), (16, 4), (12, 3), (20, 2), (24, 2)] {
+        for (dec_warps, dec_flight) in [(8, 4), (8, 6), (4, 4)] {
+            all.push(Tuning { warps, stages, dec_warps, trigger: 0, dec_flight });
         }
     }
     all

@@ -171,11 +171,34 @@ __device__ __forceinline__ void add_positions(Running& r, const Attend& g, const
     }
 }
 
+// The teams of a warp become one, in its first team.
+__device__ __forceinline__ void merge_warp(Running& r) {
+#pragma unroll
+    for (int d = LANES; d < 32; d *= 2)
+#pragma unroll
+        for (int h = 0; h < GROUP; h++) {
+            float other = __shfl_xor_sync(FULL, r.m[h], d), m = fmaxf(r.m[h], other);
+            float f = rescale(r.m[h], m), g = rescale(other, m);
+            r.m[h] = m;
+            r.l[h] = f * r.l[h] + g * __shfl_xor_sync(FULL, r.l[h], d);
+#pragma unroll
+            for (int i = 0; i < 8; i++) r.acc[h][i] = f * r.acc[h][i] + g * __shfl_xor_sync(FULL, r.acc[h][i], d);
+        }
+}
+
+// Brings a share of the cache nearer, while queries are still made.
+__device__ __forceinline__ void prefetch(const void* cache, int kv, int max_seq_len, int begin, int end) {
+    const char* from = (const char*)((const Stored*)cache + ((long long)kv * max_seq_len + begin) * HEAD_DIM);
+    int bytes = min((end - begin) * HEAD_DIM * (int)sizeof(Stored), 1 << 16);
+    for (int i = threadIdx.x * 128; i < bytes; i += THREADS * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+}
+
 // One block, one key-value head, one share of the positions. Shared memory: queries [GROUP, HEAD_DIM], then
-// teams' results [TEAMS, GROUP, HEAD_DIM + 2].
+// warps' results [THREADS / 32, GROUP, HEAD_DIM + 2].
 __device__ __forceinline__ void attend_share(const Attend& g, float* queries, int kv, int begin, int end, float* out,
                                              float* part) {
-    float* teams = queries + GROUP * HEAD_DIM;
+    float* warps = queries + GROUP * HEAD_DIM;
     Running r;
 #pragma unroll
     for (int h = 0; h < GROUP; h++) {
@@ -184,12 +207,13 @@ __device__ __forceinline__ void attend_share(const Attend& g, float* queries, in
         for (int i = 0; i < 8; i++) r.acc[h][i] = 0;
     }
     add_positions(r, g, queries, kv, begin, end);
-    int lane = threadIdx.x % LANES, team = threadIdx.x / LANES;
+    merge_warp(r);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int h = 0; h < GROUP; h++) {
-        float* to = teams + (team * GROUP + h) * (HEAD_DIM + 2);
+        float* to = warps + (warp * GROUP + h) * (HEAD_DIM + 2);
         if (lane == 0) to[0] = r.m[h], to[1] = r.l[h];
-        if (lane * 8 < HEAD_DIM)
+        if (lane * 8 < HEAD_DIM && lane < LANES)
 #pragma unroll
             for (int i = 0; i < 8; i++) to[2 + lane * 8 + i] = r.acc[h][i];
     }
@@ -197,10 +221,12 @@ __device__ __forceinline__ void attend_share(const Attend& g, float* queries, in
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         int h = i / HEAD_DIM, d = i % HEAD_DIM;
         float m = -INFINITY;
-        for (int t = 0; t < TEAMS; t++) m = fmaxf(m, teams[(t * GROUP + h) * (HEAD_DIM + 2)]);
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; w++) m = fmaxf(m, warps[(w * GROUP + h) * (HEAD_DIM + 2)]);
         float l = 0, sum = 0;
-        for (int t = 0; t < TEAMS; t++) {
-            const float* from = teams + (t * GROUP + h) * (HEAD_DIM + 2);
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; w++) {
+            const float* from = warps + (w * GROUP + h) * (HEAD_DIM + 2);
             float f = rescale(from[0], m);
             l = fmaf(f, from[1], l);
             sum = fmaf(f, from[2 + d], sum);
@@ -226,6 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     if (split >= splits) return;
     int begin = first + (long long)length * split / splits, end = first + (long long)length * (split + 1) / splits;
 
+    prefetch(g.keys, kv, g.max_seq_len, begin, end);
+    prefetch(g.values, kv, g.max_seq_len, begin, end);
     if (split == splits - 1) append_head(g, g.qkv, kv, position);
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {

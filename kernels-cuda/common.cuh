@@ -137,15 +137,24 @@ __device__ __forceinline__ u32 warp_count(u32 v) {
     return d;
 }
 
-// The sum over all THREADS of a block, the same bits in each; `scratch` holds one number per warp.
-template <int THREADS>
-__device__ __forceinline__ float block_sum(float v, float* scratch) {
+// SIZE threads of a block from thread FIRST on, that wait for each other at a barrier of their own.
+template <int FIRST, int SIZE, int BARRIER>
+struct Team {
+    static constexpr int size = SIZE;
+    static __device__ __forceinline__ int thread() { return threadIdx.x - FIRST; }
+    static __device__ __forceinline__ int warp() { return thread() / 32; }
+    static __device__ __forceinline__ void sync() { asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(SIZE) : "memory"); }
+};
+
+// The sum over a team, the same bits in each thread; `scratch` holds one number per warp.
+template <class T>
+__device__ __forceinline__ float team_sum(float v, float* scratch) {
     v = warp_sum(v);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[T::warp()] = v;
+    T::sync();
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < THREADS / 32; w++) sum += scratch[w];
+    for (int w = 0; w < T::size / 32; w++) sum += scratch[w];
     return sum;
 }
 

@@ -71,7 +71,8 @@ __device__ __forceinline__ u32 count_from(const Chunk& x, int least) {
 }
 
 // Magnitudes above `above` are taken, then the lowest channels among those of at least `least`.
-__device__ __forceinline__ void find_limits(const Chunk& x, int k, const Dec& dec, int& above, int& least) {
+// Lane i of each warp brings edge i.
+__device__ __forceinline__ void find_limits(const Chunk& x, int k, const Dec& dec, int edge, int& above, int& least) {
     if (dec.exact) {
         // The k-th largest key, bit by bit from the top.
         int value = 0;
@@ -86,22 +87,24 @@ __device__ __forceinline__ void find_limits(const Chunk& x, int k, const Dec& de
         int first = 0, last = BUCKETS - 1;
         while (first < last) {
             int middle = (first + last) / 2;
-            if (count_from(x, __ldg(dec.edges + middle)) >= k)
+            if (count_from(x, __shfl_sync(FULL, edge, middle)) >= k)
                 last = middle;
             else
                 first = middle + 1;
         }
-        least = __ldg(dec.edges + first);
-        above = first > 0 ? __ldg(dec.edges + first - 1) - 1 : 0x7fffffff;
+        least = __shfl_sync(FULL, edge, first);
+        int higher = __shfl_sync(FULL, edge, max(first, 1) - 1);
+        above = first > 0 ? higher - 1 : 0x7fffffff;
     }
 }
 
 // One warp writes the k salient channels of a chunk, ascending. Channels past the end are zeros: the last of the
 // smallest, never taken.
-__device__ __forceinline__ void select_chunk(const Chunk& x, int start, int k, const Dec& dec, Salient* list) {
+__device__ __forceinline__ void select_chunk(const Chunk& x, int start, int k, const Dec& dec, int edge,
+                                             Salient* list) {
     int lane = threadIdx.x % 32;
     int above, least;
-    find_limits(x, k, dec, above, least);
+    find_limits(x, k, dec, edge, above, least);
 
     // How many are above, and how many tie, in every group of four: one byte per j, summed over the lanes.
     u32 taken[2] = {0, 0}, ties[2] = {0, 0};
@@ -160,20 +163,23 @@ __device__ __forceinline__ void select_chunk(const Chunk& x, int start, int k, c
     }
 }
 
+// What a lane brings to bucket selection; it does not depend on earlier kernels.
+__device__ __forceinline__ int own_edge(const Dec& dec) { return dec.edges[threadIdx.x % 32]; }
+
 // How many channels chunk `c` gives.
 __device__ __forceinline__ int chunk_quota(const Dec& dec, int c) {
     return dec.k_chunk * min(CHUNK, dec.in_features - c * CHUNK) / CHUNK;
 }
 
 // Activations from device memory, copied once for the warp that selects among them: 4 KB per warp.
-template <class Read>
+template <class T, class Read>
 struct Copied {
     u32 values;
     Read read; // read(i): four activations
 
     __device__ __forceinline__ Chunk operator()(int start, int len) const {
         int lane = threadIdx.x % 32;
-        Chunk x{values + threadIdx.x / 32 * (CHUNK * 4) + lane * 16};
+        Chunk x{values + T::warp() * (CHUNK * 4) + lane * 16};
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             int i = 128 * j + 4 * lane;
@@ -183,9 +189,9 @@ struct Copied {
     }
 };
 
-template <class Read>
-__device__ __forceinline__ Copied<Read> copied(void* values, Read read) {
-    return Copied<Read>{shared_address(values), read};
+template <class T, class Read>
+__device__ __forceinline__ Copied<T, Read> copied(void* values, Read read) {
+    return Copied<T, Read>{shared_address(values), read};
 }
 
 // Activations that are in shared memory already, zeros up to a whole chunk.
@@ -197,13 +203,14 @@ struct InPlace {
 };
 
 // Selects chunks `first` to `last` into `list`. Returns how many channels.
-template <int THREADS, class Source>
-__device__ __forceinline__ int select_chunks(const Dec& dec, int first, int last, Salient* list, Source source) {
-    for (int c = first + threadIdx.x / 32; c < last; c += THREADS / 32) {
+template <class T, class Source>
+__device__ __forceinline__ int select_chunks(const Dec& dec, int edge, int first, int last, Salient* list,
+                                             Source source) {
+    for (int c = first + T::warp(); c < last; c += T::size / 32) {
         int start = c * CHUNK;
         int k = chunk_quota(dec, c);
         Chunk x = source(start, min(CHUNK, dec.in_features - start));
-        if (k > 0) select_chunk(x, start, k, dec, list + (c - first) * dec.k_chunk);
+        if (k > 0) select_chunk(x, start, k, dec, edge, list + (c - first) * dec.k_chunk);
     }
     return (last - first - 1) * dec.k_chunk + chunk_quota(dec, last - 1);
 }
@@ -259,13 +266,14 @@ __device__ __forceinline__ void add_channels(const Salient* list, int first, int
 }
 
 // Block `block` of n_tb computes its stripe: out[row] = (ONTO ? out[row] : 0) + s·Σ q·x.
-// `shared` holds list_chunks·k_chunk Salients, then 8·WORDS·(THREADS + 1) floats.
-template <int THREADS, int WORDS, bool ONTO, class Source>
-__device__ __forceinline__ void compensate(const Dec& dec, int block, char* shared, float* out,
+// `shared` holds list_chunks·k_chunk Salients, then 8·WORDS·(threads + 1) floats.
+template <class T, int WORDS, bool ONTO, class Source>
+__device__ __forceinline__ void compensate(const Dec& dec, int edge, int block, char* shared, float* out,
                                            Source source) {
+    constexpr int THREADS = T::size;
     Salient* list = (Salient*)shared;
     float* sums = (float*)(list + dec.list_chunks * dec.k_chunk);
-    int tid = threadIdx.x;
+    int tid = T::thread();
     int words = dec.out_features / 8;
     int chunks = (dec.in_features + CHUNK - 1) / CHUNK;
     int pieces = words / WORDS;
@@ -278,8 +286,8 @@ __device__ __forceinline__ void compensate(const Dec& dec, int block, char* shar
         const u32* column = dec.residual + (long long)(p0 + piece) * WORDS;
 
         for (int c = 0; c < chunks; c += dec.list_chunks) {
-            int n = select_chunks<THREADS>(dec, c, min(c + dec.list_chunks, chunks), list, source);
-            __syncthreads();
+            int n = select_chunks<T>(dec, edge, c, min(c + dec.list_chunks, chunks), list, source);
+            T::sync();
             float acc[8 * WORDS];
 #pragma unroll
             for (int i = 0; i < 8 * WORDS; i++) acc[i] = 0;
@@ -289,7 +297,7 @@ __device__ __forceinline__ void compensate(const Dec& dec, int block, char* shar
                 float* sum = sums + i * (THREADS + 1) + tid;
                 *sum = c == 0 ? acc[i] : *sum + acc[i];
             }
-            __syncthreads();
+            T::sync();
         }
 
         // Teams are added in order, one thread per row.
@@ -301,6 +309,6 @@ __device__ __forceinline__ void compensate(const Dec& dec, int block, char* shar
             float value = dec.scales[row] * sum;
             out[row] = ONTO ? out[row] + value : value;
         }
-        __syncthreads();
+        T::sync();
     }
 }

@@ -33,4 +33,4 @@ __device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands
 
 extern "C" __global__ void dequant_dense(const __grid_constant__ Packed m) { dequant(m); }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemv_dense(const __grid_constant__ Gemv g) { gemv(g); }
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, MIN_BLOCKS) gemv_dense(const __grid_constant__ Gemv g) { gemv(g); }

@@ -15,10 +15,11 @@ extern "C" __global__ void __launch_bounds__(256) embed(const void* table, int k
                                                         const State* state, float* h) {
     wait_for_previous();
     let_next_start();
-    int token = blockIdx.x;
+    int token = blockIdx.y;
     int row = ids ? ids[token] : state->last;
     int units = (features + 63) / 64;
-    for (int k = threadIdx.x; k < features; k += 256) {
+    int k = blockIdx.x * 256 + threadIdx.x;
+    if (k < features) {
         float v;
         if (kind == 2) {
             v = ((const float*)table)[(long long)row * features + k];
@@ -47,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(256) stage(const float* x, const fl
             float v = load1(x, delta, k);
             sum = fmaf(v, v, sum);
         }
-        scale = 1.0f / sqrtf(block_sum<256>(sum, scratch) / features + eps);
+        scale = 1.0f / sqrtf(team_sum<Team<0, 256, 0>>(sum, scratch) / features + eps);
     }
     for (int k = threadIdx.x; k < features; k += 256) {
         float v = load1(x, delta, k);

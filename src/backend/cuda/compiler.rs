@@ -3,13 +3,14 @@
 //! A kernel is named by its file and its defines. Compiled code is kept under the user's cache directory, one
 //! file per (sources, defines, architecture, compiler version), written aside and renamed, checked when read.
 
+use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::{env, fs, process, ptr};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Every kernel, as it stands in `kernels-cuda/`.
 const SOURCES: [(&str, &str); 8] = [
@@ -102,12 +103,12 @@ impl Compiler {
     /// # Errors
     /// A file that is not among the kernels; the compiler's messages.
     pub(crate) fn cubin(&self, file: &str, defines: &[String]) -> Result<Vec<u8>> {
-        let source = source(file)?;
+        let source = &text(file)?;
         let Some(directory) = &self.cache else {
             return Ok(self.compile(file, source, defines)?.0);
         };
         let stem = file.trim_end_matches(".cu");
-        let path = directory.join(format!("{stem}-{:032x}.cubin", self.key(source, defines)));
+        let path = directory.join(format!("{stem}-{:032x}.cubin", self.key(source, defines)?));
         if let Some(cubin) = fs::read(&path).ok().and_then(|bytes| unseal(&bytes).map(<[u8]>::to_vec)) {
             return Ok(cubin);
         }
@@ -118,20 +119,20 @@ impl Compiler {
         Ok(cubin)
     }
 
-    fn key(&self, source: &str, defines: &[String]) -> u128 {
-        let mut text = format!("{} {:?} ", self.architecture, self.version);
-        for (_, header) in HEADERS {
-            text.push_str(header);
+    fn key(&self, source: &str, defines: &[String]) -> Result<u128> {
+        let mut all = format!("{} {:?} ", self.architecture, self.version);
+        for (name, _) in HEADERS {
+            all.push_str(&text(name)?);
         }
-        let _ = write!(text, "{source}{defines:?}");
-        u128::from(hash(text.as_bytes(), 1)) << 64 | u128::from(hash(text.as_bytes(), 2))
+        let _ = write!(all, "{source}{defines:?}");
+        Ok(u128::from(hash(all.as_bytes(), 1)) << 64 | u128::from(hash(all.as_bytes(), 2)))
     }
 
     /// Compiled code, and the compiler's log with the resources that each kernel takes.
     fn compile(&self, file: &str, source: &str, defines: &[String]) -> Result<(Vec<u8>, String)> {
         let c = |s: &str| CString::new(s).map_err(anyhow::Error::from);
         let (name, source) = (c(file)?, c(source)?);
-        let texts = HEADERS.iter().map(|(_, text)| c(text)).collect::<Result<Vec<_>>>()?;
+        let texts = HEADERS.iter().map(|(name, _)| c(&text(name)?)).collect::<Result<Vec<_>>>()?;
         let names = HEADERS.iter().map(|(name, _)| c(name)).collect::<Result<Vec<_>>>()?;
         let mut options =
             vec![c(&format!("--gpu-architecture={}", self.architecture))?, c("--std=c++17")?, c("--ptxas-options=-v")?];
@@ -176,11 +177,16 @@ impl Compiler {
     }
 }
 
-fn source(file: &str) -> Result<&'static str> {
-    let Some((_, source)) = SOURCES.iter().find(|(name, _)| *name == file) else {
+/// The text of a kernel file or header; from the folder `DECDEC_KERNELS` if that is set, for work on kernels.
+fn text(file: &str) -> Result<Cow<'static, str>> {
+    if let Some(folder) = env::var_os("DECDEC_KERNELS") {
+        let path = PathBuf::from(folder).join(file);
+        return Ok(fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?.into());
+    }
+    let Some((_, text)) = SOURCES.iter().chain(&HEADERS).find(|(name, _)| *name == file) else {
         bail!("cuda: there is no kernel file {file}");
     };
-    Ok(source)
+    Ok(Cow::Borrowed(text))
 }
 
 /// What one of NVRTC's pairs of functions gives: a size, then as many bytes.
@@ -251,19 +257,19 @@ mod tests {
     fn variants() -> Vec<(&'static str, Vec<String>)> {
         let split = |s: &str| s.split(' ').map(str::to_owned).collect::<Vec<_>>();
         let mut all = Vec::new();
-        let shape = "K=4096 R=6144 WARPS=8 STAGES=4 MIN_BLOCKS=2 DEC_WORDS=2";
+        let shape = "K=4096 R=6144 WARPS=16 STAGES=2 DEC_WARPS=8 DEC_WORDS=2";
         for dtype in [0, 1] {
-            for (norm, dec) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            for (input, dec) in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)] {
                 for bits in [3, 4] {
-                    let common = format!("DTYPE={dtype} NORM={norm} DEC={dec} {shape}");
+                    let common = format!("DTYPE={dtype} INPUT={input} DEC={dec} {shape}");
                     all.push(("gemv_anyprec.cu", split(&format!("{common} BITS={bits}"))));
                     all.push(("gemv_lutgemm.cu", split(&format!("{common} BITS={bits} GROUP=128"))));
                 }
             }
-            all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} NORM=1 DEC=0 {shape}"))));
+            all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} INPUT=1 DEC=0 {shape}"))));
         }
         // SmolLM2's shapes: rows that are no whole tiles, channels that are no whole units, narrow residuals.
-        let small = "K=576 R=72 WARPS=8 STAGES=4 MIN_BLOCKS=2 DEC_WORDS=1 DTYPE=0 NORM=1 DEC=1";
+        let small = "K=576 R=72 WARPS=16 STAGES=2 DEC_WARPS=8 DEC_WORDS=1 DTYPE=0 INPUT=1 DEC=1";
         all.push(("gemv_anyprec.cu", split(&format!("{small} BITS=3"))));
         all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=64"))));
         all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=32"))));
@@ -293,7 +299,7 @@ mod tests {
         for architecture in ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"] {
             let compiler = Compiler::open(architecture, None).unwrap();
             variants().par_iter().for_each(|(file, defines)| {
-                let (_, log) = compiler.compile(file, source(file).unwrap(), defines).unwrap();
+                let (_, log) = compiler.compile(file, &text(file).unwrap(), defines).unwrap();
                 assert!(log.contains("bytes stack frame"), "no resource report for {file}: {log}");
                 for line in log.lines().filter(|line| line.contains("bytes stack frame")) {
                     assert!(

@@ -50,8 +50,8 @@ pub struct Matrix {
     pub(super) body: Body,
     pub(super) bias: Option<Buffer>,
     pub(super) residual: Option<(Words, Buffer)>,
-    /// Compiled products by (normalizes, compensates, launch parameters), made when first used.
-    pub(super) kernels: RefCell<Vec<((bool, bool, Tuning), Kernel)>>,
+    /// Compiled products by (input, compensates, launch parameters), made when first used.
+    pub(super) kernels: RefCell<Vec<((u8, bool, Tuning), Kernel)>>,
 }
 
 /// A compensation plan as the kernels take it.

@@ -30,6 +30,7 @@ use self::blas::Blas;
 use self::compiler::Compiler;
 use self::driver::{Arguments, Buffer, Driver, Kernel, Launch};
 use self::matrix::{Body, Format};
+use self::product::Feed;
 use super::{DecodeBackend, DeviceInfo, GemvBackend, Input, Norm};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
@@ -238,11 +239,11 @@ impl GemvBackend for Cuda {
     }
 
     fn gemv(&self, matrix: &Matrix, x: &Vector, y: &mut Vector) -> Result<()> {
-        self.product(None, matrix, None, (x.at(), x.delta()), y, 1, false)
+        self.product(Feed::Plain, matrix, None, (x.at(), x.delta()), y, 1, false)
     }
 
     fn dec_gemv(&self, matrix: &Matrix, plan: &Plan, x: &Vector, y: &mut Vector) -> Result<()> {
-        self.product(None, matrix, Some(plan), (x.at(), x.delta()), y, 1, false)
+        self.product(Feed::Plain, matrix, Some(plan), (x.at(), x.delta()), y, 1, false)
     }
 
     fn select(&self, plan: &Plan, x: &Vector) -> Result<Vec<u32>> {
@@ -282,9 +283,10 @@ impl DecodeBackend for Cuda {
         };
         h.settle();
         let (features, state, to) = (table.in_features as i32, sequence.state.pointer(), h.at());
+        let launch = Launch { grid: (table.in_features.div_ceil(256), tokens, 1), ..Launch::new(1, 256) };
         self.driver.launch(
             &self.kernel("rows.cu", "embed", &[])?,
-            Launch::new(tokens, 256),
+            launch,
             &mut Arguments::new().with(&at).with(&kind).with(&features).with(&ids).with(&state).with(&to),
         )
     }
@@ -298,7 +300,7 @@ impl DecodeBackend for Cuda {
         y: &mut Vector,
         tokens: usize,
     ) -> Result<()> {
-        self.product(Some(norm), matrix, plan, (h.at(), h.delta()), y, tokens, false)
+        self.product(Feed::Norm(norm), matrix, plan, (h.at(), h.delta()), y, tokens, false)
     }
 
     fn attend(
@@ -313,7 +315,7 @@ impl DecodeBackend for Cuda {
     }
 
     fn gemv_add(&self, matrix: &Matrix, plan: Option<&Plan>, x: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
-        self.product(None, matrix, plan, (x.at(), x.delta()), h, tokens, true)
+        self.product(Feed::Plain, matrix, plan, (x.at(), x.delta()), h, tokens, true)
     }
 
     fn swiglu_gemv_add(

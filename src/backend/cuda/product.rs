@@ -20,10 +20,8 @@ pub struct Tuning {
     pub warps: usize,
     /// Units of weights that a warp has room for; one less is in flight.
     pub stages: usize,
-    /// Blocks per multiprocessor.
-    pub per_multiprocessor: usize,
-    /// Blocks that the registers of a multiprocessor must hold.
-    pub min_blocks: usize,
+    /// Warps that compensate, beside those, in the blocks that do.
+    pub dec_warps: usize,
     /// When the next kernel may start: 0 at once, 1 when this one's input is there, 2 when its weights are read.
     pub trigger: usize,
     /// Residual lines that a compensating thread has in flight.
@@ -32,7 +30,7 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { warps: 16, stages: 2, per_multiprocessor: 1, min_blocks: 2, trigger: 0, dec_flight: 4 }
+        Self { warps: 16, stages: 2, dec_warps: 8, trigger: 0, dec_flight: 4 }
     }
 }
 
@@ -67,6 +65,7 @@ struct GemvArgument {
     dec: DecArgument,
     eps: f32,
     add: i32,
+    dec_shared: i32,
 }
 
 /// `struct Packed` of `dequant.cuh`.
@@ -92,6 +91,36 @@ struct AnyArgument {
     kind: i32,
     group: i32,
     add: i32,
+}
+
+/// What enters a product.
+#[derive(Clone, Copy)]
+pub(super) enum Feed<'a> {
+    /// The activations as they are.
+    Plain,
+    /// Normalized.
+    Norm(&'a Norm<Vector>),
+    /// Gate and up, one behind the other: `silu(gate) ⊙ up`.
+    Gated,
+}
+
+impl Feed<'_> {
+    /// `INPUT` of `gemv.cuh`.
+    fn define(self) -> u8 {
+        match self {
+            Self::Plain => 0,
+            Self::Norm(_) => 1,
+            Self::Gated => 2,
+        }
+    }
+
+    fn gamma(self) -> u64 {
+        if let Self::Norm(norm) = self { norm.gamma.at() } else { 0 }
+    }
+
+    fn eps(self) -> f32 {
+        if let Self::Norm(norm) = self { norm.eps } else { 0.0 }
+    }
 }
 
 /// What one product of a packed matrix reads and writes.
@@ -135,7 +164,7 @@ fn gemv_launch(
 ) -> Result<GemvLaunch> {
     let (channels, stage, sums) = unit(format, in_features);
     let tiles = out_features.div_ceil(TILE);
-    let blocks = tiles.min(multiprocessors * tuning.per_multiprocessor);
+    let blocks = tiles.min(multiprocessors);
     let warps = tuning.warps;
     let fixed = 128
         + in_features.div_ceil(channels) * channels * 2
@@ -149,7 +178,8 @@ fn gemv_launch(
             shared(2)
         );
     };
-    Ok(GemvLaunch { blocks, warps, stages, shared: shared(stages) })
+    // More than half of a multiprocessor's shared memory, so that each gets one block (`gemv.cuh` says why).
+    Ok(GemvLaunch { blocks, warps, stages, shared: shared(stages).max(most_shared / 2 + 1024).next_multiple_of(128) })
 }
 
 /// Shared memory of a compensating block: activations (all of them, or a chunk per warp), list, sums.
@@ -174,7 +204,7 @@ impl Cuda {
                 let (k, r) = (matrix.in_features, matrix.out_features);
                 let launch = gemv_launch(format, k, r, tuning, numbers.multiprocessors, numbers.shared_per_block)?;
                 let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
-                defines.extend(gemv_defines(format, matrix, launch, tuning, norm, dec));
+                defines.extend(gemv_defines(format, matrix, launch, tuning, u8::from(norm), dec));
                 jobs.push((entries(format).0, defines));
             }
         }
@@ -191,7 +221,7 @@ impl Cuda {
     #[allow(clippy::too_many_arguments, reason = "everything that a product can ask for")]
     pub(super) fn product(
         &self,
-        norm: Option<&Norm<Vector>>,
+        feed: Feed<'_>,
         matrix: &Matrix,
         plan: Option<&Plan>,
         x: (u64, u64),
@@ -205,7 +235,7 @@ impl Cuda {
             Body::Packed { format, .. } if tokens == 1 => {
                 let (place, dec_out) = if plan.is_some() { y.free_place()? } else { (0, 0) };
                 let token = Token { x: x.0, x_delta: x.1, y: y.at(), y_delta: y.delta(), dec_out, add };
-                self.packed(*format, norm, matrix, plan, &token)?;
+                self.packed(*format, feed, matrix, plan, &token)?;
                 y.settle();
                 if plan.is_some() {
                     y.leave(place);
@@ -213,16 +243,17 @@ impl Cuda {
                 Ok(())
             }
             Body::Packed { format, .. } if by_token => {
+                let width = matrix.in_features as u64 * if matches!(feed, Feed::Gated) { 8 } else { 4 };
                 for t in 0..tokens as u64 {
                     let (x, at) =
                         (x.0 + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
                     let token = Token { x, x_delta: 0, y: at, y_delta: 0, dec_out: 0, add };
-                    self.packed(*format, norm, matrix, None, &token)?;
+                    self.packed(*format, feed, matrix, None, &token)?;
                 }
-                self.compensate(norm, matrix, plan, x.0, y.at(), tokens)
+                self.compensate(feed, matrix, plan, x.0, y.at(), tokens)
             }
             Body::Any { .. } if by_token => {
-                let staged = self.stage(norm, x, matrix.in_features, tokens, false, Dtype::Float32)?;
+                let staged = self.stage(feed, x, matrix.in_features, tokens, Dtype::Float32)?;
                 for t in 0..tokens as u64 {
                     let (x, at) =
                         (staged + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
@@ -234,11 +265,11 @@ impl Cuda {
                 self.dec(matrix, plan, staged, y.at(), tokens)
             }
             _ => {
-                self.many(norm, matrix, x.0, y.at(), tokens, add, false)?;
+                self.many(feed, matrix, x.0, y.at(), tokens, add)?;
                 if !add {
                     y.settle();
                 }
-                self.compensate(norm, matrix, plan, x.0, y.at(), tokens)
+                self.compensate(feed, matrix, plan, x.0, y.at(), tokens)
             }
         }
     }
@@ -253,9 +284,10 @@ impl Cuda {
         tokens: usize,
     ) -> Result<()> {
         let features = matrix.in_features;
-        if tokens > 1 {
-            let x = self.stage(None, (gu.at(), 0), features, tokens, true, Dtype::Float32)?;
-            return self.product(None, matrix, plan, (x, 0), y, tokens, true);
+        // Every block of the product would have to read a compensation beside gate and up: that costs more than
+        // a kernel for it.
+        if tokens > 1 || gu.delta() == 0 {
+            return self.product(Feed::Gated, matrix, plan, (gu.at(), gu.delta()), y, tokens, true);
         }
         let out = self.scratch(Scratch::X, features * 4)?.pointer();
         let (at, delta, count) = (gu.at(), gu.delta(), features as i32);
@@ -264,14 +296,14 @@ impl Cuda {
             Launch::new(features.div_ceil(1024), 256),
             &mut Arguments::new().with(&at).with(&delta).with(&count).with(&out),
         )?;
-        self.product(None, matrix, plan, (out, 0), y, 1, true)
+        self.product(Feed::Plain, matrix, plan, (out, 0), y, 1, true)
     }
 
     /// One token through a packed matrix, compensated in the same launch.
     fn packed(
         &self,
         format: Format,
-        norm: Option<&Norm<Vector>>,
+        feed: Feed<'_>,
         matrix: &Matrix,
         plan: Option<&Plan>,
         token: &Token,
@@ -288,42 +320,43 @@ impl Cuda {
             numbers.multiprocessors,
             numbers.shared_per_block,
         )?;
-        let kernel = self.gemv_kernel(format, matrix, launch, norm.is_some(), plan.is_some())?;
-        let threads = launch.warps * 32;
-        let shared = plan.map_or(0, |p| dec_shared(p, threads, norm.is_some())).max(launch.shared);
+        let kernel = self.gemv_kernel(format, matrix, launch, feed.define(), plan.is_some())?;
+        let dec_warps = if plan.is_some() { self.options.tuning.dec_warps } else { 0 };
+        let dec_shared = plan.map_or(0, |p| dec_shared(p, dec_warps * 32, matches!(feed, Feed::Norm(_))));
         let argument = GemvArgument {
             codes: codes.pointer(),
             aux: aux.pointer(),
             bias: matrix.bias.as_ref().map_or(0, |b| b.pointer()),
             x: token.x,
             x_delta: token.x_delta,
-            gamma: norm.map_or(0, |n| n.gamma.at()),
+            gamma: feed.gamma(),
             y: token.y,
             y_delta: token.y_delta,
             dec_out: token.dec_out,
             dec: plan.map_or(Ok(DecArgument::NONE), |p| DecArgument::new(matrix, p))?,
-            eps: norm.map_or(0.0, |n| n.eps),
+            eps: feed.eps(),
             add: i32::from(token.add),
+            dec_shared: launch.shared as i32,
         };
-        let blocks = launch.blocks + plan.map_or(0, |p| p.n_tb);
-        let launch = Launch { grid: (blocks, 1, 1), block: threads, shared, overlap: true };
+        let blocks = launch.blocks.max(plan.map_or(0, |p| p.n_tb));
+        let (block, shared) = ((launch.warps + dec_warps) * 32, launch.shared + dec_shared);
+        let launch = Launch { grid: (blocks, 1, 1), block, shared, overlap: true };
         self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))
     }
 
     /// The product's kernel for a matrix, compiled once per shape.
-    fn gemv_kernel(
-        &self,
+    fn gemv_kernel(&self,
         format: Format,
         matrix: &Matrix,
         launch: GemvLaunch,
-        norm: bool,
+        input: u8,
         dec: bool,
     ) -> Result<Kernel> {
-        let key = (norm, dec, self.options.tuning);
+        let key = (input, dec, self.options.tuning);
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
-        let defines = gemv_defines(format, matrix, launch, self.options.tuning, norm, dec);
+        let defines = gemv_defines(format, matrix, launch, self.options.tuning, input, dec);
         let (file, gemv, _) = entries(format);
         let kernel = self.kernel(file, gemv, &defines)?;
         matrix.kernels.borrow_mut().push((key, kernel.clone()));
@@ -341,20 +374,11 @@ impl Cuda {
     }
 
     /// Activations, normalized or gated, written to work space; returns where.
-    fn stage(
-        &self,
-        norm: Option<&Norm<Vector>>,
-        x: (u64, u64),
-        features: usize,
-        tokens: usize,
-        swiglu: bool,
-        dtype: Dtype,
-    ) -> Result<u64> {
+    fn stage(&self, feed: Feed<'_>, x: (u64, u64), features: usize, tokens: usize, dtype: Dtype) -> Result<u64> {
         let (what, size, kind) = if dtype == Dtype::Float32 { (Scratch::X, 4, 2i32) } else { (Scratch::Half, 2, 0) };
         let out = self.scratch(what, tokens * features * size)?.pointer();
-        let gamma = norm.map_or(0, |n| n.gamma.at());
-        let eps = norm.map_or(0.0, |n| n.eps);
-        let (swiglu, features) = (i32::from(swiglu), features as i32);
+        let (gamma, eps) = (feed.gamma(), feed.eps());
+        let (swiglu, features) = (i32::from(matches!(feed, Feed::Gated)), features as i32);
         self.driver.launch(
             &self.kernel("rows.cu", "stage", &[])?,
             Launch::new(tokens, 256),
@@ -375,21 +399,20 @@ impl Cuda {
     #[allow(clippy::too_many_arguments, reason = "everything that a product of many tokens can ask for")]
     fn many(
         &self,
-        norm: Option<&Norm<Vector>>,
+        feed: Feed<'_>,
         matrix: &Matrix,
         x: u64,
         y: u64,
         tokens: usize,
         add: bool,
-        swiglu: bool,
     ) -> Result<()> {
         let dtype = self.options.dtype;
         let (rows, k) = (matrix.out_features, matrix.in_features);
         // In float32 activations that are plain already are used where they are.
-        let staged = if dtype == Dtype::Float32 && norm.is_none() && !swiglu {
+        let staged = if dtype == Dtype::Float32 && matches!(feed, Feed::Plain) {
             x
         } else {
-            self.stage(norm, (x, 0), k, tokens, swiglu, dtype)?
+            self.stage(feed, (x, 0), k, tokens, dtype)?
         };
         let weights = self.dequantize(matrix)?;
         let Some(blas) = &self.blas else {
@@ -423,7 +446,7 @@ impl Cuda {
             Body::Packed { format, codes, aux } => {
                 let launch = GemvLaunch { blocks: 1, warps: 8, stages: 2, shared: 0 };
                 let mut defines = shape_defines(*format, matrix, launch);
-                defines.extend(["NORM=0".to_owned(), "DEC=0".to_owned()]);
+                defines.extend(["INPUT=0".to_owned(), "DEC=0".to_owned()]);
                 let (file, _, dequant) = entries(*format);
                 let argument = PackedArgument { codes: codes.pointer(), aux: aux.pointer(), out };
                 let units = rows.div_ceil(TILE) * k.div_ceil(unit(*format, k).0);
@@ -438,7 +461,7 @@ impl Cuda {
     /// Adds the compensation of every token of a prompt.
     fn compensate(
         &self,
-        norm: Option<&Norm<Vector>>,
+        feed: Feed<'_>,
         matrix: &Matrix,
         plan: Option<&Plan>,
         x: u64,
@@ -448,9 +471,9 @@ impl Cuda {
         if plan.is_none() {
             return Ok(());
         }
-        let staged = match norm {
-            None => x,
-            Some(_) => self.stage(norm, (x, 0), matrix.in_features, tokens, false, Dtype::Float32)?,
+        let staged = match feed {
+            Feed::Plain => x,
+            _ => self.stage(feed, (x, 0), matrix.in_features, tokens, Dtype::Float32)?,
         };
         self.dec(matrix, plan, staged, y, tokens)
     }
@@ -518,18 +541,18 @@ fn gemv_defines(
     matrix: &Matrix,
     launch: GemvLaunch,
     tuning: Tuning,
-    norm: bool,
+    input: u8,
     dec: bool,
 ) -> Vec<String> {
     let mut defines = shape_defines(format, matrix, launch);
-    let Tuning { min_blocks, trigger, dec_flight, .. } = tuning;
-    defines.push(format!("NORM={}", u8::from(norm)));
+    let Tuning { trigger, dec_flight, dec_warps, .. } = tuning;
+    defines.push(format!("INPUT={input}"));
     defines.push(format!("DEC={}", u8::from(dec)));
     defines.push(format!("TRIGGER={trigger}"));
-    defines.push(format!("MIN_BLOCKS={min_blocks}"));
     if dec {
         defines.push(format!("DEC_WORDS={}", dec_words(matrix.out_features)));
         defines.push(format!("DEC_FLIGHT={dec_flight}"));
+        defines.push(format!("DEC_WARPS={dec_warps}"));
     }
     defines
 }

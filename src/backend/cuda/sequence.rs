@@ -144,8 +144,7 @@ impl Sequence {
             format!("SPLITS={}", cuda.splits(self.kv_heads)),
         ];
         let group = self.heads / self.kv_heads;
-        let teams = 256 / lanes(self.head_dim);
-        let shared = 4 * group * (self.head_dim + teams * (self.head_dim + 2));
+        let shared = 4 * group * (self.head_dim + 8 * (self.head_dim + 2));
         let launch = |entry: &str, grid, shared| {
             let kernel = cuda.kernel("attend.cu", entry, &defines)?;
             let launch = Launch { grid, block: 256, shared, overlap: true };
@@ -211,11 +210,6 @@ impl Sequence {
             std::hint::spin_loop();
         }
     }
-}
-
-/// Lanes that share a position (`LANES` of `attend.cu`).
-fn lanes(head_dim: usize) -> usize {
-    (head_dim / 8).next_power_of_two().max(2)
 }
 
 /// Cosine and sine of every position and frequency, computed in f64.

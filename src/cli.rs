@@ -272,7 +272,7 @@ pub(crate) struct ProfileName {
     #[arg(long, alias = "model_name", value_name = "NAME")]
     pub(crate) model_name: Option<String>,
     /// Quantizer: sqllm (one codebook per row) or awq (groups of channels) [default: the checkpoint's]
-    #[arg(long, value_enum)]
+    #[arg(long)]
     pub(crate) algo: Option<Algo>,
     /// Bits of a weight; of a mixed checkpoint, the layers to measure [default: the checkpoint's]
     #[arg(long)]
@@ -280,8 +280,8 @@ pub(crate) struct ProfileName {
     /// A checkpoint, a directory as the reference's scripts write it, or random:SEED
     #[arg(long, alias = "checkpoint_path", value_name = "PATH", default_value = "random:0")]
     pub(crate) checkpoint_path: String,
-    /// Type of the products
-    #[arg(long, alias = "fp_dtype", value_enum, default_value_t = Precision::Fp16)]
+    /// Type of the products: fp16, bf16 or fp32
+    #[arg(long, alias = "fp_dtype", default_value = "fp16")]
     pub(crate) fp_dtype: Precision,
     /// Where profiles lie
     #[arg(long, alias = "nsys_dir", value_name = "DIR", default_value = "nsys")]

@@ -49,6 +49,7 @@ pub mod nsys;
 pub mod open;
 pub mod profile;
 pub mod quantize;
+pub mod random;
 pub mod sampling;
 pub mod source;
 pub mod tokenizer;

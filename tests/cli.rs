@@ -163,7 +163,7 @@ fn quantize_refuses_and_leaves_what_is_there() {
     refuses(shop.quantize("checkpoint", &[]), &["--overwrite"]);
     let mut odd_groups = decdec();
     odd_groups.arg("quantize").arg(shop.path("small.gguf")).arg("--out").arg(shop.path("other"));
-    odd_groups.args(["--backend", "lutgemm", "--bitwidth", "3", "--group-size", "48"]);
+    odd_groups.args(["--backend", "lutgemm", "--bitwidth", "3", "--group-size", "48", "--seq-len", "16"]);
     refuses(odd_groups, &["48", "32"]);
     assert_eq!(before, std::fs::read(checkpoint.join("model.safetensors")).expect("still there"));
     assert!(!shop.path("other").exists(), "nothing half made");

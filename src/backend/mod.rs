@@ -12,6 +12,7 @@
 //! - a sequence is never written past the `max_seq_len` it was made with.
 
 pub mod cpu;
+pub mod cuda;
 pub mod kernels;
 #[cfg(feature = "reference-wgpu")]
 pub mod wgsl;

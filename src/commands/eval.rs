@@ -1,6 +1,6 @@
 //! `decdec eval perplexity`
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use decdec::backend::DecodeBackend;
 use decdec::eval::{self, Evaluation};
 use decdec::open::Opened;
@@ -18,8 +18,7 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
         let (ours, theirs) = (opened.weights().config().vocab_size, source.weights().config().vocab_size);
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs}, they cannot be compared");
     }
-    let text =
-        std::fs::read_to_string(&args.text).with_context(|| format!("cannot read the text {}", args.text.display()))?;
+    let text = super::read_text(&args.text)?;
     let tokens = Tokenizer::new(opened.texts(), opened.weights().config())?.encode(&text)?;
     let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
     let windows = eval::windows(&tokens, args.seq_len, range)?;

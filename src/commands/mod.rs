@@ -160,6 +160,12 @@ fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<L
     Ok((0..n_tbs.len().max(k_chunks.len() / 4)).map(set).collect())
 }
 
+/// A text file, every line ending as `\n`, so that a text counts the same tokens wherever it was saved.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the text {}", path.display()))?;
+    Ok(text.replace("\r\n", "\n").replace('\r', "\n"))
+}
+
 /// A plain table for stdout.
 pub(crate) fn table() -> comfy_table::Table {
     let mut table = comfy_table::Table::new();

@@ -1,6 +1,6 @@
 //! `decdec quantize`
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use decdec::quantize::{Calibration, Interrupted, Options, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::Tokenizer;
@@ -69,8 +69,7 @@ fn calibration(args: &QuantizeArgs, source: &Source) -> Result<Calibration> {
             seed: args.seed,
         });
     };
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the calibration text {}", path.display()))?;
+    let text = super::read_text(path)?;
     Ok(Calibration::Text {
         tokens: Tokenizer::new(source.texts(), source.config())?.encode(&text)?,
         seq_len: args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN),

@@ -14,6 +14,7 @@ mod rows;
 mod writer;
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
 
@@ -27,7 +28,7 @@ pub use writer::Writer;
 pub const DEC_KERNEL: &str = "fused_dec_kernel";
 
 /// The quantizer whose format is profiled, as the reference's flags name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Algo {
     /// One codebook per row (`--backend ap`).
     Sqllm,
@@ -61,8 +62,17 @@ impl Algo {
     }
 }
 
+impl FromStr for Algo {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let all = [Self::Sqllm, Self::Awq];
+        all.into_iter().find(|algo| algo.name() == name).with_context(|| format!("{name:?}, sqllm or awq is expected"))
+    }
+}
+
 /// The type that a backend computes with, as the reference's flags name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     /// IEEE half precision.
     Fp16,
@@ -80,6 +90,16 @@ impl Precision {
             Self::Bf16 => "bf16",
             Self::Fp32 => "fp32",
         }
+    }
+}
+
+impl FromStr for Precision {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let all = [Self::Fp16, Self::Bf16, Self::Fp32];
+        let found = all.into_iter().find(|precision| precision.name() == name);
+        found.with_context(|| format!("{name:?}, fp16, bf16 or fp32 is expected"))
     }
 }
 
@@ -244,13 +264,12 @@ impl Capture {
             *shape = (inputs, outputs);
         }
         let choice = |name: &str| format!("META_DATA_CAPTURE: {PREFIX}{name} is not one that we know");
-        use clap::ValueEnum;
         Ok(Some(Self {
             identity: Identity {
                 prefix: text("PREFIX")?.into(),
                 model: text("MODEL")?.into(),
-                precision: Precision::from_str(text("FP_DTYPE")?, false).ok().with_context(|| choice("FP_DTYPE"))?,
-                algo: Algo::from_str(text("ALGO")?, false).ok().with_context(|| choice("ALGO"))?,
+                precision: text("FP_DTYPE")?.parse().with_context(|| choice("FP_DTYPE"))?,
+                algo: text("ALGO")?.parse().with_context(|| choice("ALGO"))?,
                 bits: u32::try_from(number("BITWIDTH")?)?,
             },
             shapes,

@@ -1,0 +1,311 @@
+// The product of one token with a packed matrix, compensated in the same launch: what gemv_anyprec.cu,
+// gemv_lutgemm.cu and gemv_dense.cu share. They differ in a unit's bytes and in how a unit becomes operands.
+//
+//   v[row] = Σ_k W[row, k] · x[k] + bias[row]           x by INPUT
+//   INPUT 0: x + x_delta   1: norm(x + x_delta)·γ   2: silu(gate)·up, x being [gate, up]
+//   y[row] = add ? y[row] + y_delta[row] + v[row] : v[row]
+//   dec_out[row] = the compensation (dec.cuh), to be added by whoever reads y
+//
+//   codes  [tiles, units, VECTORS, 32 lanes] 16 bytes: tiles of 16 rows, units of UNIT channels
+//   aux    what a unit needs besides its codes
+//   x, x_delta, gamma, bias, y, y_delta, dec_out   f32; x_delta, y_delta and bias may be null
+//
+// A block owns whole tiles; its warps take their units in turn and keep the next STAGES − 1 of their own in
+// flight. Weights do not depend on earlier kernels, so they are on their way before the wait. The tensor cores
+// do the sums (f32): lane 4·g + t holds rows g and g + 8 and channels 8·t to 8·t + 7 of every 32, so x stays in
+// plain order and one 16-byte read of it serves two products.
+//
+// One block per multiprocessor: with two places, the next kernel's blocks settle in pairs wherever there is room
+// first, and the pairs take twice as long (H100: 31 µs instead of 21 for 4096 × 28672). In the first n_tb blocks
+// DEC_WARPS more warps compensate beside the others. No block waits for another.
+// Constants: K, R in and out features, WARPS, STAGES, INPUT, DEC, DEC_WARPS, DEC_WORDS.
+#pragma once
+#include "common.cuh"
+#include "dec.cuh"
+
+// Warps that multiply, and warps that compensate.
+#if DEC
+#define ALL_THREADS (32 * (WARPS + DEC_WARPS))
+#else
+#define ALL_THREADS (32 * WARPS)
+#endif
+#define THREADS (32 * WARPS)
+typedef Team<0, THREADS, 1> Base;
+
+// Leaves registers for a block of another kernel beside this one.
+#ifndef MIN_BLOCKS
+#define MIN_BLOCKS (DEC || WARPS > 16 ? 1 : 2)
+#endif
+
+// When the next kernel may start: 0 at once, 1 after the wait, 2 when the weights have been read.
+#ifndef TRIGGER
+#define TRIGGER 0
+#endif
+
+struct Gemv {
+    const uint4* codes;
+    const char* aux;
+    const float* bias;
+    const float* x;
+    const float* x_delta;
+    const float* gamma;
+    float* y;
+    const float* y_delta;
+    float* dec_out;
+    Dec dec;
+    float eps;
+    int add;
+    int dec_shared; // where the compensating warps' shared memory begins
+};
+
+constexpr int TILES = (R + 15) / 16;
+constexpr int UNITS = (K + UNIT - 1) / UNIT;
+constexpr int SUMS = (GROUPS + 3) / 4 * 4;
+constexpr int STAGE_BYTES = VECTORS * 512 + AUX_BYTES;
+
+// Four activations that need nothing else to be known.
+__device__ __forceinline__ float4 activations(const Gemv& g, int i) {
+    float4 v = load4(g.x, g.x_delta, i);
+#if INPUT == 2
+    float4 up = load4(g.x + K, nullptr, i);
+    v = make_float4(silu(v.x) * up.x, silu(v.y) * up.y, silu(v.z) * up.z, silu(v.w) * up.w);
+#endif
+    return v;
+}
+
+// Reads x, normalizes it if asked to, and hands it on in fours: write(channel, values), up to PADDED channels,
+// zero from K on. Every thread of a warp writes, or none.
+template <class T, int PADDED, class Write>
+__device__ __forceinline__ void stage_x(const Gemv& g, float* scratch, Write write) {
+    constexpr int STEPS = (PADDED / 4 + T::size - 1) / T::size;
+#if INPUT == 1
+    float4 v[STEPS];
+    float sum = 0;
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = 4 * (s * T::size + T::thread());
+        v[s] = i < K ? load4(g.x, g.x_delta, i) : make_float4(0, 0, 0, 0);
+        sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
+    }
+    float scale = 1.0f / sqrtf(team_sum<T>(sum, scratch) / K + g.eps);
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = 4 * (s * T::size + T::thread());
+        if (i < PADDED) {
+            float4 w = i < K ? *(const float4*)(g.gamma + i) : make_float4(0, 0, 0, 0);
+            write(i, make_float4(v[s].x * scale * w.x, v[s].y * scale * w.y, v[s].z * scale * w.z,
+                                 v[s].w * scale * w.w));
+        }
+    }
+#else
+#pragma unroll 8
+    for (int s = 0; s < STEPS; s++) {
+        int i = 4 * (s * T::size + T::thread());
+        if (i < PADDED) write(i, i < K ? activations(g, i) : make_float4(0, 0, 0, 0));
+    }
+#endif
+}
+
+#ifdef GROUPED
+// Sums of a tile's rows g and g + 8, of integer codes that become weights group by group.
+struct Unit {
+    float low, high;
+
+    __device__ __forceinline__ void begin(const uint4*) { low = high = 0; }
+
+    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float* group_sums) {
+        const float2* steps = (const float2*)(slot + VECTORS * 32) + threadIdx.x % 32 / 4;
+        const uint4* xs = (const uint4*)x + threadIdx.x % 4;
+        float d[2][4] = {};
+        expand(slot, Book(slot), [&](int p, const u32* a) {
+            uint4 v = xs[4 * p];
+            mma(d[0], a[0], a[1], a[2], a[3], v.x, v.y);
+            mma(d[1], a[4], a[5], a[6], a[7], v.z, v.w);
+            int j = p / (GROUP / 32);
+            if (p % (GROUP / 32) == GROUP / 32 - 1) {
+                float2 s = steps[j * 16], t = steps[j * 16 + 8];
+                low = fmaf(s.x, d[0][0] + d[1][0], fmaf(s.y, group_sums[j], low));
+                high = fmaf(t.x, d[0][2] + d[1][2], fmaf(t.y, group_sums[j], high));
+#pragma unroll
+                for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
+            }
+        });
+    }
+
+    // Every column of a product is the same token, so lane t = 0 of each row has the sum.
+    __device__ __forceinline__ void store(float* rows) const {
+        int lane = threadIdx.x % 32;
+        if (lane % 4 == 0) rows[lane / 4] = low, rows[lane / 4 + 8] = high;
+    }
+};
+#else
+// Sums of a tile's rows g and g + 8, in two chains.
+struct Unit {
+    float d[2][4];
+    Book book;
+
+    __device__ __forceinline__ void begin(const uint4* aux) {
+        book = Book(aux);
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
+    }
+
+    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float*) {
+        const uint4* xs = (const uint4*)x + threadIdx.x % 4;
+        expand(slot, book, [&](int p, const u32* a) {
+            uint4 v = xs[4 * p];
+            mma(d[0], a[0], a[1], a[2], a[3], v.x, v.y);
+            mma(d[1], a[4], a[5], a[6], a[7], v.z, v.w);
+        });
+    }
+
+    // Every column of a product is the same token, so lane t = 0 of each row has the sum.
+    __device__ __forceinline__ void store(float* rows) const {
+        int lane = threadIdx.x % 32;
+        if (lane % 4 == 0) rows[lane / 4] = d[0][0] + d[1][0], rows[lane / 4 + 8] = d[0][2] + d[1][2];
+    }
+};
+#endif
+
+// A warp's way through the units of its block: unit `index` of the matrix, which is `unit` of `tile`.
+struct Cursor {
+    int index, tile, unit;
+    bool fresh; // the warp's first unit of this tile
+
+    __device__ __forceinline__ Cursor(int begin, int warp)
+        : index(begin * UNITS + warp), tile(begin + warp / UNITS), unit(warp % UNITS), fresh(true) {}
+
+    __device__ __forceinline__ void step() {
+        int before = tile;
+        index += WARPS;
+        tile += WARPS / UNITS, unit += WARPS % UNITS;
+        if (unit >= UNITS) unit -= UNITS, tile++;
+        fresh = tile != before;
+    }
+};
+
+// Asks for a unit's codes and, where they change, what comes with them.
+__device__ __forceinline__ void request(const Gemv& g, const Cursor& at, int end, u32 slot) {
+    if (at.index < end) {
+        int lane = threadIdx.x % 32;
+        const char* from = (const char*)(g.codes + lane) + (long long)at.index * (VECTORS * 512);
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) copy_async(slot + v * 512, from + v * 512);
+        if (AUX_BYTES > 0 && (AUX_PER_UNIT || at.fresh)) {
+            const char* aux = g.aux + lane * 16 + (long long)(AUX_PER_UNIT ? at.index : at.tile) * AUX_BYTES;
+#pragma unroll
+            for (int i = 0; i < AUX_BYTES; i += 512)
+                if (AUX_BYTES - i >= 512 || lane * 16 < AUX_BYTES - i) copy_async(slot + VECTORS * 512 + i, aux + i);
+        }
+    }
+    copy_async_commit();
+}
+
+__device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, char* shared) {
+    int warp = threadIdx.x / 32;
+    int begin = (long long)TILES * block / blocks, end = (long long)TILES * (block + 1) / blocks;
+
+    // [WARPS] scratch · x · sums of x by group · the ring · partial sums [tiles, WARPS, 16]
+    float* scratch = (float*)shared;
+    u16* xs = (u16*)(shared + 128);
+    float* group_sums = (float*)(xs + UNITS * UNIT);
+    char* ring = (char*)(group_sums + SUMS) + warp * STAGES * STAGE_BYTES;
+    float* parts = (float*)((char*)(group_sums + SUMS) + WARPS * STAGES * STAGE_BYTES);
+    u32 slots = shared_address(ring) + threadIdx.x % 32 * 16;
+
+    Cursor at(begin, warp), ahead(begin, warp);
+    int last = end * UNITS;
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) {
+        request(g, ahead, last, slots + s * STAGE_BYTES);
+        ahead.step();
+    }
+    if (TRIGGER == 0) let_next_start();
+    if (UNITS < WARPS)
+        for (int i = threadIdx.x; i < (end - begin) * WARPS * 16; i += THREADS) parts[i] = 0;
+
+    wait_for_previous();
+    if (TRIGGER == 1) let_next_start();
+    stage_x<Base, UNITS * UNIT>(g, scratch, [&](int i, float4 v) {
+        u32 lo = narrow2(v.x, v.y), hi = narrow2(v.z, v.w);
+        *(uint2*)(xs + i) = make_uint2(lo, hi);
+        if constexpr (GROUPS > 0) {
+            float sum = widen((u16)lo) + widen((u16)(lo >> 16)) + widen((u16)hi) + widen((u16)(hi >> 16));
+#pragma unroll
+            for (int d = GROUP / 8; d > 0; d /= 2) sum += __shfl_xor_sync(FULL, sum, d);
+            if (i % GROUP == 0) group_sums[i / GROUP] = sum;
+        }
+    });
+    Base::sync();
+
+    Unit unit;
+    float* part = parts + warp * 16;
+    int slot = 0, next = STAGES - 1;
+    for (; at.index < last; at.step()) {
+        copy_async_wait<STAGES - 2>();
+        __syncwarp();
+        request(g, ahead, last, slots + next * STAGE_BYTES);
+        ahead.step();
+        const uint4* stage = (const uint4*)(ring + slot * STAGE_BYTES);
+        if (at.fresh) {
+            unit.begin(stage + VECTORS * 32);
+            part = parts + ((at.tile - begin) * WARPS + warp) * 16;
+        }
+        unit.add(stage, xs + at.unit * UNIT, group_sums + at.unit * (GROUPS / UNITS));
+        next = slot;
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        // The warp's last unit of a tile.
+        if (at.unit + WARPS >= UNITS) unit.store(part);
+    }
+    if (TRIGGER == 2) let_next_start();
+    Base::sync();
+
+    for (int r = threadIdx.x; r < (end - begin) * 16; r += THREADS) {
+        int row = begin * 16 + r;
+        if (row >= R) break;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += parts[(r / 16 * WARPS + w) * 16 + r % 16];
+        if (g.bias) sum += g.bias[row];
+        if (g.add) sum += load1(g.y, g.y_delta, row);
+        g.y[row] = sum;
+    }
+}
+
+#if DEC
+typedef Team<THREADS, 32 * DEC_WARPS, 2> Compensating;
+
+__device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
+    let_next_start();
+    int edge = own_edge(g.dec);
+    wait_for_previous();
+#if INPUT == 1
+    // Scratch, x [whole chunks] f32, then what compensate() needs.
+    constexpr int PADDED = (K + CHUNK - 1) / CHUNK * CHUNK;
+    float* xs = (float*)(shared + 128);
+    stage_x<Compensating, PADDED>(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
+    Compensating::sync();
+    compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, (char*)(xs + PADDED), g.dec_out,
+                                               InPlace{shared_address(xs)});
+#else
+    // 4 KB per warp, then what compensate() needs.
+    compensate<Compensating, DEC_WORDS, false>(
+        g.dec, edge, blockIdx.x, shared + DEC_WARPS * CHUNK * 4, g.dec_out,
+        copied<Compensating>(shared, [&](int i) { return activations(g, i); }));
+#endif
+}
+#endif
+
+__device__ __forceinline__ void gemv(const Gemv& g) {
+    extern __shared__ __align__(128) char shared[];
+#if DEC
+    if (threadIdx.x >= THREADS) {
+        if (blockIdx.x < g.dec.n_tb)
+            compensate_block(g, shared + g.dec_shared);
+        else
+            wait_for_previous();
+        return;
+    }
+#endif
+    multiply(g, blockIdx.x, gridDim.x, shared);
+}

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Unpacks NVIDIA's compilers from PyPI into .cache/cuda: nvcc, ptxas, NVRTC and a disassembler, no GPU needed.
+#
+#   scripts/cuda-toolchain.sh             # CUDA 13.0, what CI compiles every kernel with
+#   CUDA_SERIES=12.8 scripts/cuda-toolchain.sh
+#
+# Tests and benches find libnvrtc there through DECDEC_NVRTC_DIR (default .cache/cuda/lib).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+series=${CUDA_SERIES:-13.0}
+case $series in
+    13.*) suffix="" extra="nvidia-nvvm nvidia-cuda-crt" ;;
+    12.*) suffix="-cu12" extra="" ;;
+    *) echo "CUDA series $series, 12.x or 13.x is expected" >&2; exit 1 ;;
+esac
+tree=.cache/cuda
+[ "$series" = 13.0 ] || tree=.cache/cuda-$series
+
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
+for name in nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-nvrtc $extra; do
+    python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "$name$suffix==$series.*"
+done
+# The disassembler is a convenience: it has no CUDA 12 wheel.
+[ -n "$suffix" ] || for name in nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; do
+    python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "$name==$series.*" || true
+done
+
+rm -rf "$tree.new"
+mkdir -p "$tree.new"
+for wheel in "$wheels"/*.whl; do
+    python3 -m zipfile -e "$wheel" "$tree.new"
+done
+# CUDA 13 wheels share nvidia/cu13; CUDA 12 wheels have a folder each.
+rm -rf "$tree"
+mkdir -p "$tree"
+for part in "$tree.new"/nvidia/*/; do
+    cp -a "$part". "$tree"
+done
+rm -rf "$tree.new"
+chmod +x "$tree"/bin/* "$tree"/nvvm/bin/* 2>/dev/null || true
+ls "$tree"/lib/libnvrtc.so.* >/dev/null
+echo "$tree is ready: $("$tree"/bin/ptxas --version | tail -2 | head -1)"

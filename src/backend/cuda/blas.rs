@@ -1,0 +1,130 @@
+//! cuBLAS, loaded at run time where it is installed: products of many tokens.
+
+use std::ffi::{c_int, c_void};
+use std::rc::Rc;
+
+use anyhow::{Result, ensure};
+
+use super::Dtype;
+use super::driver::Driver;
+
+type Handle = *mut c_void;
+type GemmEx = unsafe extern "C" fn(
+    Handle,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
+    *const c_void,
+    u64,
+    c_int,
+    c_int,
+    u64,
+    c_int,
+    c_int,
+    *const c_void,
+    u64,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
+) -> c_int;
+
+// Values of cublas_api.h and library_types.h.
+const TRANSPOSE: c_int = 1;
+const AS_IS: c_int = 0;
+const R_32F: c_int = 0;
+const R_16F: c_int = 2;
+const R_16BF: c_int = 14;
+const COMPUTE_32F: c_int = 68;
+const ALGORITHM_DEFAULT: c_int = -1;
+
+pub(super) struct Blas {
+    handle: Handle,
+    gemm: GemmEx,
+    destroy: unsafe extern "C" fn(Handle) -> c_int,
+    _driver: Rc<Driver>,
+    _libraries: Vec<libloading::Library>,
+}
+
+impl Blas {
+    /// Opens the library on the driver's stream.
+    ///
+    /// # Errors
+    /// No library, or one that does not start.
+    pub(super) fn open(driver: &Rc<Driver>) -> Result<Self> {
+        let libraries = super::driver::library("libcublas", "libcublasLt.so", "nvidia-cublas")?;
+        let library = &libraries[0];
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the types are those of cublas_api.h, unchanged from CUDA 12 to 13.
+        let (gemm, destroy, status) = unsafe {
+            let create: unsafe extern "C" fn(*mut Handle) -> c_int = *library.get(b"cublasCreate_v2\0")?;
+            let set_stream: unsafe extern "C" fn(Handle, *mut c_void) -> c_int =
+                *library.get(b"cublasSetStream_v2\0")?;
+            let gemm: GemmEx = *library.get(b"cublasGemmEx\0")?;
+            let destroy: unsafe extern "C" fn(Handle) -> c_int = *library.get(b"cublasDestroy_v2\0")?;
+            let mut status = create(&mut handle);
+            if status == 0 {
+                status = set_stream(handle, driver.stream().cast());
+            }
+            (gemm, destroy, status)
+        };
+        ensure!(status == 0, "cuda: cuBLAS does not start: status {status}");
+        Ok(Self { handle, gemm, destroy, _driver: Rc::clone(driver), _libraries: libraries })
+    }
+
+    /// `y[tokens, rows] = x[tokens, k] · w[rows, k]ᵀ` (`+ y` if `add`), sums and `y` in f32.
+    #[allow(clippy::too_many_arguments, reason = "a matrix product has as many")]
+    pub(super) fn product(
+        &self,
+        dtype: Dtype,
+        w: u64,
+        x: u64,
+        y: u64,
+        rows: usize,
+        k: usize,
+        tokens: usize,
+        add: bool,
+    ) -> Result<()> {
+        let kind = match dtype {
+            Dtype::Float16 => R_16F,
+            Dtype::Bfloat16 => R_16BF,
+            Dtype::Float32 => R_32F,
+        };
+        let (one, beta) = (1f32, if add { 1f32 } else { 0f32 });
+        // SAFETY: the caller's buffers hold these shapes; column-major [rows, tokens] is row-major [tokens, rows].
+        let status = unsafe {
+            (self.gemm)(
+                self.handle,
+                TRANSPOSE,
+                AS_IS,
+                rows as c_int,
+                tokens as c_int,
+                k as c_int,
+                (&raw const one).cast(),
+                w,
+                kind,
+                k as c_int,
+                x,
+                kind,
+                k as c_int,
+                (&raw const beta).cast(),
+                y,
+                R_32F,
+                rows as c_int,
+                COMPUTE_32F,
+                ALGORITHM_DEFAULT,
+            )
+        };
+        ensure!(status == 0, "cuda: a product of {tokens} tokens with {rows} × {k} failed in cuBLAS: status {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: created by `open`, destroyed once.
+        unsafe { (self.destroy)(self.handle) };
+    }
+}

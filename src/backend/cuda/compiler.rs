@@ -1,0 +1,336 @@
+//! NVRTC, loaded at run time, and the cache of what it made.
+//!
+//! A kernel is named by its file and its defines. Compiled code is kept under the user's cache directory, one
+//! file per (sources, defines, architecture, compiler version), written aside and renamed, checked when read.
+
+use std::borrow::Cow;
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::{env, fs, process, ptr};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Every kernel, as it stands in `kernels-cuda/`.
+const SOURCES: [(&str, &str); 8] = [
+    ("gemv_anyprec.cu", include_str!("../../../kernels-cuda/gemv_anyprec.cu")),
+    ("gemv_lutgemm.cu", include_str!("../../../kernels-cuda/gemv_lutgemm.cu")),
+    ("gemv_dense.cu", include_str!("../../../kernels-cuda/gemv_dense.cu")),
+    ("gemv_any.cu", include_str!("../../../kernels-cuda/gemv_any.cu")),
+    ("dec.cu", include_str!("../../../kernels-cuda/dec.cu")),
+    ("rows.cu", include_str!("../../../kernels-cuda/rows.cu")),
+    ("attend.cu", include_str!("../../../kernels-cuda/attend.cu")),
+    ("sample.cu", include_str!("../../../kernels-cuda/sample.cu")),
+];
+
+/// What they include.
+const HEADERS: [(&str, &str); 4] = [
+    ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
+    ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
+    ("gemv.cuh", include_str!("../../../kernels-cuda/gemv.cuh")),
+    ("dequant.cuh", include_str!("../../../kernels-cuda/dequant.cuh")),
+];
+
+/// Marks a cache file; the number changes with its layout.
+const MAGIC: &[u8; 8] = b"decdec01";
+
+type Program = *mut std::ffi::c_void;
+
+/// The functions of NVRTC that are used, as its header declares them.
+struct Api {
+    version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
+    create: unsafe extern "C" fn(
+        *mut Program,
+        *const c_char,
+        *const c_char,
+        c_int,
+        *const *const c_char,
+        *const *const c_char,
+    ) -> c_int,
+    compile: unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int,
+    destroy: unsafe extern "C" fn(*mut Program) -> c_int,
+    log_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
+    log: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+    cubin_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
+    cubin: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+}
+
+/// The compiler for one architecture.
+pub(crate) struct Compiler {
+    api: Api,
+    version: (c_int, c_int),
+    architecture: String,
+    cache: Option<PathBuf>,
+    _libraries: Vec<libloading::Library>,
+}
+
+impl Compiler {
+    /// Loads NVRTC, to compile for `architecture` (`sm_90`). `cache` is where compiled code is kept.
+    ///
+    /// # Errors
+    /// No NVRTC, or one without the functions that are needed; says how to get one.
+    pub(crate) fn open(architecture: &str, cache: Option<PathBuf>) -> Result<Self> {
+        let libraries = super::driver::library("libnvrtc", "libnvrtc-builtins.so", "nvidia-cuda-nvrtc")?;
+        let library = &libraries[0];
+        // SAFETY: the types are those of nvrtc.h, unchanged from CUDA 12 to 13.
+        let api = unsafe {
+            Api {
+                version: *library.get(b"nvrtcVersion\0")?,
+                create: *library.get(b"nvrtcCreateProgram\0")?,
+                compile: *library.get(b"nvrtcCompileProgram\0")?,
+                destroy: *library.get(b"nvrtcDestroyProgram\0")?,
+                log_size: *library.get(b"nvrtcGetProgramLogSize\0")?,
+                log: *library.get(b"nvrtcGetProgramLog\0")?,
+                cubin_size: *library.get(b"nvrtcGetCUBINSize\0")?,
+                cubin: *library.get(b"nvrtcGetCUBIN\0")?,
+            }
+        };
+        let mut version = (0, 0);
+        // SAFETY: writes two integers.
+        let status = unsafe { (api.version)(&mut version.0, &mut version.1) };
+        ensure!(status == 0, "cuda: nvrtcVersion failed with {status}");
+        Ok(Self { api, version, architecture: architecture.to_owned(), cache, _libraries: libraries })
+    }
+
+    /// The compiler's version, as in `13.0`.
+    pub(crate) fn version(&self) -> String {
+        format!("{}.{}", self.version.0, self.version.1)
+    }
+
+    /// Compiled code of `file` with `defines` (`NAME=VALUE`), from the cache or made now.
+    ///
+    /// # Errors
+    /// A file that is not among the kernels; the compiler's messages.
+    pub(crate) fn cubin(&self, file: &str, defines: &[String]) -> Result<Vec<u8>> {
+        let source = &text(file)?;
+        let Some(directory) = &self.cache else {
+            return Ok(self.compile(file, source, defines)?.0);
+        };
+        let stem = file.trim_end_matches(".cu");
+        let path = directory.join(format!("{stem}-{:032x}.cubin", self.key(source, defines)?));
+        if let Some(cubin) = fs::read(&path).ok().and_then(|bytes| unseal(&bytes).map(<[u8]>::to_vec)) {
+            return Ok(cubin);
+        }
+        let (cubin, _) = self.compile(file, source, defines)?;
+        if let Err(error) = store(&path, &cubin) {
+            tracing::warn!("compiled kernels are not kept: {}: {error}", path.display());
+        }
+        Ok(cubin)
+    }
+
+    fn key(&self, source: &str, defines: &[String]) -> Result<u128> {
+        let mut all = format!("{} {:?} ", self.architecture, self.version);
+        for (name, _) in HEADERS {
+            all.push_str(&text(name)?);
+        }
+        let _ = write!(all, "{source}{defines:?}");
+        Ok(u128::from(hash(all.as_bytes(), 1)) << 64 | u128::from(hash(all.as_bytes(), 2)))
+    }
+
+    /// Compiled code, and the compiler's log with the resources that each kernel takes.
+    fn compile(&self, file: &str, source: &str, defines: &[String]) -> Result<(Vec<u8>, String)> {
+        let c = |s: &str| CString::new(s).map_err(anyhow::Error::from);
+        let (name, source) = (c(file)?, c(source)?);
+        let texts = HEADERS.iter().map(|(name, _)| c(&text(name)?)).collect::<Result<Vec<_>>>()?;
+        let names = HEADERS.iter().map(|(name, _)| c(name)).collect::<Result<Vec<_>>>()?;
+        let mut options =
+            vec![c(&format!("--gpu-architecture={}", self.architecture))?, c("--std=c++17")?, c("--ptxas-options=-v")?];
+        for define in defines {
+            options.push(c(&format!("-D{define}"))?);
+        }
+        let pointers = |v: &[CString]| v.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
+        let (texts_at, names_at, options_at) = (pointers(&texts), pointers(&names), pointers(&options));
+
+        let mut program: Program = ptr::null_mut();
+        // SAFETY: every pointer is to a C string that lives to the end of this function.
+        let status = unsafe {
+            (self.api.create)(
+                &mut program,
+                source.as_ptr(),
+                name.as_ptr(),
+                HEADERS.len() as c_int,
+                texts_at.as_ptr(),
+                names_at.as_ptr(),
+            )
+        };
+        ensure!(status == 0, "cuda: nvrtcCreateProgram failed with {status} for {file}");
+        // SAFETY: as above; the program is destroyed below, once.
+        let status = unsafe { (self.api.compile)(program, options_at.len() as c_int, options_at.as_ptr()) };
+        // SAFETY: a program has a log once it was compiled, whatever came of it.
+        let log = unsafe { fetch(program, self.api.log_size, self.api.log) }.unwrap_or_default();
+        let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().into_owned();
+        let result = if status == 0 {
+            // SAFETY: the program is compiled.
+            unsafe { fetch(program, self.api.cubin_size, self.api.cubin) }.map(|cubin| (cubin, log))
+        } else {
+            Err(anyhow::anyhow!(
+                "cuda: {file} does not compile for {} with NVRTC {}: {}",
+                self.architecture,
+                self.version(),
+                log.trim()
+            ))
+        };
+        // SAFETY: created above, destroyed once.
+        unsafe { (self.api.destroy)(&mut program) };
+        result
+    }
+}
+
+/// The text of a kernel file or header; from the folder `DECDEC_KERNELS` if that is set, for work on kernels.
+fn text(file: &str) -> Result<Cow<'static, str>> {
+    if let Some(folder) = env::var_os("DECDEC_KERNELS") {
+        let path = PathBuf::from(folder).join(file);
+        return Ok(fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?.into());
+    }
+    let Some((_, text)) = SOURCES.iter().chain(&HEADERS).find(|(name, _)| *name == file) else {
+        bail!("cuda: there is no kernel file {file}");
+    };
+    Ok(Cow::Borrowed(text))
+}
+
+/// What one of NVRTC's pairs of functions gives: a size, then as many bytes.
+///
+/// # Safety
+/// `program` must be alive and hold what the functions return.
+unsafe fn fetch(
+    program: Program,
+    size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
+    get: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+) -> Result<Vec<u8>> {
+    let mut len = 0;
+    // SAFETY: promised by the caller.
+    let status = unsafe { size(program, &mut len) };
+    ensure!(status == 0, "cuda: NVRTC failed with {status}");
+    let mut bytes = vec![0u8; len];
+    // SAFETY: promised by the caller; the buffer is as long as NVRTC asked for.
+    let status = unsafe { get(program, bytes.as_mut_ptr().cast()) };
+    ensure!(status == 0, "cuda: NVRTC failed with {status}");
+    Ok(bytes)
+}
+
+/// Where compiled kernels are kept: `DECDEC_CACHE_DIR`, or `decdec` in the user's cache directory.
+pub(crate) fn cache_directory() -> Option<PathBuf> {
+    let path = |name| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = path("DECDEC_CACHE_DIR")
+        .or_else(|| path("XDG_CACHE_HOME").map(|p| p.join("decdec")))
+        .or_else(|| path("HOME").map(|p| p.join(".cache/decdec")))?;
+    Some(base.join("kernels"))
+}
+
+/// FNV-1a.
+fn hash(bytes: &[u8], seed: u64) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325 ^ seed, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+fn seal(cubin: &[u8]) -> Vec<u8> {
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(hash(cubin, 0).to_le_bytes());
+    bytes.extend(cubin);
+    bytes
+}
+
+/// The code in a cache file, if it is whole.
+fn unseal(bytes: &[u8]) -> Option<&[u8]> {
+    let rest = bytes.strip_prefix(MAGIC.as_slice())?;
+    let (sum, cubin) = rest.split_at_checked(8)?;
+    (sum == hash(cubin, 0).to_le_bytes()).then_some(cubin)
+}
+
+/// Written aside and renamed: a reader sees nothing or all of it, and two writers do no harm.
+fn store(path: &std::path::Path, cubin: &[u8]) -> std::io::Result<()> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let aside = path.with_extension(format!("{}.{}.tmp", process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+    fs::write(&aside, seal(cubin))?;
+    fs::rename(&aside, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rayon::prelude::*;
+
+    /// Every hot kernel as models ask for it, and every other one: file, defines.
+    fn variants() -> Vec<(&'static str, Vec<String>)> {
+        let split = |s: &str| s.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let mut all = Vec::new();
+        let shape = "K=4096 R=6144 WARPS=16 STAGES=2 DEC_WARPS=8 DEC_WORDS=2";
+        for dtype in [0, 1] {
+            for (input, dec) in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)] {
+                for bits in [3, 4] {
+                    let common = format!("DTYPE={dtype} INPUT={input} DEC={dec} {shape}");
+                    all.push(("gemv_anyprec.cu", split(&format!("{common} BITS={bits}"))));
+                    all.push(("gemv_lutgemm.cu", split(&format!("{common} BITS={bits} GROUP=128"))));
+                }
+            }
+            all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} INPUT=1 DEC=0 {shape}"))));
+        }
+        // SmolLM2's shapes: rows that are no whole tiles, channels that are no whole units, narrow residuals.
+        let small = "K=576 R=72 WARPS=16 STAGES=2 DEC_WARPS=8 DEC_WORDS=1 DTYPE=0 INPUT=1 DEC=1";
+        all.push(("gemv_anyprec.cu", split(&format!("{small} BITS=3"))));
+        all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=64"))));
+        all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=32"))));
+        for dtype in [0, 1, 2] {
+            all.push(("gemv_any.cu", split(&format!("DTYPE={dtype}"))));
+            all.push(("rows.cu", split(&format!("DTYPE={dtype}"))));
+            for heads in ["HEADS=32 KV_HEADS=8 HEAD_DIM=128", "HEADS=9 KV_HEADS=3 HEAD_DIM=64"] {
+                all.push(("attend.cu", split(&format!("DTYPE={dtype} KV={dtype} WINDOW=0 SPLITS=16 {heads}"))));
+            }
+        }
+        all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=2047 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));
+        all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=0 SPLITS=16 HEADS=64 KV_HEADS=8 HEAD_DIM=128")));
+        all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
+        all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
+        all.push(("sample.cu", split("DTYPE=0")));
+        all
+    }
+
+    /// Needs NVRTC, not a GPU: `scripts/cuda-toolchain.sh`, then `DECDEC_CUDA_LIBRARIES=.cache/cuda/lib`.
+    #[test]
+    fn every_kernel_compiles_for_every_architecture_without_spilling() {
+        let Ok(probe) = Compiler::open("sm_80", None) else {
+            eprintln!("skipped: no NVRTC");
+            return;
+        };
+        drop(probe);
+        for architecture in ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"] {
+            let compiler = Compiler::open(architecture, None).unwrap();
+            variants().par_iter().for_each(|(file, defines)| {
+                let (_, log) = compiler.compile(file, &text(file).unwrap(), defines).unwrap();
+                assert!(log.contains("bytes stack frame"), "no resource report for {file}: {log}");
+                for line in log.lines().filter(|line| line.contains("bytes stack frame")) {
+                    assert!(
+                        line.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
+                        "{architecture} {file} {defines:?}: {}",
+                        line.trim()
+                    );
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_compile_says_why() {
+        let Ok(compiler) = Compiler::open("sm_90", None) else {
+            eprintln!("skipped: no NVRTC");
+            return;
+        };
+        let error = compiler.compile("dec.cu", "nonsense", &[]).unwrap_err().to_string();
+        assert!(error.contains("sm_90") && error.contains("nonsense"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_cache_file_is_not_code() {
+        let sealed = seal(b"code");
+        assert_eq!(unseal(&sealed), Some(b"code".as_slice()));
+        for i in 0..sealed.len() {
+            let mut damaged = sealed.clone();
+            damaged[i] ^= 1;
+            assert_eq!(unseal(&damaged), None, "byte {i}");
+            assert_eq!(unseal(&sealed[..i]), None, "cut at {i}");
+        }
+    }
+}

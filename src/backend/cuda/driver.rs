@@ -1,0 +1,492 @@
+//! The driver: one device, one stream, memory that frees itself, launches. All of cudarc that decdec uses.
+
+use std::ffi::{CString, c_int, c_uint, c_void};
+use std::marker::PhantomData;
+use std::ptr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail, ensure};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+
+/// A device's numbers, asked for once.
+#[derive(Debug, Clone)]
+pub(super) struct Numbers {
+    pub(super) name: String,
+    pub(super) driver: i32,
+    pub(super) major: i32,
+    pub(super) minor: i32,
+    pub(super) multiprocessors: usize,
+    pub(super) shared_per_block: usize,
+}
+
+/// One device and the one stream that everything is queued on. Single-threaded: its context is current on the
+/// thread that opened it.
+pub(super) struct Driver {
+    device: sys::CUdevice,
+    stream: sys::CUstream,
+    numbers: Numbers,
+}
+
+fn failed(what: &str, error: DriverError) -> anyhow::Error {
+    let text = error.error_string().map_or_else(|_| format!("{:?}", error.0), |s| s.to_string_lossy().into_owned());
+    anyhow!("cuda: {what}: {text}")
+}
+
+/// How many devices there are.
+///
+/// # Errors
+/// No driver, or one that is too old; says how to get one.
+pub(super) fn count() -> Result<usize> {
+    // SAFETY: only tries to open the library.
+    ensure!(
+        unsafe { sys::is_culib_present() },
+        "cuda: no NVIDIA driver (libcuda.so.1) on this machine, install one of version 525 or later or use --device cpu"
+    );
+    result::init().map_err(|e| failed("the driver does not start, check nvidia-smi or use --device cpu", e))?;
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| failed("driver version", e))?;
+    ensure!(
+        version >= 12000,
+        "cuda: the driver supports CUDA {}.{}, 12.0 is needed, install version 525 or later",
+        version / 1000,
+        version % 1000 / 10
+    );
+    Ok(result::device::get_count().map_err(|e| failed("counting devices", e))? as usize)
+}
+
+impl Driver {
+    /// Opens device `ordinal`.
+    ///
+    /// # Errors
+    /// No driver, no such device, compute capability below 8.0.
+    pub(super) fn open(ordinal: usize) -> Result<Rc<Self>> {
+        let count = count()?;
+        ensure!(count > 0, "cuda: the driver sees no GPU, check nvidia-smi or use --device cpu");
+        ensure!(ordinal < count, "cuda: there is no device cuda:{ordinal}, cuda:0 to cuda:{} are allowed", count - 1);
+        let device = result::device::get(ordinal as c_int).map_err(|e| failed("opening the device", e))?;
+        // SAFETY: `device` was returned by the driver.
+        let attribute = |a| unsafe { result::device::get_attribute(device, a) }.map_err(|e| failed("attribute", e));
+        let mut driver = 0;
+        // SAFETY: writes one integer.
+        unsafe { sys::cuDriverGetVersion(&mut driver) }.result().map_err(|e| failed("driver version", e))?;
+        let numbers = Numbers {
+            name: result::device::get_name(device).map_err(|e| failed("name", e))?,
+            driver,
+            major: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            minor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+        };
+        ensure!(
+            numbers.major >= 8,
+            "cuda: {} has compute capability {}.{}, 8.0 is needed, use --device cpu",
+            numbers.name,
+            numbers.major,
+            numbers.minor
+        );
+        // SAFETY: `device` is valid; the context is released when the driver is dropped.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed("creating a context", e))?;
+        // SAFETY: `context` was just retained.
+        unsafe { result::ctx::set_current(context) }.map_err(|e| failed("using the context", e))?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(|e| failed("creating a stream", e))?;
+        Ok(Rc::new(Self { device, stream, numbers }))
+    }
+
+    pub(super) fn numbers(&self) -> &Numbers {
+        &self.numbers
+    }
+
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Free and total device memory in bytes.
+    pub(super) fn memory(&self) -> Result<(usize, usize)> {
+        result::mem_get_info().map_err(|e| failed("asking for free memory", e))
+    }
+
+    /// Waits for everything queued.
+    pub(super) fn wait(&self) -> Result<()> {
+        // SAFETY: the stream lives as long as the driver.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failed("a kernel failed", e))
+    }
+
+    /// True if nothing is queued any more.
+    pub(super) fn idle(&self) -> Result<bool> {
+        // SAFETY: the stream lives as long as the driver.
+        match unsafe { sys::cuStreamQuery(self.stream) } {
+            sys::CUresult::CUDA_SUCCESS => Ok(true),
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            error => Err(failed("a kernel failed", DriverError(error))),
+        }
+    }
+
+    /// Queues a kernel.
+    pub(super) fn launch(&self, kernel: &Kernel, launch: Launch, arguments: &mut Arguments<'_>) -> Result<()> {
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0 as c_uint,
+            gridDimY: launch.grid.1 as c_uint,
+            gridDimZ: launch.grid.2 as c_uint,
+            blockDimX: launch.block as c_uint,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared as c_uint,
+            hStream: self.stream,
+            attrs: &mut attribute,
+            // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
+            numAttrs: u32::from(self.numbers.major >= 9 && launch.overlap),
+        };
+        // SAFETY: the kernel belongs to this context, and the arguments are those of its parameter list: each
+        // call site passes them in the order and with the types of the kernel's source.
+        unsafe { sys::cuLaunchKernelEx(&config, kernel.function, arguments.pointers.as_mut_ptr(), ptr::null_mut()) }
+            .result()
+            .map_err(|e| failed(&format!("launching {}", kernel.name), e))
+    }
+
+    /// The device's time for what `work` queues.
+    pub(super) fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| failed("event", e));
+        let (start, end) = (event()?, event()?);
+        let timed = (|| {
+            // SAFETY: both events are alive until the end of this function.
+            unsafe { result::event::record(start, self.stream) }.map_err(|e| failed("event", e))?;
+            work()?;
+            // SAFETY: as above.
+            unsafe { result::event::record(end, self.stream) }.map_err(|e| failed("event", e))?;
+            self.wait()?;
+            // SAFETY: as above; both have been recorded and waited for.
+            unsafe { result::event::elapsed(start, end) }.map_err(|e| failed("event", e))
+        })();
+        // SAFETY: nothing refers to the events any more.
+        unsafe {
+            let _ = result::event::destroy(start);
+            let _ = result::event::destroy(end);
+        }
+        Ok(Duration::from_secs_f64(f64::from(timed?) / 1e3))
+    }
+
+    /// Records what `work` queues instead of running it.
+    pub(super) fn capture(self: &Rc<Self>, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is ours alone.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(|e| failed("recording", e))?;
+        let queued = work();
+        // SAFETY: recording was begun above.
+        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(|e| failed("recording", e));
+        queued?;
+        let graph = graph?;
+        let mut exec = ptr::null_mut();
+        // SAFETY: `graph` was just recorded; it is not needed once instantiated.
+        let made = unsafe {
+            let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).result();
+            let _ = result::graph::destroy(graph);
+            made
+        };
+        made.map_err(|e| failed("making a graph", e))?;
+        Ok(Graph { driver: Rc::clone(self), exec })
+    }
+
+    /// Loads compiled code.
+    pub(super) fn module(self: &Rc<Self>, cubin: &[u8]) -> Result<Rc<Module>> {
+        // SAFETY: a cubin carries its own length; it was checked when it was compiled or read.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
+            .map_err(|e| failed("loading a kernel (a driver older than the compiler cannot)", e))?;
+        Ok(Rc::new(Module { driver: Rc::clone(self), module }))
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // SAFETY: everything that uses the stream or the context holds an `Rc` of this driver.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// Device memory.
+pub(super) struct Buffer {
+    driver: Rc<Driver>,
+    pointer: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// `bytes` of zeros.
+    pub(super) fn new(driver: &Rc<Driver>, bytes: usize) -> Result<Self> {
+        let bytes = bytes.max(16);
+        // SAFETY: the context is current.
+        let pointer = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
+            let free = driver.memory().map_or(0, |(free, _)| free);
+            anyhow!(
+                "{:#}: {} MiB wanted, {} MiB free, use a lower --max-seq-len, fewer bits or --residuals host",
+                failed("device memory", e),
+                bytes >> 20,
+                free >> 20
+            )
+        })?;
+        let buffer = Self { driver: Rc::clone(driver), pointer, bytes };
+        buffer.clear()?;
+        Ok(buffer)
+    }
+
+    /// A copy of `values`.
+    pub(super) fn of<T: bytemuck::Pod>(driver: &Rc<Driver>, values: &[T]) -> Result<Self> {
+        let buffer = Self::new(driver, size_of_val(values))?;
+        buffer.write(0, values)?;
+        Ok(buffer)
+    }
+
+    pub(super) fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Queues zeros over everything.
+    pub(super) fn clear(&self) -> Result<()> {
+        // SAFETY: the range is this buffer.
+        unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, self.driver.stream) }
+            .map_err(|e| failed("clearing memory", e))
+    }
+
+    /// Queues a copy of `values` to byte `offset`.
+    pub(super) fn write<T: bytemuck::Pod>(&self, offset: usize, values: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        assert!(offset + bytes.len() <= self.bytes, "{} bytes at {offset} of {}", bytes.len(), self.bytes);
+        // SAFETY: the range was just checked; the driver copies ordinary host memory before it returns.
+        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, bytes, self.driver.stream) }
+            .map_err(|e| failed("copying to the device", e))
+    }
+
+    /// Waits, then copies the first bytes over `out`.
+    pub(super) fn read<T: bytemuck::Pod>(&self, out: &mut [T]) -> Result<()> {
+        self.driver.wait()?;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+        assert!(bytes.len() <= self.bytes, "{} bytes of {}", bytes.len(), self.bytes);
+        // SAFETY: the range was just checked, and nothing is queued.
+        unsafe { result::memcpy_dtoh_sync(bytes, self.pointer) }.map_err(|e| failed("copying from the device", e))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // Kernels that use it may still be queued.
+        let _ = self.driver.wait();
+        // SAFETY: allocated by `new`, freed once.
+        let _ = unsafe { result::free_sync(self.pointer) };
+    }
+}
+
+/// Pinned host memory that the device reads and writes in place.
+pub(super) struct Mapped {
+    driver: Rc<Driver>,
+    host: *mut u8,
+    device: u64,
+    bytes: usize,
+}
+
+impl Mapped {
+    /// `bytes` of zeros.
+    pub(super) fn new(driver: &Rc<Driver>, bytes: usize) -> Result<Self> {
+        let bytes = bytes.max(16);
+        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+        // SAFETY: the context is current.
+        let host = unsafe { result::malloc_host(bytes, flags) }.map_err(|e| {
+            anyhow!(
+                "{:#}: {} MiB of pinned host memory wanted, raise ulimit -l, free host memory or use --residuals device",
+                failed("pinned memory", e),
+                bytes >> 20
+            )
+        })?;
+        let mut device = 0;
+        // SAFETY: `host` was just allocated with DEVICEMAP.
+        let mapped = unsafe { sys::cuMemHostGetDevicePointer_v2(&mut device, host, 0) }.result();
+        let memory = Self { driver: Rc::clone(driver), host: host.cast(), device, bytes };
+        mapped.map_err(|e| failed("mapping pinned memory", e))?;
+        // SAFETY: the range is this allocation.
+        unsafe { ptr::write_bytes(memory.host, 0, bytes) };
+        Ok(memory)
+    }
+
+    pub(super) fn pointer(&self) -> u64 {
+        self.device
+    }
+
+    pub(super) fn host(&self) -> *mut u8 {
+        self.host
+    }
+
+    /// Overwrites the first bytes; nothing that reads them may be queued.
+    pub(super) fn write<T: bytemuck::Pod>(&self, values: &[T]) {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        assert!(bytes.len() <= self.bytes, "{} bytes of {}", bytes.len(), self.bytes);
+        // SAFETY: the range was just checked; the two do not overlap, since `host` is ours alone.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.host, bytes.len()) };
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let _ = self.driver.wait();
+        // SAFETY: allocated by `new`, freed once.
+        let _ = unsafe { result::free_host(self.host.cast()) };
+    }
+}
+
+/// Loaded code.
+pub(super) struct Module {
+    driver: Rc<Driver>,
+    module: sys::CUmodule,
+}
+
+impl Module {
+    /// An entry point, allowed to use all of the device's shared memory.
+    pub(super) fn kernel(self: &Rc<Self>, name: &str) -> Result<Kernel> {
+        let symbol = CString::new(name)?;
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(self.module, symbol) }
+            .map_err(|e| failed(&format!("kernel {name}"), e))?;
+        let kernel = Kernel { _module: Rc::clone(self), name: name.to_owned(), function };
+        let used = kernel.attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let room = self.driver.numbers.shared_per_block as i32 - used;
+        let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: `function` is alive.
+        unsafe { result::function::set_function_attribute(function, limit, room) }
+            .map_err(|e| failed("shared memory", e))?;
+        Ok(kernel)
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _ = self.driver.wait();
+        // SAFETY: loaded by `Driver::module`, unloaded once; kernels hold an `Rc` of it.
+        let _ = unsafe { result::module::unload(self.module) };
+    }
+}
+
+/// An entry point.
+#[derive(Clone)]
+pub(super) struct Kernel {
+    _module: Rc<Module>,
+    name: String,
+    function: sys::CUfunction,
+}
+
+impl Kernel {
+    fn attribute(&self, attribute: sys::CUfunction_attribute) -> Result<i32> {
+        // SAFETY: the function lives as long as its module.
+        unsafe { result::function::get_function_attribute(self.function, attribute) }
+            .map_err(|e| failed(&format!("attribute of {}", self.name), e))
+    }
+}
+
+/// How many blocks, how large, and whether they may start while the kernel before them still runs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Launch {
+    pub(super) grid: (usize, usize, usize),
+    pub(super) block: usize,
+    pub(super) shared: usize,
+    pub(super) overlap: bool,
+}
+
+impl Launch {
+    /// `blocks` blocks of `threads` threads.
+    pub(super) fn new(blocks: usize, threads: usize) -> Self {
+        Self { grid: (blocks, 1, 1), block: threads, shared: 0, overlap: true }
+    }
+}
+
+/// A kernel's arguments, in order.
+pub(super) struct Arguments<'a> {
+    pointers: Vec<*mut c_void>,
+    values: PhantomData<&'a ()>,
+}
+
+impl<'a> Arguments<'a> {
+    pub(super) fn new() -> Self {
+        Self { pointers: Vec::with_capacity(12), values: PhantomData }
+    }
+
+    /// The next one.
+    pub(super) fn with<T: Copy>(mut self, value: &'a T) -> Self {
+        self.pointers.push(ptr::from_ref(value).cast_mut().cast());
+        self
+    }
+}
+
+/// Recorded operations.
+pub(super) struct Graph {
+    driver: Rc<Driver>,
+    exec: sys::CUgraphExec,
+}
+
+impl Graph {
+    /// Queues them all.
+    pub(super) fn launch(&self) -> Result<()> {
+        // SAFETY: instantiated by `capture`, on the same driver.
+        unsafe { result::graph::launch(self.exec, self.driver.stream) }.map_err(|e| failed("replaying a graph", e))
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        let _ = self.driver.wait();
+        // SAFETY: instantiated by `capture`, destroyed once.
+        let _ = unsafe { result::graph::exec_destroy(self.exec) };
+    }
+}
+
+/// A library in the latest version that is installed, and those of `parts` that lie beside it: libraries that it
+/// opens by name later, from a directory that the loader may not search.
+///
+/// # Errors
+/// Names what was looked for and how to get it.
+pub(super) fn library(name: &str, parts: &str, package: &str) -> Result<Vec<libloading::Library>> {
+    let directory = std::env::var("DECDEC_CUDA_LIBRARIES").ok();
+    let directories = directory.as_deref().into_iter().chain([
+        "",
+        "/usr/local/cuda/lib64",
+        "/opt/cuda/lib64",
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+    ]);
+    for directory in directories {
+        for version in [".13", ".12", ""] {
+            let file = std::path::Path::new(directory).join(format!("{name}.so{version}"));
+            let mut libraries = beside(directory, parts);
+            // SAFETY: NVIDIA's libraries run nothing of consequence when they are opened.
+            if let Ok(library) = unsafe { libloading::Library::new(&file) } {
+                libraries.insert(0, library);
+                return Ok(libraries);
+            }
+        }
+    }
+    bail!(
+        "cuda: {name}.so of CUDA 12 or 13 not found, install the CUDA toolkit or the Python package {package}, and \
+         name its directory in DECDEC_CUDA_LIBRARIES"
+    )
+}
+
+fn beside(directory: &str, parts: &str) -> Vec<libloading::Library> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| !parts.is_empty() && entry.file_name().to_string_lossy().starts_with(parts))
+        // SAFETY: as above.
+        .filter_map(|entry| unsafe { libloading::Library::new(entry.path()) }.ok())
+        .collect()
+}

@@ -1,0 +1,373 @@
+//! The CUDA backend: cudarc's driver API, kernels compiled by NVRTC for the card at hand.
+//!
+//! - `driver`: device, stream, memory, launches, graphs; `compiler`: NVRTC and the cache of compiled kernels;
+//!   `blas`: cuBLAS for prompts, where it is installed
+//! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
+//! - `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
+
+mod blas;
+pub(crate) mod compiler;
+mod driver;
+mod matrix;
+mod pack;
+mod product;
+mod sequence;
+mod vector;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+pub use matrix::{Matrix, Plan};
+pub use product::Tuning;
+pub use sequence::Sequence;
+pub use vector::Vector;
+
+use self::blas::Blas;
+use self::compiler::Compiler;
+use self::driver::{Arguments, Buffer, Driver, Kernel, Launch};
+use self::matrix::{Body, Format};
+use self::product::Feed;
+use super::{DecodeBackend, DeviceInfo, GemvBackend, Input, Norm};
+use crate::config::ModelConfig;
+use crate::dec::DecPlan;
+use crate::sampling::Sampling;
+use crate::weights::Linear;
+
+/// The type that weights and activations are multiplied in; sums are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[repr(u8)]
+pub enum Dtype {
+    /// IEEE half precision.
+    #[default]
+    Float16 = 0,
+    /// bfloat16.
+    Bfloat16 = 1,
+    /// IEEE single precision: reproduces the CPU's texts, at the speed of plain kernels.
+    Float32 = 2,
+}
+
+/// Where residuals are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Residuals {
+    /// Pinned host memory, read in place over the host link.
+    #[default]
+    Host,
+    /// Device memory, for cards with room.
+    Device,
+}
+
+/// How the backend is set up.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Options {
+    /// The type of products.
+    pub dtype: Dtype,
+    /// Where residuals are kept.
+    pub residuals: Residuals,
+    /// 0: plain kernels, launched one by one; 1: kernels made for each shape; 2: these, and one graph per token.
+    pub compile: u8,
+    /// Launch parameters of the products.
+    pub tuning: Tuning,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { dtype: Dtype::Float16, residuals: Residuals::Host, compile: 2, tuning: Tuning::default() }
+    }
+}
+
+/// One NVIDIA GPU.
+pub struct Cuda {
+    // First, so that its handle goes before the driver does.
+    blas: Option<Blas>,
+    device: DeviceInfo,
+    options: Options,
+    compiler: Compiler,
+    kernels: RefCell<HashMap<String, Kernel>>,
+    scratch: RefCell<[Option<Rc<Buffer>>; Scratch::ALL]>,
+    retired: RefCell<Vec<Rc<Buffer>>>,
+    driver: Rc<Driver>,
+}
+
+/// Work space that outlives one operation, by purpose.
+#[derive(Clone, Copy)]
+pub(crate) enum Scratch {
+    /// Activations, f32.
+    X,
+    /// Activations of a prompt, 16 bits.
+    Half,
+    /// A dequantized matrix.
+    Weights,
+    /// Token ids of a prompt.
+    Ids,
+}
+
+impl Scratch {
+    const ALL: usize = 4;
+}
+
+/// The recorded operations of one token.
+pub struct Graph(Recorded);
+
+enum Recorded {
+    /// Ran once, so that everything is compiled and allocated; not yet recorded.
+    Warm,
+    Ready(driver::Graph),
+}
+
+/// What `decdec devices` lists: one entry per GPU.
+///
+/// # Errors
+/// No driver, or too old a one; says how to get one.
+pub fn devices() -> Result<Vec<DeviceInfo>> {
+    (0..driver::count()?).map(|i| Ok(info(i, &*Driver::open(i)?))).collect()
+}
+
+fn info(ordinal: usize, driver: &Driver) -> DeviceInfo {
+    let numbers = driver.numbers();
+    DeviceInfo {
+        id: format!("cuda:{ordinal}"),
+        name: numbers.name.clone(),
+        driver: format!("CUDA {}.{}", numbers.driver / 1000, numbers.driver % 1000 / 10),
+        max_n_tb: numbers.multiprocessors,
+        max_tokens: 512,
+        lookahead: 8,
+    }
+}
+
+impl Cuda {
+    /// Opens device `ordinal`.
+    ///
+    /// # Errors
+    /// What is missing (driver, GPU, NVRTC) or too old, and how to get it.
+    pub fn new(ordinal: usize, options: Options) -> Result<Self> {
+        ensure!(options.compile <= 2, "--compile is {}, 0 to 2 are allowed", options.compile);
+        let driver = Driver::open(ordinal)?;
+        let numbers = driver.numbers();
+        let architecture = format!("sm_{}{}", numbers.major, numbers.minor);
+        let compiler = Compiler::open(&architecture, compiler::cache_directory())?;
+        let blas = Blas::open(&driver)
+            .inspect_err(|e| tracing::warn!("{e:#}; until then prompts are processed token by token"))
+            .ok();
+        tracing::info!("{} ({architecture}), NVRTC {}", numbers.name, compiler.version());
+        let device = info(ordinal, &driver);
+        Ok(Self {
+            blas,
+            device,
+            options,
+            compiler,
+            kernels: RefCell::default(),
+            scratch: RefCell::default(),
+            retired: RefCell::default(),
+            driver,
+        })
+    }
+
+    /// Free and total device memory, bytes.
+    ///
+    /// # Errors
+    /// A lost device.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.driver.memory()
+    }
+
+    /// Entry point `entry` of `file`, compiled with `defines` and the type of products.
+    fn kernel(&self, file: &str, entry: &str, defines: &[String]) -> Result<Kernel> {
+        let key = format!("{entry} {}", defines.join(" "));
+        if let Some(kernel) = self.kernels.borrow().get(&key) {
+            return Ok(kernel.clone());
+        }
+        let mut all = vec![format!("DTYPE={}", self.options.dtype as u8)];
+        all.extend_from_slice(defines);
+        let kernel = self.driver.module(&self.compiler.cubin(file, &all)?)?.kernel(entry)?;
+        self.kernels.borrow_mut().insert(key, kernel.clone());
+        Ok(kernel)
+    }
+
+    /// At least `bytes` of work space. A smaller one before it stays: recorded graphs may point to it.
+    fn scratch(&self, what: Scratch, bytes: usize) -> Result<Rc<Buffer>> {
+        let slot = &mut self.scratch.borrow_mut()[what as usize];
+        if let Some(buffer) = slot
+            && buffer.bytes() >= bytes
+        {
+            return Ok(Rc::clone(buffer));
+        }
+        let buffer = Rc::new(Buffer::new(&self.driver, bytes)?);
+        if let Some(old) = slot.replace(Rc::clone(&buffer)) {
+            self.retired.borrow_mut().push(old);
+        }
+        Ok(buffer)
+    }
+
+    /// Blocks that share one key-value head's text.
+    fn splits(&self, kv_heads: usize) -> usize {
+        (self.driver.numbers().multiprocessors / kv_heads).clamp(1, 16)
+    }
+}
+
+impl GemvBackend for Cuda {
+    type Vector = Vector;
+    type Matrix = Matrix;
+    type Plan = Plan;
+
+    fn device(&self) -> &DeviceInfo {
+        &self.device
+    }
+
+    fn vector(&self, len: usize) -> Result<Vector> {
+        Vector::new(&self.driver, len)
+    }
+
+    fn write(&self, values: &[f32], to: &mut Vector) -> Result<()> {
+        to.settle();
+        to.data.write(0, values)
+    }
+
+    fn read(&self, from: &Vector, out: &mut [f32]) -> Result<()> {
+        from.read(out)
+    }
+
+    fn matrix(&self, linear: &Linear<'_>) -> Result<Matrix> {
+        matrix::upload(self, linear)
+    }
+
+    fn plan(&self, matrix: &Matrix, plan: &DecPlan) -> Result<Plan> {
+        matrix::plan(self, matrix, plan)
+    }
+
+    fn gemv(&self, matrix: &Matrix, x: &Vector, y: &mut Vector) -> Result<()> {
+        self.product(Feed::Plain, matrix, None, (x.at(), x.delta()), y, 1, false)
+    }
+
+    fn dec_gemv(&self, matrix: &Matrix, plan: &Plan, x: &Vector, y: &mut Vector) -> Result<()> {
+        self.product(Feed::Plain, matrix, Some(plan), (x.at(), x.delta()), y, 1, false)
+    }
+
+    fn select(&self, plan: &Plan, x: &Vector) -> Result<Vec<u32>> {
+        self.selected_channels(plan, x)
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        self.driver.time(work)
+    }
+}
+
+impl DecodeBackend for Cuda {
+    type Sequence = Sequence;
+    type Graph = Graph;
+
+    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
+        Sequence::new(self, config, max_seq_len)
+    }
+
+    fn begin(&self, sequence: &mut Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        sequence.begin(self, sampling, draws)
+    }
+
+    fn embed(&self, sequence: &Sequence, table: &Matrix, input: Input<'_>, h: &mut Vector) -> Result<()> {
+        let (at, kind) = match &table.body {
+            Body::Packed { format: Format::Dense, codes, .. } => (codes.pointer(), 0i32),
+            Body::Any { values, kind: 2, .. } => (values.pointer(), 2),
+            _ => anyhow::bail!("cuda: a quantized embedding, only full precision is supported"),
+        };
+        let (ids, tokens) = match input {
+            Input::Sampled => (0, 1),
+            Input::Prompt(tokens) => {
+                let ids = self.scratch(Scratch::Ids, self.device.max_tokens * 4)?;
+                ids.write(0, tokens)?;
+                (ids.pointer(), tokens.len())
+            }
+        };
+        h.settle();
+        let (features, state, to) = (table.in_features as i32, sequence.state.pointer(), h.at());
+        let launch = Launch { grid: (table.in_features.div_ceil(256), tokens, 1), ..Launch::new(1, 256) };
+        self.driver.launch(
+            &self.kernel("rows.cu", "embed", &[])?,
+            launch,
+            &mut Arguments::new().with(&at).with(&kind).with(&features).with(&ids).with(&state).with(&to),
+        )
+    }
+
+    fn norm_gemv(
+        &self,
+        norm: &Norm<Vector>,
+        matrix: &Matrix,
+        plan: Option<&Plan>,
+        h: &Vector,
+        y: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        self.product(Feed::Norm(norm), matrix, plan, (h.at(), h.delta()), y, tokens, false)
+    }
+
+    fn attend(
+        &self,
+        sequence: &mut Sequence,
+        layer: usize,
+        qkv: &Vector,
+        out: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        sequence.attend(self, layer, qkv, out, tokens)
+    }
+
+    fn gemv_add(&self, matrix: &Matrix, plan: Option<&Plan>, x: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
+        self.product(Feed::Plain, matrix, plan, (x.at(), x.delta()), h, tokens, true)
+    }
+
+    fn swiglu_gemv_add(
+        &self,
+        matrix: &Matrix,
+        plan: Option<&Plan>,
+        gu: &Vector,
+        h: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        self.swiglu_product(matrix, plan, gu, h, tokens)
+    }
+
+    fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        sequence.advance(self, tokens)
+    }
+
+    fn last_row(&self, h: &Vector, len: usize, tokens: usize, last: &mut Vector) -> Result<()> {
+        last.settle();
+        let (from, delta, row, features, to) = (h.at(), h.delta(), tokens as i32 - 1, len as i32, last.at());
+        self.driver.launch(
+            &self.kernel("rows.cu", "copy_row", &[])?,
+            Launch::new(len.div_ceil(256), 256),
+            &mut Arguments::new().with(&from).with(&delta).with(&row).with(&features).with(&to),
+        )
+    }
+
+    fn sample(&self, sequence: &mut Sequence, logits: &Vector) -> Result<()> {
+        sequence.sample(self, logits)
+    }
+
+    fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
+        sequence.sampled(self, i)
+    }
+
+    fn replay(&self, graph: &mut Option<Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if self.options.compile < 2 {
+            return token();
+        }
+        match graph {
+            None => {
+                token()?;
+                *graph = Some(Graph(Recorded::Warm));
+                Ok(())
+            }
+            Some(Graph(Recorded::Warm)) => {
+                let recorded = self.driver.capture(token)?;
+                recorded.launch()?;
+                *graph = Some(Graph(Recorded::Ready(recorded)));
+                Ok(())
+            }
+            Some(Graph(Recorded::Ready(recorded))) => recorded.launch(),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! A text in the making: caches, position and sampled tokens, all on the device.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+
+use super::driver::{Arguments, Buffer, Launch, Mapped};
+use super::vector::Vector;
+use super::{Cuda, Dtype};
+use crate::config::ModelConfig;
+use crate::sampling::Sampling;
+
+/// What the host finds where no token has been written yet.
+const NONE: u32 = u32::MAX;
+
+/// Blocks that look for the largest logit.
+const SAMPLE_BLOCKS: usize = 64;
+
+/// One text: its key-value cache, its length, its sampled tokens.
+pub struct Sequence {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    window: usize,
+    max_seq_len: usize,
+    layer_bytes: usize,
+    keys: Buffer,   // [layers, kv_heads, max_seq_len, head_dim]
+    values: Buffer, // the same
+    angles: Buffer, // f32 [max_seq_len, head_dim / 2, (cos, sin)]
+    pub(super) state: Buffer,
+    parts: Buffer,
+    tickets: Buffer,
+    rules: Buffer,
+    draws: Buffer,  // f32 [max_seq_len + 1]
+    best: Buffer,   // u64 [SAMPLE_BLOCKS], then the ticket
+    list: Buffer,   // (u64, u64) [vocab_size]
+    tokens: Mapped, // u32 [max_seq_len + 1]
+    begun: Cell<bool>,
+}
+
+/// `struct Attend` of `attend.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Attend {
+    qkv: u64,
+    delta: u64,
+    keys: u64,
+    values: u64,
+    angles: u64,
+    state: u64,
+    parts: u64,
+    tickets: u64,
+    out: u64,
+    max_seq_len: i32,
+}
+
+/// Bytes of the cache of one layer (keys and values together) for `tokens` tokens.
+pub(super) fn cache_bytes(config: &ModelConfig, dtype: Dtype, tokens: usize) -> usize {
+    2 * config.num_kv_heads * tokens * config.head_dim * if dtype == Dtype::Float32 { 4 } else { 2 }
+}
+
+impl Sequence {
+    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
+        let head_dim = config.head_dim;
+        ensure!(
+            head_dim.is_multiple_of(8) && head_dim <= 256,
+            "cuda: heads of {head_dim} numbers, multiples of 8 up to 256 are supported, use --device cpu"
+        );
+        ensure!(max_seq_len > 0, "a sequence of 0 tokens, at least 1 is expected");
+        let driver = &cuda.driver;
+        let layer_bytes = cache_bytes(config, cuda.options.dtype, max_seq_len) / 2;
+        let group = config.num_heads / config.num_kv_heads;
+        let parts = config.num_kv_heads * cuda.splits(config.num_kv_heads) * group * (head_dim + 2);
+        let tokens = Mapped::new(driver, (max_seq_len + 1) * 4)?;
+        Ok(Self {
+            heads: config.num_heads,
+            kv_heads: config.num_kv_heads,
+            head_dim,
+            window: config.sliding_window.unwrap_or(0),
+            max_seq_len,
+            layer_bytes,
+            keys: Buffer::new(driver, layer_bytes * config.num_layers)?,
+            values: Buffer::new(driver, layer_bytes * config.num_layers)?,
+            angles: Buffer::of(driver, &angles(config, max_seq_len))?,
+            state: Buffer::new(driver, 16)?,
+            parts: Buffer::new(driver, parts * 4)?,
+            tickets: Buffer::new(driver, config.num_kv_heads * 4)?,
+            rules: Buffer::new(driver, 16)?,
+            draws: Buffer::new(driver, (max_seq_len + 1) * 4)?,
+            best: Buffer::new(driver, (SAMPLE_BLOCKS + 1) * 8)?,
+            list: Buffer::new(driver, config.vocab_size * 16)?,
+            tokens,
+            begun: Cell::new(false),
+        })
+    }
+
+    pub(super) fn begin(&self, cuda: &Cuda, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        // Nothing may still write tokens of the text before.
+        cuda.driver.wait()?;
+        self.state.write(0, &[0u32; 3])?;
+        self.tickets.clear()?;
+        self.best.clear()?;
+        let rules = [
+            sampling.temperature.to_bits(),
+            u32::try_from(sampling.top_k).unwrap_or(u32::MAX),
+            sampling.top_p.to_bits(),
+            sampling.min_p.to_bits(),
+        ];
+        self.rules.write(0, &rules)?;
+        self.draws.write(0, &draws[..draws.len().min(self.max_seq_len + 1)])?;
+        self.tokens.write(&vec![NONE; self.max_seq_len + 1]);
+        self.begun.set(true);
+        Ok(())
+    }
+
+    pub(super) fn attend(
+        &self,
+        cuda: &Cuda,
+        layer: usize,
+        qkv: &Vector,
+        out: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        let arguments = Attend {
+            qkv: qkv.at(),
+            delta: qkv.delta(),
+            keys: self.keys.pointer() + (layer * self.layer_bytes) as u64,
+            values: self.values.pointer() + (layer * self.layer_bytes) as u64,
+            angles: self.angles.pointer(),
+            state: self.state.pointer(),
+            parts: self.parts.pointer(),
+            tickets: self.tickets.pointer(),
+            out: out.at(),
+            max_seq_len: self.max_seq_len as i32,
+        };
+        let defines = [
+            format!("HEADS={}", self.heads),
+            format!("KV_HEADS={}", self.kv_heads),
+            format!("HEAD_DIM={}", self.head_dim),
+            format!("KV={}", cuda.options.dtype as u8),
+            format!("WINDOW={}", self.window),
+            format!("SPLITS={}", cuda.splits(self.kv_heads)),
+        ];
+        let group = self.heads / self.kv_heads;
+        let shared = 4 * group * (self.head_dim + 8 * (self.head_dim + 2));
+        let launch = |entry: &str, grid, shared| {
+            let kernel = cuda.kernel("attend.cu", entry, &defines)?;
+            let launch = Launch { grid, block: 256, shared, overlap: true };
+            cuda.driver.launch(&kernel, launch, &mut Arguments::new().with(&arguments))
+        };
+        out.settle();
+        if tokens == 1 {
+            return launch("attend", (self.kv_heads, cuda.splits(self.kv_heads), 1), shared);
+        }
+        launch("append", (tokens, self.kv_heads, 1), 0)?;
+        launch("attend_prompt", (self.kv_heads, 1, tokens), shared)
+    }
+
+    pub(super) fn advance(&self, cuda: &Cuda, tokens: usize) -> Result<()> {
+        let (state, tokens) = (self.state.pointer(), tokens as u32);
+        cuda.driver.launch(
+            &cuda.kernel("rows.cu", "advance", &[])?,
+            Launch::new(1, 32),
+            &mut Arguments::new().with(&state).with(&tokens),
+        )
+    }
+
+    pub(super) fn sample(&self, cuda: &Cuda, logits: &Vector) -> Result<()> {
+        let (at, delta, vocab) = (logits.at(), logits.delta(), logits.len as u32);
+        let (rules, draws, state) = (self.rules.pointer(), self.draws.pointer(), self.state.pointer());
+        let (best, list, tokens) = (self.best.pointer(), self.list.pointer(), self.tokens.pointer());
+        let ticket = best + (SAMPLE_BLOCKS * 8) as u64;
+        cuda.driver.launch(
+            &cuda.kernel("sample.cu", "sample", &[])?,
+            Launch::new(SAMPLE_BLOCKS, 512),
+            &mut Arguments::new()
+                .with(&at)
+                .with(&delta)
+                .with(&vocab)
+                .with(&rules)
+                .with(&draws)
+                .with(&state)
+                .with(&best)
+                .with(&ticket)
+                .with(&list)
+                .with(&tokens),
+        )
+    }
+
+    pub(super) fn sampled(&self, cuda: &Cuda, i: usize) -> Result<u32> {
+        ensure!(i <= self.max_seq_len, "token {i} of a sequence of at most {}", self.max_seq_len);
+        ensure!(self.begun.get(), "a token of a sequence that has not begun");
+        // SAFETY: the word is in this allocation and aligned; the device writes it whole, with release order.
+        let word = unsafe { &*self.tokens.host().cast::<AtomicU32>().add(i) };
+        let mut next_check = Instant::now() + Duration::from_millis(1);
+        loop {
+            let token = word.load(Ordering::Acquire);
+            if token != NONE {
+                return Ok(token);
+            }
+            if Instant::now() > next_check {
+                // A failed kernel would leave the word as it is for ever; so would one that was never queued.
+                if cuda.driver.idle()? && word.load(Ordering::Acquire) == NONE {
+                    bail!("token {i} was read before it was sampled");
+                }
+                next_check = Instant::now() + Duration::from_millis(1);
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// Cosine and sine of every position and frequency, computed in f64.
+fn angles(config: &ModelConfig, max_seq_len: usize) -> Vec<f32> {
+    let frequencies = config.rope_frequencies();
+    (0..max_seq_len)
+        .flat_map(|p| frequencies.iter().map(move |&f| f64::from(p as u32) * f64::from(f)))
+        .flat_map(|angle| [angle.cos() as f32, angle.sin() as f32])
+        .collect()
+}

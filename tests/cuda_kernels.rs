@@ -1,0 +1,409 @@
+//! The CUDA backend's products, selection and compensation against an f64 oracle.
+//!
+//! Runs where `DECDEC_TEST_DEVICES` names `cuda`; then a missing device fails.
+
+mod cuda_common;
+
+use cuda_common::{Noise, cuda, options};
+use decdec::backend::GemvBackend;
+use decdec::backend::cuda::{Cuda, Dtype, Residuals};
+use decdec::dec::{DecPlan, Selection};
+use decdec::format::{AnyPrec, Dense, LutGemm, Residual};
+use decdec::random::{RandomFormat, RandomWeights};
+use decdec::weights::{Linear, Weight};
+use half::{bf16, f16};
+
+fn round(value: f32, dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::Float16 => f16::from_f32(value).to_f64(),
+        Dtype::Bfloat16 => bf16::from_f32(value).to_f64(),
+        Dtype::Float32 => f64::from(value),
+    }
+}
+
+/// What a backend of `dtype` computes with: activations and weights. Other than 3 and 4 bits, and everything with
+/// `--compile 0`, goes through the general kernel, whose numbers are f32 but for a dense matrix's.
+fn computes(linear: &Linear<'_>, dtype: Dtype, compile: u8) -> (Dtype, Dtype) {
+    let tuned = compile > 0
+        && match &linear.weight {
+            Weight::AnyPrec(w) => matches!(w.bits(), 3 | 4),
+            Weight::LutGemm(w) => matches!(w.bits(), 3 | 4),
+            Weight::Dense(_) => true,
+        };
+    let rounds = match &linear.weight {
+        Weight::AnyPrec(_) => tuned,
+        Weight::LutGemm(_) => false,
+        Weight::Dense(_) => true,
+    };
+    (if tuned { dtype } else { Dtype::Float32 }, if rounds { dtype } else { Dtype::Float32 })
+}
+
+/// `y` and `Σ|w·x|` in f64, on activations and weights as they are stored.
+fn oracle(linear: &Linear<'_>, x: &[f32], (of_x, of_w): (Dtype, Dtype)) -> (Vec<f64>, Vec<f64>) {
+    let (k, rows) = (linear.weight.in_features(), linear.weight.out_features());
+    let mut row = vec![0f32; k];
+    (0..rows)
+        .map(|r| {
+            linear.weight.row(r, &mut row);
+            let bias = linear.bias.as_ref().map_or(0.0, |b| f64::from(b[r]));
+            row.iter().zip(x).fold((bias, bias.abs()), |(sum, size), (&w, &x)| {
+                let product = round(w, of_w) * round(x, of_x);
+                (sum + product, size + product.abs())
+            })
+        })
+        .unzip()
+}
+
+/// The bound of an f32 sum of `depth` exact products, doubled for the order of sums. Uniform groups add
+/// `step·(code − 2^(b−1))` and `centre·Σx`, each up to 2^bits times as large as the weights that they make.
+fn tolerance(linear: &Linear<'_>, size: f64) -> f64 {
+    let depth = linear.weight.in_features() as f64;
+    let growth = match &linear.weight {
+        Weight::LutGemm(w) => f64::from(1u32 << w.bits()),
+        _ => 1.0,
+    };
+    2.0 * depth * 2f64.powi(-24) * size * growth
+}
+
+fn check(cuda: &Cuda, linear: &Linear<'_>, x: &[f32], types: (Dtype, Dtype), what: &str) -> Vec<f32> {
+    let matrix = cuda.matrix(linear).unwrap();
+    let (mut from, mut to) = (cuda.vector(x.len()).unwrap(), cuda.vector(linear.weight.out_features()).unwrap());
+    cuda.write(x, &mut from).unwrap();
+    // Poison: every number must be overwritten.
+    cuda.write(&vec![f32::NAN; linear.weight.out_features()], &mut to).unwrap();
+    cuda.gemv(&matrix, &from, &mut to).unwrap();
+    let mut got = vec![0f32; linear.weight.out_features()];
+    cuda.read(&to, &mut got).unwrap();
+    let (want, size) = oracle(linear, x, types);
+    for (r, ((&got, &want), &size)) in got.iter().zip(&want).zip(&size).enumerate() {
+        let most = tolerance(linear, size);
+        assert!((f64::from(got) - want).abs() <= most, "{what}, row {r}: {got}, {want} ± {most} expected");
+    }
+    // A bound that one wrong weight does not break would prove nothing.
+    let worst = want.iter().zip(&size).map(|(_, &s)| tolerance(linear, s)).fold(0.0, f64::max);
+    let mean = size.iter().sum::<f64>() / size.len() as f64;
+    assert!(worst < 0.2 * mean, "{what}: tolerance {worst} beside sums of {mean}");
+    got
+}
+
+/// Every format and number of bits on a shape.
+fn linears(k: usize, rows: usize, noise: &mut Noise) -> Vec<(String, Linear<'static>)> {
+    let mut all = Vec::new();
+    for bits in 2..=8 {
+        let w = RandomWeights::single(k, rows, RandomFormat::AnyPrec, bits, noise.next()).unwrap();
+        all.push((format!("anyprec {bits} {k}x{rows}"), w));
+        for group_size in [32, 64, 128] {
+            if k % group_size == 0 && (bits == 3 || bits == 4 || group_size == 32) {
+                let w = RandomWeights::single(k, rows, RandomFormat::LutGemm { group_size }, bits, noise.next());
+                all.push((format!("lutgemm {bits} g{group_size} {k}x{rows}"), w.unwrap()));
+            }
+        }
+    }
+    let values: Vec<f16> = (0..k * rows).map(|_| f16::from_f32(noise.normal())).collect();
+    let dense = Dense { in_features: k, out_features: rows, values: values.into() };
+    let mut dense = Linear::plain(Weight::Dense(dense));
+    dense.bias = Some((0..rows).map(|_| noise.normal()).collect());
+    all.push((format!("dense {k}x{rows} with bias"), dense));
+    all
+}
+
+const SHAPES: [(usize, usize); 9] =
+    [(32, 8), (576, 576), (576, 1536), (1536, 72), (992, 24), (1056, 40), (1024, 16), (2080, 136), (4096, 1024)];
+
+fn products_on(dtype: Dtype, compile: u8) {
+    let Some(cuda) = cuda(options(dtype, compile)) else { return };
+    let mut noise = Noise::new(1);
+    for (k, rows) in SHAPES {
+        for (what, linear) in linears(k, rows, &mut noise) {
+            let types = computes(&linear, dtype, compile);
+            check(&cuda, &linear, &noise.activations(k), types, &what);
+        }
+    }
+}
+
+#[test]
+fn products_in_float16() {
+    products_on(Dtype::Float16, 2);
+}
+
+#[test]
+fn products_in_bfloat16() {
+    products_on(Dtype::Bfloat16, 2);
+}
+
+#[test]
+fn products_in_float32() {
+    products_on(Dtype::Float32, 2);
+}
+
+#[test]
+fn products_of_generic_kernels() {
+    products_on(Dtype::Float16, 0);
+}
+
+#[test]
+fn projections_of_real_models() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let mut noise = Noise::new(2);
+    let shapes = [
+        (4096, 6144),
+        (4096, 4096),
+        (4096, 28672),
+        (14336, 4096),
+        (5120, 7680),
+        (5120, 5120),
+        (5120, 35840),
+        (17920, 5120),
+        (8192, 10240),
+        (8192, 8192),
+        (28672, 8192),
+    ];
+    for (k, rows) in shapes {
+        for bits in [3, 4] {
+            for format in [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 128 }] {
+                let linear = RandomWeights::single(k, rows, format, bits, noise.next()).unwrap();
+                let types = computes(&linear, Dtype::Float16, 2);
+                check(&cuda, &linear, &noise.activations(k), types, &format!("{format:?} {bits} {k}x{rows}"));
+            }
+        }
+    }
+}
+
+/// `W · e_k` is column `k`, bit for bit where a weight is one number, and a flipped code shows.
+#[test]
+fn one_hot_gives_a_column() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let mut noise = Noise::new(3);
+    for (k, rows, bits) in [(576, 72, 3), (576, 72, 4), (288, 24, 3), (1024, 16, 4)] {
+        let linear = RandomWeights::single(k, rows, RandomFormat::AnyPrec, bits, noise.next()).unwrap();
+        let Weight::AnyPrec(w) = &linear.weight else { unreachable!() };
+        let uniform =
+            RandomWeights::single(k, rows, RandomFormat::LutGemm { group_size: 32 }, bits, noise.next()).unwrap();
+        columns(&cuda, &linear, 0.0);
+        // step·code + centre·1: two roundings of numbers up to 2^bits as large as a step.
+        columns(&cuda, &uniform, 2f32.powi(-22));
+        let mut codes = vec![0u8; k * rows];
+        for (r, codes) in codes.chunks_exact_mut(k).enumerate() {
+            w.codes(r, codes);
+        }
+        let (row, channel) = (rows - 1, k - 1);
+        codes[row * k + channel] ^= 1;
+        let flipped = AnyPrec::pack(k, rows, bits, &codes, w.lut().clone()).unwrap();
+        let mut x = vec![0f32; k];
+        x[channel] = 1.0;
+        let got = column(&cuda, &Linear::plain(Weight::AnyPrec(flipped)), &x);
+        let mut want = vec![0f32; k];
+        w.row(row, &mut want);
+        assert_ne!(got[row], want[channel], "a flipped code went unseen");
+    }
+}
+
+fn column(cuda: &Cuda, linear: &Linear<'_>, x: &[f32]) -> Vec<f32> {
+    let matrix = cuda.matrix(linear).unwrap();
+    let (mut from, mut to) = (cuda.vector(x.len()).unwrap(), cuda.vector(linear.weight.out_features()).unwrap());
+    cuda.write(x, &mut from).unwrap();
+    cuda.gemv(&matrix, &from, &mut to).unwrap();
+    let mut got = vec![0f32; linear.weight.out_features()];
+    cuda.read(&to, &mut got).unwrap();
+    got
+}
+
+fn columns(cuda: &Cuda, linear: &Linear<'_>, relative: f32) {
+    let (k, rows) = (linear.weight.in_features(), linear.weight.out_features());
+    let mut weights = vec![0f32; k * rows];
+    for (r, row) in weights.chunks_exact_mut(k).enumerate() {
+        linear.weight.row(r, row);
+    }
+    let largest = weights.iter().fold(0f32, |m, w| m.max(w.abs()));
+    let matrix = cuda.matrix(linear).unwrap();
+    let (mut from, mut to) = (cuda.vector(k).unwrap(), cuda.vector(rows).unwrap());
+    let mut got = vec![0f32; rows];
+    for channel in 0..k {
+        let mut x = vec![0f32; k];
+        x[channel] = 1.0;
+        cuda.write(&x, &mut from).unwrap();
+        cuda.gemv(&matrix, &from, &mut to).unwrap();
+        cuda.read(&to, &mut got).unwrap();
+        for (r, &got) in got.iter().enumerate() {
+            let want = weights[r * k + channel];
+            assert!((got - want).abs() <= relative * largest, "row {r}, channel {channel}: {got}, {want} expected");
+        }
+    }
+}
+
+fn selections() -> [Selection; 2] {
+    [Selection::Bucket, Selection::Exact]
+}
+
+/// Lists equal the plan's own, on activations made to tie, to overflow, and to be no numbers at all.
+#[test]
+fn selection_equals_the_plan() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let mut noise = Noise::new(4);
+    let mut cases = 0;
+    for k in [32, 576, 992, 1024, 1056, 1536, 4096, 14336] {
+        let linear = RandomWeights::single(k, 32, RandomFormat::AnyPrec, 3, noise.next()).unwrap();
+        let matrix = cuda.matrix(&linear).unwrap();
+        let mut x = cuda.vector(k).unwrap();
+        for k_chunk in [1, 3, 8, 33, 64, 500, 1023, 1024] {
+            for selection in selections() {
+                let thresholds = noise.thresholds(k);
+                let plan = DecPlan::new(k, 32, &thresholds, k_chunk, 1, selection).unwrap();
+                if plan.selected() == 0 {
+                    continue;
+                }
+                let on_device = cuda.plan(&matrix, &plan).unwrap();
+                for kind in 0..6 {
+                    let values = noise.awkward(k, kind, &thresholds);
+                    cuda.write(&values, &mut x).unwrap();
+                    let mut want = Vec::new();
+                    plan.select(&values, &mut want);
+                    let got = cuda.select(&on_device, &x).unwrap();
+                    assert_eq!(got, want, "{k} channels, k_chunk {k_chunk}, {selection:?}, kind {kind}");
+                    cases += 1;
+                }
+            }
+        }
+    }
+    assert!(cases > 600, "{cases} cases");
+}
+
+/// The compensation by itself: a base matrix of zeros.
+#[test]
+fn the_residual_product_alone() {
+    let Some(host) = cuda(options(Dtype::Float16, 2)) else { return };
+    let mut generic = options(Dtype::Float32, 0);
+    generic.residuals = Residuals::Device;
+    let Some(generic) = cuda(generic) else { return };
+    let mut noise = Noise::new(5);
+    for (k, rows) in [(576, 72), (1056, 96), (1024, 256), (4096, 1024), (14336, 512)] {
+        let mut linear = RandomWeights::single(k, rows, RandomFormat::AnyPrec, 3, noise.next()).unwrap();
+        let residual = linear.residual.clone().unwrap();
+        let zeros = vec![f16::ZERO; rows * 8];
+        linear.weight = Weight::AnyPrec(AnyPrec::pack(k, rows, 3, &vec![0; k * rows], zeros.into()).unwrap());
+        for cuda in [&host, &generic] {
+            let matrix = cuda.matrix(&linear).unwrap();
+            for (k_chunk, n_tb) in [(2, 1), (8, 2), (8, 7), (32, 16), (100, 64), (1024, 3)] {
+                for selection in selections() {
+                    let plan = DecPlan::new(k, rows, &noise.thresholds(k), k_chunk, n_tb, selection).unwrap();
+                    let values = noise.activations(k);
+                    compare_residual(cuda, &matrix, &plan, &residual, &values);
+                }
+            }
+        }
+    }
+}
+
+fn compare_residual(
+    cuda: &Cuda,
+    matrix: &<Cuda as GemvBackend>::Matrix,
+    plan: &DecPlan,
+    residual: &Residual<'_>,
+    values: &[f32],
+) {
+    let (k, rows) = (plan.in_features(), plan.out_features());
+    let (mut x, mut y) = (cuda.vector(k).unwrap(), cuda.vector(rows).unwrap());
+    cuda.write(values, &mut x).unwrap();
+    let on_device = cuda.plan(matrix, plan).unwrap();
+    let run = |y: &mut _| {
+        cuda.dec_gemv(matrix, &on_device, &x, y).unwrap();
+        let mut got = vec![0f32; rows];
+        cuda.read(y, &mut got).unwrap();
+        got
+    };
+    let got = run(&mut y);
+    assert_eq!(got, run(&mut y), "the same input gave other bits");
+    let mut selected = Vec::new();
+    plan.select(values, &mut selected);
+    for (row, &got) in got.iter().enumerate() {
+        let scale = f64::from(residual.scales().get(row));
+        let (want, size) = selected.iter().fold((0.0, 0.0), |(sum, size), &c| {
+            let product = scale * f64::from(residual.nibble(c as usize, row)) * f64::from(values[c as usize]);
+            (sum + product, size + product.abs())
+        });
+        let most = 2.0 * (selected.len() + 2) as f64 * 2f64.powi(-24) * size;
+        let what = format!("{k}x{rows}, k_chunk {}, n_tb {}, row {row}", plan.k_chunk(), plan.n_tb());
+        assert!((f64::from(got) - want).abs() <= most, "{what}: {got}, {want} ± {most} expected");
+        assert!(
+            selected.is_empty() || most < 0.1 * size / selected.len() as f64 || size == 0.0 || selected.len() > 200
+        );
+    }
+}
+
+/// `k_chunk` 0 is the base product, bit for bit; and base and compensation add up.
+#[test]
+fn compensated_products() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let mut noise = Noise::new(6);
+    for format in [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 32 }] {
+        for (k, rows, bits) in [(576, 72, 3), (4096, 512, 3), (4096, 512, 4), (1536, 576, 5)] {
+            let linear = RandomWeights::single(k, rows, format, bits, noise.next()).unwrap();
+            let values = noise.activations(k);
+            let base = check(&cuda, &linear, &values, computes(&linear, Dtype::Float16, 2), "base");
+            let matrix = cuda.matrix(&linear).unwrap();
+            let (mut x, mut y) = (cuda.vector(k).unwrap(), cuda.vector(rows).unwrap());
+            cuda.write(&values, &mut x).unwrap();
+            let mut got = vec![0f32; rows];
+            for (k_chunk, n_tb) in [(0, 4), (16, 4), (1024, 9)] {
+                let plan = DecPlan::new(k, rows, &noise.thresholds(k), k_chunk, n_tb, Selection::Bucket).unwrap();
+                let on_device = cuda.plan(&matrix, &plan).unwrap();
+                cuda.dec_gemv(&matrix, &on_device, &x, &mut y).unwrap();
+                cuda.read(&y, &mut got).unwrap();
+                if k_chunk == 0 {
+                    assert_eq!(got, base);
+                    continue;
+                }
+                let mut selected = Vec::new();
+                plan.select(&values, &mut selected);
+                let residual = linear.residual.as_ref().unwrap();
+                for (row, (&got, &base)) in got.iter().zip(&base).enumerate() {
+                    let scale = f64::from(residual.scales().get(row));
+                    let (sum, size) = selected.iter().fold((0.0, 0.0), |(sum, size), &c| {
+                        let p = scale * f64::from(residual.nibble(c as usize, row)) * f64::from(values[c as usize]);
+                        (sum + p, size + p.abs())
+                    });
+                    let want = f64::from(base) + sum;
+                    let most = 2.0 * (selected.len() + 2) as f64 * 2f64.powi(-24) * (size + f64::from(base.abs()));
+                    assert!((f64::from(got) - want).abs() <= most, "row {row}: {got}, {want} ± {most} expected");
+                }
+            }
+        }
+    }
+}
+
+/// A NaN in `x` comes out, selected or not; an infinity too.
+#[test]
+fn not_a_number_comes_out() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let linear = RandomWeights::single(1056, 32, RandomFormat::AnyPrec, 3, 7).unwrap();
+    let matrix = cuda.matrix(&linear).unwrap();
+    let plan = DecPlan::new(1056, 32, &vec![1.0; 1056], 4, 2, Selection::Bucket).unwrap();
+    let on_device = cuda.plan(&matrix, &plan).unwrap();
+    let (mut x, mut y) = (cuda.vector(1056).unwrap(), cuda.vector(32).unwrap());
+    let mut values = Noise::new(7).activations(1056);
+    values[700] = f32::NAN;
+    cuda.write(&values, &mut x).unwrap();
+    let mut got = vec![0f32; 32];
+    cuda.gemv(&matrix, &x, &mut y).unwrap();
+    cuda.read(&y, &mut got).unwrap();
+    assert!(got.iter().all(|v| v.is_nan()), "{got:?}");
+    cuda.dec_gemv(&matrix, &on_device, &x, &mut y).unwrap();
+    cuda.read(&y, &mut got).unwrap();
+    assert!(got.iter().all(|v| v.is_nan()), "{got:?}");
+}
+
+/// Alphas that are not powers of two apart take the general kernel.
+#[test]
+fn binary_codes_of_any_steps() {
+    for (dtype, compile) in [(Dtype::Float16, 2), (Dtype::Float32, 2)] {
+        let Some(cuda) = cuda(options(dtype, compile)) else { return };
+        let mut noise = Noise::new(8);
+        let linear = RandomWeights::single(256, 24, RandomFormat::LutGemm { group_size: 64 }, 3, 9).unwrap();
+        let Weight::LutGemm(w) = &linear.weight else { unreachable!() };
+        let alpha: Vec<f32> = w.alpha().to_f32().iter().map(|a| a * (1.0 + 0.3 * noise.normal().abs())).collect();
+        let w = LutGemm::new(256, 24, 3, 64, w.binary().to_vec().into(), alpha.into(), w.q_bias().clone()).unwrap();
+        // The general kernel computes in f32 whatever the type.
+        let types = (Dtype::Float32, Dtype::Float32);
+        check(&cuda, &Linear::plain(Weight::LutGemm(w)), &noise.activations(256), types, "any steps");
+    }
+}

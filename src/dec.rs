@@ -118,40 +118,66 @@ impl DecPlan {
             if k == 0 {
                 continue;
             }
-            let keys = &mut keys[..channels.len()];
-            for (key, &x) in keys.iter_mut().zip(&x[channels.clone()]) {
-                *key = self.key(x);
-            }
-            take_largest(keys, k, channels.start, out);
+            let (keys, x) = (&mut keys[..channels.len()], &x[channels.clone()]);
+            let last = match self.selection {
+                Selection::Exact => {
+                    magnitudes(x, keys);
+                    largest(keys, k)
+                }
+                Selection::Bucket => {
+                    self.buckets(x, keys);
+                    largest_bucket(keys, k)
+                }
+            };
+            take(keys, last, k, channels.start, out);
         }
     }
 
-    /// What channels are compared by, larger first: the magnitude's bits, or the bucket counted from below.
-    ///
-    /// As bits, NaN > ∞ > every finite magnitude, so neither is ever passed over for a number.
-    fn key(&self, x: f32) -> u32 {
-        match self.selection {
-            Selection::Exact => x.to_bits() & 0x7fff_ffff,
-            Selection::Bucket => {
-                let x = x.abs();
-                let bucket = if x.is_nan() { 0 } else { self.edges.partition_point(|&edge| edge > x) };
-                (BUCKETS - bucket) as u32
+    /// The bucket of every `x`, counted from below, so that more is larger; NaN is in the topmost.
+    fn buckets(&self, x: &[f32], keys: &mut [u32]) {
+        keys.fill(BUCKETS as u32);
+        // Edge by edge, because the compiler makes vectors of that.
+        for &edge in &self.edges {
+            for (key, x) in keys.iter_mut().zip(x) {
+                *key -= u32::from(edge > x.abs());
             }
         }
     }
 }
 
-/// Appends the indices (plus `start`) of the `k` largest keys, lowest index first among equals, ascending.
-fn take_largest(keys: &[u32], k: usize, start: usize, out: &mut Vec<u32>) {
+/// The bits of every `|x|`. As bits, NaN > ∞ > every finite magnitude, so neither is ever passed over.
+fn magnitudes(x: &[f32], keys: &mut [u32]) {
+    for (key, x) in keys.iter_mut().zip(x) {
+        *key = x.to_bits() & 0x7fff_ffff;
+    }
+}
+
+/// The `k`-th largest key.
+fn largest(keys: &[u32], k: usize) -> u32 {
     let mut sorted = [0u32; CHUNK];
     let sorted = &mut sorted[..keys.len()];
     sorted.copy_from_slice(keys);
-    let (_, &mut last, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
+    *sorted.select_nth_unstable_by(k - 1, |a, b| b.cmp(a)).1
+}
+
+/// The same for keys that are buckets.
+fn largest_bucket(keys: &[u32], k: usize) -> u32 {
+    let mut counts = [0; BUCKETS + 1];
+    keys.iter().for_each(|&key| counts[key as usize] += 1);
+    let mut sum = 0;
+    let reaches = |&bucket: &usize| {
+        sum += counts[bucket];
+        sum >= k
+    };
+    (0..=BUCKETS).rev().find(reaches).unwrap_or(0) as u32
+}
+
+/// Appends the `k` indices (plus `start`) whose keys are above `last` or, lowest first, equal to it; ascending.
+fn take(keys: &[u32], last: u32, k: usize, start: usize, out: &mut Vec<u32>) {
     let mut ties = k - keys.iter().filter(|&&key| key > last).count();
     for (i, &key) in keys.iter().enumerate() {
-        let tie = key == last && ties > 0;
-        ties -= usize::from(tie);
-        if key > last || tie {
+        if key >= last && (key > last || ties > 0) {
+            ties -= usize::from(key == last);
             out.push((start + i) as u32);
         }
     }

@@ -46,6 +46,9 @@ enum Values {
 /// Rows that one task takes at least: below this, waking a thread costs more than it saves.
 const MIN_ROWS: usize = 32;
 
+/// Words of residuals that are worth more than one thread, for the same reason.
+const MIN_RESIDUAL_WORDS: usize = 20_000;
+
 /// Rows that are dequantized together before a product with many tokens.
 const PANEL: usize = 64;
 
@@ -78,9 +81,13 @@ impl Cpu {
                 kernels::add_scaled(self.isa, 1.0, bias, y);
             }
         }
-        if let Some(plan) = plan {
-            let rows = x.par_chunks_exact(matrix.in_features).zip(y.par_chunks_exact_mut(matrix.out_features));
-            rows.for_each(|(x, y)| self.compensate(matrix, plan, x, y));
+        match plan {
+            None => {}
+            Some(plan) if tokens == 1 => self.compensate(matrix, plan, x, y),
+            Some(plan) => {
+                let rows = x.par_chunks_exact(matrix.in_features).zip(y.par_chunks_exact_mut(matrix.out_features));
+                rows.for_each(|(x, y)| self.compensate(matrix, plan, x, y));
+            }
         }
     }
 
@@ -141,9 +148,10 @@ impl Cpu {
         if selected.is_empty() {
             return;
         }
-        let width = plan.stripes().next().map_or(0, |stripe| stripe.len());
         let row_words = matrix.out_features / 8;
-        y.par_chunks_mut(8 * width).zip(scales.par_chunks(8 * width)).enumerate().for_each(|(stripe, (y, scales))| {
+        let whole = selected.len() * row_words < MIN_RESIDUAL_WORDS;
+        let width = if whole { row_words } else { plan.stripes().next().map_or(row_words, |stripe| stripe.len()) };
+        let stripe = |(stripe, (y, scales)): (usize, (&mut [f32], &[f32]))| {
             let mut sums = vec![0.0; y.len()];
             for &k in &selected {
                 let words = &residual.words()[k as usize * row_words + stripe * width..][..y.len() / 8];
@@ -152,7 +160,12 @@ impl Cpu {
             for ((y, s), sum) in y.iter_mut().zip(scales).zip(&sums) {
                 *y += s * sum;
             }
-        });
+        };
+        if whole {
+            stripe((0, (y, scales)));
+        } else {
+            y.par_chunks_mut(8 * width).zip(scales.par_chunks(8 * width)).enumerate().for_each(stripe);
+        }
     }
 }
 

@@ -32,7 +32,7 @@ struct Dec {
 };
 
 // A selected channel and its activation.
-struct Salient {
+struct __align__(8) Salient {
     int channel;
     float x;
 };
@@ -222,17 +222,16 @@ struct InPlace {
     }
 };
 
-// Selects chunks `first` to `last` into `list`. Returns how many channels.
+// Selects chunks `first` to `last` into `list`.
 template <class T, class Source>
-__device__ __forceinline__ int select_chunks(const Dec& dec, int edge, int first, int last, Salient* list,
-                                             Source source) {
+__device__ __forceinline__ void select_chunks(const Dec& dec, int edge, int first, int last, Salient* list,
+                                              Source source) {
     for (int c = first + T::warp(); c < last; c += T::size / 32) {
         int start = c * CHUNK;
         int k = chunk_quota(dec, c);
         Chunk x = source(start, min(CHUNK, dec.in_features - start));
         if (k > 0) select_chunk(x, start, k, dec, edge, list + (c - first) * dec.k_chunk);
     }
-    return (last - first - 1) * dec.k_chunk + chunk_quota(dec, last - 1);
 }
 
 // Host memory is read once and never again.
@@ -287,9 +286,10 @@ __device__ __forceinline__ void add_channels(const Salient* list, int first, int
 
 // Block `block` of n_tb computes its stripe: out[row] = (ONTO ? out[row] : 0) + s·Σ q·x.
 // `shared` holds list_chunks·k_chunk Salients, then 8·WORDS·(threads + 1) floats.
+// `listed`, unless null, is the selection, made by an earlier kernel.
 template <class T, int WORDS, bool ONTO, class Source>
 __device__ __forceinline__ void compensate(const Dec& dec, int edge, int block, char* shared, float* out,
-                                           Source source) {
+                                           const Salient* listed, Source source) {
     constexpr int THREADS = T::size;
     Salient* list = (Salient*)shared;
     float* sums = (float*)(list + dec.list_chunks * dec.k_chunk);
@@ -308,12 +308,17 @@ __device__ __forceinline__ void compensate(const Dec& dec, int edge, int block, 
         float own_scale = tid < width * 8 * WORDS ? dec.scales[p0 * 8 * WORDS + tid] : 0.0f;
 
         for (int c = 0; c < chunks; c += dec.list_chunks) {
-            int n = select_chunks<T>(dec, edge, c, min(c + dec.list_chunks, chunks), list, source);
-            T::sync();
+            int last = min(c + dec.list_chunks, chunks);
+            if (!listed) {
+                select_chunks<T>(dec, edge, c, last, list, source);
+                T::sync();
+            }
+            int n = (last - c - 1) * dec.k_chunk + chunk_quota(dec, last - 1);
             float acc[8 * WORDS];
 #pragma unroll
             for (int i = 0; i < 8 * WORDS; i++) acc[i] = 0;
-            if (slot < slots) add_channels<WORDS>(list, slot, n, slots, column, words, acc);
+            const Salient* from = listed ? listed + c * dec.k_chunk : list;
+            if (slot < slots) add_channels<WORDS>(from, slot, n, slots, column, words, acc);
 #pragma unroll
             for (int i = 0; i < 8 * WORDS; i++) {
                 float* sum = sums + i * (THREADS + 1) + tid;

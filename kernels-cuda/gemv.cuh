@@ -3,6 +3,7 @@
 //
 //   v[row] = Σ_k W[row, k] · x[k] + bias[row]           x by INPUT
 //   INPUT 0: x + x_delta   1: norm(x + x_delta)·γ   2: silu(gate)·up, x being [gate, up]
+//         3: x, selected from by an earlier kernel (dec_list)
 //   y[row] = add ? y[row] + y_delta[row] + v[row] : v[row]
 //   dec_out[row] = the compensation (dec.cuh), to be added by whoever reads y
 //
@@ -53,6 +54,7 @@ struct Gemv {
     float* y;
     const float* y_delta;
     float* dec_out;
+    const Salient* dec_list;
     Dec dec;
     float eps;
     int add;
@@ -303,7 +305,11 @@ typedef Team<THREADS, 32 * DEC_WARPS, 2> Compensating;
 __device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
     let_next_start();
     int edge = own_edge(g.dec);
-#if DEC_STAGED
+#if INPUT == 3
+    wait_for_previous();
+    compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, shared, g.dec_out, g.dec_list,
+                                               InPlace{0});
+#elif DEC_STAGED
     // Scratch, x [whole chunks] f32, then what compensate() needs.
     constexpr int PADDED = (K + CHUNK - 1) / CHUNK * CHUNK;
     float* xs = (float*)(shared + 128);
@@ -311,13 +317,13 @@ __device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
     wait_for_previous();
     stage.run(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
     Compensating::sync();
-    compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, (char*)(xs + PADDED), g.dec_out,
+    compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, (char*)(xs + PADDED), g.dec_out, nullptr,
                                                InPlace{shared_address(xs)});
 #else
     // 4 KB per warp, then what compensate() needs.
     wait_for_previous();
     compensate<Compensating, DEC_WORDS, false>(
-        g.dec, edge, blockIdx.x, shared + DEC_WARPS * CHUNK * 4, g.dec_out,
+        g.dec, edge, blockIdx.x, shared + DEC_WARPS * CHUNK * 4, g.dec_out, nullptr,
         copied<Compensating>(shared, [&](int i) { return activations(g, i); }));
 #endif
 }

@@ -71,6 +71,7 @@ struct GemvArgument {
     y: u64,
     y_delta: u64,
     dec_out: u64,
+    dec_list: u64,
     dec: DecArgument,
     eps: f32,
     add: i32,
@@ -111,6 +112,8 @@ pub(super) enum Feed<'a> {
     Norm(&'a Norm<Vector>),
     /// Gate and up, one behind the other: `silu(gate) ⊙ up`.
     Gated,
+    /// The activations as they are, and where the selection among them is.
+    Listed(u64),
 }
 
 impl Feed<'_> {
@@ -120,7 +123,12 @@ impl Feed<'_> {
             Self::Plain => 0,
             Self::Norm(_) => 1,
             Self::Gated => 2,
+            Self::Listed(_) => 3,
         }
+    }
+
+    fn list(self) -> u64 {
+        if let Self::Listed(list) = self { list } else { 0 }
     }
 
     fn gamma(self) -> u64 {
@@ -195,7 +203,7 @@ const STAGED: usize = 16384;
 
 /// Whether compensating warps keep all activations: they must where they normalize them.
 fn is_staged(in_features: usize, input: u8, launch: GemvLaunch, most_shared: usize) -> bool {
-    input == 1 || in_features <= STAGED && launch.shared + in_features * 4 + (64 << 10) <= most_shared
+    input == 1 || input != 3 && in_features <= STAGED && launch.shared + in_features * 4 + (64 << 10) <= most_shared
 }
 
 /// Shared memory of compensating warps: activations (all of them, or a chunk per warp), list, sums.
@@ -308,10 +316,23 @@ impl Cuda {
         tokens: usize,
     ) -> Result<()> {
         let features = matrix.in_features;
+        let plan = plan.filter(|p| p.k_chunk > 0);
         // Every block of the product would have to read a compensation beside gate and up: that costs more than
-        // a kernel for it.
-        if tokens > 1 || gu.delta() == 0 {
+        // a kernel for it. And with a kernel for it, that can select as well, a chunk per block.
+        if tokens > 1 || (gu.delta() == 0 && plan.is_none()) || !matches!(matrix.body, Body::Packed { .. }) {
             return self.product(Feed::Gated, matrix, plan, (gu.at(), gu.delta()), y, tokens, true);
+        }
+        if let Some(plan) = plan {
+            let x = self.scratch(Scratch::X, features * 4)?.pointer();
+            let list = self.scratch(Scratch::List, features * 8)?.pointer();
+            let argument = DecArgument::new(matrix, plan)?;
+            let (at, delta) = (gu.at(), gu.delta());
+            self.driver.launch(
+                &self.kernel("dec.cu", "swiglu_select", &[format!("DEC_WORDS={}", dec_words(plan.out_features))])?,
+                Launch::new(features.div_ceil(CHUNK), 256),
+                &mut Arguments::new().with(&argument).with(&at).with(&delta).with(&x).with(&list),
+            )?;
+            return self.product(Feed::Listed(list), matrix, Some(plan), (x, 0), y, 1, true);
         }
         let out = self.scratch(Scratch::X, features * 4)?.pointer();
         let (at, delta, count) = (gu.at(), gu.delta(), features as i32);
@@ -358,6 +379,7 @@ impl Cuda {
             y: token.y,
             y_delta: token.y_delta,
             dec_out: token.dec_out,
+            dec_list: feed.list(),
             dec: plan.map_or(Ok(DecArgument::NONE), |p| DecArgument::new(matrix, p))?,
             eps: feed.eps(),
             add: i32::from(token.add),
@@ -420,7 +442,7 @@ impl Cuda {
         let dtype = self.options.dtype;
         let (rows, k) = (matrix.out_features, matrix.in_features);
         // In float32 activations that are plain already are used where they are.
-        let staged = if dtype == Dtype::Float32 && matches!(feed, Feed::Plain) {
+        let staged = if dtype == Dtype::Float32 && matches!(feed, Feed::Plain | Feed::Listed(_)) {
             x
         } else {
             self.stage(feed, (x, 0), k, tokens, dtype)?
@@ -483,7 +505,7 @@ impl Cuda {
             return Ok(());
         }
         let staged = match feed {
-            Feed::Plain => x,
+            Feed::Plain | Feed::Listed(_) => x,
             _ => self.stage(feed, (x, 0), matrix.in_features, tokens, Dtype::Float32)?,
         };
         self.dec(matrix, plan, staged, y, tokens)

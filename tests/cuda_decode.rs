@@ -39,7 +39,12 @@ fn small(sliding_window: Option<usize>, kv_heads: usize) -> ModelConfig {
     }
 }
 
-fn tokens<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunk: usize, prompt: usize) -> (Vec<u32>, Vec<f32>) {
+fn tokens<B: DecodeBackend>(
+    backend: &B,
+    weights: &RandomWeights,
+    k_chunk: usize,
+    prompt: usize,
+) -> (Vec<u32>, Vec<f32>) {
     let mut model = Model::load(backend, weights, |_| ()).unwrap();
     let most = backend.device().max_n_tb.min(5);
     model.compensate(Some(&Compensation::uniform(most, k_chunk, Selection::Bucket))).unwrap();
@@ -80,7 +85,9 @@ fn against_cpu(dtype: Dtype, compile: u8, most: f64) {
         (None, 2, 5, RandomFormat::AnyPrec),
     ] {
         let weights = RandomWeights::new(small(window, kv_heads), format, bits, 11).unwrap();
-        for (k_chunk, prompt, residuals) in [(0, 40, Residuals::Host), (16, 40, Residuals::Host), (16, 3, Residuals::Device)] {
+        for (k_chunk, prompt, residuals) in
+            [(0, 40, Residuals::Host), (16, 40, Residuals::Host), (16, 3, Residuals::Device)]
+        {
             options.residuals = residuals;
             let Some(cuda) = cuda(options) else { return };
             let (want, cpu) = tokens(&Cpu::new(), &weights, k_chunk, prompt);

@@ -102,8 +102,8 @@ impl Cuda {
         match weight {
             Weight::Dense(_) if plain => k * rows * 4,
             Weight::Dense(_) => tiles * k.next_multiple_of(DENSE_UNIT) * 2,
-            Weight::AnyPrec(w) if plain || !matches!(w.bits(), 3 | 4) => k * rows + (rows * 4 << w.bits()),
-            Weight::AnyPrec(w) => tiles * k.next_multiple_of(CODE_UNIT) * w.bits() / 8 + (tiles * 2 << w.bits()),
+            Weight::AnyPrec(w) if plain || !matches!(w.bits(), 3 | 4) => k * rows + ((rows * 4) << w.bits()),
+            Weight::AnyPrec(w) => tiles * k.next_multiple_of(CODE_UNIT) * w.bits() / 8 + ((tiles * 2) << w.bits()),
             Weight::LutGemm(w) if plain || !matches!(w.bits(), 3 | 4) => {
                 k * rows + k / w.group_size() * rows * (w.bits() + 1) * 4
             }

@@ -226,7 +226,8 @@ impl Cuda {
             let Body::Packed { format, .. } = matrix.body else { continue };
             for &tuning in tunings {
                 let (k, r) = (matrix.in_features, matrix.out_features);
-                let launch = gemv_launch(format, k, r, tuning.beside(dec), numbers.multiprocessors, numbers.shared_per_block)?;
+                let launch =
+                    gemv_launch(format, k, r, tuning.beside(dec), numbers.multiprocessors, numbers.shared_per_block)?;
                 let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
                 defines.extend(gemv_defines(
                     format,
@@ -277,8 +278,7 @@ impl Cuda {
             Body::Packed { format, .. } if by_token => {
                 let width = matrix.in_features as u64 * if matches!(feed, Feed::Gated) { 8 } else { 4 };
                 for t in 0..tokens as u64 {
-                    let (x, at) =
-                        (x.0 + t * width, y.at() + t * matrix.out_features as u64 * 4);
+                    let (x, at) = (x.0 + t * width, y.at() + t * matrix.out_features as u64 * 4);
                     let token = Token { x, x_delta: 0, y: at, y_delta: 0, dec_out: 0, add };
                     self.packed(*format, feed, matrix, None, &token)?;
                 }
@@ -397,7 +397,15 @@ impl Cuda {
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
-        let defines = gemv_defines(format, matrix, launch, self.options.tuning, input, dec, self.driver.numbers().shared_per_block);
+        let defines = gemv_defines(
+            format,
+            matrix,
+            launch,
+            self.options.tuning,
+            input,
+            dec,
+            self.driver.numbers().shared_per_block,
+        );
         let (file, gemv, _) = entries(format);
         let kernel = self.kernel(file, gemv, &defines)?;
         matrix.kernels.borrow_mut().push((key, kernel.clone()));
@@ -575,7 +583,9 @@ fn gemv_defines(
     launch: GemvLaunch,
     tuning: Tuning,
     input: u8,
-    dec: bool, most_shared: usize) -> Vec<String> {
+    dec: bool,
+    most_shared: usize,
+) -> Vec<String> {
     let mut defines = shape_defines(format, matrix, launch);
     let Tuning { trigger, dec_flight, dec_warps, .. } = tuning;
     defines.push(format!("INPUT={input}"));

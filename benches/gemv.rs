@@ -130,9 +130,9 @@ fn brief(t: Tuning) -> String {
 
 fn sweep() -> Vec<Tuning> {
     let mut all = Vec::new();
-    for (warps, stages) in [(16, 2), (16, 3), (16, 4), (12, 3), (20, 2), (24, 2)] {
-        for (dec_warps, dec_flight) in [(8, 4), (8, 6), (4, 4)] {
-            all.push(Tuning { warps, stages, dec_warps, trigger: 0, dec_flight });
+    for (warps, stages) in [(16, 2), (12, 3), (20, 2), (24, 2)] {
+        for (dec_warps, dec_flight) in [(8, 4), (8, 8), (4, 8), (12, 4)] {
+            all.push(Tuning { warps, stages, beside_dec: (warps.min(16), stages), dec_warps, trigger: 0, dec_flight });
         }
     }
     all

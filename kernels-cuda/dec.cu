@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(256) dec(const __grid_constant__ De
     int edge = own_edge(d);
     wait_for_previous();
     let_next_start();
-    compensate<All, DEC_WORDS, true>(d, edge, blockIdx.x, shared + 8 * CHUNK * 4, y,
+    compensate<All, DEC_WORDS, true>(d, edge, blockIdx.x, shared + 8 * CHUNK * 4, y, nullptr,
                                      copied<All>(shared, [&](int i) { return load4(x, nullptr, i); }));
 }
 
@@ -20,4 +20,25 @@ extern "C" __global__ void __launch_bounds__(256) select_channels(const __grid_c
     let_next_start();
     int chunks = (d.in_features + CHUNK - 1) / CHUNK;
     select_chunks<All>(d, own_edge(d), 0, chunks, list, copied<All>(shared, [&](int i) { return load4(x, delta, i); }));
+}
+
+// x[k] = silu(gate[k])·up[k] of one token, and the selection among them: one block per chunk.
+extern "C" __global__ void __launch_bounds__(256) swiglu_select(const __grid_constant__ Dec d, const float* gu,
+                                                                const float* delta, float* x, Salient* list) {
+    __shared__ __align__(16) float chunk[CHUNK];
+    let_next_start();
+    int edge = own_edge(d);
+    int first = blockIdx.x * CHUNK, k = 4 * threadIdx.x;
+    wait_for_previous();
+    float4 v = make_float4(0, 0, 0, 0);
+    if (first + k < d.in_features) {
+        float4 gate = load4(gu, delta, first + k), up = load4(gu, delta, d.in_features + first + k);
+        v = make_float4(silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w);
+        *(float4*)(x + first + k) = v;
+    }
+    *(float4*)(chunk + k) = v;
+    __syncthreads();
+    int quota = chunk_quota(d, blockIdx.x);
+    if (threadIdx.x < 32 && quota > 0)
+        select_chunk(InPlace{shared_address(chunk)}(0, CHUNK), first, quota, d, edge, list + blockIdx.x * d.k_chunk);
 }

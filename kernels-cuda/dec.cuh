@@ -32,7 +32,7 @@ struct Dec {
 };
 
 // A selected channel and its activation.
-struct Salient {
+struct __align__(8) Salient {
     int channel;
     float x;
 };
@@ -70,6 +70,31 @@ __device__ __forceinline__ u32 count_from(const Chunk& x, int least) {
     return warp_count(n);
 }
 
+// Of four runs of STEP buckets from `first` on, the start of the one in which k channels are reached.
+template <int STEP>
+__device__ __forceinline__ int search_buckets(const Chunk& x, int k, int edge, int first) {
+    float e0 = __int_as_float(__shfl_sync(FULL, edge, first + STEP - 1));
+    float e1 = __int_as_float(__shfl_sync(FULL, edge, first + 2 * STEP - 1));
+    float e2 = __int_as_float(__shfl_sync(FULL, edge, first + 3 * STEP - 1));
+    u32 n01 = 0, n2 = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        uint4 v = x.four(j);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float size = fabsf(__uint_as_float(word(v, e)));
+            // Written so that NaN counts as largest.
+            if (!(size < e0)) n01 += 1;
+            if (!(size < e1)) n01 += 1 << 16;
+            if (!(size < e2)) n2 += 1;
+        }
+    }
+    n01 = warp_count(n01);
+    n2 = warp_count(n2);
+    int runs = ((n01 & 0xffff) < k) + ((n01 >> 16) < k) + (n2 < k);
+    return first + runs * STEP;
+}
+
 // Magnitudes above `above` are taken, then the lowest channels among those of at least `least`.
 // Lane i of each warp brings edge i.
 __device__ __forceinline__ void find_limits(const Chunk& x, int k, const Dec& dec, int edge, int& above, int& least) {
@@ -84,14 +109,9 @@ __device__ __forceinline__ void find_limits(const Chunk& x, int k, const Dec& de
         least = value;
     } else {
         // The first bucket at whose lower edge k channels are reached; the last edge is 0 and reaches all.
-        int first = 0, last = BUCKETS - 1;
-        while (first < last) {
-            int middle = (first + last) / 2;
-            if (count_from(x, __shfl_sync(FULL, edge, middle)) >= k)
-                last = middle;
-            else
-                first = middle + 1;
-        }
+        int first = search_buckets<8>(x, k, edge, 0);
+        first = search_buckets<2>(x, k, edge, first);
+        if (count_from(x, __shfl_sync(FULL, edge, first)) < k) first++;
         least = __shfl_sync(FULL, edge, first);
         int higher = __shfl_sync(FULL, edge, max(first, 1) - 1);
         above = first > 0 ? higher - 1 : 0x7fffffff;
@@ -202,17 +222,16 @@ struct InPlace {
     }
 };
 
-// Selects chunks `first` to `last` into `list`. Returns how many channels.
+// Selects chunks `first` to `last` into `list`.
 template <class T, class Source>
-__device__ __forceinline__ int select_chunks(const Dec& dec, int edge, int first, int last, Salient* list,
-                                             Source source) {
+__device__ __forceinline__ void select_chunks(const Dec& dec, int edge, int first, int last, Salient* list,
+                                              Source source) {
     for (int c = first + T::warp(); c < last; c += T::size / 32) {
         int start = c * CHUNK;
         int k = chunk_quota(dec, c);
         Chunk x = source(start, min(CHUNK, dec.in_features - start));
         if (k > 0) select_chunk(x, start, k, dec, edge, list + (c - first) * dec.k_chunk);
     }
-    return (last - first - 1) * dec.k_chunk + chunk_quota(dec, last - 1);
 }
 
 // Host memory is read once and never again.
@@ -267,9 +286,10 @@ __device__ __forceinline__ void add_channels(const Salient* list, int first, int
 
 // Block `block` of n_tb computes its stripe: out[row] = (ONTO ? out[row] : 0) + s·Σ q·x.
 // `shared` holds list_chunks·k_chunk Salients, then 8·WORDS·(threads + 1) floats.
+// `listed`, unless null, is the selection, made by an earlier kernel.
 template <class T, int WORDS, bool ONTO, class Source>
 __device__ __forceinline__ void compensate(const Dec& dec, int edge, int block, char* shared, float* out,
-                                           Source source) {
+                                           const Salient* listed, Source source) {
     constexpr int THREADS = T::size;
     Salient* list = (Salient*)shared;
     float* sums = (float*)(list + dec.list_chunks * dec.k_chunk);
@@ -284,14 +304,21 @@ __device__ __forceinline__ void compensate(const Dec& dec, int edge, int block, 
         int width = min(end - p0, THREADS), slots = THREADS / width;
         int piece = tid % width, slot = tid / width;
         const u32* column = dec.residual + (long long)(p0 + piece) * WORDS;
+        // The scale of the first row that this thread will finish, fetched early.
+        float own_scale = tid < width * 8 * WORDS ? dec.scales[p0 * 8 * WORDS + tid] : 0.0f;
 
         for (int c = 0; c < chunks; c += dec.list_chunks) {
-            int n = select_chunks<T>(dec, edge, c, min(c + dec.list_chunks, chunks), list, source);
-            T::sync();
+            int last = min(c + dec.list_chunks, chunks);
+            if (!listed) {
+                select_chunks<T>(dec, edge, c, last, list, source);
+                T::sync();
+            }
+            int n = (last - c - 1) * dec.k_chunk + chunk_quota(dec, last - 1);
             float acc[8 * WORDS];
 #pragma unroll
             for (int i = 0; i < 8 * WORDS; i++) acc[i] = 0;
-            if (slot < slots) add_channels<WORDS>(list, slot, n, slots, column, words, acc);
+            const Salient* from = listed ? listed + c * dec.k_chunk : list;
+            if (slot < slots) add_channels<WORDS>(from, slot, n, slots, column, words, acc);
 #pragma unroll
             for (int i = 0; i < 8 * WORDS; i++) {
                 float* sum = sums + i * (THREADS + 1) + tid;
@@ -306,7 +333,7 @@ __device__ __forceinline__ void compensate(const Dec& dec, int edge, int block, 
             float sum = 0;
             for (int s = 0; s < slots; s++) sum += sums[i * (THREADS + 1) + s * width + p];
             int row = p0 * 8 * WORDS + r;
-            float value = dec.scales[row] * sum;
+            float value = (r == tid ? own_scale : dec.scales[row]) * sum;
             out[row] = ONTO ? out[row] + value : value;
         }
         T::sync();

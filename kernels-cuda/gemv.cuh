@@ -3,6 +3,7 @@
 //
 //   v[row] = Σ_k W[row, k] · x[k] + bias[row]           x by INPUT
 //   INPUT 0: x + x_delta   1: norm(x + x_delta)·γ   2: silu(gate)·up, x being [gate, up]
+//         3: x, selected from by an earlier kernel (dec_list)
 //   y[row] = add ? y[row] + y_delta[row] + v[row] : v[row]
 //   dec_out[row] = the compensation (dec.cuh), to be added by whoever reads y
 //
@@ -18,7 +19,8 @@
 // One block per multiprocessor: with two places, the next kernel's blocks settle in pairs wherever there is room
 // first, and the pairs take twice as long (H100: 31 µs instead of 21 for 4096 × 28672). In the first n_tb blocks
 // DEC_WARPS more warps compensate beside the others. No block waits for another.
-// Constants: K, R in and out features, WARPS, STAGES, INPUT, DEC, DEC_WARPS, DEC_WORDS.
+// Constants: K, R in and out features, WARPS, STAGES, INPUT, DEC, DEC_WARPS, DEC_WORDS,
+// DEC_STAGED (1: shared memory has room for all of x; needed for INPUT 1).
 #pragma once
 #include "common.cuh"
 #include "dec.cuh"
@@ -52,6 +54,7 @@ struct Gemv {
     float* y;
     const float* y_delta;
     float* dec_out;
+    const Salient* dec_list;
     Dec dec;
     float eps;
     int add;
@@ -75,36 +78,50 @@ __device__ __forceinline__ float4 activations(const Gemv& g, int i) {
 
 // Reads x, normalizes it if asked to, and hands it on in fours: write(channel, values), up to PADDED channels,
 // zero from K on. Every thread of a warp writes, or none.
-template <class T, int PADDED, class Write>
-__device__ __forceinline__ void stage_x(const Gemv& g, float* scratch, Write write) {
-    constexpr int STEPS = (PADDED / 4 + T::size - 1) / T::size;
+template <class T, int PADDED>
+struct Stage {
+    static constexpr int STEPS = (PADDED / 4 + T::size - 1) / T::size;
 #if INPUT == 1
-    float4 v[STEPS];
-    float sum = 0;
+    float4 gamma[STEPS];
+#endif
+
+    static __device__ __forceinline__ int channel(int step) { return 4 * (step * T::size + T::thread()); }
+
+    // What does not depend on earlier kernels.
+    __device__ __forceinline__ explicit Stage(const Gemv& g) {
+#if INPUT == 1
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int i = 4 * (s * T::size + T::thread());
-        v[s] = i < K ? load4(g.x, g.x_delta, i) : make_float4(0, 0, 0, 0);
-        sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
+        for (int s = 0; s < STEPS; s++)
+            gamma[s] = channel(s) < K ? *(const float4*)(g.gamma + channel(s)) : make_float4(0, 0, 0, 0);
+#endif
     }
-    float scale = 1.0f / sqrtf(team_sum<T>(sum, scratch) / K + g.eps);
+
+    template <class Write>
+    __device__ __forceinline__ void run(const Gemv& g, float* scratch, Write write) const {
+#if INPUT == 1
+        float4 v[STEPS];
+        float sum = 0;
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int i = 4 * (s * T::size + T::thread());
-        if (i < PADDED) {
-            float4 w = i < K ? *(const float4*)(g.gamma + i) : make_float4(0, 0, 0, 0);
-            write(i, make_float4(v[s].x * scale * w.x, v[s].y * scale * w.y, v[s].z * scale * w.z,
-                                 v[s].w * scale * w.w));
+        for (int s = 0; s < STEPS; s++) {
+            v[s] = channel(s) < K ? load4(g.x, g.x_delta, channel(s)) : make_float4(0, 0, 0, 0);
+            sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
         }
-    }
+        float scale = 1.0f / sqrtf(team_sum<T>(sum, scratch) / K + g.eps);
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            float4 w = gamma[s];
+            if (channel(s) < PADDED)
+                write(channel(s), make_float4(v[s].x * scale * w.x, v[s].y * scale * w.y, v[s].z * scale * w.z,
+                                              v[s].w * scale * w.w));
+        }
 #else
 #pragma unroll 8
-    for (int s = 0; s < STEPS; s++) {
-        int i = 4 * (s * T::size + T::thread());
-        if (i < PADDED) write(i, i < K ? activations(g, i) : make_float4(0, 0, 0, 0));
-    }
+        for (int s = 0; s < STEPS; s++)
+            if (channel(s) < PADDED)
+                write(channel(s), channel(s) < K ? activations(g, channel(s)) : make_float4(0, 0, 0, 0));
 #endif
-}
+    }
+};
 
 #ifdef GROUPED
 // Sums of a tile's rows g and g + 8, of integer codes that become weights group by group.
@@ -224,9 +241,14 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     if (UNITS < WARPS)
         for (int i = threadIdx.x; i < (end - begin) * WARPS * 16; i += THREADS) parts[i] = 0;
 
+    Stage<Base, UNITS * UNIT> stage(g);
     wait_for_previous();
     if (TRIGGER == 1) let_next_start();
-    stage_x<Base, UNITS * UNIT>(g, scratch, [&](int i, float4 v) {
+    // The first row that this thread will finish: what is added to it is fetched now.
+    int own = begin * 16 + threadIdx.x;
+    float added = own < min(end * 16, R) && g.add ? load1(g.y, g.y_delta, own) : 0.0f;
+    if (g.bias && own < min(end * 16, R)) added += g.bias[own];
+    stage.run(g, scratch, [&](int i, float4 v) {
         u32 lo = narrow2(v.x, v.y), hi = narrow2(v.z, v.w);
         *(uint2*)(xs + i) = make_uint2(lo, hi);
         if constexpr (GROUPS > 0) {
@@ -266,8 +288,13 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += parts[(r / 16 * WARPS + w) * 16 + r % 16];
-        if (g.bias) sum += g.bias[row];
-        if (g.add) sum += load1(g.y, g.y_delta, row);
+        if (row == own) {
+            sum += added;
+        } else {
+            float other = g.add ? load1(g.y, g.y_delta, row) : 0.0f;
+            if (g.bias) other += g.bias[row];
+            sum += other;
+        }
         g.y[row] = sum;
     }
 }
@@ -278,19 +305,25 @@ typedef Team<THREADS, 32 * DEC_WARPS, 2> Compensating;
 __device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
     let_next_start();
     int edge = own_edge(g.dec);
+#if INPUT == 3
     wait_for_previous();
-#if INPUT == 1
+    compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, shared, g.dec_out, g.dec_list,
+                                               InPlace{0});
+#elif DEC_STAGED
     // Scratch, x [whole chunks] f32, then what compensate() needs.
     constexpr int PADDED = (K + CHUNK - 1) / CHUNK * CHUNK;
     float* xs = (float*)(shared + 128);
-    stage_x<Compensating, PADDED>(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
+    Stage<Compensating, PADDED> stage(g);
+    wait_for_previous();
+    stage.run(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
     Compensating::sync();
-    compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, (char*)(xs + PADDED), g.dec_out,
+    compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, (char*)(xs + PADDED), g.dec_out, nullptr,
                                                InPlace{shared_address(xs)});
 #else
     // 4 KB per warp, then what compensate() needs.
+    wait_for_previous();
     compensate<Compensating, DEC_WORDS, false>(
-        g.dec, edge, blockIdx.x, shared + DEC_WARPS * CHUNK * 4, g.dec_out,
+        g.dec, edge, blockIdx.x, shared + DEC_WARPS * CHUNK * 4, g.dec_out, nullptr,
         copied<Compensating>(shared, [&](int i) { return activations(g, i); }));
 #endif
 }

@@ -4,7 +4,7 @@
 #   scripts/cuda-toolchain.sh             # CUDA 13.0, what CI compiles every kernel with
 #   CUDA_SERIES=12.8 scripts/cuda-toolchain.sh
 #
-# Tests and benches find libnvrtc there through DECDEC_NVRTC_DIR (default .cache/cuda/lib).
+# Tests and benches find libnvrtc there through DECDEC_CUDA_LIBRARIES=.cache/cuda/lib.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,9 +22,9 @@ trap 'rm -rf "$wheels"' EXIT
 for name in nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-nvrtc $extra; do
     python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "$name$suffix==$series.*"
 done
-# The disassembler is a convenience: it has no CUDA 12 wheel.
+# The disassembler comes without the compiler's series: it reads older code too. It has no CUDA 12 wheel.
 [ -n "$suffix" ] || for name in nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; do
-    python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "$name==$series.*" || true
+    python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "$name==13.*"
 done
 
 rm -rf "$tree.new"

@@ -93,7 +93,7 @@ fn linears(k: usize, rows: usize, noise: &mut Noise) -> Vec<(String, Linear<'sta
         let w = RandomWeights::single(k, rows, RandomFormat::AnyPrec, bits, noise.next()).unwrap();
         all.push((format!("anyprec {bits} {k}x{rows}"), w));
         for group_size in [32, 64, 128] {
-            if k % group_size == 0 && (bits == 3 || bits == 4 || group_size == 32) {
+            if k.is_multiple_of(group_size) && (bits == 3 || bits == 4 || group_size == 32) {
                 let w = RandomWeights::single(k, rows, RandomFormat::LutGemm { group_size }, bits, noise.next());
                 all.push((format!("lutgemm {bits} g{group_size} {k}x{rows}"), w.unwrap()));
             }

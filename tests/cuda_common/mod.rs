@@ -45,7 +45,7 @@ impl Noise {
 
     /// Normal, with a few channels far out, as in real models.
     pub(crate) fn activations(&mut self, len: usize) -> Vec<f32> {
-        (0..len).map(|_| self.normal() * if self.0.next_u32() % 50 == 0 { 10.0 } else { 1.0 }).collect()
+        (0..len).map(|_| self.normal() * if self.0.next_u32().is_multiple_of(50) { 10.0 } else { 1.0 }).collect()
     }
 
     /// Non-increasing.

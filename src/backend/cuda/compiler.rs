@@ -257,7 +257,7 @@ mod tests {
     fn variants() -> Vec<(&'static str, Vec<String>)> {
         let split = |s: &str| s.split(' ').map(str::to_owned).collect::<Vec<_>>();
         let mut all = Vec::new();
-        let shape = "K=4096 R=6144 WARPS=16 STAGES=2 DEC_WARPS=8 DEC_WORDS=2";
+        let shape = "K=4096 R=6144 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=2";
         for dtype in [0, 1] {
             for (input, dec) in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)] {
                 for bits in [3, 4] {
@@ -269,7 +269,7 @@ mod tests {
             all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} INPUT=1 DEC=0 {shape}"))));
         }
         // SmolLM2's shapes: rows that are no whole tiles, channels that are no whole units, narrow residuals.
-        let small = "K=576 R=72 WARPS=16 STAGES=2 DEC_WARPS=8 DEC_WORDS=1 DTYPE=0 INPUT=1 DEC=1";
+        let small = "K=576 R=72 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=1 DTYPE=0 INPUT=1 DEC=1";
         all.push(("gemv_anyprec.cu", split(&format!("{small} BITS=3"))));
         all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=64"))));
         all.push(("gemv_lutgemm.cu", split(&format!("{small} BITS=4 GROUP=32"))));

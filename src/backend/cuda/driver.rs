@@ -40,8 +40,9 @@ fn failed(what: &str, error: DriverError) -> anyhow::Error {
 /// No driver, or one that is too old; says how to get one.
 pub(super) fn count() -> Result<usize> {
     // SAFETY: only tries to open the library.
+    let present = unsafe { sys::is_culib_present() };
     ensure!(
-        unsafe { sys::is_culib_present() },
+        present,
         "cuda: no NVIDIA driver (libcuda.so.1) on this machine, install one of version 525 or later or use --device cpu"
     );
     result::init().map_err(|e| failed("the driver does not start, check nvidia-smi or use --device cpu", e))?;

@@ -43,6 +43,9 @@ impl Words {
     }
 }
 
+/// What a compiled product depends on besides its shape.
+pub(super) type Variant = (u8, bool, Tuning);
+
 /// A linear layer on the device; its residual may be in mapped host memory.
 pub struct Matrix {
     pub(super) in_features: usize,
@@ -51,7 +54,7 @@ pub struct Matrix {
     pub(super) bias: Option<Buffer>,
     pub(super) residual: Option<(Words, Buffer)>,
     /// Compiled products by (input, compensates, launch parameters), made when first used.
-    pub(super) kernels: RefCell<Vec<((u8, bool, Tuning), Kernel)>>,
+    pub(super) kernels: RefCell<Vec<(Variant, Kernel)>>,
 }
 
 /// A compensation plan as the kernels take it.

@@ -3,12 +3,13 @@
 //! - `driver`: device, stream, memory, launches, graphs; `compiler`: NVRTC and the cache of compiled kernels;
 //!   `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
-//! - `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
+//! - `memory`: what a model will take; `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
 
 mod blas;
 pub(crate) mod compiler;
 mod driver;
 mod matrix;
+mod memory;
 mod pack;
 mod product;
 mod sequence;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 pub use matrix::{Matrix, Plan};
+pub use memory::MemoryTable;
 pub use product::Tuning;
 pub use sequence::Sequence;
 pub use vector::Vector;
@@ -103,10 +105,12 @@ pub(crate) enum Scratch {
     Weights,
     /// Token ids of a prompt.
     Ids,
+    /// A selection.
+    List,
 }
 
 impl Scratch {
-    const ALL: usize = 4;
+    const ALL: usize = 5;
 }
 
 /// The recorded operations of one token.

@@ -20,6 +20,8 @@ pub struct Tuning {
     pub warps: usize,
     /// Units of weights that a warp has room for; one less is in flight.
     pub stages: usize,
+    /// The same two for kernels that compensate as well.
+    pub beside_dec: (usize, usize),
     /// Warps that compensate, beside those, in the blocks that do.
     pub dec_warps: usize,
     /// When the next kernel may start: 0 at once, 1 when this one's input is there, 2 when its weights are read.
@@ -30,7 +32,14 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { warps: 16, stages: 2, dec_warps: 8, trigger: 0, dec_flight: 4 }
+        Self { warps: 16, stages: 2, beside_dec: (12, 3), dec_warps: 8, trigger: 0, dec_flight: 4 }
+    }
+}
+
+impl Tuning {
+    /// Warps and stages of a kernel that does or does not compensate.
+    fn beside(&self, dec: bool) -> (usize, usize) {
+        if dec { self.beside_dec } else { (self.warps, self.stages) }
     }
 }
 
@@ -62,6 +71,7 @@ struct GemvArgument {
     y: u64,
     y_delta: u64,
     dec_out: u64,
+    dec_list: u64,
     dec: DecArgument,
     eps: f32,
     add: i32,
@@ -102,6 +112,8 @@ pub(super) enum Feed<'a> {
     Norm(&'a Norm<Vector>),
     /// Gate and up, one behind the other: `silu(gate) ⊙ up`.
     Gated,
+    /// The activations as they are, and where the selection among them is.
+    Listed(u64),
 }
 
 impl Feed<'_> {
@@ -111,7 +123,12 @@ impl Feed<'_> {
             Self::Plain => 0,
             Self::Norm(_) => 1,
             Self::Gated => 2,
+            Self::Listed(_) => 3,
         }
+    }
+
+    fn list(self) -> u64 {
+        if let Self::Listed(list) = self { list } else { 0 }
     }
 
     fn gamma(self) -> u64 {
@@ -158,20 +175,19 @@ fn gemv_launch(
     format: Format,
     in_features: usize,
     out_features: usize,
-    tuning: Tuning,
+    (warps, most_stages): (usize, usize),
     multiprocessors: usize,
     most_shared: usize,
 ) -> Result<GemvLaunch> {
     let (channels, stage, sums) = unit(format, in_features);
     let tiles = out_features.div_ceil(TILE);
     let blocks = tiles.min(multiprocessors);
-    let warps = tuning.warps;
     let fixed = 128
         + in_features.div_ceil(channels) * channels * 2
         + sums.next_multiple_of(4) * 4
         + tiles.div_ceil(blocks) * warps * TILE * 4;
     let shared = |stages: usize| fixed + warps * stages * stage;
-    let stages = (2..=tuning.stages).rev().find(|&s| shared(s) <= most_shared);
+    let stages = (2..=most_stages).rev().find(|&s| shared(s) <= most_shared);
     let Some(stages) = stages else {
         anyhow::bail!(
             "cuda: a row of {in_features} channels needs {} bytes of shared memory, {most_shared} are there",
@@ -182,9 +198,17 @@ fn gemv_launch(
     Ok(GemvLaunch { blocks, warps, stages, shared: shared(stages).max(most_shared / 2 + 1024).next_multiple_of(128) })
 }
 
-/// Shared memory of a compensating block: activations (all of them, or a chunk per warp), list, sums.
-fn dec_shared(plan: &Plan, threads: usize, normalizes: bool) -> usize {
-    let x = if normalizes { 128 + plan.in_features.next_multiple_of(CHUNK) * 4 } else { threads / 32 * CHUNK * 4 };
+/// Channels up to which compensating warps keep all activations in shared memory, instead of a chunk each.
+const STAGED: usize = 16384;
+
+/// Whether compensating warps keep all activations: they must where they normalize them.
+fn is_staged(in_features: usize, input: u8, launch: GemvLaunch, most_shared: usize) -> bool {
+    input == 1 || input != 3 && in_features <= STAGED && launch.shared + in_features * 4 + (64 << 10) <= most_shared
+}
+
+/// Shared memory of compensating warps: activations (all of them, or a chunk per warp), list, sums.
+fn dec_shared(plan: &Plan, threads: usize, staged: bool) -> usize {
+    let x = if staged { 128 + plan.in_features.next_multiple_of(CHUNK) * 4 } else { threads / 32 * CHUNK * 4 };
     x + plan.list_chunks() * plan.k_chunk * 8 + 8 * dec_words(plan.out_features) * (threads + 1) * 4
 }
 
@@ -202,9 +226,18 @@ impl Cuda {
             let Body::Packed { format, .. } = matrix.body else { continue };
             for &tuning in tunings {
                 let (k, r) = (matrix.in_features, matrix.out_features);
-                let launch = gemv_launch(format, k, r, tuning, numbers.multiprocessors, numbers.shared_per_block)?;
+                let launch =
+                    gemv_launch(format, k, r, tuning.beside(dec), numbers.multiprocessors, numbers.shared_per_block)?;
                 let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
-                defines.extend(gemv_defines(format, matrix, launch, tuning, u8::from(norm), dec));
+                defines.extend(gemv_defines(
+                    format,
+                    matrix,
+                    launch,
+                    tuning,
+                    u8::from(norm),
+                    dec,
+                    numbers.shared_per_block,
+                ));
                 jobs.push((entries(format).0, defines));
             }
         }
@@ -245,8 +278,7 @@ impl Cuda {
             Body::Packed { format, .. } if by_token => {
                 let width = matrix.in_features as u64 * if matches!(feed, Feed::Gated) { 8 } else { 4 };
                 for t in 0..tokens as u64 {
-                    let (x, at) =
-                        (x.0 + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
+                    let (x, at) = (x.0 + t * width, y.at() + t * matrix.out_features as u64 * 4);
                     let token = Token { x, x_delta: 0, y: at, y_delta: 0, dec_out: 0, add };
                     self.packed(*format, feed, matrix, None, &token)?;
                 }
@@ -284,10 +316,23 @@ impl Cuda {
         tokens: usize,
     ) -> Result<()> {
         let features = matrix.in_features;
+        let plan = plan.filter(|p| p.k_chunk > 0);
         // Every block of the product would have to read a compensation beside gate and up: that costs more than
-        // a kernel for it.
-        if tokens > 1 || gu.delta() == 0 {
+        // a kernel for it. And with a kernel for it, that can select as well, a chunk per block.
+        if tokens > 1 || (gu.delta() == 0 && plan.is_none()) || !matches!(matrix.body, Body::Packed { .. }) {
             return self.product(Feed::Gated, matrix, plan, (gu.at(), gu.delta()), y, tokens, true);
+        }
+        if let Some(plan) = plan {
+            let x = self.scratch(Scratch::X, features * 4)?.pointer();
+            let list = self.scratch(Scratch::List, features * 8)?.pointer();
+            let argument = DecArgument::new(matrix, plan)?;
+            let (at, delta) = (gu.at(), gu.delta());
+            self.driver.launch(
+                &self.kernel("dec.cu", "swiglu_select", &[format!("DEC_WORDS={}", dec_words(plan.out_features))])?,
+                Launch::new(features.div_ceil(CHUNK), 256),
+                &mut Arguments::new().with(&argument).with(&at).with(&delta).with(&x).with(&list),
+            )?;
+            return self.product(Feed::Listed(list), matrix, Some(plan), (x, 0), y, 1, true);
         }
         let out = self.scratch(Scratch::X, features * 4)?.pointer();
         let (at, delta, count) = (gu.at(), gu.delta(), features as i32);
@@ -316,13 +361,14 @@ impl Cuda {
             format,
             matrix.in_features,
             matrix.out_features,
-            self.options.tuning,
+            self.options.tuning.beside(plan.is_some()),
             numbers.multiprocessors,
             numbers.shared_per_block,
         )?;
         let kernel = self.gemv_kernel(format, matrix, launch, feed.define(), plan.is_some())?;
         let dec_warps = if plan.is_some() { self.options.tuning.dec_warps } else { 0 };
-        let dec_shared = plan.map_or(0, |p| dec_shared(p, dec_warps * 32, matches!(feed, Feed::Norm(_))));
+        let staged = is_staged(matrix.in_features, feed.define(), launch, numbers.shared_per_block);
+        let dec_shared = plan.map_or(0, |p| dec_shared(p, dec_warps * 32, staged));
         let argument = GemvArgument {
             codes: codes.pointer(),
             aux: aux.pointer(),
@@ -333,6 +379,7 @@ impl Cuda {
             y: token.y,
             y_delta: token.y_delta,
             dec_out: token.dec_out,
+            dec_list: feed.list(),
             dec: plan.map_or(Ok(DecArgument::NONE), |p| DecArgument::new(matrix, p))?,
             eps: feed.eps(),
             add: i32::from(token.add),
@@ -350,7 +397,15 @@ impl Cuda {
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
-        let defines = gemv_defines(format, matrix, launch, self.options.tuning, input, dec);
+        let defines = gemv_defines(
+            format,
+            matrix,
+            launch,
+            self.options.tuning,
+            input,
+            dec,
+            self.driver.numbers().shared_per_block,
+        );
         let (file, gemv, _) = entries(format);
         let kernel = self.kernel(file, gemv, &defines)?;
         matrix.kernels.borrow_mut().push((key, kernel.clone()));
@@ -395,7 +450,7 @@ impl Cuda {
         let dtype = self.options.dtype;
         let (rows, k) = (matrix.out_features, matrix.in_features);
         // In float32 activations that are plain already are used where they are.
-        let staged = if dtype == Dtype::Float32 && matches!(feed, Feed::Plain) {
+        let staged = if dtype == Dtype::Float32 && matches!(feed, Feed::Plain | Feed::Listed(_)) {
             x
         } else {
             self.stage(feed, (x, 0), k, tokens, dtype)?
@@ -458,7 +513,7 @@ impl Cuda {
             return Ok(());
         }
         let staged = match feed {
-            Feed::Plain => x,
+            Feed::Plain | Feed::Listed(_) => x,
             _ => self.stage(feed, (x, 0), matrix.in_features, tokens, Dtype::Float32)?,
         };
         self.dec(matrix, plan, staged, y, tokens)
@@ -529,6 +584,7 @@ fn gemv_defines(
     tuning: Tuning,
     input: u8,
     dec: bool,
+    most_shared: usize,
 ) -> Vec<String> {
     let mut defines = shape_defines(format, matrix, launch);
     let Tuning { trigger, dec_flight, dec_warps, .. } = tuning;
@@ -539,6 +595,8 @@ fn gemv_defines(
         defines.push(format!("DEC_WORDS={}", dec_words(matrix.out_features)));
         defines.push(format!("DEC_FLIGHT={dec_flight}"));
         defines.push(format!("DEC_WARPS={dec_warps}"));
+        let staged = is_staged(matrix.in_features, input, launch, most_shared);
+        defines.push(format!("DEC_STAGED={}", u8::from(staged)));
     }
     defines
 }

@@ -1,0 +1,161 @@
+//! Whole tokens on CUDA: against the CPU backend, and sampling against its plain rules.
+//!
+//! Runs where `DECDEC_TEST_DEVICES` names `cuda`; then a missing device fails.
+
+mod cuda_common;
+
+use std::ops::ControlFlow;
+
+use cuda_common::{Noise, cuda, options};
+use decdec::backend::cpu::Cpu;
+use decdec::backend::cuda::{Dtype, Residuals};
+use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::config::{Architecture, ModelConfig, RopeScaling};
+use decdec::dec::Selection;
+use decdec::generate::{Request, generate};
+use decdec::model::{Compensation, Model};
+use decdec::random::{RandomFormat, RandomWeights};
+use decdec::sampling::Sampling;
+
+/// A model with every awkward width: rows that are no whole tiles, channels that are no whole units or chunks.
+fn small(sliding_window: Option<usize>, kv_heads: usize) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        hidden_size: 576,
+        intermediate_size: 1184,
+        num_layers: 3,
+        num_heads: 6,
+        num_kv_heads: kv_heads,
+        head_dim: 96,
+        vocab_size: 1000,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        sliding_window,
+        max_position_embeddings: 512,
+        tie_word_embeddings: true,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+    }
+}
+
+fn tokens<B: DecodeBackend>(
+    backend: &B,
+    weights: &RandomWeights,
+    k_chunk: usize,
+    prompt: usize,
+) -> (Vec<u32>, Vec<f32>) {
+    let mut model = Model::load(backend, weights, |_| ()).unwrap();
+    let most = backend.device().max_n_tb.min(5);
+    model.compensate(Some(&Compensation::uniform(most, k_chunk, Selection::Bucket))).unwrap();
+    let mut state = model.state(200).unwrap();
+    let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 1000).collect();
+    let request = Request {
+        prompt: &prompt,
+        max_new_tokens: 60,
+        sampling: Sampling::GREEDY,
+        seed: 0,
+        stop_ids: &[],
+        compensate_prompt: true,
+    };
+    let made = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap();
+    // Twice: a state is used again, with a graph recorded anew.
+    let again = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap();
+    assert_eq!(made.tokens, again.tokens, "the same request gave another text");
+    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+    let mut logits = backend.vector(prompt.len() * 1000).unwrap();
+    model.logits(&mut state, &prompt, true, &mut logits).unwrap();
+    let mut values = vec![0f32; prompt.len() * 1000];
+    backend.read(&logits, &mut values).unwrap();
+    (made.tokens, values)
+}
+
+/// ‖a − b‖ / ‖b‖
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b))) / norm(&mut b.iter().map(|&b| f64::from(b)))
+}
+
+fn against_cpu(dtype: Dtype, compile: u8, most: f64) {
+    let mut options = options(dtype, compile);
+    for (window, kv_heads, bits, format) in [
+        (None, 2, 3, RandomFormat::AnyPrec),
+        (Some(20), 3, 4, RandomFormat::AnyPrec),
+        (None, 6, 3, RandomFormat::LutGemm { group_size: 32 }),
+        (None, 2, 5, RandomFormat::AnyPrec),
+    ] {
+        let weights = RandomWeights::new(small(window, kv_heads), format, bits, 11).unwrap();
+        for (k_chunk, prompt, residuals) in
+            [(0, 40, Residuals::Host), (16, 40, Residuals::Host), (16, 3, Residuals::Device)]
+        {
+            options.residuals = residuals;
+            let Some(cuda) = cuda(options) else { return };
+            let (want, cpu) = tokens(&Cpu::new(), &weights, k_chunk, prompt);
+            let (got, ours) = tokens(&cuda, &weights, k_chunk, prompt);
+            let what = format!("{dtype:?} {format:?} {bits} bits, k_chunk {k_chunk}, prompt of {prompt}");
+            let far = distance(&ours, &cpu);
+            // Rounded activations now and then select another channel, which moves a row by a whole residual.
+            let most = if k_chunk > 0 && dtype != Dtype::Float32 { 4.0 * most } else { most };
+            assert!(far < most, "{what}: logits {far} apart, {most} allowed");
+            if dtype == Dtype::Float32 {
+                assert_eq!(got, want, "{what}");
+            }
+            if k_chunk > 0 && prompt == 40 && dtype == Dtype::Float32 {
+                let (_, plain) = tokens(&cuda, &weights, 0, prompt);
+                assert!(distance(&plain, &cpu) > 10.0 * far.max(1e-6), "{what}: compensation changes nothing");
+            }
+        }
+    }
+}
+
+#[test]
+fn float32_gives_the_texts_of_the_cpu() {
+    against_cpu(Dtype::Float32, 2, 2e-5);
+}
+
+#[test]
+fn generic_kernels_give_the_texts_of_the_cpu() {
+    against_cpu(Dtype::Float32, 0, 2e-5);
+}
+
+#[test]
+fn float16_is_close_to_the_cpu() {
+    against_cpu(Dtype::Float16, 2, 5e-3);
+}
+
+#[test]
+fn bfloat16_is_close_to_the_cpu() {
+    against_cpu(Dtype::Bfloat16, 1, 4e-2);
+}
+
+#[test]
+fn sampling_follows_the_rules() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let mut noise = Noise::new(3);
+    let config = ModelConfig { vocab_size: 5003, ..small(None, 2) };
+    let mut sequence = cuda.sequence(&config, 64).unwrap();
+    let mut logits = cuda.vector(config.vocab_size).unwrap();
+    let mut different = 0;
+    for case in 0..200 {
+        let rules = Sampling {
+            temperature: [0.0, 0.3, 1.0, 2.5][case % 4],
+            top_k: [0, 1, 7, 50, 6000][case % 5],
+            top_p: [1.0, 0.9, 0.3, 0.01][case / 4 % 4],
+            min_p: [0.0, 0.05, 0.5][case % 3],
+        };
+        let mut values: Vec<f32> = (0..config.vocab_size).map(|_| noise.normal() * 4.0).collect();
+        if case % 7 == 0 {
+            values.iter_mut().for_each(|v| *v = v.round());
+        }
+        let draws: Vec<f32> = (0..4).map(|_| noise.uniform()).collect();
+        cuda.write(&values, &mut logits).unwrap();
+        cuda.begin(&mut sequence, &rules, &draws).unwrap();
+        for (i, &draw) in draws.iter().enumerate() {
+            cuda.sample(&mut sequence, &logits).unwrap();
+            let (got, want) = (cuda.sampled(&sequence, i).unwrap(), rules.choose(&values, draw));
+            assert_eq!(got, want, "case {case}, {rules:?}, draw {draw}");
+            different += usize::from(want != rules.choose(&values, 0.0));
+        }
+    }
+    assert!(different > 50, "the draws decided only {different} times");
+}

@@ -35,7 +35,7 @@ struct Args {
     /// Try many launch parameters, and print the best of them.
     #[arg(long)]
     sweep: bool,
-    #[arg(long, value_enum, default_value = "host")]
+    #[arg(long, default_value = "host")]
     residuals: Residuals,
     /// Select exactly instead of by buckets.
     #[arg(long)]

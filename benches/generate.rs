@@ -36,11 +36,11 @@ struct Args {
     /// Tokens of the prompt.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     prompt: Vec<usize>,
-    #[arg(long, value_enum, default_value = "host")]
+    #[arg(long, default_value = "host")]
     residuals: Residuals,
     #[arg(long, default_value_t = 2)]
     compile: u8,
-    #[arg(long, value_enum, default_value = "float16")]
+    #[arg(long, default_value = "float16")]
     dtype: Dtype,
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,

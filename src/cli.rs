@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
+use crate::commands::devices::Target;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
@@ -133,6 +134,16 @@ pub(crate) struct QuantizeArgs {
     pub(crate) overwrite: bool,
 }
 
+/// Where residuals wait on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum ResidualsArg {
+    /// In pinned host memory, fetched over the host link
+    #[default]
+    Host,
+    /// In device memory, for cards with room
+    Device,
+}
+
 /// Where a model runs and how it is compensated.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -142,6 +153,9 @@ pub(crate) struct RunArgs {
     /// Type of the products [default: float16 on cuda, float32 elsewhere]
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<DtypeArg>,
+    /// Where residuals wait (cuda)
+    #[arg(long, value_enum, default_value_t = ResidualsArg::Host)]
+    pub(crate) residuals: ResidualsArg,
     /// Thread blocks that compensate: one number, or one for each bit width of a mixed checkpoint
     #[arg(long, alias = "n_tbs", num_args = 1..=2, value_name = "N")]
     pub(crate) n_tbs: Option<Vec<usize>>,
@@ -156,10 +170,18 @@ pub(crate) struct RunArgs {
     pub(crate) selection: SelectionArg,
 }
 
+impl RunArgs {
+    /// The device, set up with everything recorded.
+    pub(crate) fn target(&self) -> Target<'_> {
+        Target { device: &self.device, dtype: self.dtype, residuals: self.residuals, ..Target::default() }
+    }
+}
+
 /// `decdec generate`
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArgs {
-    /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
+    /// A checkpoint, a directory as the reference's scripts write it, a full-precision source, or random:SEED
+    /// (with --model-name, --backend and --bitwidth) to measure speed without weights
     #[arg(long, alias = "checkpoint_path", value_name = "PATH")]
     pub(crate) checkpoint_path: PathBuf,
     /// Text to go on from; without one, a single BOS token

@@ -7,16 +7,17 @@ use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::{BitWidth, Checkpoint, WeightFormat};
 use crate::config::{ModelConfig, Projection};
+use crate::random::RandomWeights;
 use crate::source::Source;
 use crate::source::awq::Awq;
 use crate::source::reference::Reference;
-use crate::tokenizer::TextFiles;
+use crate::tokenizer::{TextFiles, Tokenizer};
 use crate::weights::ModelWeights;
 
 /// A model on disk.
 pub struct Opened {
     weights: Box<dyn ModelWeights>,
-    texts: TextFiles,
+    texts: Option<TextFiles>,
     quantization: Option<(WeightFormat, BitWidth)>,
     /// The file or directory, and what a checkpoint says it was made from.
     names: Vec<String>,
@@ -34,14 +35,14 @@ impl Opened {
         if Checkpoint::is_at(path) {
             let checkpoint = Checkpoint::open(path)?;
             let quantization = (checkpoint.manifest().backend, checkpoint.manifest().bits);
-            let texts = checkpoint.texts().clone();
+            let texts = Some(checkpoint.texts().clone());
             names.insert(0, checkpoint.manifest().source.clone());
             return Ok(Self { texts, names, quantization: Some(quantization), weights: Box::new(checkpoint) });
         }
         if Awq::detect(path) {
             let awq = Awq::open(path)?;
             let quantization = (WeightFormat::LutGemm, BitWidth::try_from(4.0)?);
-            let texts = awq.texts().clone();
+            let texts = Some(awq.texts().clone());
             return Ok(Self { texts, names, quantization: Some(quantization), weights: Box::new(awq) });
         }
         if Reference::detect(path) {
@@ -51,11 +52,11 @@ impl Opened {
             let low = widths.iter().copied().min().context("the model has no layers")?;
             let mixed = widths.iter().any(|&width| width != low);
             let bits = BitWidth::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })?;
-            let (texts, format) = (reference.texts().clone(), reference.backend());
+            let (texts, format) = (Some(reference.texts().clone()), reference.backend());
             return Ok(Self { texts, names, quantization: Some((format, bits)), weights: Box::new(reference) });
         }
         let source = Source::open(path)?;
-        Ok(Self { texts: source.texts().clone(), names, quantization: None, weights: Box::new(source) })
+        Ok(Self { texts: Some(source.texts().clone()), names, quantization: None, weights: Box::new(source) })
     }
 
     /// Its tensors.
@@ -63,9 +64,24 @@ impl Opened {
         self.weights.as_ref()
     }
 
-    /// Tokenizer, chat template, special tokens.
-    pub fn texts(&self) -> &TextFiles {
-        &self.texts
+    /// A model of random numbers, called `name`: it has no tokenizer.
+    pub fn random(weights: RandomWeights, format: WeightFormat, bits: BitWidth, name: &str) -> Self {
+        let names = vec![name.to_owned()];
+        Self { weights: Box::new(weights), texts: None, quantization: Some((format, bits)), names }
+    }
+
+    /// Tokenizer, chat template, special tokens; `None` for random numbers.
+    pub fn texts(&self) -> Option<&TextFiles> {
+        self.texts.as_ref()
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// A random model has none; a damaged one.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let texts = self.texts.as_ref().context("random weights have no tokenizer, give a checkpoint")?;
+        Tokenizer::new(texts, self.weights.config())
     }
 
     /// How its weights are stored and in how many bits; `None` for full precision.

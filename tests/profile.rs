@@ -10,7 +10,8 @@ use decdec::config::{Architecture, ModelConfig, Projection, RopeScaling};
 use decdec::dec::Selection;
 use decdec::nsys::trace::{self, Kernel, Role};
 use decdec::nsys::{self, Algo, Identity, KernelRecord, Precision};
-use decdec::profile::{self, Bandwidths, ByClock, Launch, Options, Outcome, RandomModel, Recorder, grid};
+use decdec::profile::{self, Bandwidths, ByClock, Launch, Options, Outcome, Recorder, grid};
+use decdec::random::{RandomFormat, RandomWeights};
 use decdec::tune;
 
 const TOKENS: usize = 2;
@@ -53,7 +54,7 @@ fn options(dir: &Path, algo: Algo) -> Options {
 }
 
 fn sweep(recorder: &mut dyn Recorder<Cpu>, options: &Options) -> Result<Outcome> {
-    let model = RandomModel::new(tiny(), options.identity.algo, 3, 7);
+    let model = RandomWeights::new(tiny(), RandomFormat::AnyPrec, 3, 7).expect("valid");
     profile::run(&Cpu::new(), recorder, &model, options)
 }
 

@@ -41,6 +41,7 @@ pub const TWINS: &[Twin] = &[
     renamed("rope_append", "append", "on CUDA queries are rotated where they are used"),
     twins("attend"),
     twins("swiglu"),
+    cuda_only("swiglu_select", "the same, and the next product's selection beside it"),
     renamed("argmax", "sample", "in WGSL only greedy choices stay on the device, others are the host's"),
     cuda_only("attend_prompt", "the WGSL attend takes any number of tokens"),
     cuda_only("gemv_any", "widths and types without a fast form; the WGSL products take all"),

@@ -2,14 +2,20 @@
 
 use anyhow::{Result, bail};
 use decdec::backend::cpu::Cpu;
+use decdec::backend::cuda::{self, Cuda};
 use decdec::backend::{DecodeBackend, DeviceInfo};
+use decdec::weights::ModelWeights;
 
-use crate::cli::{DevicesArgs, DtypeArg};
+use crate::cli::{DevicesArgs, DtypeArg, ResidualsArg};
 
 /// What is to be done on a device, whatever its backend.
 pub(crate) trait Job {
     /// What comes of it.
     type Output;
+    /// The model that it will load and the longest text, for a device whose memory may be short.
+    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
+        None
+    }
     /// Does it.
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Self::Output>;
 }
@@ -20,32 +26,77 @@ struct Found {
     devices: Result<Vec<DeviceInfo>>,
 }
 
-/// Opens the device that `--device` and `--dtype` name and runs `job` on it.
+/// The device that a job runs on, and how it is set up.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    pub(crate) device: &'a str,
+    pub(crate) dtype: Option<DtypeArg>,
+    pub(crate) residuals: ResidualsArg,
+    pub(crate) compile: u8,
+}
+
+impl Default for Target<'_> {
+    fn default() -> Self {
+        Self { device: "auto", dtype: None, residuals: ResidualsArg::Host, compile: 2 }
+    }
+}
+
+/// Opens the device that `--device` names and runs `job` on it.
 ///
 /// # Errors
 /// A device that is unknown, missing, or not built in; each says what to do.
-pub(crate) fn on_device<J: Job>(device: &str, dtype: Option<DtypeArg>, job: J) -> Result<J::Output> {
-    let (kind, index) = parse(device)?;
+pub(crate) fn on_device<J: Job>(target: &Target<'_>, job: J) -> Result<J::Output> {
+    let (kind, index) = parse(target.device)?;
     match kind {
-        "auto" | "cpu" => {
-            if kind == "auto" {
-                tracing::info!("running on cpu");
-            }
-            note_dtype("cpu", dtype);
+        "auto" => match cuda::devices() {
+            Ok(found) if !found.is_empty() => on_cuda(target, 0, job),
+            Ok(_) => on_cpu("no NVIDIA GPU is here", target, job),
+            Err(error) => on_cpu(&format!("{error:#}"), target, job),
+        },
+        "cpu" => {
+            note_dtype("cpu", target.dtype);
             job.run(&Cpu::new())
         }
+        "cuda" => on_cuda(target, index.unwrap_or(0), job),
         #[cfg(feature = "reference-wgpu")]
         "wgpu" => {
-            note_dtype("wgpu", dtype);
+            note_dtype("wgpu", target.dtype);
             job.run(&decdec::backend::wgsl::Wgpu::open(index)?)
         }
         #[cfg(not(feature = "reference-wgpu"))]
-        "wgpu" => {
-            let _ = index;
-            bail!("this program was built without wgpu, build it with --features reference-wgpu")
-        }
-        _ => bail!("no device '{device}', auto, cpu, wgpu[:N] and cuda[:N] are known"),
+        "wgpu" => bail!("this program was built without wgpu, build it with --features reference-wgpu"),
+        _ => bail!("no device '{}', auto, cpu, wgpu[:N] and cuda[:N] are known", target.device),
     }
+}
+
+/// Where there is no GPU.
+fn on_cpu<J: Job>(why: &str, target: &Target<'_>, job: J) -> Result<J::Output> {
+    tracing::info!("running on cpu ({why})");
+    note_dtype("cpu", target.dtype);
+    job.run(&Cpu::new())
+}
+
+fn on_cuda<J: Job>(target: &Target<'_>, index: usize, job: J) -> Result<J::Output> {
+    let options = cuda::Options {
+        dtype: match target.dtype {
+            None | Some(DtypeArg::Float16) => cuda::Dtype::Float16,
+            Some(DtypeArg::Bfloat16) => cuda::Dtype::Bfloat16,
+            Some(DtypeArg::Float32) => cuda::Dtype::Float32,
+        },
+        residuals: match target.residuals {
+            ResidualsArg::Host => cuda::Residuals::Host,
+            ResidualsArg::Device => cuda::Residuals::Device,
+        },
+        compile: target.compile,
+        ..cuda::Options::default()
+    };
+    let backend = Cuda::new(index, options)?;
+    if let Some((weights, max_seq_len)) = job.needs() {
+        let memory = backend.memory_table(weights, max_seq_len)?;
+        tracing::info!("{memory}");
+        memory.check()?;
+    }
+    job.run(&backend)
 }
 
 /// `kind[:index]`
@@ -66,6 +117,7 @@ fn note_dtype(device: &str, dtype: Option<DtypeArg>) {
 fn find() -> Vec<Found> {
     use decdec::backend::GemvBackend;
     let mut found = vec![Found { kind: "cpu", devices: Ok(vec![Cpu::new().device().clone()]) }];
+    found.push(Found { kind: "cuda", devices: cuda::devices() });
     #[cfg(feature = "reference-wgpu")]
     found.push(Found { kind: "wgpu", devices: decdec::backend::wgsl::adapters() });
     #[cfg(not(feature = "reference-wgpu"))]

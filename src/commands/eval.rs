@@ -4,7 +4,6 @@ use anyhow::{Result, bail, ensure};
 use decdec::backend::DecodeBackend;
 use decdec::eval::{self, Evaluation};
 use decdec::open::Opened;
-use decdec::tokenizer::Tokenizer;
 
 use super::devices::{Job, on_device};
 use crate::cli::PerplexityArgs;
@@ -19,12 +18,11 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs}, they cannot be compared");
     }
     let text = super::read_text(&args.text)?;
-    let tokens = Tokenizer::new(opened.texts(), opened.weights().config())?.encode(&text)?;
+    let tokens = opened.tokenizer()?.encode(&text)?;
     let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
     let windows = eval::windows(&tokens, args.seq_len, range)?;
     let evaluation = on_device(
-        &args.run.device,
-        args.run.dtype,
+        &args.run.target(),
         Perplexity { args, opened: &opened, source: source.as_ref(), windows: &windows },
     )?;
     if args.json {

@@ -7,23 +7,32 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::DecodeBackend;
+use decdec::checkpoint::WeightFormat;
+use decdec::config::ModelConfig;
 use decdec::generate::{Finish, Generated, Request, generate};
 use decdec::model::{Compensation, Model, State};
 use decdec::open::Opened;
 use decdec::sampling::Sampling;
 use decdec::tokenizer::{Message, TextStream, Tokenizer};
+use decdec::weights::ModelWeights;
 
 use super::Interrupted;
-use super::devices::{Job, on_device};
+use super::devices::{Job, Target, on_device};
 use crate::cli::GenerateArgs;
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = sampling(args)?;
-    let opened = Opened::open(&args.checkpoint_path, args.bitwidth, args.compat_scale_order)?;
+    let opened = open(args)?;
     opened.expect(args.backend.map(Into::into), args.bitwidth, args.model_name.as_deref())?;
-    let tokenizer = Tokenizer::new(opened.texts(), opened.weights().config())?;
-    let prompt = prompt(args, &tokenizer)?;
+    let tokenizer = opened.texts().map(|_| opened.tokenizer()).transpose()?;
+    let prompt = match &tokenizer {
+        Some(tokenizer) => prompt(args, tokenizer)?,
+        None => {
+            ensure!(args.prompt.is_none(), "random weights have no tokenizer, leave --prompt out");
+            vec![opened.weights().config().bos_token_id.unwrap_or(0)]
+        }
+    };
     let max = opened.weights().config().max_position_embeddings;
     let limit = args.max_seq_len.unwrap_or(max);
     ensure!(limit <= max, "--max-seq-len is {limit}, the model's context is {max}");
@@ -32,8 +41,26 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         "the prompt has {} tokens, the context has room for {limit}, shorten the prompt",
         prompt.len()
     );
-    let job = Generation { args, opened: &opened, tokenizer: &tokenizer, prompt: &prompt, limit, sampling };
-    on_device(&args.run.device, args.run.dtype, job)
+    let job = Generation { args, opened: &opened, tokenizer: tokenizer.as_ref(), prompt: &prompt, limit, sampling };
+    on_device(&Target { compile: args.compile, ..args.run.target() }, job)
+}
+
+/// The model at `--checkpoint-path`, or one of random numbers.
+fn open(args: &GenerateArgs) -> Result<Opened> {
+    let path = args.checkpoint_path.to_string_lossy();
+    let Some(seed) = path.strip_prefix("random:") else {
+        return Opened::open(&args.checkpoint_path, args.bitwidth, args.compat_scale_order);
+    };
+    let seed = seed.parse().with_context(|| format!("{path}: a number is expected after random:"))?;
+    let (Some(name), Some(backend), Some(bits)) = (&args.model_name, args.backend, args.bitwidth) else {
+        bail!("random weights need --model-name, --backend and --bitwidth");
+    };
+    let presets = ModelConfig::PRESETS.join(", ");
+    let config = ModelConfig::preset(name).with_context(|| format!("--model-name is {name}, {presets} are known"))?;
+    ensure!(!bits.is_mixed(), "--bitwidth is {bits}, random weights have the same bits in every layer");
+    let format: WeightFormat = backend.into();
+    let weights = super::random(config, format == WeightFormat::LutGemm, bits.low() as usize, seed)?;
+    Ok(Opened::random(weights, format, bits, name))
 }
 
 fn sampling(args: &GenerateArgs) -> Result<Sampling> {
@@ -71,7 +98,7 @@ fn prompt(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
 struct Generation<'a> {
     args: &'a GenerateArgs,
     opened: &'a Opened,
-    tokenizer: &'a Tokenizer,
+    tokenizer: Option<&'a Tokenizer>,
     prompt: &'a [u32],
     limit: usize,
     sampling: Sampling,
@@ -80,12 +107,16 @@ struct Generation<'a> {
 impl Job for Generation<'_> {
     type Output = ();
 
+    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
+        Some((self.opened.weights(), self.max_seq_len()))
+    }
+
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
         let args = self.args;
         let mut model = super::load(backend, self.opened.weights())?;
         let compensation = super::compensation(&model, &args.checkpoint_path, &args.run)?;
         model.compensate(compensation.as_ref())?;
-        let mut state = model.state(self.limit.min(self.prompt.len() + args.max_new_tokens))?;
+        let mut state = model.state(self.max_seq_len())?;
         let seed = args.seed.unwrap_or_else(fresh_seed);
         if args.seed.is_none() && self.sampling.temperature > 0.0 {
             tracing::info!("--seed {seed}");
@@ -104,9 +135,13 @@ impl Job for Generation<'_> {
 }
 
 impl Generation<'_> {
+    fn max_seq_len(&self) -> usize {
+        self.limit.min(self.prompt.len() + self.args.max_new_tokens)
+    }
+
     /// Text goes to stdout when there is a prompt or it was asked for.
     fn prints_text(&self) -> bool {
-        !self.args.json && (self.args.print_result || self.args.prompt.is_some())
+        !self.args.json && self.tokenizer.is_some() && (self.args.print_result || self.args.prompt.is_some())
     }
 
     /// Measurements go to stdout unless text or JSON is there.
@@ -128,7 +163,7 @@ impl Generation<'_> {
         seed: u64,
         compensation: Option<&Compensation>,
     ) -> Result<Generated> {
-        let stop_ids = if self.args.ignore_eos { &[] } else { self.tokenizer.stop_ids() };
+        let stop_ids = self.tokenizer.filter(|_| !self.args.ignore_eos).map_or(&[][..], Tokenizer::stop_ids);
         let request = Request {
             prompt: self.prompt,
             max_new_tokens: self.args.max_new_tokens,
@@ -138,7 +173,7 @@ impl Generation<'_> {
             compensate_prompt: self.args.compensate_prompt,
         };
         let interrupted = super::interrupt_flag()?;
-        let mut writer = Writer::new(self.tokenizer.stream(), &self.args.stop, self.prints_text());
+        let mut writer = Writer::new(self.tokenizer.map(Tokenizer::stream), &self.args.stop, self.prints_text());
         let made = generate(model, state, &request, |id| writer.push(id, interrupted))?;
         let text = writer.finish()?;
         if self.args.json {
@@ -200,7 +235,7 @@ fn fresh_seed() -> u64 {
 
 /// Text as it is made: whole characters only, ending before a stop text.
 struct Writer<'a> {
-    stream: TextStream<'a>,
+    stream: Option<TextStream<'a>>, // none where there is no tokenizer: nothing is written then
     stops: &'a [String],
     print: bool,
     text: String,
@@ -209,12 +244,13 @@ struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    fn new(stream: TextStream<'a>, stops: &'a [String], print: bool) -> Self {
+    fn new(stream: Option<TextStream<'a>>, stops: &'a [String], print: bool) -> Self {
         Self { stream, stops, print, text: String::new(), printed: 0, stopped: false }
     }
 
     fn push(&mut self, id: u32, interrupted: &AtomicBool) -> Result<ControlFlow<()>> {
-        if let Some(piece) = self.stream.push(id)? {
+        let piece = self.stream.as_mut().map(|stream| stream.push(id)).transpose()?.flatten();
+        if let Some(piece) = piece {
             self.append(&piece)?;
         }
         let end = self.stopped || interrupted.load(Ordering::SeqCst);
@@ -256,9 +292,8 @@ impl<'a> Writer<'a> {
     }
 
     fn finish(mut self) -> Result<String> {
-        if !self.stopped
-            && let Some(rest) = self.stream.flush()?
-        {
+        let rest = self.stream.as_mut().map(|stream| stream.flush()).transpose()?.flatten();
+        if let Some(rest) = rest.filter(|_| !self.stopped) {
             self.append(&rest)?;
         }
         self.print_to(self.text.len())?;

@@ -14,9 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::{DecodeBackend, DeviceInfo};
-use decdec::config::Projection;
+use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::random::{RandomFormat, RandomWeights};
 use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -158,6 +159,16 @@ fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<L
         k_chunks: std::array::from_fn(|p| k_chunks[(4 * i + p) % k_chunks.len()]),
     };
     Ok((0..n_tbs.len().max(k_chunks.len() / 4)).map(set).collect())
+}
+
+/// A random model of `config`'s shapes; lutgemm's groups are the largest that divide.
+pub(crate) fn random(config: ModelConfig, lutgemm: bool, bits: usize, seed: u64) -> Result<RandomWeights> {
+    let divides = |&group: &usize| Projection::ALL.iter().all(|&p| config.shape(p).0.is_multiple_of(group));
+    let format = match [128, 64, 32].into_iter().find(divides) {
+        _ if !lutgemm => RandomFormat::AnyPrec,
+        group => RandomFormat::LutGemm { group_size: group.context("no group size of 32 or more divides")? },
+    };
+    RandomWeights::new(config, format, bits, seed)
 }
 
 /// A text file, every line ending as `\n`, so that a text counts the same tokens wherever it was saved.

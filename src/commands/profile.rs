@@ -8,10 +8,11 @@ use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::config::ModelConfig;
 use decdec::nsys::{Algo, Identity, Precision};
 use decdec::open::Opened;
-use decdec::profile::{self, ByClock, Options, Outcome, RandomModel};
+use decdec::profile::{self, ByClock, Options, Outcome};
+use decdec::random::RandomWeights;
 use decdec::weights::ModelWeights;
 
-use super::devices::{Job, on_device};
+use super::devices::{Job, Target, on_device};
 use crate::cli::{DtypeArg, ProfileArgs, ProfileName};
 
 /// Runs the command.
@@ -42,7 +43,8 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
     };
     // Backends that compute in one type only are not asked for another.
     let dtype = args.device.starts_with("cuda").then_some(dtype);
-    let outcome = on_device(&args.device, dtype, Sweep { weights: named.weights.get(), options: &options })?;
+    let target = Target { device: &args.device, dtype, ..Target::default() };
+    let outcome = on_device(&target, Sweep { weights: named.weights.get(), options: &options })?;
     print!("{outcome}");
     Ok(())
 }
@@ -80,7 +82,7 @@ impl Job for Sweep<'_> {
 
 /// Where the weights come from.
 pub(crate) enum Weights {
-    Random(Box<RandomModel>),
+    Random(Box<RandomWeights>),
     Opened(Box<Opened>),
 }
 
@@ -120,7 +122,7 @@ impl Named {
             })?;
             let algo = name.algo.context("random weights need --algo sqllm or awq")?;
             let bits = name.bitwidth.context("random weights need a --bitwidth, such as 3 or 4")?;
-            let weights = Weights::Random(Box::new(RandomModel::new(config, algo, bits, seed)));
+            let weights = Weights::Random(Box::new(super::random(config, algo == Algo::Awq, bits as usize, seed)?));
             return Ok(Self { identity: identity(model, algo, bits), weights });
         }
         let path = Path::new(&name.checkpoint_path);

@@ -2,7 +2,6 @@
 //!
 //! - [`grid`]: which configurations are worth a measurement;
 //! - [`Recorder`]: what a backend's clock delivers;
-//! - [`RandomModel`]: weights where there is no checkpoint.
 //!
 //! Layers take turns, so that no cache serves the weights, and so do inputs, so that none serves the
 //! residuals. The base product is timed anew beside every `n_tb`, so that a clock that drifts moves both.
@@ -10,7 +9,6 @@
 pub mod grid;
 
 mod nsight;
-mod random;
 mod record;
 mod sweep;
 
@@ -28,7 +26,6 @@ use crate::weights::ModelWeights;
 
 pub use grid::Bandwidths;
 pub use nsight::under_nsight;
-pub use random::RandomModel;
 pub use record::{ByClock, Launch, Products, Recorder, by_products};
 
 use sweep::Sweep;

@@ -1,5 +1,7 @@
 //! What a model needs before it is loaded: on the device, and pinned on the host.
 
+use std::fmt;
+
 use anyhow::{Result, ensure};
 
 use super::pack::{CODE_UNIT, DENSE_UNIT, TILE};
@@ -24,6 +26,22 @@ pub struct MemoryTable {
     pub free_device: usize,
     /// Available on the host now; 0 if it does not say.
     pub free_host: usize,
+}
+
+impl fmt::Display for MemoryTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "device: weights {} MiB, cache {}, workspace {}, residuals {}, free {}; host: pinned residuals {} MiB, free {}",
+            self.weights >> 20,
+            self.cache >> 20,
+            self.workspace >> 20,
+            self.device_residuals >> 20,
+            self.free_device >> 20,
+            self.pinned >> 20,
+            self.free_host >> 20
+        )
+    }
 }
 
 impl MemoryTable {

@@ -20,7 +20,9 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use std::str::FromStr;
+
+use anyhow::{Result, bail, ensure};
 
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
@@ -40,7 +42,7 @@ use crate::sampling::Sampling;
 use crate::weights::Linear;
 
 /// The type that weights and activations are multiplied in; sums are always f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u8)]
 pub enum Dtype {
     /// IEEE half precision.
@@ -52,14 +54,39 @@ pub enum Dtype {
     Float32 = 2,
 }
 
+impl FromStr for Dtype {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Ok(match name {
+            "float16" => Self::Float16,
+            "bfloat16" => Self::Bfloat16,
+            "float32" => Self::Float32,
+            _ => bail!("{name:?}, float16, bfloat16 or float32 is expected"),
+        })
+    }
+}
+
 /// Where residuals are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Residuals {
     /// Pinned host memory, read in place over the host link.
     #[default]
     Host,
     /// Device memory, for cards with room.
     Device,
+}
+
+impl FromStr for Residuals {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Ok(match name {
+            "host" => Self::Host,
+            "device" => Self::Device,
+            _ => bail!("{name:?}, host or device is expected"),
+        })
+    }
 }
 
 /// How the backend is set up.

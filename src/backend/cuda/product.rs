@@ -282,6 +282,10 @@ impl Cuda {
                     let token = Token { x, x_delta: 0, y: at, y_delta: 0, dec_out: 0, add };
                     self.packed(*format, feed, matrix, None, &token)?;
                 }
+                // A compensation left beside y by an earlier token is no part of what was just written.
+                if !add {
+                    y.settle();
+                }
                 self.compensate(feed, matrix, plan, x.0, y.at(), tokens)
             }
             Body::Any { .. } if by_token => {

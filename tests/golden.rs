@@ -315,6 +315,15 @@ fn golden_products_on_cpu() {
     }
 }
 
+#[test]
+fn golden_products_on_cuda() {
+    use decdec::backend::cuda::{Cuda, Options};
+    if devices::is_under_test("cuda") {
+        let backend = Cuda::new(0, Options::default()).expect("a CUDA device");
+        each_golden("g_", |golden| check_products(&backend, golden));
+    }
+}
+
 #[cfg(feature = "reference-wgpu")]
 #[test]
 fn golden_products_on_wgpu() {

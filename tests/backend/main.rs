@@ -25,6 +25,11 @@ impl UnderTest for Cpu {
     const ROUNDING: f64 = 0.0;
 }
 
+/// In float32; its other types have tests of their own, `tests/cuda_*.rs`.
+impl UnderTest for decdec::backend::cuda::Cuda {
+    const ROUNDING: f64 = 0.0;
+}
+
 #[cfg(feature = "reference-wgpu")]
 impl UnderTest for decdec::backend::wgsl::Wgpu {
     const ROUNDING: f64 = 0.0;
@@ -38,6 +43,17 @@ macro_rules! on_every_backend {
             fn $body() {
                 if crate::common::devices::is_under_test("cpu") {
                     crate::$module::$body(&decdec::backend::cpu::Cpu::new());
+                }
+            })*
+        }
+
+        mod cuda {
+            $(#[test]
+            fn $body() {
+                use decdec::backend::cuda::{Cuda, Dtype, Options};
+                if crate::common::devices::is_under_test("cuda") {
+                    let options = Options { dtype: Dtype::Float32, ..Options::default() };
+                    crate::$module::$body(&Cuda::new(0, options).unwrap());
                 }
             })*
         }
@@ -87,7 +103,7 @@ on_every_backend! {
 /// A device that is named but not built in would otherwise pass unseen.
 #[test]
 fn named_devices_exist() {
-    let built_in = if cfg!(feature = "reference-wgpu") { &["cpu", "wgpu"][..] } else { &["cpu"] };
+    let built_in = if cfg!(feature = "reference-wgpu") { &["cpu", "cuda", "wgpu"][..] } else { &["cpu", "cuda"] };
     for name in common::devices::named_devices() {
         assert!(
             built_in.contains(&name.as_str()),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Unpacks NVIDIA's compilers from PyPI into .cache/cuda: nvcc, ptxas, NVRTC and a disassembler, no GPU needed.
 #
-#   scripts/cuda-toolchain.sh             # CUDA 13.0, what CI compiles every kernel with
+#   scripts/cuda-toolchain.sh             # CUDA 13.0
+#   scripts/cuda-toolchain.sh nvrtc       # only what compiles kernels in tests, if it is not there yet
 #   CUDA_SERIES=12.8 scripts/cuda-toolchain.sh
 #
 # Tests and benches find libnvrtc there through DECDEC_CUDA_LIBRARIES=.cache/cuda/lib.
@@ -17,13 +18,19 @@ esac
 tree=.cache/cuda
 [ "$series" = 13.0 ] || tree=.cache/cuda-$series
 
+only=${1:-all}
+if [ "$only" = nvrtc ] && ls "$tree"/lib/libnvrtc.so.* >/dev/null 2>&1; then
+    exit 0
+fi
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
-for name in nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-nvrtc $extra; do
+packages="nvidia-cuda-nvrtc"
+[ "$only" = nvrtc ] || packages="$packages nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl $extra"
+for name in $packages; do
     python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "$name$suffix==$series.*"
 done
 # The disassembler comes without the compiler's series: it reads older code too. It has no CUDA 12 wheel.
-[ -n "$suffix" ] || for name in nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; do
+[ -n "$suffix" ] || [ "$only" = nvrtc ] || for name in nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; do
     python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "$name==13.*"
 done
 
@@ -41,4 +48,4 @@ done
 rm -rf "$tree.new"
 chmod +x "$tree"/bin/* "$tree"/nvvm/bin/* 2>/dev/null || true
 ls "$tree"/lib/libnvrtc.so.* >/dev/null
-echo "$tree is ready: $("$tree"/bin/ptxas --version | tail -2 | head -1)"
+echo "$tree is ready" >&2

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 what=${1:-all}
 if [ "$what" = all ] || [ "$what" = tests ]; then
-    DECDEC_TEST_DEVICES=cuda cargo test --release --test cuda_kernels --test cuda_decode
+    DECDEC_TEST_DEVICES=cuda cargo test --release --test cuda_kernels --test cuda_decode --test golden --test backend
 fi
 if [ "$what" = all ] || [ "$what" = tables ]; then
     cargo bench --bench gemv -- --bits 3,4

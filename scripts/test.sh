@@ -11,6 +11,9 @@ if [[ $DECDEC_TEST_DEVICES == *wgpu* ]] && ! { ldconfig -p | grep -q libvulkan.s
     $sudo apt-get -qq install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 >/dev/null
 fi
 scripts/model.sh >/dev/null
+# Every CUDA kernel is compiled for every architecture, GPU or not.
+scripts/cuda-toolchain.sh nvrtc
+export DECDEC_CUDA_LIBRARIES=${DECDEC_CUDA_LIBRARIES:-.cache/cuda/lib}
 # Mesa complains on stderr where there is no session.
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 

@@ -210,6 +210,36 @@ fn ctrl_c_ends_generation_with_130_and_keeps_the_text() {
     assert_eq!(text.last(), Some(&b'\n'), "what was made is flushed, whole");
 }
 
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_quantization_with_130_and_it_goes_on() {
+    let shop = Workshop::new();
+    // A text long enough that the first of the layers takes a while.
+    std::fs::write(shop.path("calib.txt"), "ab ba abab bbaa ".repeat(60_000)).expect("written");
+    let long = |shop: &Workshop| {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
+        command.arg("quantize").arg(shop.path("small.gguf")).arg("--out").arg(shop.path("slow"));
+        command.args(["--backend", "ap", "--bitwidth", "3", "--seq-len", "128", "--samples", "4000", "--calib"]);
+        command.arg(shop.path("calib.txt"));
+        command
+    };
+    let mut child = long(&shop).stderr(std::process::Stdio::null()).spawn().expect("starts");
+    let partial = shop.path("slow.partial");
+    let started = std::time::Instant::now();
+    while !partial.exists() && started.elapsed().as_secs() < 20 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert_eq!(child.wait().expect("ends").code(), Some(130));
+    assert!(!shop.path("slow").exists(), "nothing half made");
+    assert!(partial.exists(), "what was finished is kept");
+    assert!(
+        long(&shop).stderr(std::process::Stdio::null()).status().expect("runs").success(),
+        "the same command goes on"
+    );
+    assert!(shop.path("slow/config.json").exists() && !partial.exists());
+}
+
 #[test]
 fn eval_and_inspect_and_completions() {
     let shop = Workshop::new();

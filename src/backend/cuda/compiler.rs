@@ -305,7 +305,7 @@ mod tests {
                 let hot = *file != "sample.cu";
                 for line in log.lines().filter(|line| hot && line.contains("bytes stack frame")) {
                     assert!(
-                        line.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
+                        line.contains(" 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
                         "{architecture} {file} {defines:?}: {}",
                         line.trim()
                     );

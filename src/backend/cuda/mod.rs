@@ -5,9 +5,11 @@
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
 //! - `memory`: what a model will take; `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
 
+mod arguments;
 mod blas;
 pub(crate) mod compiler;
 mod driver;
+mod launch;
 mod matrix;
 mod memory;
 mod pack;
@@ -24,9 +26,9 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail, ensure};
 
+pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
-pub use product::Tuning;
 pub use sequence::Sequence;
 pub use vector::Vector;
 

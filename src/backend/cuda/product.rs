@@ -1,107 +1,21 @@
 //! Products: which kernel, how many blocks, in how many steps.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use rayon::prelude::*;
 
+use super::arguments::{AnyArgument, DecArgument, GemvArgument, PackedArgument};
 use super::driver::{Arguments, Kernel, Launch};
+use super::launch::{
+    GemvLaunch, Tuning, dec_shared, entries, gemv_defines, gemv_launch, is_staged, shape_defines, unit,
+};
 use super::matrix::{Body, Format, Matrix, Plan, dec_words};
-use super::pack::{CODE_UNIT, DENSE_UNIT, TILE};
+use super::pack::TILE;
 use super::vector::Vector;
 use super::{Cuda, Dtype, Norm, Scratch};
 use crate::dec::CHUNK;
 
 /// Tokens up to which a prompt is cheaper token by token than by dequantizing whole matrices.
 const FEW_TOKENS: usize = 6;
-
-/// Launch parameters of the products.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tuning {
-    /// Warps of a block.
-    pub warps: usize,
-    /// Units of weights that a warp has room for; one less is in flight.
-    pub stages: usize,
-    /// The same two for kernels that compensate as well.
-    pub beside_dec: (usize, usize),
-    /// Warps that compensate, beside those, in the blocks that do.
-    pub dec_warps: usize,
-    /// When the next kernel may start: 0 at once, 1 when this one's input is there, 2 when its weights are read.
-    pub trigger: usize,
-    /// Residual lines that a compensating thread has in flight.
-    pub dec_flight: usize,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Self { warps: 16, stages: 2, beside_dec: (12, 3), dec_warps: 8, trigger: 0, dec_flight: 4 }
-    }
-}
-
-impl Tuning {
-    /// Warps and stages of a kernel that does or does not compensate.
-    fn beside(&self, dec: bool) -> (usize, usize) {
-        if dec { self.beside_dec } else { (self.warps, self.stages) }
-    }
-}
-
-/// `struct Dec` of `dec.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct DecArgument {
-    residual: u64,
-    scales: u64,
-    edges: u64,
-    in_features: i32,
-    out_features: i32,
-    k_chunk: i32,
-    n_tb: i32,
-    exact: i32,
-    list_chunks: i32,
-}
-
-/// `struct Gemv` of `gemv.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct GemvArgument {
-    codes: u64,
-    aux: u64,
-    bias: u64,
-    x: u64,
-    x_delta: u64,
-    gamma: u64,
-    y: u64,
-    y_delta: u64,
-    dec_out: u64,
-    dec_list: u64,
-    dec: DecArgument,
-    eps: f32,
-    add: i32,
-    dec_shared: i32,
-}
-
-/// `struct Packed` of `dequant.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct PackedArgument {
-    codes: u64,
-    aux: u64,
-    out: u64,
-}
-
-/// `struct Any` of `gemv_any.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct AnyArgument {
-    codes: u64,
-    values: u64,
-    centres: u64,
-    bias: u64,
-    in_features: i32,
-    out_features: i32,
-    bits: i32,
-    kind: i32,
-    group: i32,
-    add: i32,
-}
 
 /// What enters a product.
 #[derive(Clone, Copy)]
@@ -148,68 +62,6 @@ struct Token {
     y_delta: u64,
     dec_out: u64,
     add: bool,
-}
-
-/// A launch of `gemv_*.cu`: pure arithmetic on the shape and the device's numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct GemvLaunch {
-    blocks: usize,
-    warps: usize,
-    stages: usize,
-    shared: usize,
-}
-
-/// Channels of a unit, bytes of a stage (codes and what comes with them), sums of x that are kept.
-fn unit(format: Format, in_features: usize) -> (usize, usize, usize) {
-    let units = in_features.div_ceil(CODE_UNIT);
-    match format {
-        Format::AnyPrec { bits } => (CODE_UNIT, if bits == 3 { 1536 } else { 2048 } + (32 << bits), 0),
-        Format::LutGemm { bits, group } => {
-            (CODE_UNIT, if bits == 3 { 1536 } else { 2048 } + 32768 / group, units * (CODE_UNIT / group))
-        }
-        Format::Dense => (DENSE_UNIT, 2048, 0),
-    }
-}
-
-fn gemv_launch(
-    format: Format,
-    in_features: usize,
-    out_features: usize,
-    (warps, most_stages): (usize, usize),
-    multiprocessors: usize,
-    most_shared: usize,
-) -> Result<GemvLaunch> {
-    let (channels, stage, sums) = unit(format, in_features);
-    let tiles = out_features.div_ceil(TILE);
-    let blocks = tiles.min(multiprocessors);
-    let fixed = 128
-        + in_features.div_ceil(channels) * channels * 2
-        + sums.next_multiple_of(4) * 4
-        + tiles.div_ceil(blocks) * warps * TILE * 4;
-    let shared = |stages: usize| fixed + warps * stages * stage;
-    let stages = (2..=most_stages).rev().find(|&s| shared(s) <= most_shared);
-    let Some(stages) = stages else {
-        anyhow::bail!(
-            "cuda: a row of {in_features} channels needs {} bytes of shared memory, {most_shared} are there",
-            shared(2)
-        );
-    };
-    // More than half of a multiprocessor's shared memory, so that each gets one block (`gemv.cuh` says why).
-    Ok(GemvLaunch { blocks, warps, stages, shared: shared(stages).max(most_shared / 2 + 1024).next_multiple_of(128) })
-}
-
-/// Channels up to which compensating warps keep all activations in shared memory, instead of a chunk each.
-const STAGED: usize = 16384;
-
-/// Whether compensating warps keep all activations: they must where they normalize them.
-fn is_staged(in_features: usize, input: u8, launch: GemvLaunch, most_shared: usize) -> bool {
-    input == 1 || input != 3 && in_features <= STAGED && launch.shared + in_features * 4 + (64 << 10) <= most_shared
-}
-
-/// Shared memory of compensating warps: activations (all of them, or a chunk per warp), list, sums.
-fn dec_shared(plan: &Plan, threads: usize, staged: bool) -> usize {
-    let x = if staged { 128 + plan.in_features.next_multiple_of(CHUNK) * 4 } else { threads / 32 * CHUNK * 4 };
-    x + plan.list_chunks() * plan.k_chunk * 8 + 8 * dec_words(plan.out_features) * (threads + 1) * 4
 }
 
 impl Cuda {
@@ -554,107 +406,5 @@ impl Cuda {
         let mut pairs = vec![[0u32; 2]; plan.selected];
         list.read(&mut pairs)?;
         Ok(pairs.iter().map(|pair| pair[0]).collect())
-    }
-}
-
-/// File and entry points of a format: product, dequantization.
-fn entries(format: Format) -> (&'static str, &'static str, &'static str) {
-    match format {
-        Format::AnyPrec { .. } => ("gemv_anyprec.cu", "gemv_anyprec", "dequant_anyprec"),
-        Format::LutGemm { .. } => ("gemv_lutgemm.cu", "gemv_lutgemm", "dequant_lutgemm"),
-        Format::Dense => ("gemv_dense.cu", "gemv_dense", "dequant_dense"),
-    }
-}
-
-fn shape_defines(format: Format, matrix: &Matrix, launch: GemvLaunch) -> Vec<String> {
-    let mut defines = vec![
-        format!("K={}", matrix.in_features),
-        format!("R={}", matrix.out_features),
-        format!("WARPS={}", launch.warps),
-        format!("STAGES={}", launch.stages),
-    ];
-    match format {
-        Format::AnyPrec { bits } => defines.push(format!("BITS={bits}")),
-        Format::LutGemm { bits, group } => defines.extend([format!("BITS={bits}"), format!("GROUP={group}")]),
-        Format::Dense => {}
-    }
-    defines
-}
-
-fn gemv_defines(
-    format: Format,
-    matrix: &Matrix,
-    launch: GemvLaunch,
-    tuning: Tuning,
-    input: u8,
-    dec: bool,
-    most_shared: usize,
-) -> Vec<String> {
-    let mut defines = shape_defines(format, matrix, launch);
-    let Tuning { trigger, dec_flight, dec_warps, .. } = tuning;
-    defines.push(format!("INPUT={input}"));
-    defines.push(format!("DEC={}", u8::from(dec)));
-    defines.push(format!("TRIGGER={trigger}"));
-    if dec {
-        defines.push(format!("DEC_WORDS={}", dec_words(matrix.out_features)));
-        defines.push(format!("DEC_FLIGHT={dec_flight}"));
-        defines.push(format!("DEC_WARPS={dec_warps}"));
-        let staged = is_staged(matrix.in_features, input, launch, most_shared);
-        defines.push(format!("DEC_STAGED={}", u8::from(staged)));
-    }
-    defines
-}
-
-impl DecArgument {
-    const NONE: Self = Self {
-        residual: 0,
-        scales: 0,
-        edges: 0,
-        in_features: 0,
-        out_features: 0,
-        k_chunk: 0,
-        n_tb: 0,
-        exact: 0,
-        list_chunks: 0,
-    };
-
-    fn without_matrix(plan: &Plan) -> Self {
-        Self {
-            residual: 0,
-            scales: 0,
-            edges: plan.edges.pointer(),
-            in_features: plan.in_features as i32,
-            out_features: plan.out_features as i32,
-            k_chunk: plan.k_chunk as i32,
-            n_tb: plan.n_tb as i32,
-            exact: i32::from(plan.exact),
-            list_chunks: plan.list_chunks() as i32,
-        }
-    }
-
-    fn new(matrix: &Matrix, plan: &Plan) -> Result<Self> {
-        ensure!(matrix.residual.is_some(), "cuda: a matrix without residuals cannot be compensated");
-        let (residual, scales) = matrix.residual.as_ref().map_or((0, 0), |(w, s)| (w.pointer(), s.pointer()));
-        Ok(Self { residual, scales, ..Self::without_matrix(plan) })
-    }
-}
-
-impl AnyArgument {
-    fn new(matrix: &Matrix, add: bool) -> Result<Self> {
-        let Body::Any { codes, values, centres, bits, kind, group } = &matrix.body else {
-            anyhow::bail!("cuda: not a matrix in the plain layout");
-        };
-        Ok(Self {
-            codes: codes.pointer(),
-            values: values.pointer(),
-            centres: centres.pointer(),
-            bias: matrix.bias.as_ref().map_or(0, |b| b.pointer()),
-            in_features: matrix.in_features as i32,
-            out_features: matrix.out_features as i32,
-            bits: *bits as i32,
-            kind: *kind,
-            group: *group as i32,
-            add: i32::from(add),
-        })
     }
 }

@@ -1,6 +1,9 @@
 //! The reference's directories, read by this crate and computed by nothing of it but `Weight::row`: a decoder in
 //! f64, as plain as it can be, against the logits of transformers. Then directories made here, sound and broken.
 
+mod decoder;
+mod made;
+#[path = "../pt/mod.rs"]
 mod pt;
 
 use std::collections::BTreeMap;
@@ -8,151 +11,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use decdec::checkpoint::WeightFormat;
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::Projection;
 use decdec::format::anyprec;
 use decdec::source::reference::Reference;
 use decdec::source::torch::TorchFile;
-use decdec::weights::{Linear, ModelWeights, Weight};
-use half::f16;
-use pt::{Array, Node, save};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use decdec::weights::{ModelWeights, Weight};
+use pt::save;
 use safetensors::SafeTensors;
 
-/// A dense matrix, `[out_features, in_features]`, and its bias.
-struct Matrix {
-    in_features: usize,
-    values: Vec<f64>,
-    bias: Vec<f64>,
-}
-
-/// A dequantized model.
-struct Model {
-    config: ModelConfig,
-    embedding: Matrix,
-    head: Matrix,
-    final_norm: Vec<f32>,
-    layers: Vec<Layer>,
-}
-
-struct Layer {
-    norms: (Vec<f32>, Vec<f32>),
-    projections: [Matrix; 4], // as in `Projection::ALL`
-}
-
-impl Matrix {
-    fn new(linear: &Linear<'_>, with_residual: bool) -> Self {
-        let (in_features, out_features) = (linear.weight.in_features(), linear.weight.out_features());
-        let mut values = Vec::with_capacity(in_features * out_features);
-        let (mut weight, mut residual) = (vec![0.0; in_features], vec![0.0; in_features]);
-        for row in 0..out_features {
-            linear.weight.row(row, &mut weight);
-            if with_residual {
-                linear.residual.as_ref().expect("a residual").row(row, &mut residual);
-            }
-            // The oracle held its matrices in half precision: exact for codebooks, a rounding for sums of alphas.
-            values.extend(weight.iter().zip(&residual).map(|(&w, &r)| f16::from_f32(w).to_f64() + f64::from(r)));
-        }
-        let bias = linear.bias.as_ref().map_or(vec![0.0; out_features], |b| b.iter().map(|&b| b.into()).collect());
-        Self { in_features, values, bias }
-    }
-
-    fn times(&self, x: &[f64]) -> Vec<f64> {
-        let rows = self.values.chunks_exact(self.in_features).zip(&self.bias);
-        rows.map(|(row, bias)| bias + row.iter().zip(x).map(|(w, x)| w * x).sum::<f64>()).collect()
-    }
-}
-
-impl Model {
-    fn read(weights: &dyn ModelWeights, with_residuals: bool) -> Self {
-        let config = weights.config().clone();
-        let table = |dense| Matrix::new(&Linear::plain(Weight::Dense(dense)), false);
-        let embedding = table(weights.embedding().unwrap());
-        let head = table(weights.head().unwrap().unwrap_or_else(|| weights.embedding().unwrap()));
-        let layer = |layer| Layer {
-            norms: weights.layer_norms(layer).unwrap(),
-            projections: Projection::ALL.map(|p| Matrix::new(&weights.projection(layer, p).unwrap(), with_residuals)),
-        };
-        let layers = (0..config.num_layers).map(layer).collect();
-        Self { embedding, head, final_norm: weights.final_norm().unwrap(), layers, config }
-    }
-
-    /// Logits of every position, `[tokens, vocab_size]`.
-    fn logits(&self, tokens: &[usize]) -> Vec<f64> {
-        let hidden = self.config.hidden_size;
-        let mut stream: Vec<Vec<f64>> =
-            tokens.iter().map(|&t| self.embedding.values[t * hidden..][..hidden].to_vec()).collect();
-        for layer in &self.layers {
-            let [qkv, o, gate_up, down] = &layer.projections;
-            let fused: Vec<_> = stream.iter().map(|h| qkv.times(&self.norm(h, &layer.norms.0))).collect();
-            for (position, h) in stream.iter_mut().enumerate() {
-                add(h, &o.times(&self.attend(&fused, position)));
-                let gu = gate_up.times(&self.norm(h, &layer.norms.1));
-                let (gate, up) = gu.split_at(gu.len() / 2);
-                let product: Vec<_> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-                add(h, &down.times(&product));
-            }
-        }
-        stream.iter().flat_map(|h| self.head.times(&self.norm(h, &self.final_norm))).collect()
-    }
-
-    /// `2·depth·2^-24·Σ|w·x|` of the head's largest row, for an `x` whose mean square is 1 before γ.
-    fn head_tolerance(&self) -> f64 {
-        let hidden = self.config.hidden_size;
-        let gamma = self.final_norm.iter().map(|&g| f64::from(g));
-        // By Cauchy and Schwarz, Σ|w·γ·x| ≤ |w·γ|·√hidden.
-        let rows = self.head.values.chunks_exact(hidden);
-        let norms = rows.map(|row| row.iter().zip(gamma.clone()).map(|(w, g)| (w * g).powi(2)).sum::<f64>().sqrt());
-        2.0 * hidden as f64 * 2f64.powi(-24) * norms.fold(0.0, f64::max) * (hidden as f64).sqrt()
-    }
-
-    fn norm(&self, h: &[f64], gamma: &[f32]) -> Vec<f64> {
-        let mean = h.iter().map(|x| x * x).sum::<f64>() / h.len() as f64;
-        let scale = 1.0 / (mean + f64::from(self.config.rms_norm_eps)).sqrt();
-        h.iter().zip(gamma).map(|(x, &g)| x * scale * f64::from(g)).collect()
-    }
-
-    /// Head `head` (queries first, then keys) at `position`, rotated: dimension `i` pairs with `i + half`.
-    fn rotated(&self, qkv: &[f64], head: usize, position: usize) -> Vec<f64> {
-        let dim = self.config.head_dim;
-        let (first, second) = qkv[head * dim..][..dim].split_at(dim / 2);
-        // The oracle was a half-precision model turned to f32: its rotary frequencies are rounded to f16.
-        let frequency = |i: usize| f16::from_f64(self.config.rope_theta.powf(-(2.0 * i as f64) / dim as f64)).to_f64();
-        let angle = |i| position as f64 * frequency(i);
-        let pairs = first.iter().zip(second).enumerate();
-        let low = pairs.clone().map(|(i, (a, b))| a * angle(i).cos() - b * angle(i).sin());
-        let high = pairs.map(|(i, (a, b))| b * angle(i).cos() + a * angle(i).sin());
-        low.chain(high).collect()
-    }
-
-    fn attend(&self, qkv: &[Vec<f64>], position: usize) -> Vec<f64> {
-        let ModelConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
-        let mut out = Vec::new();
-        for head in 0..num_heads {
-            let kv_head = head * num_kv_heads / num_heads;
-            let query = self.rotated(&qkv[position], head, position);
-            let scores = qkv[..=position].iter().enumerate().map(|(p, qkv)| {
-                let key = self.rotated(qkv, num_heads + kv_head, p);
-                query.iter().zip(&key).map(|(q, k)| q * k).sum::<f64>() / (head_dim as f64).sqrt()
-            });
-            let scores: Vec<_> = scores.collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let weights: Vec<_> = scores.iter().map(|s| (s - max).exp()).collect();
-            let sum: f64 = weights.iter().sum();
-            let mut mixed = vec![0.0; head_dim];
-            for (weight, qkv) in weights.iter().zip(qkv) {
-                let value = &qkv[(num_heads + num_kv_heads + kv_head) * head_dim..][..head_dim];
-                mixed.iter_mut().zip(value).for_each(|(m, v)| *m += weight / sum * v);
-            }
-            out.extend(mixed);
-        }
-        out
-    }
-}
-
-fn add(h: &mut [f64], delta: &[f64]) {
-    h.iter_mut().zip(delta).for_each(|(h, d)| *h += d);
-}
+use decoder::*;
+use made::*;
 
 /// The `tiny-*` directories, or none, said aloud.
 fn tiny_directories() -> Vec<PathBuf> {
@@ -239,139 +107,6 @@ fn flipped(weight: &Weight<'_>) -> f64 {
     }
     let code = usize::from(codes[0]);
     f64::from(book[code ^ 1]) - f64::from(book[code])
-}
-
-/// A directory made here: a Llama of one layer with random codes.
-struct Made {
-    weights: BTreeMap<String, Array>,
-    residuals: BTreeMap<String, [Array; 2]>, // cheatsheet, reordered_scales
-    thresholds: BTreeMap<String, Array>,
-    config: serde_json::Value,
-    rng: ChaCha8Rng,
-}
-
-/// Name, rows and channels of every module.
-const MODULES: [(&str, usize, usize); 7] = [
-    ("self_attn.q_proj", 32, 32),
-    ("self_attn.k_proj", 16, 32),
-    ("self_attn.v_proj", 16, 32),
-    ("self_attn.o_proj", 32, 32),
-    ("mlp.gate_proj", 64, 32),
-    ("mlp.up_proj", 64, 32),
-    ("mlp.down_proj", 32, 64),
-];
-
-impl Made {
-    /// Everything but the matrices.
-    fn new() -> Self {
-        let config = serde_json::json!({
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 64,
-        });
-        let (weights, residuals, thresholds) = Default::default();
-        let mut made = Self { weights, residuals, thresholds, config, rng: ChaCha8Rng::seed_from_u64(7) };
-        for name in ["model.embed_tokens", "lm_head"] {
-            let table = made.halves(&[8, 32]);
-            made.weights.insert(format!("{name}.weight"), table);
-        }
-        for name in ["norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm"] {
-            let gamma = made.halves(&[32]);
-            made.weights.insert(format!("model.{name}.weight"), gamma);
-        }
-        for (module, rows, channels) in MODULES {
-            let parts = [made.words(&[channels, rows / 8]), made.halves(&[rows])];
-            made.residuals.insert(module.to_owned(), parts);
-            let falling = (0..channels).flat_map(|i| (9.0 - i as f32 / 8.0).to_le_bytes()).collect();
-            let thresholds = Array { storage: "FloatStorage", shape: vec![channels], bytes: falling };
-            made.thresholds.insert(module.to_owned(), thresholds);
-        }
-        made
-    }
-
-    fn any_prec(planes: usize, luts: &[usize]) -> Self {
-        let mut made = Self::new();
-        for (module, rows, channels) in MODULES {
-            let codes = made.words(&[planes, rows, channels / 32]);
-            made.weights.insert(format!("model.layers.0.{module}.qweight"), codes);
-            for &bits in luts {
-                let lut = made.halves(&[rows, 1 << bits]);
-                made.weights.insert(format!("model.layers.0.{module}.lut{bits}"), lut);
-            }
-        }
-        made
-    }
-
-    fn lut_gemm(bits: usize) -> Self {
-        let mut made = Self::new();
-        for (module, rows, channels) in MODULES {
-            let name = |tensor| format!("model.layers.0.{module}.{tensor}");
-            let binary = made.words(&[channels / 32, bits, rows]);
-            made.weights.insert(name("binary"), binary);
-            let (alpha, q_bias) = (made.singles(&[channels / 32, bits, rows]), made.singles(&[channels / 32, rows]));
-            made.weights.insert(name("alpha"), alpha);
-            made.weights.insert(name("q_bias"), q_bias);
-        }
-        made
-    }
-
-    fn words(&mut self, shape: &[usize]) -> Array {
-        let bytes = (0..shape.iter().product()).flat_map(|_| self.rng.next_u32().to_le_bytes()).collect();
-        Array { storage: "IntStorage", shape: shape.to_vec(), bytes }
-    }
-
-    fn number(&mut self) -> f32 {
-        self.rng.next_u32() as f32 / u32::MAX as f32 - 0.5
-    }
-
-    fn halves(&mut self, shape: &[usize]) -> Array {
-        let bytes = (0..shape.iter().product()).flat_map(|_| f16::from_f32(self.number()).to_le_bytes()).collect();
-        Array { storage: "HalfStorage", shape: shape.to_vec(), bytes }
-    }
-
-    fn singles(&mut self, shape: &[usize]) -> Array {
-        let bytes = (0..shape.iter().product()).flat_map(|_| self.number().to_le_bytes()).collect();
-        Array { storage: "FloatStorage", shape: shape.to_vec(), bytes }
-    }
-
-    fn dict(&self, keep: impl Fn(&str) -> bool) -> Node {
-        let kept = self.weights.iter().filter(|(name, _)| keep(name));
-        Node::Dict(kept.map(|(name, array)| (name.clone(), Node::Tensor(array.clone()))).collect())
-    }
-
-    fn write(&self) -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, bytes: Vec<u8>| fs::write(dir.path().join(name), bytes).unwrap();
-        write("config.json", self.config.to_string().into_bytes());
-        write("tokenizer.json", b"{}".to_vec());
-        write("pytorch_model.bin", save(&self.dict(|_| true)));
-        let residuals = self.residuals.iter().map(|(module, [words, scales])| {
-            let parts = [("cheatsheet", words), ("reordered_scales", scales)];
-            let parts = parts.map(|(name, array)| (name.to_owned(), Node::Tensor(array.clone())));
-            (module.clone(), Node::Dict(parts.into()))
-        });
-        write("cheatsheet.pt", save(&Node::List(vec![Node::Dict(residuals.collect())])));
-        let thresholds = self.thresholds.iter().map(|(module, array)| (module.clone(), Node::Tensor(array.clone())));
-        write("thresholds.pt", save(&Node::List(vec![Node::Dict(thresholds.collect())])));
-        dir
-    }
-
-    fn array(&self, module: &str, tensor: &str) -> &Array {
-        &self.weights[&format!("model.layers.0.{module}.{tensor}")]
-    }
-}
-
-impl Array {
-    fn word(&self, i: usize) -> u32 {
-        u32::from_le_bytes(self.bytes[4 * i..][..4].try_into().unwrap())
-    }
-
-    fn float(&self, i: usize) -> f32 {
-        match self.storage {
-            "HalfStorage" => f16::from_le_bytes(self.bytes[2 * i..][..2].try_into().unwrap()).to_f32(),
-            _ => f32::from_le_bytes(self.bytes[4 * i..][..4].try_into().unwrap()),
-        }
-    }
 }
 
 /// The modules of a projection, in the order of their rows.

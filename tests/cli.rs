@@ -191,6 +191,30 @@ fn a_full_disk_is_reported() {
     assert!(!output.status.success() && stderr.contains("No space left") && !stderr.contains("panicked"), "{stderr}");
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_disk_that_fills_up_leaves_no_checkpoint() {
+    let shop = Workshop::new();
+    let disk = shop.path("disk");
+    std::fs::create_dir(&disk).expect("made");
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=32k", "tmpfs"])
+        .arg(&disk)
+        .stderr(std::process::Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !mounted {
+        eprintln!("skipped: a small file system cannot be mounted here");
+        return;
+    }
+    let output = shop.quantize("disk/checkpoint", &[]).output().expect("runs");
+    let left = disk.join("checkpoint").exists();
+    std::process::Command::new("umount").arg(&disk).status().expect("unmounts");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && !left, "{stderr}");
+    assert!(stderr.contains("No space left") && !stderr.contains("panicked"), "{stderr}");
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_ends_generation_with_130_and_keeps_the_text() {

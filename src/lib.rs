@@ -8,11 +8,12 @@
 //!
 //! # The flow
 //! ```text
-//! foreign files ── source ──┐                 ┌── backend::cpu
-//!                           ├─ weights ─ model ┼── backend::wgsl   the slow, obvious twin
-//! quantize ── checkpoint ───┘     │           └── backend::cuda
-//!                                 ├─ generate    text
-//!                                 └─ eval        perplexity
+//! foreign files ── source ──┐                   ┌── backend::cpu
+//!                           ├─ weights ─ model ─┼── backend::wgsl   the slow, obvious twin
+//! quantize ── checkpoint ───┘              │    └── backend::cuda
+//!                                          ├─ generate              text
+//!                                          ├─ eval                  perplexity
+//!                                          └─ profile ─ nsys ─ tune n_tb and k_chunk
 //! ```
 //! Arrows go down only: nothing above [`backend`] names a backend, and backends do not know each other. Each
 //! outside crate has one door, held by `tests/architecture.rs`.
@@ -30,6 +31,8 @@
 //! | [`backend`] | the contract with devices, and its implementations |
 //! | [`model`] | a decoder on a device: weights, state, forward |
 //! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
+//! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
+//! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
 //! The program (`main.rs`, `cli.rs`, `commands/`) parses, calls one of these for each command, and prints.

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export DECDEC_TEST_DEVICES=${DECDEC_TEST_DEVICES:-cpu,wgpu}
 
-if [[ $DECDEC_TEST_DEVICES == *wgpu* ]] && ! { ldconfig -p | grep -q libvulkan.so.1 && ls /usr/share/vulkan/icd.d/*.json; } \
+if [[ $DECDEC_TEST_DEVICES == *wgpu* ]] && ! { ldconfig -p | grep libvulkan.so.1 && ls /usr/share/vulkan/icd.d/*.json; } \
     >/dev/null 2>&1; then
     sudo=$([ "$(id -u)" = 0 ] || echo sudo)
     $sudo apt-get -qq update

@@ -1,20 +1,14 @@
 //! What only the WGSL backend can get wrong: finding its device.
 #![cfg(feature = "reference-wgpu")]
 
+mod devices;
+
 use decdec::backend::GemvBackend;
 use decdec::backend::wgsl::{Wgpu, adapters};
 
-fn is_under_test() -> bool {
-    let named = std::env::var("DECDEC_TEST_DEVICES").is_ok_and(|names| names.split(',').any(|n| n.trim() == "wgpu"));
-    if !named {
-        eprintln!("skipped: wgpu not in DECDEC_TEST_DEVICES");
-    }
-    named
-}
-
 #[test]
 fn lists_what_it_opens() {
-    if !is_under_test() {
+    if !devices::is_under_test("wgpu") {
         return;
     }
     let adapters = adapters().unwrap();

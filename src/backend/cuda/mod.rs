@@ -207,6 +207,16 @@ impl Cuda {
         self.driver.memory()
     }
 
+    /// `y += s · Σ q·x` without a base product, by `n_tb` blocks that do nothing else: for measuring compensation
+    /// alone.
+    ///
+    /// # Errors
+    /// A lost device, or a kernel that does not compile.
+    pub fn compensate_alone(&self, matrix: &Matrix, plan: &Plan, x: &Vector, y: &mut Vector) -> Result<()> {
+        y.settle();
+        self.dec(matrix, Some(plan), x.at(), y.at(), 1)
+    }
+
     /// Entry point `entry` of `file`, compiled with `defines` and the type of products.
     fn kernel(&self, file: &str, entry: &str, defines: &[String]) -> Result<Kernel> {
         let key = format!("{entry} {}", defines.join(" "));

@@ -376,7 +376,7 @@ impl Cuda {
     }
 
     /// `y += s·Σ q·x`, token by token; `x` is staged f32.
-    fn dec(&self, matrix: &Matrix, plan: Option<&Plan>, x: u64, y: u64, tokens: usize) -> Result<()> {
+    pub(super) fn dec(&self, matrix: &Matrix, plan: Option<&Plan>, x: u64, y: u64, tokens: usize) -> Result<()> {
         let Some(plan) = plan else {
             return Ok(());
         };

@@ -4,7 +4,8 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::arguments::{AnyArgument, DecArgument, GemvArgument, PackedArgument};
-use super::driver::{Arguments, Kernel, Launch};
+use super::driver::{Arguments, Launch};
+use super::kernel::Kernel;
 use super::launch::{
     GemvLaunch, Tuning, dec_shared, entries, gemv_defines, gemv_launch, is_staged, shape_defines, unit,
 };

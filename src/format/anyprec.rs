@@ -4,6 +4,7 @@
 //! channels the bits of a row are permuted so that one thread's word meets 16-byte pieces of `x`.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use anyhow::{Result, bail, ensure};
 use rayon::prelude::*;
@@ -103,11 +104,13 @@ impl<'a> AnyPrec<'a> {
         });
     }
 
-    /// The codes of one row of at most 4 bits, eight to a word, the first channel lowest, written over `out`
-    /// (`in_features / 8` long).
-    pub fn nibbles(&self, row: usize, out: &mut [u32]) {
-        out.fill(0);
-        self.pieces(row, |piece, byte| out[piece] = out[piece] << 1 | bits::nibbles_high_first(byte));
+    /// The codes of `rows`, of at most 4 bits, eight to a word, the first channel lowest, written over `out`: each
+    /// row's `in_features / 8` words, `stride` words from row to row.
+    pub fn nibbles(&self, rows: Range<usize>, stride: usize, out: &mut [u32]) {
+        for (row, out) in rows.zip(out.chunks_mut(stride)) {
+            out[..self.in_features / 8].fill(0);
+            self.pieces(row, |piece, byte| out[piece] = out[piece] << 1 | bits::nibbles_high_first(byte));
+        }
     }
 
     /// Every eight channels' bits of every plane, planes from the most significant down, first channel on top.

@@ -4,6 +4,7 @@
 //! `w` is channel `32·w + i`; plane 0 is the **least** significant bit, the opposite of AnyPrec.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use anyhow::{Result, bail, ensure};
 use rayon::prelude::*;
@@ -140,14 +141,15 @@ impl<'a> LutGemm<'a> {
         }
     }
 
-    /// The codes of one row of at most 4 bits, eight to a word, the first channel lowest, written over `out`
-    /// (`in_features / 8` long).
-    pub fn nibbles(&self, row: usize, out: &mut [u32]) {
-        for (w, out) in out.chunks_exact_mut(4).enumerate() {
-            out.fill(0);
-            for b in 0..self.bits {
-                let word = self.binary[(w * self.bits + b) * self.out_features + row];
-                for (out, byte) in out.iter_mut().zip(word.to_le_bytes()) {
+    /// The codes of `rows`, of at most 4 bits, eight to a word, the first channel lowest, written over `out`: each
+    /// row's `in_features / 8` words, `stride` words from row to row.
+    pub fn nibbles(&self, rows: Range<usize>, stride: usize, out: &mut [u32]) {
+        out.chunks_mut(stride).take(rows.len()).for_each(|out| out[..self.in_features / 8].fill(0));
+        // Rows lie side by side in a plane, so they are taken together.
+        for (i, plane) in self.binary.chunks_exact(self.out_features).enumerate() {
+            let (word, b) = (i / self.bits, i % self.bits);
+            for (row, code) in plane[rows.clone()].iter().enumerate() {
+                for (out, byte) in out[row * stride + 4 * word..][..4].iter_mut().zip(code.to_le_bytes()) {
                     *out |= bits::nibbles_low_first(byte) << b;
                 }
             }

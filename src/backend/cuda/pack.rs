@@ -97,10 +97,10 @@ impl Packing<'_> {
         let rows = tile * TILE..rows.min((tile + 1) * TILE);
         match self {
             Self::AnyPrec(w, _) => {
-                codes(in_features, rows, w.bits(), Order::LookUp, |row, out| w.nibbles(row, out), out);
+                codes(in_features, rows, w.bits(), Order::LookUp, |rows, stride, out| w.nibbles(rows, stride, out), out);
             }
             Self::LutGemm(w) => {
-                codes(in_features, rows, w.bits(), Order::Integers, |row, out| w.nibbles(row, out), out);
+                codes(in_features, rows, w.bits(), Order::Integers, |rows, stride, out| w.nibbles(rows, stride, out), out);
             }
             Self::Dense(w, dtype) => numbers(w, *dtype, rows, bytemuck::cast_slice_mut(out)),
         }
@@ -142,20 +142,18 @@ fn unit_words(bits: usize) -> usize {
     if bits == 3 { 384 } else { 512 }
 }
 
-/// Packs the codes of the rows of a tile: `nibbles(row, out)` writes them eight to a word.
+/// Packs the codes of the rows of a tile: `nibbles(rows, stride, out)` writes them eight to a word.
 fn codes(
     in_features: usize,
     tile: Range<usize>,
     bits: usize,
     order: Order,
-    nibbles: impl Fn(usize, &mut [u32]),
+    nibbles: impl Fn(Range<usize>, usize, &mut [u32]),
     out: &mut [u8],
 ) {
     let width = in_features.div_ceil(CODE_UNIT) * (CODE_UNIT / 8);
     let mut rows = vec![0u32; TILE * width];
-    for (row, nibbles_of) in tile.zip(rows.chunks_exact_mut(width)) {
-        nibbles(row, &mut nibbles_of[..in_features / 8]);
-    }
+    nibbles(tile, width, &mut rows);
     let words: &mut [[u32; 4]] = bytemuck::cast_slice_mut(out);
     for (u, unit) in words.chunks_exact_mut(unit_words(bits) / 4).enumerate() {
         for lane in 0..32 {

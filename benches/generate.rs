@@ -50,6 +50,9 @@ struct Args {
     /// Warps of the layers' launch that multiply, without and beside compensation, and that compensate.
     #[arg(long, value_delimiter = ',', default_value = "16,12,4")]
     warps: Vec<usize>,
+    /// Only so many layers of the model, for work on kernels.
+    #[arg(long)]
+    layers: Option<usize>,
     /// Print what each part of a layer takes, between the barriers of the layers' launch.
     #[arg(long)]
     timeline: bool,
@@ -60,7 +63,8 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
+    let mut config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
+    config.num_layers = args.layers.unwrap_or(config.num_layers);
     let start = Instant::now();
     let &[layers, beside, dec_warps] = args.warps.as_slice() else { anyhow::bail!("--warps takes three numbers") };
     let tuning = Tuning { layers, layers_beside_dec: (beside, dec_warps), ..Tuning::default() };

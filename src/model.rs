@@ -188,6 +188,26 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         self.backend.begin(&mut state.sequence, sampling, draws)
     }
 
+    /// Makes ready what a prompt of `prompt` tokens and the tokens after it need; what `state` holds is lost.
+    ///
+    /// # Errors
+    /// A device that cannot, for instance because a kernel does not compile.
+    pub fn prepare(&self, state: &mut State<B>, prompt: usize, compensated: bool) -> Result<()> {
+        let most = state.max_tokens;
+        // The passes of a long prompt are alike but for the last.
+        let passes = if prompt > most { [most, prompt % most] } else { [prompt, 0] };
+        self.begin(state, &Sampling::GREEDY, &[])?;
+        self.backend.prepare(&mut || {
+            for tokens in passes.into_iter().filter(|&tokens| tokens > 0) {
+                self.prompt(state, &vec![0; tokens], compensated)?;
+                state.len = 0;
+            }
+            self.token(state)?;
+            state.len = 0;
+            Ok(())
+        })
+    }
+
     /// Reads `tokens`, and chooses the first token after them.
     ///
     /// # Errors
@@ -208,18 +228,23 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
 
     /// Reads the token chosen last, and chooses the next one.
     pub fn step(&self, state: &mut State<B>) -> Result<()> {
-        let (b, head) = (self.backend, self.head.as_ref().unwrap_or(&self.embedding));
         let len = state.len;
         let mut graph = state.graph.take();
-        b.replay(&mut graph, &mut || {
+        self.backend.replay(&mut graph, &mut || {
             state.len = len;
-            self.layers(state, Input::Sampled, 1, true)?;
-            b.norm_gemv(&self.final_norm, head, None, &state.activations.h, &mut state.logits, 1)?;
-            b.sample(&mut state.sequence, &state.logits)
+            self.token(state)
         })?;
         state.graph = graph;
         state.len = len + 1;
         Ok(())
+    }
+
+    /// The operations of one token.
+    fn token(&self, state: &mut State<B>) -> Result<()> {
+        let (b, head) = (self.backend, self.head.as_ref().unwrap_or(&self.embedding));
+        self.layers(state, Input::Sampled, 1, true)?;
+        b.norm_gemv(&self.final_norm, head, None, &state.activations.h, &mut state.logits, 1)?;
+        b.sample(&mut state.sequence, &state.logits)
     }
 
     /// Reads `tokens` behind the text and overwrites `logits` `[tokens, vocab_size]` with what follows each.

@@ -224,6 +224,10 @@ pub trait DecodeBackend: GemvBackend {
     /// Waits for the `i`-th token sampled since [`DecodeBackend::begin`] and returns it.
     fn sampled(&self, sequence: &Self::Sequence, i: usize) -> Result<u32>;
 
+    /// Makes ready whatever the operations that `work` queues will need, such as compiled kernels, so that the first
+    /// token does not wait for one after the other. `work` may be run without effect on the device, or not at all.
+    fn prepare(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+
     /// Issues the operations of one token: runs `token`, or replays what it queued the first time, kept in
     /// `graph`. The caller empties `graph` whenever `token` would queue something else.
     fn replay(&self, graph: &mut Option<Self::Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()>;

@@ -4,7 +4,8 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::arguments::{AnyArgument, DecArgument, GemvArgument, PackedArgument};
-use super::driver::{Arguments, Kernel, Launch};
+use super::driver::{Arguments, Launch};
+use super::kernel::Kernel;
 use super::launch::{
     GemvLaunch, Tuning, dec_shared, entries, gemv_defines, gemv_launch, is_staged, shape_defines, unit,
 };
@@ -376,7 +377,7 @@ impl Cuda {
     }
 
     /// `y += s·Σ q·x`, token by token; `x` is staged f32.
-    fn dec(&self, matrix: &Matrix, plan: Option<&Plan>, x: u64, y: u64, tokens: usize) -> Result<()> {
+    pub(super) fn dec(&self, matrix: &Matrix, plan: Option<&Plan>, x: u64, y: u64, tokens: usize) -> Result<()> {
         let Some(plan) = plan else {
             return Ok(());
         };

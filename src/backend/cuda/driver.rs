@@ -165,11 +165,15 @@ impl Driver {
             return Ok(());
         }
         let function = kernel.function()?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        let (id, value) = if launch.together {
+            (sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative: 1 })
+        } else {
+            (
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            )
         };
+        let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid.0 as c_uint,
             gridDimY: launch.grid.1 as c_uint,
@@ -181,7 +185,7 @@ impl Driver {
             hStream: self.stream,
             attrs: &mut attribute,
             // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
-            numAttrs: u32::from(self.numbers.major >= 9 && launch.overlap),
+            numAttrs: u32::from(launch.together || self.numbers.major >= 9 && launch.overlap),
         };
         // SAFETY: the kernel belongs to this context, and the arguments are those of its parameter list: each
         // call site passes them in the order and with the types of the kernel's source.
@@ -371,19 +375,22 @@ impl Drop for Module {
     }
 }
 
-/// How many blocks, how large, and whether they may start while the kernel before them still runs.
+/// How many blocks, how large, and how they may start.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Launch {
     pub(super) grid: (usize, usize, usize),
     pub(super) block: usize,
     pub(super) shared: usize,
+    /// While the kernel before them still runs.
     pub(super) overlap: bool,
+    /// All blocks must be there at once, since they wait for each other; excludes `overlap`.
+    pub(super) together: bool,
 }
 
 impl Launch {
     /// `blocks` blocks of `threads` threads.
     pub(super) fn new(blocks: usize, threads: usize) -> Self {
-        Self { grid: (blocks, 1, 1), block: threads, shared: 0, overlap: true }
+        Self { grid: (blocks, 1, 1), block: threads, shared: 0, overlap: true, together: false }
     }
 }
 

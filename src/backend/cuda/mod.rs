@@ -4,7 +4,8 @@
 //! - `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
-//! - `memory`: what a model will take; `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
+//! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch; the
+//!   kernels are in `kernels-cuda/`
 
 mod arguments;
 mod blas;
@@ -13,6 +14,7 @@ mod driver;
 mod host;
 mod kernel;
 mod launch;
+mod layers;
 mod matrix;
 mod memory;
 mod pack;
@@ -43,7 +45,7 @@ use self::host::Staging;
 use self::kernel::{Kernel, Kernels};
 use self::matrix::{Body, Format, Uploads};
 use self::product::Feed;
-use super::{DecodeBackend, DeviceInfo, GemvBackend, Input, Norm};
+use super::{Activations, DecodeBackend, DeviceInfo, GemvBackend, Input, LayerOperands, Norm, one_by_one};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
@@ -128,6 +130,8 @@ pub struct Cuda {
     uploads: RefCell<Uploads>,
     scratch: RefCell<[Option<Rc<Buffer>>; Scratch::ALL]>,
     retired: RefCell<Vec<Rc<Buffer>>>,
+    tables: RefCell<Vec<(Vec<u64>, Rc<Buffer>)>>,
+    stamps: RefCell<Option<Rc<Buffer>>>,
     driver: Rc<Driver>,
 }
 
@@ -144,10 +148,12 @@ pub(crate) enum Scratch {
     Ids,
     /// A selection.
     List,
+    /// Blocks that have arrived at barriers.
+    Grid,
 }
 
 impl Scratch {
-    const ALL: usize = 5;
+    const ALL: usize = 6;
 }
 
 /// The recorded operations of one token.
@@ -205,6 +211,8 @@ impl Cuda {
             uploads: RefCell::default(),
             scratch: RefCell::default(),
             retired: RefCell::default(),
+            tables: RefCell::default(),
+            stamps: RefCell::default(),
             driver,
         })
     }
@@ -374,6 +382,29 @@ impl DecodeBackend for Cuda {
         tokens: usize,
     ) -> Result<()> {
         self.swiglu_product(matrix, plan, gu, h, tokens)
+    }
+
+    fn layers(
+        &self,
+        sequence: &mut Sequence,
+        first: usize,
+        layers: &[LayerOperands<'_, Self>],
+        activations: &mut Activations<Self>,
+        tokens: usize,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < layers.len() {
+            let rest = &layers[done..];
+            let run = if tokens == 1 { self.run_of_layers(rest) } else { 0 };
+            if run > 0 && self.fused_layers(sequence, first + done, &rest[..run], activations)? {
+                done += run;
+            } else {
+                let run = run.max(1);
+                one_by_one(self, sequence, first + done, &rest[..run], activations, tokens)?;
+                done += run;
+            }
+        }
+        Ok(())
     }
 
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {

@@ -27,7 +27,8 @@ struct Case {
 /// The model that `scripts/model.sh` fetches (or `DECDEC_SMOLLM2` names), and the oracle's answers; absent either,
 /// the tests are skipped.
 fn model_and_answers() -> Option<(Source, Vec<Case>, Vec<u8>)> {
-    let place = |variable: &str, default: &str| PathBuf::from(std::env::var_os(variable).unwrap_or_else(|| default.into()));
+    let place =
+        |variable: &str, default: &str| PathBuf::from(std::env::var_os(variable).unwrap_or_else(|| default.into()));
     let answers = place("DECDEC_REFERENCE_DIR", "../shared/data").join("smollm2");
     if !answers.is_dir() {
         eprintln!("skipped: no golden data");

@@ -91,8 +91,14 @@ mod tests {
                 assert_eq!(gather_high_first(bytes_high_first(byte) << plane, plane), byte);
                 assert_eq!(gather_low_first(bytes_low_first(byte) << plane, plane), byte);
                 // Other planes do not matter.
-                assert_eq!(gather_high_first(bytes_high_first(byte) << plane | !(0x0101_0101_0101_0101 << plane), plane), byte);
-                assert_eq!(gather_low_first(bytes_low_first(byte) << plane | !(0x0101_0101_0101_0101 << plane), plane), byte);
+                assert_eq!(
+                    gather_high_first(bytes_high_first(byte) << plane | !(0x0101_0101_0101_0101 << plane), plane),
+                    byte
+                );
+                assert_eq!(
+                    gather_low_first(bytes_low_first(byte) << plane | !(0x0101_0101_0101_0101 << plane), plane),
+                    byte
+                );
             }
             for i in 0..8 {
                 let (low, high) = (u64::from(byte >> i & 1), u64::from(byte >> (7 - i) & 1));

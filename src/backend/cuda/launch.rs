@@ -29,7 +29,16 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { warps: 16, stages: 2, beside_dec: (12, 3), dec_warps: 8, layers: 16, layers_beside_dec: (12, 4), trigger: 0, dec_flight: 4 }
+        Self {
+            warps: 16,
+            stages: 2,
+            beside_dec: (12, 3),
+            dec_warps: 8,
+            layers: 16,
+            layers_beside_dec: (12, 4),
+            trigger: 0,
+            dec_flight: 4,
+        }
     }
 }
 

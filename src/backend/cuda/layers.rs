@@ -4,7 +4,8 @@ use std::rc::Rc;
 
 use anyhow::Result;
 
-use super::driver::{Arguments, Buffer, Kernel, Launch};
+use super::driver::{Arguments, Buffer, Launch};
+use super::kernel::Kernel;
 use super::launch::{Tuning, unit};
 use super::matrix::{Body, Format, Matrix, Plan, dec_words};
 use super::pack::TILE;
@@ -177,8 +178,7 @@ impl Cuda {
         let words = plans.iter().flatten().map(|p| dec_words(p.out_features)).min().unwrap_or(1);
         let dec = compensates.then_some(list + 8 * words * (32 * tuning.layers_beside_dec.1 + 1) * 4);
         let numbers = self.driver.numbers();
-        let launch =
-            layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
+        let launch = layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
         let Some(launch) = launch else { return Ok(false) };
         let kernel = self.layers_kernel(format, shapes, launch, sequence, compensates, words)?;
 
@@ -211,7 +211,8 @@ impl Cuda {
             eps: operands.norms[0].eps,
         };
         let threads = 32 * (launch.warps + launch.dec_warps);
-        let launch = Launch { shared: launch.shared, overlap: false, together: true, ..Launch::new(launch.blocks, threads) };
+        let launch =
+            Launch { shared: launch.shared, overlap: false, together: true, ..Launch::new(launch.blocks, threads) };
         self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;
         qkv.settle();
         attended.settle();
@@ -260,12 +261,7 @@ impl Cuda {
     }
 
     /// The layers' pointers in device memory; the same ones stay where they are, since recorded graphs point to them.
-    fn layer_table(
-        &self,
-        sequence: &Sequence,
-        first: usize,
-        layers: &[LayerOperands<'_, Self>],
-    ) -> Result<Rc<Buffer>> {
+    fn layer_table(&self, sequence: &Sequence, first: usize, layers: &[LayerOperands<'_, Self>]) -> Result<Rc<Buffer>> {
         let words: Vec<u64> =
             layers.iter().enumerate().flat_map(|(l, layer)| layer_words(sequence, first + l, layer)).collect();
         let mut tables = self.tables.borrow_mut();
@@ -323,9 +319,8 @@ fn product_words(matrix: &Matrix, plan: Option<&Plan>) -> [u64; 8] {
     let bias = matrix.bias.as_ref().map_or(0, |b| b.pointer());
     let (residual, scales) = matrix.residual.as_ref().map_or((0, 0), |(w, s)| (w.pointer(), s.pointer()));
     let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
-    let [edges, how_many, which] = plan.map_or([0; 3], |p| {
-        [p.edges.pointer(), pair(p.k_chunk, p.n_tb), pair(usize::from(p.exact), p.list_chunks())]
-    });
+    let [edges, how_many, which] = plan
+        .map_or([0; 3], |p| [p.edges.pointer(), pair(p.k_chunk, p.n_tb), pair(usize::from(p.exact), p.list_chunks())]);
     [codes, aux, bias, residual, scales, edges, how_many, which]
 }
 

@@ -437,7 +437,10 @@ impl DecodeBackend for Cuda {
         self.driver.without_launches(work)?;
         let listed = start.elapsed();
         let count = self.kernels.compile(&self.driver, &self.compiler)?;
-        tracing::debug!("{count} kernel files: listed in {listed:.2?}, compiled or read in {:.2?}", start.elapsed() - listed);
+        tracing::debug!(
+            "{count} kernel files: listed in {listed:.2?}, compiled or read in {:.2?}",
+            start.elapsed() - listed
+        );
         Ok(())
     }
 

@@ -97,10 +97,24 @@ impl Packing<'_> {
         let rows = tile * TILE..rows.min((tile + 1) * TILE);
         match self {
             Self::AnyPrec(w, _) => {
-                codes(in_features, rows, w.bits(), Order::LookUp, |rows, stride, out| w.nibbles(rows, stride, out), out);
+                codes(
+                    in_features,
+                    rows,
+                    w.bits(),
+                    Order::LookUp,
+                    |rows, stride, out| w.nibbles(rows, stride, out),
+                    out,
+                );
             }
             Self::LutGemm(w) => {
-                codes(in_features, rows, w.bits(), Order::Integers, |rows, stride, out| w.nibbles(rows, stride, out), out);
+                codes(
+                    in_features,
+                    rows,
+                    w.bits(),
+                    Order::Integers,
+                    |rows, stride, out| w.nibbles(rows, stride, out),
+                    out,
+                );
             }
             Self::Dense(w, dtype) => numbers(w, *dtype, rows, bytemuck::cast_slice_mut(out)),
         }

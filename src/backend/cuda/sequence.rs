@@ -28,8 +28,8 @@ pub struct Sequence {
     window: usize,
     pub(super) max_seq_len: usize,
     layer_bytes: usize,
-    keys: Buffer,   // [layers, kv_heads, max_seq_len, head_dim]
-    values: Buffer, // the same
+    keys: Buffer,              // [layers, kv_heads, max_seq_len, head_dim]
+    values: Buffer,            // the same
     pub(super) angles: Buffer, // f32 [max_seq_len, head_dim / 2, (cos, sin)]
     pub(super) state: Buffer,
     pub(super) parts: Buffer,

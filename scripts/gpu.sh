@@ -31,7 +31,7 @@ failures=0
 
 # step NAME COMMAND...: runs it, keeps its output as NAME.log, and a row for the table.
 step() {
-    local name=$1 start=$SECONDS status=ok note
+    local name=$1 start=$SECONDS status=ok note skipped
     shift
     printf '== %s: %s\n' "$name" "${*/#$bin\//}"
     if ! "$@" >"$out/$name.log" 2>&1; then
@@ -40,11 +40,13 @@ step() {
         tail -n 25 "$out/$name.log"
     fi
     note=$(grep -h -E '^test result|ERROR SUMMARY|RACECHECK SUMMARY' "$out/$name.log" | sed 's/; 0 measured.*//; s/^=* //' | tail -n 1)
+    skipped=$(grep -c '^skipped: ' "$out/$name.log")
+    [ "$skipped" = 0 ] || note="$note; $skipped said that they were skipped"
     rows+=("$(printf '%-28s %-7s %5d s  %s' "$name" "$status" $((SECONDS - start)) "$note")")
 }
 
 tests() {
-    for name in cuda_kernels backend golden cuda_decode backend_wgsl reference_read smollm2; do
+    for name in cuda_kernels backend golden cuda_decode cuda_faults backend_wgsl reference_read smollm2; do
         step "$name" "$bin/$name" --nocapture
     done
 }
@@ -65,6 +67,7 @@ sanitizer() {
 }
 
 benches() {
+    step pack "$bin/pack"
     step gemv "$bin/gemv" --bits 3,4
     step dec "$bin/dec" --bits 3
     step ops "$bin/generate" --ops 1000

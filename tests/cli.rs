@@ -299,3 +299,20 @@ fn eval_and_inspect_and_completions() {
         decdec().args(["completions", shell]).assert().success().stdout(contains("decdec"));
     }
 }
+
+/// On a machine without a GPU: asking for one says what is missing, leaving the choice open runs on the CPU.
+#[test]
+fn without_a_gpu_the_cpu_runs_and_says_why() {
+    let listed = decdec().args(["devices", "--json"]).assert().success().get_output().stdout.clone();
+    if String::from_utf8(listed).expect("text").contains("\"cuda:0\"") {
+        eprintln!("skipped: there is a GPU");
+        return;
+    }
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    refuses(shop.generate(&checkpoint, &["--device", "cuda"]), &["cuda: ", "install", "--device cpu"]);
+    let mut auto = shop.generate(&checkpoint, &["--device", "auto", "--prompt", "a"]);
+    auto.assert().success().stderr(contains("running on cpu (cuda: ")).stderr(contains("install"));
+    // Where the time went is told once, whatever the device.
+    auto.assert().stderr(contains("opened in ").and(contains("first token after")));
+}

@@ -12,6 +12,7 @@ use decdec::format::{AnyPrec, Dense, LutGemm, Residual};
 use decdec::random::{RandomFormat, RandomWeights};
 use decdec::weights::{Linear, Weight};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 fn round(value: f32, dtype: Dtype) -> f64 {
     match dtype {
@@ -41,9 +42,10 @@ fn computes(linear: &Linear<'_>, dtype: Dtype, compile: u8) -> (Dtype, Dtype) {
 /// `y` and `Σ|w·x|` in f64, on activations and weights as they are stored.
 fn oracle(linear: &Linear<'_>, x: &[f32], (of_x, of_w): (Dtype, Dtype)) -> (Vec<f64>, Vec<f64>) {
     let (k, rows) = (linear.weight.in_features(), linear.weight.out_features());
-    let mut row = vec![0f32; k];
     (0..rows)
+        .into_par_iter()
         .map(|r| {
+            let mut row = vec![0f32; k];
             linear.weight.row(r, &mut row);
             let bias = linear.bias.as_ref().map_or(0.0, |b| f64::from(b[r]));
             row.iter().zip(x).fold((bias, bias.abs()), |(sum, size), (&w, &x)| {
@@ -156,6 +158,7 @@ fn projections_of_real_models() {
         (17920, 5120),
         (8192, 10240),
         (8192, 8192),
+        (8192, 57344),
         (28672, 8192),
     ];
     for (k, rows) in shapes {

@@ -8,6 +8,7 @@ mod noise;
 #[path = "../small_model/mod.rs"]
 mod small_model;
 
+mod agree;
 mod cases;
 mod dec;
 mod decode;

@@ -4,6 +4,7 @@
 mod noise;
 
 use decdec::backend::cuda::{Cuda, Dtype, Options};
+#[allow(unused_imports, reason = "not every test program makes noise")]
 pub(crate) use noise::Noise;
 
 /// Options of one type and `--compile`.

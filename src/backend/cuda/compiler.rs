@@ -41,6 +41,9 @@ const HEADERS: [(&str, &str); 9] = [
 /// Marks a cache file; the number changes with its layout.
 const MAGIC: &[u8; 8] = b"decdec01";
 
+/// What NVRTC answers to an architecture that it does not know.
+const INVALID_OPTION: c_int = 5;
+
 type Program = *mut std::ffi::c_void;
 
 /// The functions of NVRTC that are used, as its header declares them.
@@ -169,6 +172,13 @@ impl Compiler {
         let result = if status == 0 {
             // SAFETY: the program is compiled.
             unsafe { fetch(program, self.api.cubin_size, self.api.cubin) }.map(|cubin| (cubin, log))
+        } else if status == INVALID_OPTION {
+            Err(anyhow::anyhow!(
+                "cuda: NVRTC {} does not know {}, install a newer CUDA toolkit (12.8 or later for sm_120): {}",
+                self.version(),
+                self.architecture,
+                log.trim()
+            ))
         } else {
             Err(anyhow::anyhow!(
                 "cuda: {file} does not compile for {} with NVRTC {}: {}",
@@ -328,6 +338,54 @@ mod tests {
         };
         let error = compiler.compile("dec.cu", "nonsense", &[]).unwrap_err().to_string();
         assert!(error.contains("sm_90") && error.contains("nonsense"), "{error}");
+    }
+
+    #[test]
+    fn an_architecture_that_nvrtc_does_not_know_is_named() {
+        let Ok(compiler) = Compiler::open("sm_999", None) else {
+            eprintln!("skipped: no NVRTC");
+            return;
+        };
+        let error = compiler.cubin("rows.cu", &["DTYPE=0".to_owned()]).unwrap_err().to_string();
+        assert!(error.contains("does not know sm_999") && error.contains("12.8"), "{error}");
+    }
+
+    /// A cache that starts empty, is written by several at once, damaged, cut short, and cannot be written at all.
+    #[test]
+    fn the_cache_is_shared_mended_and_not_needed() {
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path().join("kernels");
+        let open = |cache: &std::path::Path| Compiler::open("sm_90", Some(cache.to_owned()));
+        if open(&folder).is_err() {
+            eprintln!("skipped: no NVRTC");
+            return;
+        }
+        let code = |cache: &std::path::Path| open(cache).unwrap().cubin("dec.cu", &["DEC_WORDS=1".to_owned()]).unwrap();
+        let files = || fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect::<Vec<_>>();
+
+        let made: Vec<Vec<u8>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..3).map(|_| scope.spawn(|| code(&folder))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(made.iter().all(|code| *code == made[0] && !code.is_empty()));
+        let [file] = &files()[..] else { panic!("one file is expected: {:?}", files()) };
+        let whole = fs::read(file).unwrap();
+        assert_eq!(unseal(&whole), Some(&made[0][..]));
+
+        let mut damaged = whole.clone();
+        damaged[whole.len() / 2] ^= 0x10;
+        for bad in [&damaged[..], &whole[..whole.len() - 1], &[]] {
+            fs::write(file, bad).unwrap();
+            assert_eq!(code(&folder), made[0]);
+            assert_eq!(fs::read(file).unwrap(), whole, "the file is whole again");
+        }
+        // What is in it is used: nothing is compiled when another code lies there.
+        fs::write(file, seal(b"other")).unwrap();
+        assert_eq!(code(&folder), b"other");
+
+        // No folder can be made below a file.
+        assert_eq!(code(&file.join("below")), made[0]);
+        assert_eq!(files().len(), 1, "nothing else was left behind");
     }
 
     #[test]

@@ -18,6 +18,9 @@ use super::driver::{Buffer, Context, Driver, failed};
 /// Bytes of one of the two buffers that copies to the device start from.
 const STAGE: usize = 32 << 20;
 
+/// Bytes of both.
+pub(super) const STAGING: usize = 2 * STAGE;
+
 /// Bytes that one thread copies at a time.
 const PIECE: usize = 1 << 20;
 

@@ -5,7 +5,7 @@ use std::fmt;
 use anyhow::{Result, ensure};
 
 use super::pack::{CODE_UNIT, DENSE_UNIT, TILE};
-use super::{Cuda, Dtype, Residuals, sequence};
+use super::{Cuda, Dtype, Residuals, host, sequence};
 use crate::config::Projection;
 use crate::weights::{ModelWeights, Weight};
 
@@ -20,7 +20,7 @@ pub struct MemoryTable {
     pub workspace: usize,
     /// Residuals on the device.
     pub device_residuals: usize,
-    /// Residuals in pinned host memory.
+    /// Residuals in pinned host memory, and what uploads go through.
     pub pinned: usize,
     /// Free on the device now.
     pub free_device: usize,
@@ -32,7 +32,7 @@ impl fmt::Display for MemoryTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "device: weights {} MiB, cache {}, workspace {}, residuals {}, free {}; host: pinned residuals {} MiB, free {}",
+            "device: weights {} MiB, cache {}, workspace {}, residuals {}, free {}; host: pinned (residuals, upload buffers) {} MiB, free {}",
             self.weights >> 20,
             self.cache >> 20,
             self.workspace >> 20,
@@ -106,7 +106,7 @@ impl Cuda {
             cache: config.num_layers * sequence::cache_bytes(config, self.options.dtype, max_seq_len),
             workspace: tokens * width * 4 * 2 + if self.blas.is_some() { largest * number } else { 0 },
             device_residuals: if on_device { residuals } else { 0 },
-            pinned: if on_device { 0 } else { residuals },
+            pinned: host::STAGING + if on_device { 0 } else { residuals },
             free_device: self.driver.memory()?.0,
             free_host: available_host_memory(),
         })

@@ -1,0 +1,142 @@
+//! What goes wrong on a GPU: nothing stays allocated, nothing panics, and the error says what to change.
+//!
+//! Runs where `DECDEC_TEST_DEVICES` names `cuda`; one test after the other, in a process of its own, since it watches
+//! the device's free memory and ends with a device that is lost to the process.
+
+mod cuda_common;
+
+use anyhow::{Result, bail};
+use cuda_common::{cuda, options};
+use decdec::backend::cuda::{Cuda, Dtype};
+use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::config::{ModelConfig, Projection};
+use decdec::dec::{DecPlan, Selection};
+use decdec::format::Dense;
+use decdec::model::Model;
+use decdec::random::{RandomFormat, RandomWeights};
+use decdec::weights::{Linear, ModelWeights};
+
+/// A model whose tensors cannot be read from `broken` on.
+struct Broken {
+    model: RandomWeights,
+    broken: usize,
+}
+
+impl ModelWeights for Broken {
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn embedding(&self) -> Result<Dense<'_>> {
+        self.model.embedding()
+    }
+
+    fn head(&self) -> Result<Option<Dense<'_>>> {
+        self.model.head()
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        self.model.final_norm()
+    }
+
+    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.model.layer_norms(layer)
+    }
+
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+        if layer == self.broken && projection == Projection::Down {
+            bail!("the file ends here");
+        }
+        self.model.projection(layer, projection)
+    }
+
+    fn bits(&self, layer: usize) -> Option<u32> {
+        self.model.bits(layer)
+    }
+}
+
+fn model() -> RandomWeights {
+    let config = ModelConfig { num_layers: 6, ..ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap() };
+    RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap()
+}
+
+/// Bytes of host memory that the process holds, pinned ones among them; 0 where the system does not say.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+    line.trim().trim_end_matches("kB").trim().parse::<usize>().unwrap_or(0) * 1024
+}
+
+/// Nothing of `what` is left on the device, but for what the driver keeps for itself.
+fn leaves_nothing(cuda: &Cuda, what: &str, work: impl FnOnce()) {
+    const SLACK: usize = 96 << 20;
+    let (free, before) = (cuda.memory().unwrap().0, resident());
+    work();
+    let (now, after) = (cuda.memory().unwrap().0, resident());
+    assert!(now + SLACK >= free, "{what}: {} MiB were free, {} are", free >> 20, now >> 20);
+    let grown = after.saturating_sub(before);
+    assert!(grown < 2 * SLACK, "{what}: the process has grown by {} MiB", grown >> 20);
+}
+
+#[test]
+fn faults_end_cleanly() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    // What stays for good: upload buffers, the context's own memory.
+    drop(cuda.matrix(&model().projection(0, Projection::O).unwrap()).unwrap());
+
+    let weights = Broken { model: model(), broken: 4 };
+    leaves_nothing(&cuda, "a model that cannot be read to its end", || {
+        let error = format!("{:#}", Model::load(&cuda, &weights, |_| ()).err().unwrap());
+        assert!(error.contains("layer 4") && error.contains("the file ends here"), "{error}");
+    });
+
+    let weights = weights.model;
+    leaves_nothing(&cuda, "a text that does not fit", || {
+        let model = Model::load(&cuda, &weights, |_| ()).unwrap();
+        let config = ModelConfig { num_layers: 4000, max_position_embeddings: 1 << 20, ..model.config().clone() };
+        let error = format!("{:#}", cuda.sequence(&config, 1 << 20).err().unwrap());
+        for part in ["MiB wanted", "MiB free", "--max-seq-len", "--residuals host"] {
+            assert!(error.contains(part), "{error}");
+        }
+        let table = cuda.memory_table(&weights, 8192).unwrap();
+        table.check().unwrap();
+        let (wanted, free) = (table.device(), table.free_device);
+        let tight = decdec::backend::cuda::MemoryTable { free_device: wanted - 1, ..table };
+        let error = tight.check().unwrap_err().to_string();
+        assert!(error.contains(&(wanted >> 20).to_string()) && error.contains("--max-seq-len"), "{error}");
+        assert!(wanted < free);
+    });
+
+    // After all that the device still works.
+    let linear = RandomWeights::single(1024, 64, RandomFormat::AnyPrec, 3, 1).unwrap();
+    let matrix = cuda.matrix(&linear).unwrap();
+    let (mut x, mut y) = (cuda.vector(1024).unwrap(), cuda.vector(64).unwrap());
+    cuda.write(&[1.0; 1024], &mut x).unwrap();
+    cuda.gemv(&matrix, &x, &mut y).unwrap();
+    let mut got = vec![0.0; 64];
+    cuda.read(&y, &mut got).unwrap();
+    assert!(got.iter().all(|y| y.is_finite()) && got.iter().any(|&y| y != 0.0), "{got:?}");
+
+    lost(&cuda, &matrix, &mut y);
+}
+
+/// The contract broken on purpose: a plan of far more channels than the vector has makes a kernel read past everything.
+fn lost(cuda: &Cuda, matrix: &<Cuda as GemvBackend>::Matrix, y: &mut <Cuda as GemvBackend>::Vector) {
+    let channels = 1 << 28;
+    let thresholds = vec![1.0; channels];
+    let plan = DecPlan::new(channels, 8, &thresholds, 1, 1, Selection::Bucket).unwrap();
+    let plan = cuda.plan(matrix, &plan).unwrap();
+    let x = cuda.vector(32).unwrap();
+    let error = format!("{:#}", cuda.select(&plan, &x).err().expect("memory that is not there was read"));
+    assert!(error.starts_with("cuda: "), "{error}");
+    // From here on everything fails, and says so; dropping it all is what is left to do.
+    for _ in 0..3 {
+        let error = cuda.read(y, &mut [0.0; 64]).err().expect("the device is lost").to_string();
+        assert!(error.starts_with("cuda: "), "{error}");
+    }
+    assert!(cuda.vector(16).is_err() && cuda.matrix(&Linear::plain(common_weight())).is_err());
+}
+
+fn common_weight() -> decdec::weights::Weight<'static> {
+    RandomWeights::single(64, 16, RandomFormat::AnyPrec, 3, 1).unwrap().weight
+}

@@ -127,11 +127,11 @@ fn lost(cuda: &Cuda, matrix: &<Cuda as GemvBackend>::Matrix, y: &mut <Cuda as Ge
     let plan = DecPlan::new(channels, 8, &thresholds, 1, 1, Selection::Bucket).unwrap();
     let plan = cuda.plan(matrix, &plan).unwrap();
     let x = cuda.vector(32).unwrap();
-    let error = format!("{:#}", cuda.select(&plan, &x).err().expect("memory that is not there was read"));
+    let error = format!("{:#}", cuda.select(&plan, &x).expect_err("memory that is not there was read"));
     assert!(error.starts_with("cuda: "), "{error}");
     // From here on everything fails, and says so; dropping it all is what is left to do.
     for _ in 0..3 {
-        let error = cuda.read(y, &mut [0.0; 64]).err().expect("the device is lost").to_string();
+        let error = cuda.read(y, &mut [0.0; 64]).expect_err("the device is lost").to_string();
         assert!(error.starts_with("cuda: "), "{error}");
     }
     assert!(cuda.vector(16).is_err() && cuda.matrix(&Linear::plain(common_weight())).is_err());

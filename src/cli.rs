@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
+use decdec::profile::Clock;
 
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
@@ -336,6 +337,9 @@ pub(crate) struct ProfileArgs {
     /// Take the times with this nsys instead of CUPTI
     #[arg(long, alias = "nsys_path", value_name = "PROGRAM")]
     pub(crate) nsys_path: Option<PathBuf>,
+    /// What takes the times on cuda: auto (CUPTI, or events where it is missing), cupti, or events
+    #[arg(long, default_value = "auto")]
+    pub(crate) clock: Clock,
     /// auto, cpu, wgpu[:N] or cuda[:N]
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,

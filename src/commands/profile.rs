@@ -8,7 +8,7 @@ use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::config::ModelConfig;
 use decdec::nsys::{Algo, Identity, Precision};
 use decdec::open::Opened;
-use decdec::profile::{self, ByClock, Options, Outcome};
+use decdec::profile::{self, Clock, Options, Outcome};
 use decdec::random::RandomWeights;
 use decdec::weights::ModelWeights;
 
@@ -29,6 +29,7 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         min_n_tb: args.min_n_tb,
         max_n_tb: args.max_n_tb,
         max_k_chunk: args.max_k_chunk,
+        k_chunks: None,
         selection: args.selection.into(),
     };
     if let Some(nsys) = &args.nsys_path {
@@ -44,7 +45,7 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
     // Backends that compute in one type only are not asked for another.
     let dtype = args.device.starts_with("cuda").then_some(dtype);
     let target = Target { device: &args.device, dtype, ..Target::default() };
-    let outcome = on_device(&target, Sweep { weights: named.weights.get(), options: &options })?;
+    let outcome = on_device(&target, Sweep { weights: named.weights.get(), options: &options, clock: args.clock })?;
     print!("{outcome}");
     Ok(())
 }
@@ -56,27 +57,28 @@ fn own_command_line(staging: &Path) -> Vec<std::ffi::OsString> {
     let mut skip = false;
     for argument in std::env::args_os().skip(1) {
         let text = argument.to_string_lossy().replace('_', "-");
-        let mine = ["--nsys-path", "--nsys-dir"].iter().find(|flag| text.starts_with(**flag));
+        let mine = ["--nsys-path", "--nsys-dir", "--clock"].iter().find(|flag| text.starts_with(**flag));
         match mine {
             _ if std::mem::take(&mut skip) => {}
             Some(flag) => skip = text == **flag,
             None => line.push(argument),
         }
     }
-    line.extend(["--nsys-dir".into(), staging.into()]);
+    line.extend(["--clock".into(), "once".into(), "--nsys-dir".into(), staging.into()]);
     line
 }
 
 struct Sweep<'a> {
     weights: &'a dyn ModelWeights,
     options: &'a Options,
+    clock: Clock,
 }
 
 impl Job for Sweep<'_> {
     type Output = Outcome;
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Outcome> {
-        profile::run(backend, &mut ByClock::default(), self.weights, self.options)
+        profile::run(backend, &mut backend.recorder(self.clock)?, self.weights, self.options)
     }
 }
 

@@ -3,17 +3,20 @@
 //! - `driver`: device, stream, memory, launches, graphs; `compiler`: NVRTC and the cache of compiled kernels;
 //!   `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
+//! - `cupti`, `recorder`: when kernels ran, for the sweep
 //! - `memory`: what a model will take; `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
 
 mod arguments;
 mod blas;
 pub(crate) mod compiler;
+mod cupti;
 mod driver;
 mod launch;
 mod matrix;
 mod memory;
 mod pack;
 mod product;
+mod recorder;
 mod sequence;
 mod vector;
 
@@ -29,6 +32,7 @@ use anyhow::{Result, bail, ensure};
 pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
+pub use recorder::CudaRecorder;
 pub use sequence::Sequence;
 pub use vector::Vector;
 
@@ -37,6 +41,7 @@ use self::compiler::Compiler;
 use self::driver::{Arguments, Buffer, Driver, Kernel, Launch};
 use self::matrix::{Body, Format};
 use self::product::Feed;
+use super::record::Clock;
 use super::{DecodeBackend, DeviceInfo, GemvBackend, Input, Norm};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
@@ -245,6 +250,7 @@ impl GemvBackend for Cuda {
     type Vector = Vector;
     type Matrix = Matrix;
     type Plan = Plan;
+    type Recorder = CudaRecorder;
 
     fn device(&self) -> &DeviceInfo {
         &self.device
@@ -285,6 +291,10 @@ impl GemvBackend for Cuda {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         self.driver.time(work)
+    }
+
+    fn recorder(&self, clock: Clock) -> Result<CudaRecorder> {
+        CudaRecorder::new(clock)
     }
 }
 

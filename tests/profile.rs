@@ -160,9 +160,38 @@ fn tunes(options: &Options, dir: &Path) {
     }
     let to = tune::Directories { csv: dir.join("csv"), plots: dir.join("plots"), tuned: dir.join("tuned") };
     let written = outcome.write(&to).unwrap();
-    let tuned = tune::Tuned::read(written.last().unwrap()).unwrap();
+    let tuned = tune::Tuned::read(written.last().unwrap()).unwrap().remove(0);
     tuned.check(Cpu::new().device(), profile::shapes(&tiny()), 3).unwrap();
     assert!(tuned.check(Cpu::new().device(), [(64, 64); 4], 3).is_err());
+}
+
+/// Real tokens of a tiny model: nothing is promised that was not measured.
+#[test]
+fn what_is_verified_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    // Of 64 channels, 16 and all of them.
+    let options = Options { k_chunks: Some(vec![256, 1024]), ..options(&dir.path().join("nsys"), Algo::Sqllm) };
+    let swept = sweep(&mut ByClock::default(), &options).unwrap().measured.unwrap().capture;
+    assert_eq!(swept.k_chunks, [256, 1024]);
+    let (identity, targets) = (options.identity.clone(), vec![0.0, 10.0, 1e6]);
+    let tuning = tune::Options { identity, dir: options.dir.clone(), shapes: [None; 4], targets, exhaustive: false };
+    let mut outcome = tune::run(&tuning).unwrap();
+    let weights = RandomWeights::new(tiny(), RandomFormat::AnyPrec, 3, 7).unwrap();
+    let cpu = Cpu::new();
+    let mut model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
+    let how = tune::Verification { tokens: 40, rounds: 3, selection: Selection::Bucket };
+    tune::verify(&mut outcome, &mut model, &how).unwrap();
+    for tuning in &outcome.tunings {
+        let verified = tuning.verified.as_ref().unwrap();
+        assert!(verified.slowdown <= tuning.target && verified.base_ms > 0.0, "{verified:?}");
+        assert!(verified.missed.iter().all(|&(_, slowdown)| slowdown > tuning.target));
+        assert_eq!(outcome.tuned(tuning).real_slowdown, Some(verified.slowdown));
+    }
+    assert_eq!(outcome.tunings[2].found.fine.k_chunks(), [1024; 4]);
+    assert!(outcome.to_string().contains("Real slowdown of a token : "), "{outcome}");
+    let longer = tune::Verification { tokens: 64, ..how };
+    let error = tune::verify(&mut outcome, &mut model, &longer).unwrap_err().to_string();
+    assert!(error.contains("context is 64"), "{error}");
 }
 
 #[test]

@@ -251,7 +251,7 @@ unsafe fn kernel(record: *const u8) -> Option<KernelRecord> {
 mod tests {
     use super::*;
 
-    /// Needs the library, not a GPU: `scripts/cuda-toolchain.sh nvrtc`, then `DECDEC_CUDA_LIBRARIES=.cache/cuda/lib`.
+    /// Needs the library, not a GPU: `scripts/cuda-toolchain.sh tests`, then `DECDEC_CUDA_LIBRARIES=.cache/cuda/lib`.
     #[test]
     fn the_library_has_all_that_is_called() {
         match Cupti::load() {

@@ -333,7 +333,12 @@ fn profiled_under_nsys(dir: &Path, options: &Options, missing: usize) -> (std::p
         fn clock(&self) -> String {
             "events".into()
         }
-        fn record(&mut self, cpu: &Cpu, kinds: &[usize], launch: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<Launch>> {
+        fn record(
+            &mut self,
+            cpu: &Cpu,
+            kinds: &[usize],
+            launch: &mut dyn FnMut(usize) -> Result<()>,
+        ) -> Result<Vec<Launch>> {
             let mut recorded = self.0.record(cpu, kinds, launch)?;
             for launch in &mut recorded {
                 launch.gemv.name = "void anyprec_gemv<3>(int)".into();

@@ -49,7 +49,9 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     })?;
     if args.verify {
         let named = Named::resolve(name)?;
-        let how = Verification { tokens: args.verify_tokens, rounds: ROUNDS, selection: args.selection.into() };
+        let context = named.weights.get().config().max_position_embeddings;
+        let tokens = args.verify_tokens.min(context.saturating_sub(Verification::OVERHEAD));
+        let how = Verification { tokens, rounds: ROUNDS, selection: args.selection.into() };
         let target = target(&args.device, name.fp_dtype);
         on_device(&target, Verify { weights: named.weights.get(), outcome: &mut outcome, how })?;
     }
@@ -70,7 +72,7 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
 }
 
 /// Texts that a choice is measured with.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 
 struct Verify<'a> {
     weights: &'a dyn ModelWeights,

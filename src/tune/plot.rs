@@ -169,7 +169,8 @@ fn quarter(outcome: &Outcome, projection: Projection, module: &Module, area: &Ar
             0 => "not compensated".to_owned(),
             k_chunk => format!("k_chunk {k_chunk}, n_tb {}", chosen.n_tb),
         };
-        let lines = [format!("at {} %", per_cent(tuning.target)), what, format!("{:.2} µs (+{slower:.1} %)", chosen.us)];
+        let lines =
+            [format!("at {} %", per_cent(tuning.target)), what, format!("{:.2} µs (+{slower:.1} %)", chosen.us)];
         for (line, text) in lines.into_iter().enumerate() {
             let style = if line == 0 { FontStyle::Bold } else { FontStyle::Normal };
             let down = first_note + 82 * i as i32 + 20 * line as i32;

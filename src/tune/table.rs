@@ -99,10 +99,7 @@ impl Table {
                         _ => anyhow::bail!("pair {pair} is not a base product and its compensation"),
                     };
                     let n_tb = dec.1.grid[0] as usize;
-                    ensure!(
-                        n_tb > 0,
-                        "the compensation of pair {pair} ran on 0 thread blocks, at least 1 is expected"
-                    );
+                    ensure!(n_tb > 0, "the compensation of pair {pair} ran on 0 thread blocks, at least 1 is expected");
                     grouped.entry((gemv.0.index(), n_tb, dec.0)).or_default().add(gemv.1, Some(dec.1), before);
                     before = before.max(other.1.end_ns);
                 }

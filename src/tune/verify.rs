@@ -49,9 +49,12 @@ pub struct Verified {
 }
 
 impl Verification {
+    /// Tokens of a text that are not counted: its prompt, and those before it has got under way.
+    pub const OVERHEAD: usize = 1 + WARM;
+
     /// The longest text that is made.
     pub fn max_seq_len(&self) -> usize {
-        1 + WARM + self.tokens
+        Self::OVERHEAD + self.tokens
     }
 }
 

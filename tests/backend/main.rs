@@ -9,6 +9,7 @@ mod small_model;
 mod dec;
 mod decode;
 mod gemv;
+mod record;
 mod reference;
 mod whole;
 
@@ -96,6 +97,8 @@ on_every_backend! {
     decode::greedy_sampling,
     decode::random_sampling,
     decode::time_passes,
+    record::every_launch_is_timed,
+    record::bandwidths_are_measured,
     reference::reference_directories,
     whole::small_models,
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::Cuda;
 use super::cupti::Cupti;
 use super::driver::{Arguments, Buffer, Graph, Launch as Grid, Mapped};
-use super::Cuda;
 use crate::backend::record::{Bandwidths, Clock, KernelRecord, Launch, Recorder};
 
 /// What is read to measure device memory: far more than caches hold.
@@ -295,7 +295,8 @@ mod tests {
 
     #[test]
     fn a_compensation_of_its_own_is_told_apart() {
-        let ran = vec![kernel("gemv", 10, 20), kernel("stage", 20, 30), kernel("gemv_any", 30, 70), kernel("dec", 65, 90)];
+        let ran =
+            vec![kernel("gemv", 10, 20), kernel("stage", 20, 30), kernel("gemv_any", 30, 70), kernel("dec", 65, 90)];
         let launches = chained(ran, &names(&[&["gemv"], &["stage", "gemv_any", "dec"]])).unwrap();
         let last = &launches[1];
         assert_eq!((last.gemv.name.as_str(), last.gemv.start_ns, last.gemv.end_ns), ("gemv_any", 20, 70));

@@ -79,7 +79,11 @@ impl Recorder<Wgpu> for WgpuRecorder {
 impl WgpuRecorder {
     /// What the stamps of one launch say. Clocks that tick slowly still give every kernel a nanosecond.
     fn launch(&mut self, times: &[u64]) -> Result<Launch> {
-        ensure!((2..=STAMPS).contains(&times.len()), "wgpu: a launch left {} time stamps, 2 or 3 were due", times.len());
+        ensure!(
+            (2..=STAMPS).contains(&times.len()),
+            "wgpu: a launch left {} time stamps, 2 or 3 were due",
+            times.len()
+        );
         let mut span = |from: u64, to: u64| {
             let start_ns = from.max(self.last_ns).max(1);
             self.last_ns = to.max(start_ns + 1);

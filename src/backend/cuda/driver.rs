@@ -1,6 +1,6 @@
 //! The driver: one device, one stream, memory that frees itself, launches. All of cudarc that decdec uses.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_int, c_uint, c_void};
 use std::marker::PhantomData;
 use std::ptr;
@@ -32,6 +32,8 @@ pub(super) struct Driver {
     stream: sys::CUstream,
     numbers: Numbers,
     dry: Cell<bool>,
+    /// Names of the kernels queued, while somebody wants to know.
+    watched: RefCell<Option<Vec<String>>>,
 }
 
 /// The device's context, for other threads.
@@ -114,7 +116,7 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("using the context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("creating a stream", e))?;
-        Ok(Rc::new(Self { device, context, stream, numbers, dry: Cell::new(false) }))
+        Ok(Rc::new(Self { device, context, stream, numbers, dry: Cell::new(false), watched: RefCell::default() }))
     }
 
     pub(super) fn numbers(&self) -> &Numbers {
@@ -159,6 +161,14 @@ impl Driver {
         }
     }
 
+    /// Runs `work` and returns the names of the kernels that it queued, in order.
+    pub(super) fn watch(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
+        self.watched.replace(Some(Vec::new()));
+        let done = work();
+        let names = self.watched.take().unwrap_or_default();
+        done.map(|()| names)
+    }
+
     /// Queues a kernel.
     pub(super) fn launch(&self, kernel: &Kernel, launch: Launch, arguments: &mut Arguments<'_>) -> Result<()> {
         if self.dry.get() {
@@ -187,6 +197,9 @@ impl Driver {
             // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
             numAttrs: u32::from(launch.together || self.numbers.major >= 9 && launch.overlap),
         };
+        if let Some(names) = &mut *self.watched.borrow_mut() {
+            names.push(kernel.entry().to_owned());
+        }
         // SAFETY: the kernel belongs to this context, and the arguments are those of its parameter list: each
         // call site passes them in the order and with the types of the kernel's source.
         unsafe { sys::cuLaunchKernelEx(&config, function, arguments.pointers.as_mut_ptr(), ptr::null_mut()) }
@@ -444,6 +457,7 @@ pub(super) fn library(name: &str, parts: &str, package: &str) -> Result<Vec<libl
     let directories = directory.as_deref().into_iter().chain([
         "",
         "/usr/local/cuda/lib64",
+        "/usr/local/cuda/extras/CUPTI/lib64",
         "/opt/cuda/lib64",
         "/usr/lib/x86_64-linux-gnu",
         "/usr/lib64",

@@ -4,12 +4,14 @@
 //! - `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
-//! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch; the
-//!   kernels are in `kernels-cuda/`
+//! - `cupti`, `recorder`: when kernels ran, for the sweep
+//! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch;
+//!   the kernels are in `kernels-cuda/`
 
 mod arguments;
 mod blas;
 pub(crate) mod compiler;
+mod cupti;
 mod driver;
 mod host;
 mod kernel;
@@ -19,6 +21,7 @@ mod matrix;
 mod memory;
 mod pack;
 mod product;
+mod recorder;
 mod sequence;
 mod vector;
 
@@ -35,6 +38,7 @@ pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
 pub use pack::packed;
+pub use recorder::CudaRecorder;
 pub use sequence::Sequence;
 pub use vector::Vector;
 
@@ -45,6 +49,7 @@ use self::host::Staging;
 use self::kernel::{Kernel, Kernels};
 use self::matrix::{Body, Format, Uploads};
 use self::product::Feed;
+use super::record::Clock;
 use super::{Activations, DecodeBackend, DeviceInfo, GemvBackend, Input, LayerOperands, Norm, one_by_one};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
@@ -267,6 +272,7 @@ impl GemvBackend for Cuda {
     type Vector = Vector;
     type Matrix = Matrix;
     type Plan = Plan;
+    type Recorder = CudaRecorder;
 
     fn device(&self) -> &DeviceInfo {
         &self.device
@@ -307,6 +313,10 @@ impl GemvBackend for Cuda {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         self.driver.time(work)
+    }
+
+    fn recorder(&self, clock: Clock) -> Result<CudaRecorder> {
+        CudaRecorder::new(clock)
     }
 }
 

@@ -52,5 +52,6 @@ pub const TWINS: &[Twin] = &[
     cuda_only("dequant_dense", "as dequant_any"),
     cuda_only("add_bias", "after a library's product; the WGSL products add it themselves"),
     cuda_only("copy_row", "a row may await its compensation; in WGSL it is a copy of the queue"),
+    cuda_only("read", "measures bandwidth; in WGSL the products measure it"),
     cuda_only("advance", "a replayed token reads its position from the device; in WGSL the host counts"),
 ];

@@ -14,6 +14,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod kernels;
+pub mod record;
 #[cfg(feature = "reference-wgpu")]
 pub mod wgsl;
 
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use self::record::{Clock, Recorder};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
@@ -51,6 +53,8 @@ pub trait GemvBackend {
     type Matrix;
     /// A [`DecPlan`] as the device needs it.
     type Plan;
+    /// What times a sweep's launches.
+    type Recorder: Recorder<Self>;
 
     /// The device.
     fn device(&self) -> &DeviceInfo;
@@ -86,6 +90,12 @@ pub trait GemvBackend {
     /// Runs `work`, which queues operations, waits for them, and returns the time that they took by the
     /// device's clock.
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration>;
+
+    /// The clock for a sweep, each launch by itself; [`GemvBackend::time`] knows only the whole.
+    ///
+    /// # Errors
+    /// A `clock` that was asked for by name and is not there.
+    fn recorder(&self, clock: Clock) -> Result<Self::Recorder>;
 }
 
 /// RMSNorm's constants on a device.

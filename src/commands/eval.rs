@@ -4,6 +4,7 @@ use anyhow::{Result, bail, ensure};
 use decdec::backend::DecodeBackend;
 use decdec::eval::{self, Evaluation};
 use decdec::open::Opened;
+use decdec::weights::ModelWeights;
 
 use super::devices::{Job, on_device};
 use crate::cli::PerplexityArgs;
@@ -45,6 +46,10 @@ struct Perplexity<'a> {
 
 impl Job for Perplexity<'_> {
     type Output = Evaluation;
+
+    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
+        Some((self.opened.weights(), self.args.seq_len))
+    }
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Evaluation> {
         let mut model = super::load(backend, self.opened.weights())?;

@@ -13,6 +13,7 @@ mod cases;
 mod dec;
 mod decode;
 mod gemv;
+mod record;
 mod reference;
 mod whole;
 
@@ -110,6 +111,8 @@ on_every_backend! {
     decode::greedy_sampling,
     decode::random_sampling,
     decode::time_passes,
+    record::every_launch_is_timed,
+    record::bandwidths_are_measured,
     reference::reference_directories,
     whole::small_models,
 }

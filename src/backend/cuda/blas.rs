@@ -54,7 +54,7 @@ impl Blas {
     /// # Errors
     /// No library, or one that does not start.
     pub(super) fn open(driver: &Rc<Driver>) -> Result<Self> {
-        let libraries = super::driver::library("libcublas", "libcublasLt.so", "nvidia-cublas")?;
+        let libraries = super::library::open("libcublas", "libcublasLt.so", "nvidia-cublas")?;
         let library = &libraries[0];
         let mut handle = std::ptr::null_mut();
         // SAFETY: the types are those of cublas_api.h, unchanged from CUDA 12 to 13.

@@ -13,7 +13,7 @@ use std::{env, fs, process, ptr};
 use anyhow::{Context, Result, bail, ensure};
 
 /// Every kernel, as it stands in `kernels-cuda/`.
-const SOURCES: [(&str, &str); 9] = [
+const SOURCES: [(&str, &str); 10] = [
     ("layers.cu", include_str!("../../../kernels-cuda/layers.cu")),
     ("gemv_anyprec.cu", include_str!("../../../kernels-cuda/gemv_anyprec.cu")),
     ("gemv_lutgemm.cu", include_str!("../../../kernels-cuda/gemv_lutgemm.cu")),
@@ -23,6 +23,7 @@ const SOURCES: [(&str, &str); 9] = [
     ("rows.cu", include_str!("../../../kernels-cuda/rows.cu")),
     ("attend.cu", include_str!("../../../kernels-cuda/attend.cu")),
     ("sample.cu", include_str!("../../../kernels-cuda/sample.cu")),
+    ("read.cu", include_str!("../../../kernels-cuda/read.cu")),
 ];
 
 /// What they include.
@@ -80,7 +81,7 @@ impl Compiler {
     /// # Errors
     /// No NVRTC, or one without the functions that are needed; says how to get one.
     pub(crate) fn open(architecture: &str, cache: Option<PathBuf>) -> Result<Self> {
-        let libraries = super::driver::library("libnvrtc", "libnvrtc-builtins.so", "nvidia-cuda-nvrtc")?;
+        let libraries = super::library::open("libnvrtc", "libnvrtc-builtins.so", "nvidia-cuda-nvrtc")?;
         let library = &libraries[0];
         // SAFETY: the types are those of nvrtc.h, unchanged from CUDA 12 to 13.
         let api = unsafe {
@@ -301,6 +302,7 @@ mod tests {
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
         all.push(("sample.cu", split("DTYPE=0")));
+        all.push(("read.cu", split("DTYPE=0")));
         all
     }
 

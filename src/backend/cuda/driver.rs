@@ -1,13 +1,13 @@
 //! The driver: one device, one stream, memory that frees itself, launches. All of cudarc that decdec uses.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_int, c_uint, c_void};
 use std::marker::PhantomData;
 use std::ptr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
@@ -32,6 +32,8 @@ pub(super) struct Driver {
     stream: sys::CUstream,
     numbers: Numbers,
     dry: Cell<bool>,
+    /// Names of the kernels queued, while somebody wants to know.
+    watched: RefCell<Option<Vec<String>>>,
 }
 
 /// The device's context, for other threads.
@@ -114,7 +116,7 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("using the context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("creating a stream", e))?;
-        Ok(Rc::new(Self { device, context, stream, numbers, dry: Cell::new(false) }))
+        Ok(Rc::new(Self { device, context, stream, numbers, dry: Cell::new(false), watched: RefCell::default() }))
     }
 
     pub(super) fn numbers(&self) -> &Numbers {
@@ -159,6 +161,14 @@ impl Driver {
         }
     }
 
+    /// Runs `work` and returns the names of the kernels that it queued, in order.
+    pub(super) fn watch(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
+        self.watched.replace(Some(Vec::new()));
+        let done = work();
+        let names = self.watched.take().unwrap_or_default();
+        done.map(|()| names)
+    }
+
     /// Queues a kernel.
     pub(super) fn launch(&self, kernel: &Kernel, launch: Launch, arguments: &mut Arguments<'_>) -> Result<()> {
         if self.dry.get() {
@@ -187,6 +197,9 @@ impl Driver {
             // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
             numAttrs: u32::from(launch.together || self.numbers.major >= 9 && launch.overlap),
         };
+        if let Some(names) = &mut *self.watched.borrow_mut() {
+            names.push(kernel.entry().to_owned());
+        }
         // SAFETY: the kernel belongs to this context, and the arguments are those of its parameter list: each
         // call site passes them in the order and with the types of the kernel's source.
         unsafe { sys::cuLaunchKernelEx(&config, function, arguments.pointers.as_mut_ptr(), ptr::null_mut()) }
@@ -431,76 +444,5 @@ impl Drop for Graph {
         let _ = self.driver.wait();
         // SAFETY: instantiated by `capture`, destroyed once.
         let _ = unsafe { result::graph::exec_destroy(self.exec) };
-    }
-}
-
-/// A library in the latest version that is installed and that the driver can follow, and those of `parts` that lie
-/// beside it: libraries that it opens by name later, from a directory that the loader may not search.
-///
-/// # Errors
-/// Names what was looked for and how to get it.
-pub(super) fn library(name: &str, parts: &str, package: &str) -> Result<Vec<libloading::Library>> {
-    let named = std::env::var("DECDEC_CUDA_LIBRARIES").ok();
-    let usual = ["", "/usr/local/cuda/lib64", "/opt/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib64"];
-    let versions = versions(driver_version());
-    // A folder that the user names goes before all others, whatever version is in it.
-    let places = named.iter().flat_map(|folder| versions.map(|version| (folder.as_str(), version)));
-    let places = places.chain(versions.into_iter().flat_map(|version| usual.map(|folder| (folder, version))));
-    for (directory, version) in places {
-        let file = std::path::Path::new(directory).join(format!("{name}.so{version}"));
-        let mut libraries = beside(directory, parts);
-        // SAFETY: NVIDIA's libraries run nothing of consequence when they are opened.
-        if let Ok(library) = unsafe { libloading::Library::new(&file) } {
-            libraries.insert(0, library);
-            return Ok(libraries);
-        }
-    }
-    bail!(
-        "cuda: {name}.so of CUDA 12 or 13 not found, install the CUDA toolkit or the Python package {package}, and \
-         name its directory in DECDEC_CUDA_LIBRARIES"
-    )
-}
-
-/// As the driver counts them: 12080 is CUDA 12.8; 0 where there is none.
-fn driver_version() -> i32 {
-    let mut version = 0;
-    // SAFETY: the library is there; the call writes one integer.
-    if unsafe { sys::is_culib_present() } && unsafe { sys::cuDriverGetVersion(&mut version) }.result().is_ok() {
-        return version;
-    }
-    0
-}
-
-/// Endings of libraries, the preferred one first. A driver of CUDA 12 cannot load what libraries of CUDA 13 make.
-fn versions(driver: i32) -> [&'static str; 3] {
-    if (1..13000).contains(&driver) { [".12", "", ".13"] } else { [".13", ".12", ""] }
-}
-
-fn beside(directory: &str, parts: &str) -> Vec<libloading::Library> {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    entries
-        .filter(|entry| !parts.is_empty() && entry.file_name().to_string_lossy().starts_with(parts))
-        // SAFETY: as above.
-        .filter_map(|entry| unsafe { libloading::Library::new(entry.path()) }.ok())
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_missing_library_is_named_with_the_way_to_get_it() {
-        let error = library("libnowhere", "", "nvidia-nowhere").err().unwrap().to_string();
-        for part in ["libnowhere.so", "CUDA 12 or 13", "nvidia-nowhere", "DECDEC_CUDA_LIBRARIES"] {
-            assert!(error.contains(part), "{error}");
-        }
-    }
-
-    #[test]
-    fn libraries_follow_the_driver() {
-        assert_eq!(versions(13000)[0], ".13");
-        assert_eq!(versions(12080)[0], ".12");
-        assert_eq!(versions(0)[0], ".13");
     }
 }

@@ -1,24 +1,28 @@
 //! The CUDA backend: cudarc's driver API, kernels compiled by NVRTC for the card at hand.
 //!
 //! - `driver`: device, stream, memory, launches, graphs; `host`: pinned memory, and uploads through it
-//! - `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
+//! - `library`: NVIDIA's libraries, opened at run time; `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
-//! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch; the
-//!   kernels are in `kernels-cuda/`
+//! - `cupti`, `recorder`: when kernels ran, for the sweep
+//! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch;
+//!   the kernels are in `kernels-cuda/`
 
 mod arguments;
 mod blas;
 pub(crate) mod compiler;
+mod cupti;
 mod driver;
 mod host;
 mod kernel;
 mod launch;
 mod layers;
+mod library;
 mod matrix;
 mod memory;
 mod pack;
 mod product;
+mod recorder;
 mod sequence;
 mod vector;
 
@@ -35,6 +39,7 @@ pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
 pub use pack::packed;
+pub use recorder::CudaRecorder;
 pub use sequence::Sequence;
 pub use vector::Vector;
 
@@ -45,6 +50,7 @@ use self::host::Staging;
 use self::kernel::{Kernel, Kernels};
 use self::matrix::{Body, Format, Uploads};
 use self::product::Feed;
+use super::record::Clock;
 use super::{Activations, DecodeBackend, DeviceInfo, GemvBackend, Input, LayerOperands, Norm, one_by_one};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
@@ -267,6 +273,7 @@ impl GemvBackend for Cuda {
     type Vector = Vector;
     type Matrix = Matrix;
     type Plan = Plan;
+    type Recorder = CudaRecorder;
 
     fn device(&self) -> &DeviceInfo {
         &self.device
@@ -307,6 +314,10 @@ impl GemvBackend for Cuda {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         self.driver.time(work)
+    }
+
+    fn recorder(&self, clock: Clock) -> Result<CudaRecorder> {
+        CudaRecorder::new(clock)
     }
 }
 

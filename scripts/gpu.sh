@@ -49,6 +49,8 @@ tests() {
     for name in cuda_kernels backend golden cuda_decode cuda_faults backend_wgsl reference_read smollm2; do
         step "$name" "$bin/$name" --nocapture
     done
+    # Residuals in memory that the driver allocates, as where ordinary memory cannot be pinned.
+    DECDEC_PINNED=alloc step pinned-by-driver "$bin/cuda_kernels" --nocapture the_residual_product_alone
 }
 
 # Small shapes: a sanitizer runs a kernel hundreds of times as slowly.
@@ -70,6 +72,7 @@ benches() {
     step pack "$bin/pack"
     step gemv "$bin/gemv" --bits 3,4
     step dec "$bin/dec" --bits 3
+    DECDEC_PINNED=alloc step dec-pinned-by-driver "$bin/dec" --k-chunk 8 --n-tb 16,32
     step ops "$bin/generate" --ops 1000
     step generate-dec "$bin/generate" --k-chunk 0,8,0/0/8/8 --n-tb 16,32 --prompt 1,512
     for format in ap lutgemm; do
@@ -79,16 +82,19 @@ benches() {
     done
 }
 
-# How long a model takes to load, with kernels compiled anew and from the cache.
+# How long a model takes to load: kernels compiled anew, from the cache, and with the driver's own pinned memory.
 load() {
     local model=(--model-name Meta-Llama-3-8B-Instruct --bitwidth 3 --num-samples 1 --max-new-tokens 8 --device cuda)
     local cache
     cache=$(mktemp -d)
-    for run in cold warm; do
-        RUST_LOG=decdec=debug DECDEC_CACHE_DIR=$cache step "load-$run" "$bin/decdec" generate \
+    loaded() {
+        RUST_LOG=decdec=debug DECDEC_CACHE_DIR=$cache step "$1" "$bin/decdec" generate \
             --checkpoint-path random:0 --backend ap "${model[@]}" --n-tbs 16 --k-chunks 8 8 8 8
-        grep -h -E '^ *(INFO|DEBUG)' "$out/load-$run.log"
-    done
+        grep -h -E '^ *(INFO|DEBUG)' "$out/$1.log"
+    }
+    loaded load-cold
+    loaded load-warm
+    DECDEC_PINNED=alloc loaded load-pinned-by-driver
     rm -rf "$cache"
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
+use decdec::eval;
 use decdec::generate::{Finish, Request, generate};
 use decdec::model::Model;
 use decdec::sampling::Sampling;
@@ -58,6 +59,30 @@ fn smollm2_ids_logits_and_texts_agree_on_cuda() {
         let options = Options { dtype: Dtype::Float32, ..Options::default() };
         ids_logits_and_texts_agree(&Cuda::new(0, options).expect("a CUDA device"));
     }
+}
+
+/// Half precision may choose other words, but reads a text as well.
+#[test]
+fn smollm2_reads_as_well_in_float16_on_cuda() {
+    use decdec::backend::cuda::{Cuda, Dtype, Options};
+    if !devices::is_under_test("cuda") {
+        return;
+    }
+    let Some((source, ..)) = model_and_answers() else { return };
+    let text = std::fs::read_to_string("tests/data/botchan.txt").expect("readable");
+    let tokenizer = Tokenizer::new(source.texts(), source.config()).expect("tokenizer");
+    let text: String = text.replace("\r\n", "\n").chars().take(60_000).collect();
+    let tokens = tokenizer.encode(&text).expect("encodes");
+    let windows = eval::windows(&tokens, 512, 0..12).expect("long enough");
+    let perplexity = |dtype| {
+        let cuda = Cuda::new(0, Options { dtype, ..Options::default() }).expect("a CUDA device");
+        let model = Model::load(&cuda, &source, |_| ()).expect("loads");
+        eval::perplexity(&model, None, &windows, |_| Ok(())).expect("runs").perplexity
+    };
+    let (single, half) = (perplexity(Dtype::Float32), perplexity(Dtype::Float16));
+    println!("perplexity {single:.4} in float32, {half:.4} in float16");
+    assert!(single > 5.0 && single < 100.0, "{single} is no perplexity of this text");
+    assert!((half / single - 1.0).abs() < 5e-3, "{half} in float16, {single} in float32, 0.5 % apart at most");
 }
 
 fn ids_logits_and_texts_agree<B: DecodeBackend>(backend: &B) {

@@ -33,7 +33,6 @@ const HEADERS: [(&str, &str); 9] = [
     ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),
     ("stream.cuh", include_str!("../../../kernels-cuda/stream.cuh")),
     ("unit.cuh", include_str!("../../../kernels-cuda/unit.cuh")),
-
     ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
     ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
     ("gemv.cuh", include_str!("../../../kernels-cuda/gemv.cuh")),

@@ -95,6 +95,9 @@ load() {
     loaded load-cold
     loaded load-warm
     DECDEC_PINNED=alloc loaded load-pinned-by-driver
+    # A checkpoint of random numbers, from the page cache.
+    RUST_LOG=decdec=debug DECDEC_CACHE_DIR=$cache step load-checkpoint "$bin/load"
+    cat "$out/load-checkpoint.log"
     rm -rf "$cache"
 }
 

@@ -30,8 +30,11 @@ pub(crate) fn random_cases_on<B: UnderTest>(backend: &B, prepare: impl FnOnce(&[
         check(backend, &linears[i], &matrices[i], case, &mut noise, &mut seen);
     }
     println!("{}: {wanted} cases of {} shapes, {seen:?}", backend.device().id, linears.len());
-    assert!(seen.unnoticed * 20 <= seen.products, "a channel left out went unnoticed: {seen:?}");
-    assert!(wanted < 200 || (seen.products > wanted / 3 && seen.not_finite > wanted / 20), "{seen:?}");
+    // Shares of few cases say little.
+    if wanted >= 200 {
+        assert!(seen.unnoticed * 20 <= seen.products, "a channel left out went unnoticed: {seen:?}");
+        assert!(seen.products > wanted / 3 && seen.not_finite > wanted / 20, "{seen:?}");
+    }
 }
 
 /// What the cases were.

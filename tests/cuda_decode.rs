@@ -50,6 +50,8 @@ fn tokens<B: DecodeBackend>(
     model.compensate(Some(&Compensation::uniform(most, k_chunk, Selection::Bucket))).unwrap();
     let mut state = model.state(200).unwrap();
     let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 1000).collect();
+    // Without effect on what follows: the texts below are those of a model that was not prepared.
+    model.prepare(&mut state, prompt.len(), true).unwrap();
     let request = Request {
         prompt: &prompt,
         max_new_tokens: 60,

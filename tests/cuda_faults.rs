@@ -5,6 +5,9 @@
 
 mod cuda_common;
 
+use std::ops::ControlFlow;
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use cuda_common::{cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype};
@@ -12,8 +15,10 @@ use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::Dense;
-use decdec::model::Model;
+use decdec::generate::{Request, generate};
+use decdec::model::{Compensation, Model};
 use decdec::random::{RandomFormat, RandomWeights};
+use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights};
 
 /// A model whose tensors cannot be read from `broken` on.
@@ -78,9 +83,38 @@ fn leaves_nothing(cuda: &Cuda, what: &str, work: impl FnOnce()) {
     assert!(grown < 2 * SLACK, "{what}: the process has grown by {} MiB", grown >> 20);
 }
 
+/// The first tokens find every kernel there.
+fn nothing_is_compiled_after_preparing(cuda: &Cuda, cache: &Path) {
+    let kept = || std::fs::read_dir(cache).map_or(0, Iterator::count);
+    let weights = model();
+    for (k_chunk, prompt) in [(0, 1), (8, 1), (8, 40)] {
+        let mut model = Model::load(cuda, &weights, |_| ()).unwrap();
+        model.compensate(Some(&Compensation::uniform(8, k_chunk, Selection::Bucket))).unwrap();
+        let mut state = model.state(64).unwrap();
+        let before = kept();
+        model.prepare(&mut state, prompt, false).unwrap();
+        let prepared = kept();
+        assert!(prepared > before, "k_chunk {k_chunk}, prompt of {prompt}: nothing was compiled");
+        let request = Request {
+            prompt: &vec![1; prompt],
+            max_new_tokens: 5,
+            sampling: Sampling::GREEDY,
+            seed: 0,
+            stop_ids: &[],
+            compensate_prompt: false,
+        };
+        generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap();
+        assert_eq!(kept(), prepared, "k_chunk {k_chunk}, prompt of {prompt}: kernels were compiled afterwards");
+    }
+}
+
 #[test]
 fn faults_end_cleanly() {
+    let cache = tempfile::tempdir().unwrap();
+    // SAFETY: the only test of this process has just begun, no other thread reads the environment.
+    unsafe { std::env::set_var("DECDEC_CACHE_DIR", cache.path()) };
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    nothing_is_compiled_after_preparing(&cuda, &cache.path().join("kernels"));
     // What stays for good: upload buffers, the context's own memory.
     drop(cuda.matrix(&model().projection(0, Projection::O).unwrap()).unwrap());
 

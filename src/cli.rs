@@ -24,6 +24,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Quantize a full-precision model into a decdec checkpoint
     Quantize(QuantizeArgs),
+    /// Turn a quantized model of another program into a decdec checkpoint, number for number
+    Convert(ConvertArgs),
+    /// Make residuals and thresholds for a quantized model, given the original
+    Residuals(ResidualsArgs),
     /// Generate text and measure how fast
     Generate(GenerateArgs),
     /// Measure how good a model is
@@ -108,6 +112,25 @@ pub(crate) struct QuantizeArgs {
     /// Where the checkpoint goes
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
+    /// Channels that share a scale in lutgemm [default: the largest of 128, 64, 32 that divides]
+    #[arg(long, alias = "group_size")]
+    pub(crate) group_size: Option<usize>,
+    /// Plain rounding instead of AWQ's scale and clipping search, in lutgemm
+    #[arg(long, alias = "no_awq")]
+    pub(crate) no_awq: bool,
+    /// Print sizes and time estimates, write nothing
+    #[arg(long, alias = "dry_run")]
+    pub(crate) dry_run: bool,
+    /// Replace the checkpoint that is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+/// What a model reads while it is watched.
+#[derive(Debug, Args)]
+pub(crate) struct CalibrationArgs {
     /// Calibration text; when absent, the model's own
     #[arg(long, value_name = "FILE")]
     pub(crate) calib: Option<PathBuf>,
@@ -117,18 +140,49 @@ pub(crate) struct QuantizeArgs {
     /// Calibration samples [default: 24 with --calib, 16 without]
     #[arg(long)]
     pub(crate) samples: Option<usize>,
-    /// Channels that share a scale in lutgemm [default: the largest of 128, 64, 32 that divides]
-    #[arg(long, alias = "group_size")]
-    pub(crate) group_size: Option<usize>,
-    /// Plain rounding instead of AWQ's scale and clipping search, in lutgemm
-    #[arg(long, alias = "no_awq")]
-    pub(crate) no_awq: bool,
     /// Decides the calibration text that the model makes
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Print sizes and time estimates, write nothing
-    #[arg(long, alias = "dry_run")]
-    pub(crate) dry_run: bool,
+}
+
+/// `decdec convert`
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// A directory as the reference's scripts write it, an AWQ checkpoint, or a decdec checkpoint
+    pub(crate) path: PathBuf,
+    /// Where the checkpoint goes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Which of the precisions that are stored, where there are several
+    #[arg(long)]
+    pub(crate) bitwidth: Option<BitWidth>,
+    /// The full-precision model, to make residuals and thresholds against
+    #[arg(long, value_name = "SOURCE")]
+    pub(crate) original: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
+    /// Replace the checkpoint that is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+/// `decdec residuals`
+#[derive(Debug, Args)]
+pub(crate) struct ResidualsArgs {
+    /// The full-precision model: a Hugging Face directory or a .gguf file
+    #[arg(long, value_name = "SOURCE")]
+    pub(crate) original: PathBuf,
+    /// The quantized model: a directory as the reference's scripts write it, an AWQ checkpoint, or a decdec checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub(crate) quantized: PathBuf,
+    /// Where the checkpoint goes: the quantized weights as they are, residuals, thresholds
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Which of the precisions that are stored, where there are several
+    #[arg(long)]
+    pub(crate) bitwidth: Option<BitWidth>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
     /// Replace the checkpoint that is there
     #[arg(long)]
     pub(crate) overwrite: bool,

@@ -16,6 +16,8 @@ fn main() -> ExitCode {
     log_to_stderr();
     let result = match &cli.command {
         Command::Quantize(args) => commands::quantize::run(args),
+        Command::Convert(args) => commands::convert::convert(args),
+        Command::Residuals(args) => commands::convert::residuals(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval(EvalCommand::Perplexity(args)) => commands::eval::perplexity(args),
         Command::Profile(args) => commands::profile::run(args),

@@ -10,6 +10,7 @@ mod estimate;
 mod forward;
 mod job;
 mod mixed;
+mod residuals;
 mod sample;
 mod sqllm;
 
@@ -31,7 +32,9 @@ use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use estimate::{Estimate, estimate};
 use forward::{Affine, Inputs, Layer};
-use job::Job;
+pub(crate) use job::fingerprint;
+use job::{Job, Made};
+pub use residuals::{ResidualOptions, residuals};
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq)]
@@ -140,7 +143,7 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-fn ensure_running(stop: &AtomicBool) -> Result<()> {
+pub(crate) fn ensure_running(stop: &AtomicBool) -> Result<()> {
     if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) }
 }
 
@@ -178,14 +181,15 @@ pub fn quantize(
     let config = source.config();
     ensure!(source.bits(0).is_none(), "the source is already quantized, a full-precision model is expected");
     let manifest = plan(config, options)?;
-    let key = job::key(source, &manifest, options)?;
+    let key = job::key(source, &manifest, &options.calibration, &format!("awq {}", options.awq))?;
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
-    let style = "{msg:<24} {bar:32} {percent:>3} %, {eta} left";
-    progress.set_style(ProgressStyle::with_template(style).context("progress bar")?);
-    let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };
-    progress.set_length(job.work());
-    let ids = job.calibration()?;
-    job.layers(&ids)?;
+    let widths = manifest.bits.low()..=manifest.bits.high();
+    let (calibration, all) = (&options.calibration, widths.clone().count() as u64);
+    let job = Job { source, calibration, manifest: &manifest, writer: &writer, stop, progress, widths: all };
+    show(progress, job.work())?;
+    let ids = job.tokens_of_calibration()?;
+    let quantize = |_, bits, layer: &_, inputs: &_| quantize_layer(&job, options.awq, bits, layer, inputs);
+    job.layers(&ids, |_| widths.clone().collect(), quantize)?;
     let (bits, divergences) = match manifest.bits.is_mixed() {
         true => mixed::choose(&job, &ids)?,
         false => (vec![manifest.bits.low(); config.num_layers], Vec::new()),
@@ -195,6 +199,14 @@ pub fn quantize(
     writer.finish(config, &manifest, &bits, &rest, texts)?;
     progress.finish_and_clear();
     Ok(Report { manifest, bits, divergences, tokens: ids.len(), elapsed: start.elapsed() })
+}
+
+/// A bar with the time that is left, `work` long.
+fn show(progress: &ProgressBar, work: u64) -> Result<()> {
+    let style = "{msg:<24} {bar:32} {percent:>3} %, {eta} left";
+    progress.set_style(ProgressStyle::with_template(style).context("progress bar")?);
+    progress.set_length(work);
+    Ok(())
 }
 
 /// Checks the options against the model and settles what they leave open.
@@ -247,10 +259,9 @@ fn group_size(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
 type Norms = (Vec<f32>, Vec<f32>);
 
 /// Quantizes one layer to `bits`: norms and projections as they are stored.
-fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> Result<(Norms, [Linear<'static>; 4])> {
+fn quantize_layer(job: &Job<'_>, awq: bool, bits: u32, layer: &Layer, inputs: &Inputs) -> Result<Made<'static>> {
     let (config, group_size, bits) = (job.source.config(), job.manifest.group_size, bits as usize);
     let (mut layer, mut inputs) = (Cow::Borrowed(layer), Cow::Borrowed(inputs));
-    let awq = job.options.awq;
     if let (Some(group_size), true) = (group_size, awq) {
         awq::scale(config, layer.to_mut(), inputs.to_mut(), bits, group_size);
     }
@@ -267,7 +278,7 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
 }
 
 /// Adds what compensation needs: the residual against what is stored, the thresholds of what comes in.
-fn finish(linear: &Affine, x: &[f32], weight: Weight<'static>) -> Result<Linear<'static>> {
+fn finish<'a>(linear: &Affine, x: &[f32], weight: Weight<'a>) -> Result<Linear<'a>> {
     let (inputs, outputs) = (linear.in_features, linear.out_features);
     let mut lost = vec![0.0; inputs * outputs];
     lost.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, lost)| {

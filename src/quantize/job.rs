@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 
 use super::calibrate::Activations;
 use super::forward::{Inputs, Layer, Rope};
-use super::{Calibration, Norms, mixed, sample};
+use super::{Calibration, Norms, Options, mixed, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
 use crate::config::Projection;
 use crate::weights::{Linear, ModelWeights};
@@ -20,16 +20,14 @@ const ACTIVATIONS: &str = "activations.bin";
 /// Quantizing a layer takes about as long as this many tokens through it, whatever its size.
 const LAYER_WORK: u64 = 8192;
 
-/// A quantization on its way, or the making of residuals for one.
+/// A quantization on its way.
 pub(super) struct Job<'a> {
     pub(super) source: &'a dyn ModelWeights,
-    pub(super) calibration: &'a Calibration,
+    pub(super) options: &'a Options,
     pub(super) manifest: &'a Manifest,
     pub(super) writer: &'a CheckpointWriter,
     pub(super) stop: &'a AtomicBool,
     pub(super) progress: &'a ProgressBar,
-    /// Bit widths that every layer is made in.
-    pub(super) widths: u64,
 }
 
 /// A layer as it is stored: norms, and projections in the order of [`Projection::ALL`].
@@ -39,27 +37,68 @@ impl Job<'_> {
     /// Length of the progress bar: tokens that go through a layer, summed over layers, and what else takes as long.
     pub(super) fn work(&self) -> u64 {
         let layers = self.source.config().num_layers as u64;
-        let sampling = match self.calibration {
-            Calibration::Sampled { .. } => sample::SAMPLED_TOKEN * self.tokens() * layers,
+        let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
+        self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed
+    }
+
+    /// Length of the progress bar while every layer is made once, whatever its width.
+    pub(super) fn work_once(&self) -> u64 {
+        self.sampling_work() + self.source.config().num_layers as u64 * (self.tokens() + LAYER_WORK)
+    }
+
+    fn sampling_work(&self) -> u64 {
+        match self.options.calibration {
+            Calibration::Sampled { .. } => {
+                sample::SAMPLED_TOKEN * self.tokens() * self.source.config().num_layers as u64
+            }
             Calibration::Text { .. } => 0,
-        };
-        let mixed = if self.widths > 1 { mixed::work(self.calibration, layers) } else { 0 };
-        sampling + layers * (self.tokens() + self.layer_work()) + mixed
+        }
     }
 
     fn tokens(&self) -> u64 {
-        (self.calibration.samples() * self.calibration.seq_len()) as u64
+        (self.options.calibration.samples() * self.options.calibration.seq_len()) as u64
     }
 
-    /// Making a layer, in tokens that would go through it in that time.
+    /// Quantizing a layer, in tokens that would go through it in that time.
     fn layer_work(&self) -> u64 {
-        self.widths * LAYER_WORK
+        let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
+        widths * LAYER_WORK
+    }
+
+    /// Makes every layer that is not finished, once: `make` gets its index, the layer in full precision and what
+    /// entered its projections; `bits` are those of every layer.
+    pub(super) fn layers_once<'a>(
+        &self,
+        ids: &[u32],
+        bits: &[u32],
+        make: impl Fn(usize, &Layer, &Inputs) -> Result<Made<'a>>,
+    ) -> Result<()> {
+        let config = self.source.config();
+        let rope = Rope::new(config, self.options.calibration.seq_len());
+        let (first, mut activations) = self.activations(ids)?;
+        self.progress.inc(first as u64 * (self.tokens() + LAYER_WORK));
+        self.progress.reset_eta();
+        for (index, &bits) in bits.iter().enumerate().skip(first) {
+            self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
+            let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
+            let missing = !self.writer.has_layer(index, bits);
+            let inputs = activations.advance(config, &layer, &rope, missing, self.stop, self.progress)?;
+            if missing {
+                let (norms, linears) = make(index, &layer, &inputs).with_context(|| format!("layer {index}"))?;
+                self.writer.write_layer(index, bits, &norms, &linears)?;
+            }
+            self.progress.inc(LAYER_WORK);
+            self.keep(index + 1, &activations)?;
+        }
+        Ok(())
     }
 
     /// The calibration tokens, windows of `seq_len`, one after the other.
-    pub(super) fn tokens_of_calibration(&self) -> Result<Vec<u32>> {
-        match self.calibration {
-            Calibration::Text { tokens, seq_len, .. } => Ok(tokens[..self.calibration.samples() * seq_len].to_vec()),
+    pub(super) fn calibration(&self) -> Result<Vec<u32>> {
+        match &self.options.calibration {
+            Calibration::Text { tokens, seq_len, .. } => {
+                Ok(tokens[..self.options.calibration.samples() * seq_len].to_vec())
+            }
             &Calibration::Sampled { seq_len, samples, seed } => {
                 self.progress.set_message("sampling text");
                 let kept = self.writer.read_file(TOKENS).filter(|bytes| bytes.len() == 4 * samples * seq_len);
@@ -74,29 +113,25 @@ impl Job<'_> {
         }
     }
 
-    /// Makes every layer that is not finished, at every bit width that `widths` asks for. `make` gets the layer's
-    /// index, the width, the layer in full precision and what entered its projections.
-    pub(super) fn layers<'a>(
-        &self,
-        ids: &[u32],
-        widths: impl Fn(usize) -> Vec<u32>,
-        make: impl Fn(usize, u32, &Layer, &Inputs) -> Result<Made<'a>>,
-    ) -> Result<()> {
+    /// Quantizes every layer that is not finished, at every bit width that is needed.
+    pub(super) fn layers(&self, ids: &[u32]) -> Result<()> {
         let config = self.source.config();
-        let seq_len = self.calibration.seq_len();
+        let seq_len = self.options.calibration.seq_len();
         let rope = Rope::new(config, seq_len);
+        let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
+        let widths = (self.manifest.bits.low()..).take(widths);
         let (first, mut activations) = self.activations(ids)?;
         self.progress.inc(first as u64 * (self.tokens() + self.layer_work()));
         self.progress.reset_eta();
         for index in first..config.num_layers {
             self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
             let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
-            let missing: Vec<u32> =
-                widths(index).into_iter().filter(|&bits| !self.writer.has_layer(index, bits)).collect();
+            let missing: Vec<u32> = widths.clone().filter(|&bits| !self.writer.has_layer(index, bits)).collect();
             let inputs = activations.advance(config, &layer, &rope, !missing.is_empty(), self.stop, self.progress)?;
             for &bits in &missing {
                 super::ensure_running(self.stop)?;
-                let (norms, linears) = make(index, bits, &layer, &inputs).with_context(|| format!("layer {index}"))?;
+                let (norms, linears) =
+                    super::quantize_layer(self, bits, &layer, &inputs).with_context(|| format!("layer {index}"))?;
                 self.writer.write_layer(index, bits, &norms, &linears)?;
             }
             self.progress.inc(self.layer_work());
@@ -106,9 +141,9 @@ impl Job<'_> {
     }
 
     /// The next layer and what enters it.
-    fn activations(&self, ids: &[u32]) -> Result<(usize, Activations)> {
+    pub(super) fn activations(&self, ids: &[u32]) -> Result<(usize, Activations)> {
         let config = self.source.config();
-        let (tokens, hidden) = (self.calibration.seq_len(), config.hidden_size);
+        let (tokens, hidden) = (self.options.calibration.seq_len(), config.hidden_size);
         let kept = self.writer.read_file(ACTIVATIONS).filter(|bytes| bytes.len() == 8 + 4 * ids.len() * hidden);
         if let Some((index, h)) = kept.as_deref().and_then(|bytes| bytes.split_first_chunk::<8>()) {
             let index = u64::from_le_bytes(*index) as usize;
@@ -117,7 +152,8 @@ impl Job<'_> {
         Ok((0, Activations::embed(&self.source.embedding()?, ids, tokens)?))
     }
 
-    fn keep(&self, next: usize, activations: &Activations) -> Result<()> {
+    /// Keeps what enters layer `next`.
+    pub(super) fn keep(&self, next: usize, activations: &Activations) -> Result<()> {
         let mut bytes = (next as u64).to_le_bytes().to_vec();
         bytes.extend_from_slice(bytemuck::cast_slice(&activations.h));
         self.writer.write_file(ACTIVATIONS, &bytes)
@@ -125,23 +161,18 @@ impl Job<'_> {
 }
 
 /// Everything that a result depends on, in words and hashes: unfinished work with another key is of no use.
-pub(super) fn key(
-    source: &dyn ModelWeights,
-    manifest: &Manifest,
-    calibration: &Calibration,
-    how: &str,
-) -> Result<String> {
+pub(super) fn key(source: &dyn ModelWeights, manifest: &Manifest, options: &Options) -> Result<String> {
     let config = source.config();
     let mut hash = Fnv::new();
     hash.model(source)?;
-    if let Calibration::Text { tokens, .. } = calibration {
+    if let Calibration::Text { tokens, .. } = &options.calibration {
         hash.bytes(bytemuck::cast_slice(tokens));
     }
     let manifest = serde_json::to_string(manifest)?;
-    Ok(format!("{}\n{manifest}\n{how}\n{config:?}\n{:016x}\n", env!("CARGO_PKG_VERSION"), hash.0))
+    Ok(format!("{}\n{manifest}\nawq {}\n{config:?}\n{:016x}\n", env!("CARGO_PKG_VERSION"), options.awq, hash.0))
 }
 
-/// A model in a few words: what tells it from others of its shapes.
+/// A quantized model in a few words: what tells it from others of its shapes.
 ///
 /// # Errors
 /// A tensor that cannot be read.
@@ -181,10 +212,10 @@ impl Fnv {
             for i in [0, linear.weight.out_features() / 2] {
                 linear.weight.row(i, &mut row);
                 self.floats(&row);
-                linear.residual.iter().for_each(|residual| {
+                if let Some(residual) = &linear.residual {
                     residual.row(i, &mut row);
                     self.floats(&row);
-                });
+                }
             }
         }
         Ok(())

@@ -36,9 +36,9 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
     let config = job.source.config();
     let (low, high) = (job.manifest.bits.low(), job.manifest.bits.high());
     job.progress.set_message("choosing layers");
-    let seq_len = job.calibration.seq_len();
-    let (texts, tokens) = windows(job.calibration);
-    let apart = job.calibration.samples() / texts * seq_len;
+    let seq_len = job.options.calibration.seq_len();
+    let (texts, tokens) = windows(&job.options.calibration);
+    let apart = job.options.calibration.samples() / texts * seq_len;
     let ids: Vec<u32> = (0..texts).flat_map(|text| &ids[text * apart..][..tokens]).copied().collect();
     let rope = Rope::new(config, tokens);
     let mut full = Activations::embed(&job.source.embedding()?, &ids, tokens)?;

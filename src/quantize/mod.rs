@@ -32,8 +32,8 @@ use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use estimate::{Estimate, estimate};
 use forward::{Affine, Inputs, Layer};
+use job::Job;
 pub(crate) use job::fingerprint;
-use job::{Job, Made};
 pub use residuals::{ResidualOptions, residuals};
 
 /// What to make.
@@ -181,15 +181,13 @@ pub fn quantize(
     let config = source.config();
     ensure!(source.bits(0).is_none(), "the source is already quantized, a full-precision model is expected");
     let manifest = plan(config, options)?;
-    let key = job::key(source, &manifest, &options.calibration, &format!("awq {}", options.awq))?;
+    let key = job::key(source, &manifest, options)?;
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
-    let widths = manifest.bits.low()..=manifest.bits.high();
-    let (calibration, all) = (&options.calibration, widths.clone().count() as u64);
-    let job = Job { source, calibration, manifest: &manifest, writer: &writer, stop, progress, widths: all };
-    show(progress, job.work())?;
-    let ids = job.tokens_of_calibration()?;
-    let quantize = |_, bits, layer: &_, inputs: &_| quantize_layer(&job, options.awq, bits, layer, inputs);
-    job.layers(&ids, |_| widths.clone().collect(), quantize)?;
+    progress.set_style(style()?);
+    let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };
+    progress.set_length(job.work());
+    let ids = job.calibration()?;
+    job.layers(&ids)?;
     let (bits, divergences) = match manifest.bits.is_mixed() {
         true => mixed::choose(&job, &ids)?,
         false => (vec![manifest.bits.low(); config.num_layers], Vec::new()),
@@ -201,12 +199,9 @@ pub fn quantize(
     Ok(Report { manifest, bits, divergences, tokens: ids.len(), elapsed: start.elapsed() })
 }
 
-/// A bar with the time that is left, `work` long.
-fn show(progress: &ProgressBar, work: u64) -> Result<()> {
-    let style = "{msg:<24} {bar:32} {percent:>3} %, {eta} left";
-    progress.set_style(ProgressStyle::with_template(style).context("progress bar")?);
-    progress.set_length(work);
-    Ok(())
+/// How progress is shown: what is done now, and the time left.
+fn style() -> Result<ProgressStyle> {
+    ProgressStyle::with_template("{msg:<24} {bar:32} {percent:>3} %, {eta} left").context("progress bar")
 }
 
 /// Checks the options against the model and settles what they leave open.
@@ -259,9 +254,10 @@ fn group_size(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
 type Norms = (Vec<f32>, Vec<f32>);
 
 /// Quantizes one layer to `bits`: norms and projections as they are stored.
-fn quantize_layer(job: &Job<'_>, awq: bool, bits: u32, layer: &Layer, inputs: &Inputs) -> Result<Made<'static>> {
+fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> Result<(Norms, [Linear<'static>; 4])> {
     let (config, group_size, bits) = (job.source.config(), job.manifest.group_size, bits as usize);
     let (mut layer, mut inputs) = (Cow::Borrowed(layer), Cow::Borrowed(inputs));
+    let awq = job.options.awq;
     if let (Some(group_size), true) = (group_size, awq) {
         awq::scale(config, layer.to_mut(), inputs.to_mut(), bits, group_size);
     }

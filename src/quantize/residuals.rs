@@ -20,7 +20,7 @@ use rayon::prelude::*;
 
 use super::forward::{Inputs, Layer};
 use super::job::{self, Job, Made};
-use super::{Calibration, Norms, Report, awq, ensure_running, finish, show};
+use super::{Calibration, Norms, Options, Report, awq, ensure_running, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{ModelConfig, Projection};
 use crate::tokenizer::TextFiles;
@@ -63,17 +63,26 @@ pub fn residuals(
     ensure_pair(original, quantized)?;
     let config = quantized.config();
     options.calibration.validate(config)?;
-    let calibration = &options.calibration;
-    let manifest = Manifest::describe(quantized, options.source.clone(), calibration.describe())?;
+    let manifest = Manifest::describe(quantized, options.source.clone(), options.calibration.describe())?;
     let manifest = Manifest { residual_bits: 4, ..manifest };
-    let key = job::key(original, &manifest, calibration, &job::fingerprint(quantized)?)?;
+    let job_options = Options {
+        backend: manifest.backend,
+        bits: manifest.bits,
+        group_size: manifest.group_size,
+        awq: false,
+        calibration: options.calibration.clone(),
+        source: options.source.clone(),
+        overwrite: options.overwrite,
+    };
+    let key =
+        format!("residuals of {}\n{}", job::fingerprint(quantized)?, job::key(original, &manifest, &job_options)?);
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
-    let job = Job { source: original, calibration, manifest: &manifest, writer: &writer, stop, progress, widths: 1 };
-    show(progress, job.work())?;
-    let ids = job.tokens_of_calibration()?;
+    let job = Job { source: original, options: &job_options, manifest: &manifest, writer: &writer, stop, progress };
+    progress.set_style(style()?);
+    progress.set_length(job.work_once());
+    let ids = job.calibration()?;
     let bits: Vec<u32> = (0..config.num_layers).filter_map(|layer| quantized.bits(layer)).collect();
-    let make = |index, _, layer: &Layer, inputs: &Inputs| complete(quantized, index, layer, inputs, stop);
-    job.layers(&ids, |layer| vec![bits[layer]], make)?;
+    job.layers_once(&ids, &bits, |index, layer, inputs| complete(quantized, index, layer, inputs, stop))?;
     progress.set_message("writing");
     // Embedding and head are the quantized model's own.
     let rest =

@@ -41,6 +41,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// List what can run here, and what is missing otherwise
     Devices(DevicesArgs),
+    /// Say what this machine can do: drivers, libraries, host link, memory, cores
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell that is to complete
@@ -268,7 +270,7 @@ pub(crate) struct GenerateArgs {
     /// The model's name, checked against the checkpoint
     #[arg(long, alias = "model_name")]
     pub(crate) model_name: Option<String>,
-    /// Bits of a weight, checked against the checkpoint
+    /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
     #[arg(long)]
     pub(crate) bitwidth: Option<BitWidth>,
     /// Storage of the weights, checked against the checkpoint
@@ -317,6 +319,9 @@ pub(crate) enum EvalCommand {
 pub(crate) struct PerplexityArgs {
     /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
+    /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
+    #[arg(long)]
+    pub(crate) bitwidth: Option<BitWidth>,
     /// The text
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
@@ -440,6 +445,9 @@ pub(crate) struct TuneArgs {
 pub(crate) struct InspectArgs {
     /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
+    /// Bits of a weight: which of the precisions that are stored
+    #[arg(long)]
+    pub(crate) bitwidth: Option<BitWidth>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -449,6 +457,14 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct DevicesArgs {
     /// Print one JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `decdec doctor`
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

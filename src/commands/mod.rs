@@ -2,6 +2,7 @@
 
 pub(crate) mod convert;
 pub(crate) mod devices;
+pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod inspect;

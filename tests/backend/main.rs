@@ -3,6 +3,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 #[allow(dead_code, reason = "other tests use the rest")]
+#[path = "../reference_read/decoder.rs"]
+mod decoder;
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../small_model/mod.rs"]
 mod small_model;
 

@@ -3,11 +3,13 @@
 //! - `driver`: device, stream, memory, launches, graphs; `compiler`: NVRTC and the cache of compiled kernels;
 //!   `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
+//! - `doctor`: what there is of all this on a machine
 //! - `memory`: what a model will take; `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
 
 mod arguments;
 mod blas;
 pub(crate) mod compiler;
+pub mod doctor;
 mod driver;
 mod launch;
 mod matrix;

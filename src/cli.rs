@@ -11,12 +11,32 @@ use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
 
+/// What the list of commands does not say: in which order they come.
+const ROAD: &str = "\
+From a model to its answers:
+  decdec quantize MODEL --backend ap --bitwidth 3 --out my-model
+  decdec generate --checkpoint-path my-model --chat --prompt TEXT
+
+The n_tb and k_chunk that suit this machine:
+  decdec profile RUN --checkpoint-path my-model
+  decdec tune RUN --checkpoint-path my-model --target-slowdown 5
+  decdec generate --checkpoint-path my-model --tuned tuned/FILE.json
+
+Coming from the reference: generate.py is generate, run_profile.py is profile, tuner.py is tune, cheatsheet.py and
+thresholds.py are residuals. Their flags are accepted in their spelling (--max_new_tokens), their directories as they
+are. decdec COMMAND --help has the rest.";
+
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
-#[command(name = "decdec", version, max_term_width = 100)]
+#[command(name = "decdec", version, max_term_width = 100, after_help = ROAD)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// The command line of this process; a wrong one ends it, with what may have been meant.
+pub(crate) fn parse() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| crate::flags::better(error).exit())
 }
 
 /// One variant for each command.
@@ -30,7 +50,7 @@ pub(crate) enum Command {
     Residuals(ResidualsArgs),
     /// Generate text and measure how fast
     Generate(GenerateArgs),
-    /// Measure how good a model is
+    /// Measure how good a model is: eval perplexity
     #[command(subcommand)]
     Eval(EvalCommand),
     /// Measure every useful n_tb and k_chunk on this device
@@ -241,34 +261,34 @@ pub(crate) struct GenerateArgs {
     #[arg(long, alias = "checkpoint_path", value_name = "PATH")]
     pub(crate) checkpoint_path: PathBuf,
     /// Text to go on from; without one, a single BOS token
-    #[arg(long)]
+    #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
     /// Independent generations [default: 1 with --prompt, 5 without]
-    #[arg(long, alias = "num_samples")]
+    #[arg(long, alias = "num_samples", value_name = "N")]
     pub(crate) num_samples: Option<usize>,
     /// The most tokens to make in each, the prompt not counted
-    #[arg(long, alias = "max_new_tokens", default_value_t = 200)]
+    #[arg(long, alias = "max_new_tokens", value_name = "N", default_value_t = 200)]
     pub(crate) max_new_tokens: usize,
     /// Sample among this many of the most probable tokens; 0 for all
-    #[arg(long, alias = "top_k", default_value_t = 200)]
+    #[arg(long, alias = "top_k", value_name = "K", default_value_t = 200)]
     pub(crate) top_k: usize,
     /// Sample among the fewest tokens whose probabilities reach this sum
-    #[arg(long, alias = "top_p", default_value_t = 1.0)]
+    #[arg(long, alias = "top_p", value_name = "P", default_value_t = 1.0)]
     pub(crate) top_p: f32,
     /// Sample among tokens at least this share as probable as the most probable one
-    #[arg(long, alias = "min_p", default_value_t = 0.0)]
+    #[arg(long, alias = "min_p", value_name = "P", default_value_t = 0.0)]
     pub(crate) min_p: f32,
     /// 0 takes the most probable token; above, tokens are sampled
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub(crate) temperature: f32,
     /// Decides what is sampled; printed when it was not given
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// 0 generic kernels, 1 specialized kernels, 2 specialized and recorded in a graph (cuda)
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2))]
+    #[arg(long, value_name = "MODE", default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2))]
     pub(crate) compile: u8,
     /// The model's name, checked against the checkpoint
-    #[arg(long, alias = "model_name")]
+    #[arg(long, alias = "model_name", value_name = "NAME")]
     pub(crate) model_name: Option<String>,
     /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
     #[arg(long)]
@@ -285,7 +305,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) chat: bool,
     /// System message of the chat
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat")]
     pub(crate) system: Option<String>,
     /// End where this text appears; may be given several times
     #[arg(long, value_name = "TEXT")]
@@ -297,7 +317,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, alias = "compensate_prompt")]
     pub(crate) compensate_prompt: bool,
     /// The longest context, prompt included [default: what the prompt and --max-new-tokens need]
-    #[arg(long, alias = "max_seq_len")]
+    #[arg(long, alias = "max_seq_len", value_name = "N")]
     pub(crate) max_seq_len: Option<usize>,
     /// Print the text although there is no --prompt
     #[arg(long, alias = "print_result")]

@@ -2,17 +2,18 @@
 
 mod cli;
 mod commands;
+mod flags;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 
 use crate::cli::{Cli, Command, EvalCommand};
 use crate::commands::Interrupted;
 
 #[allow(clippy::print_stderr, reason = "the program's own error")]
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = cli::parse();
     log_to_stderr();
     let result = match &cli.command {
         Command::Quantize(args) => commands::quantize::run(args),

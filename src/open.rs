@@ -9,7 +9,7 @@ use crate::checkpoint::{BitWidth, Checkpoint, Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
 use crate::random::RandomWeights;
 use crate::source::Source;
-use crate::source::awq::Awq;
+use crate::source::grouped::Grouped;
 use crate::source::reference::Reference;
 use crate::tokenizer::{TextFiles, Tokenizer};
 use crate::weights::ModelWeights;
@@ -43,12 +43,12 @@ impl Opened {
             let quantization = Some(quantization);
             return Ok(Self { texts, names, quantization, manifest, weights: Box::new(checkpoint) });
         }
-        if Awq::detect(path) {
-            let awq = Awq::open(path)?;
-            let quantization = (WeightFormat::LutGemm, BitWidth::try_from(4.0)?);
-            let texts = Some(awq.texts().clone());
+        if Grouped::detect(path) {
+            let grouped = Grouped::open(path)?;
+            let quantization = (WeightFormat::LutGemm, BitWidth::try_from(f64::from(grouped.code_bits()))?);
+            let texts = Some(grouped.texts().clone());
             let quantization = Some(quantization);
-            return Ok(Self { texts, names, quantization, manifest: None, weights: Box::new(awq) });
+            return Ok(Self { texts, names, quantization, manifest: None, weights: Box::new(grouped) });
         }
         if Reference::detect(path) {
             let seed = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);

@@ -5,8 +5,8 @@
 //! it is asked for.
 
 mod archive;
-pub mod awq;
 mod gguf;
+pub mod grouped;
 mod huggingface;
 mod modules;
 pub mod reference;

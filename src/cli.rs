@@ -170,7 +170,8 @@ pub(crate) struct CalibrationArgs {
 /// `decdec convert`
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
-    /// A directory as the reference's scripts write it, an AWQ checkpoint, or a decdec checkpoint
+    /// A directory as the reference's scripts write it, an AWQ or GPTQ checkpoint, a full-precision one whose
+    /// quantization is simulated, or a decdec checkpoint
     pub(crate) path: PathBuf,
     /// Where the checkpoint goes
     #[arg(long, value_name = "DIR")]
@@ -194,7 +195,7 @@ pub(crate) struct ResidualsArgs {
     /// The full-precision model: a Hugging Face directory or a .gguf file
     #[arg(long, value_name = "SOURCE")]
     pub(crate) original: PathBuf,
-    /// The quantized model: a directory as the reference's scripts write it, an AWQ checkpoint, or a decdec checkpoint
+    /// The quantized model: whatever decdec convert takes
     #[arg(long, value_name = "DIR")]
     pub(crate) quantized: PathBuf,
     /// Where the checkpoint goes: the quantized weights as they are, residuals, thresholds

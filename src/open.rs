@@ -11,6 +11,7 @@ use crate::random::RandomWeights;
 use crate::source::Source;
 use crate::source::grouped::Grouped;
 use crate::source::reference::Reference;
+use crate::source::simulated::Simulated;
 use crate::tokenizer::{TextFiles, Tokenizer};
 use crate::weights::ModelWeights;
 
@@ -64,6 +65,24 @@ impl Opened {
         let source = Source::open(path)?;
         let texts = Some(source.texts().clone());
         Ok(Self { texts, names, quantization: None, manifest: None, weights: Box::new(source) })
+    }
+
+    /// The same model; a full-precision one as the quantized model that it stands for, where its quantization was only
+    /// simulated.
+    ///
+    /// # Errors
+    /// What [`Simulated::recover`] refuses.
+    pub fn quantized(self) -> Result<Self> {
+        if self.quantization.is_some() {
+            return Ok(self);
+        }
+        let simulated = Simulated::recover(self.weights).with_context(|| {
+            format!("{} is full precision, decdec quantize makes a checkpoint of it", self.names.join(" in "))
+        })?;
+        let widths = (0..simulated.config().num_layers).filter_map(|layer| simulated.bits(layer));
+        let (low, high) = widths.fold((u32::MAX, 0), |(low, high), bits| (low.min(bits), high.max(bits)));
+        let bits = BitWidth::try_from(f64::from(low) + f64::from(high - low) / 2.0)?;
+        Ok(Self { weights: Box::new(simulated), quantization: Some((WeightFormat::AnyPrec, bits)), ..self })
     }
 
     /// What the checkpoint says of itself; `None` for whatever is not a decdec checkpoint.

@@ -12,6 +12,7 @@ use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
 use decdec::config::{ModelConfig, Projection};
 use decdec::format::Dense;
 use decdec::quantize::{Calibration, Interrupted, Options, Report, ResidualOptions, estimate, quantize, residuals};
+use decdec::source::simulated::Simulated;
 use decdec::weights::{Linear, ModelWeights};
 use indicatif::ProgressBar;
 use small_model::{SmallModel, texts};
@@ -276,6 +277,53 @@ fn residuals_for_a_pair_are_those_that_quantizing_makes() {
     refused(&SmallModel::new(8, 2, true), "2 layers, the quantized model 3");
     refused(&Checkpoint::open(&whole).unwrap(), "the original is quantized itself");
     assert!(!dir.path().join("no").exists() && !dir.path().join("no.partial").exists());
+}
+
+/// A model whose matrices are those of a checkpoint, dequantized.
+fn simulated(model: &SmallModel, checkpoint: &Checkpoint) -> SmallModel {
+    let row = |linear: &Linear<'_>, row| {
+        let mut values = vec![0.0; linear.weight.in_features()];
+        linear.weight.row(row, &mut values);
+        values
+    };
+    let linears = (0..model.config.num_layers).map(|layer| {
+        Projection::ALL.map(|projection| {
+            let linear = checkpoint.projection(layer, projection).unwrap();
+            (0..linear.weight.out_features()).flat_map(|r| row(&linear, r)).collect()
+        })
+    });
+    let mut simulated = SmallModel::new(0, model.config.num_layers, model.qkv_bias.is_some());
+    (simulated.linears, simulated.norms) = (linears.collect(), model.norms.clone());
+    (simulated.embedding, simulated.qkv_bias) = (model.embedding.clone(), model.qkv_bias.clone());
+    simulated
+}
+
+#[test]
+fn a_quantization_that_was_simulated_is_recovered() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(12, 2, true);
+    let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(name));
+    let options = options(WeightFormat::AnyPrec, 4.0);
+    make(&model, &options, &whole).unwrap();
+    let checkpoint = Checkpoint::open(&whole).unwrap();
+    let recovered = Simulated::recover(Box::new(simulated(&model, &checkpoint))).unwrap();
+    let wanted = ResidualOptions { calibration: options.calibration, source: options.source, overwrite: false };
+    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    residuals(&model, &recovered, &texts(), &wanted, &pair, &stop, &bar).unwrap();
+    let pair = Checkpoint::open(&pair).unwrap();
+    for (layer, projection) in (0..2).flat_map(|layer| Projection::ALL.map(|p| (layer, p))) {
+        let [whole, pair] = [&checkpoint, &pair].map(|c| c.projection(layer, projection).unwrap());
+        assert_eq!(pair.weight.out_features(), whole.weight.out_features());
+        let (mut a, mut b) = (vec![0.0; whole.weight.in_features()], vec![0.0; whole.weight.in_features()]);
+        for row in 0..whole.weight.out_features() {
+            whole.weight.row(row, &mut a);
+            pair.weight.row(row, &mut b);
+            assert_eq!(a, b, "layer {layer}, {projection}, row {row}");
+        }
+        assert_eq!((whole.residual, whole.thresholds, whole.bias), (pair.residual, pair.thresholds, pair.bias));
+    }
+    let error = Simulated::recover(Box::new(SmallModel::new(12, 2, true))).err().unwrap().to_string();
+    assert!(error.contains("of layer 0's qkv has 64 different values, at most 16 are expected"), "{error}");
 }
 
 #[test]

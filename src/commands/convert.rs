@@ -45,10 +45,7 @@ pub(crate) fn residuals(args: &ResidualsArgs) -> Result<()> {
 
 /// The quantized model, in the precision that was asked for.
 fn open(path: &Path, bits: Option<BitWidth>) -> Result<Opened> {
-    let opened = Opened::open(path, bits, false)?;
-    if opened.quantization().is_none() {
-        bail!("{} is full precision: decdec quantize makes a checkpoint of it", path.display());
-    }
+    let opened = Opened::open(path, bits, false)?.quantized()?;
     opened.expect(None, bits, None)?;
     Ok(opened)
 }

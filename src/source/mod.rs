@@ -10,6 +10,7 @@ pub mod grouped;
 mod huggingface;
 mod modules;
 pub mod reference;
+pub mod simulated;
 pub mod torch;
 
 use std::borrow::Cow;

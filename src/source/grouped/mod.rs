@@ -2,7 +2,7 @@
 //! without any loss.
 //!
 //! `w[row, k] = scales[g, row]·(code − zero)`, `g = ⌊k / group_size⌋`; `scales` is `f16 [in/group_size, out]`, and how
-//! `qweight` and `qzeros` hold codes and zeros is each [`Layout`]'s own.
+//! `qweight` and `qzeros` hold codes and zeros is each layout's own.
 
 mod awq;
 mod gptq;

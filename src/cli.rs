@@ -2,6 +2,9 @@
 //!
 //! Flags that users of the reference know are accepted in their spelling too (`--max_new_tokens`).
 
+mod convert;
+mod flags;
+
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -10,6 +13,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
+
+pub(crate) use convert::{CalibrationArgs, ConvertArgs, ResidualsArgs};
 
 /// What the list of commands does not say: in which order they come.
 const ROAD: &str = "\
@@ -22,9 +27,12 @@ The n_tb and k_chunk that suit this machine:
   decdec tune RUN --checkpoint-path my-model --target-slowdown 5
   decdec generate --checkpoint-path my-model --tuned tuned/FILE.json
 
-Coming from the reference: generate.py is generate, run_profile.py is profile, tuner.py is tune, cheatsheet.py and
-thresholds.py are residuals. Their flags are accepted in their spelling (--max_new_tokens), their directories as they
-are. decdec COMMAND --help has the rest.";
+Coming from the reference:
+  generate.py                     decdec generate
+  run_profile.py                  decdec profile
+  tuner.py                        decdec tune
+  cheatsheet.py, thresholds.py    decdec residuals
+Their flags are accepted in their own spelling, too (--max_new_tokens), and their directories as they are.";
 
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
@@ -36,7 +44,7 @@ pub(crate) struct Cli {
 
 /// The command line of this process; a wrong one ends it, with what may have been meant.
 pub(crate) fn parse() -> Cli {
-    Cli::try_parse().unwrap_or_else(|error| crate::flags::better(error).exit())
+    Cli::try_parse().unwrap_or_else(|error| flags::better(error).exit())
 }
 
 /// One variant for each command.
@@ -145,67 +153,6 @@ pub(crate) struct QuantizeArgs {
     /// Print sizes and time estimates, write nothing
     #[arg(long, alias = "dry_run")]
     pub(crate) dry_run: bool,
-    /// Replace the checkpoint that is there
-    #[arg(long)]
-    pub(crate) overwrite: bool,
-}
-
-/// What a model reads while it is watched.
-#[derive(Debug, Args)]
-pub(crate) struct CalibrationArgs {
-    /// Calibration text; when absent, the model's own
-    #[arg(long, value_name = "FILE")]
-    pub(crate) calib: Option<PathBuf>,
-    /// Tokens of a calibration sample [default: 512 with --calib, 256 without]
-    #[arg(long, alias = "seq_len")]
-    pub(crate) seq_len: Option<usize>,
-    /// Calibration samples [default: 24 with --calib, 16 without]
-    #[arg(long)]
-    pub(crate) samples: Option<usize>,
-    /// Decides the calibration text that the model makes
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
-}
-
-/// `decdec convert`
-#[derive(Debug, Args)]
-pub(crate) struct ConvertArgs {
-    /// A directory as the reference's scripts write it, an AWQ or GPTQ checkpoint, a full-precision one whose
-    /// quantization is simulated, or a decdec checkpoint
-    pub(crate) path: PathBuf,
-    /// Where the checkpoint goes
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: PathBuf,
-    /// Which of the precisions that are stored, where there are several
-    #[arg(long)]
-    pub(crate) bitwidth: Option<BitWidth>,
-    /// The full-precision model, to make residuals and thresholds against
-    #[arg(long, value_name = "SOURCE")]
-    pub(crate) original: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) calibration: CalibrationArgs,
-    /// Replace the checkpoint that is there
-    #[arg(long)]
-    pub(crate) overwrite: bool,
-}
-
-/// `decdec residuals`
-#[derive(Debug, Args)]
-pub(crate) struct ResidualsArgs {
-    /// The full-precision model: a Hugging Face directory or a .gguf file
-    #[arg(long, value_name = "SOURCE")]
-    pub(crate) original: PathBuf,
-    /// The quantized model: whatever decdec convert takes
-    #[arg(long, value_name = "DIR")]
-    pub(crate) quantized: PathBuf,
-    /// Where the checkpoint goes: the quantized weights as they are, residuals, thresholds
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: PathBuf,
-    /// Which of the precisions that are stored, where there are several
-    #[arg(long)]
-    pub(crate) bitwidth: Option<BitWidth>,
-    #[command(flatten)]
-    pub(crate) calibration: CalibrationArgs,
     /// Replace the checkpoint that is there
     #[arg(long)]
     pub(crate) overwrite: bool,

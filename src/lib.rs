@@ -35,7 +35,7 @@
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
-//! The program (`main.rs`, `cli.rs`, `flags.rs`, `commands/`) parses, calls one of these for each command, and prints.
+//! The program (`main.rs`, `cli.rs`, `commands/`) parses, calls one of these for each command, and prints.
 
 #![deny(clippy::print_stdout)]
 #![cfg_attr(not(test), deny(clippy::print_stderr))]

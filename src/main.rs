@@ -2,7 +2,6 @@
 
 mod cli;
 mod commands;
-mod flags;
 
 use std::process::ExitCode;
 

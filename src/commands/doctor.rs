@@ -20,36 +20,37 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
     }
-    let mut table = super::table();
-    table.add_row(["cpu".into(), format!("{}, {} cores, {}", host.name, host.cores, host.simd.join(" "))]);
-    table.add_row(["memory".into(), host.memory_in_words()]);
-    table.add_row(["pinned memory".into(), host.locked_in_words()]);
+    let mut lines = vec![
+        ("cpu".to_owned(), format!("{}, {} cores, {}", host.name, host.cores, host.simd.join(" "))),
+        ("memory".into(), host.memory_in_words()),
+        ("pinned memory".into(), host.locked_in_words()),
+    ];
     let driver = cuda.driver.as_ref().map(|version| match &cuda.driver_release {
         Ok(release) => format!("{release}, for CUDA up to {version}"),
         Err(_) => format!("for CUDA up to {version}"),
     });
-    table.add_row(["NVIDIA driver", &in_words(&driver)]);
-    let libraries = [("NVRTC", &cuda.nvrtc), ("cuBLAS", &cuda.cublas), ("CUPTI", &cuda.cupti)];
-    for (name, version) in libraries {
-        table.add_row([name, &in_words(&version.as_ref())]);
+    lines.push(("NVIDIA driver".into(), in_words(&driver)));
+    for (name, version) in [("NVRTC", &cuda.nvrtc), ("cuBLAS", &cuda.cublas), ("CUPTI", &cuda.cupti)] {
+        lines.push((name.into(), in_words(&version.as_ref())));
     }
-    let cache = cuda.kernel_cache.as_ref().map_or("none".into(), |path| path.display().to_string());
-    table.add_row(["compiled kernels".into(), cache]);
+    let cache = cuda.kernel_cache.as_ref().map_or("nowhere".into(), |path| path.display().to_string());
+    lines.push(("compiled kernels".into(), format!("kept in {cache}")));
     for (i, device) in cuda.devices.iter().enumerate() {
-        let Ok(device) = device else {
-            table.add_row([format!("cuda:{i}"), in_words(&device.as_ref().map(|_| String::new()))]);
-            continue;
-        };
-        for (what, finding) in device_in_words(device) {
-            table.add_row([format!("cuda:{i}{what}"), finding]);
+        match device {
+            Ok(device) => {
+                lines.extend(device_in_words(device).map(|(what, finding)| (format!("cuda:{i}{what}"), finding)));
+            }
+            Err(error) => lines.push((format!("cuda:{i}"), format!("not usable: {error:#}"))),
         }
     }
     let vulkan = vulkan.as_ref().map(|devices| {
         let names: Vec<_> = devices.iter().map(|d| format!("{} {}", d.id, d.name)).collect();
         names.join(", ")
     });
-    table.add_row(["Vulkan", &in_words(&vulkan)]);
-    println!("{table}");
+    lines.push(("Vulkan".into(), in_words(&vulkan)));
+    for (what, finding) in lines {
+        println!("{what:<18} {finding}");
+    }
     Ok(())
 }
 

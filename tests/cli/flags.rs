@@ -193,7 +193,7 @@ fn help_reads_from_top_to_bottom() {
         ["quantize", "convert", "residuals", "generate", "eval", "profile", "tune", "inspect", "devices", "doctor"];
     let listed: Vec<usize> = commands.iter().filter_map(|name| top.find(&format!("\n  {name} "))).collect();
     assert!(listed.len() == commands.len() && listed.is_sorted(), "in the order of use: {top}");
-    assert!(top.contains("run_profile.py is profile"), "{top}");
+    assert!(top.contains("run_profile.py                  decdec profile"), "{top}");
     // The road that the help describes is one that the program takes.
     for line in top.lines().filter_map(|line| line.strip_prefix("  decdec ")) {
         let output = decdec().current_dir("/").args(words(line)).assert().failure().get_output().clone();

@@ -2,10 +2,11 @@
 //!
 //! The host link is measured while it is busy: idle, it runs at a lower generation.
 
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::rc::Rc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use cudarc::driver::{result, sys};
 
 use super::compiler::{self, Compiler};
 use super::driver::{self, Buffer, Driver, Mapped};
@@ -68,12 +69,12 @@ pub fn examine() -> Report {
     let nvml = Nvml::open();
     let release = match &nvml {
         Ok(nvml) => nvml.driver_release(),
-        Err(error) => Err(anyhow::anyhow!("{error:#}")),
+        Err(error) => Err(anyhow!("{error:#}")),
     };
     let count = driver::count();
     let devices = (0..*count.as_ref().unwrap_or(&0)).map(|i| device(i, nvml.as_ref().ok())).collect();
     Report {
-        driver: count.and_then(|_| driver::supported_version()),
+        driver: count.and_then(|_| supported_version()),
         driver_release: release,
         nvrtc: Compiler::open("sm_80", None).map(|compiler| compiler.version()),
         cublas: cublas_version(),
@@ -87,7 +88,7 @@ fn device(ordinal: usize, nvml: Option<&Nvml>) -> Result<Device> {
     let driver = Driver::open(ordinal)?;
     let numbers = driver.numbers().clone();
     let memory = driver.memory()?;
-    let (host_bandwidth, link) = host_link(&driver, memory.0, nvml);
+    let (host_bandwidth, link) = host_link(&driver, ordinal, memory.0, nvml);
     Ok(Device {
         name: numbers.name,
         capability: (numbers.major, numbers.minor),
@@ -105,20 +106,20 @@ fn memory_bandwidth(driver: &Rc<Driver>, free: usize) -> Result<f64> {
     let (from, to) = (Buffer::new(driver, bytes)?, Buffer::new(driver, bytes)?);
     let mut best = f64::INFINITY;
     for _ in 0..5 {
-        best = best.min(driver.time(&mut || to.copy(&from))?.as_secs_f64());
+        best = best.min(driver.time(&mut || copy(driver, &from, &to))?.as_secs_f64());
     }
     ensure!(best > 0.0, "a copy of {} MiB took no time", bytes >> 20);
     Ok(2.0 * bytes as f64 / best)
 }
 
 /// Bytes a second from pinned memory, and how the link runs meanwhile.
-fn host_link(driver: &Rc<Driver>, free: usize, nvml: Option<&Nvml>) -> (Result<f64>, Result<Link>) {
+fn host_link(driver: &Rc<Driver>, ordinal: usize, free: usize, nvml: Option<&Nvml>) -> (Result<f64>, Result<Link>) {
     let bytes = COPY.min(free / 4);
     let buffers = Mapped::new(driver, bytes).and_then(|from| Ok((from, Buffer::new(driver, bytes)?)));
     let (from, to) = match buffers {
         Ok(buffers) => buffers,
         Err(error) => {
-            let link = Err(anyhow::anyhow!("the link could not be kept busy: {error:#}"));
+            let link = Err(anyhow!("the link could not be kept busy: {error:#}"));
             return (Err(error), link);
         }
     };
@@ -128,11 +129,11 @@ fn host_link(driver: &Rc<Driver>, free: usize, nvml: Option<&Nvml>) -> (Result<f
         for round in 0..4 {
             let took = driver.time(&mut || {
                 for _ in 0..COPIES {
-                    to.fetch(&from)?;
+                    fetch(driver, &from, &to)?;
                 }
                 // All of them are queued and most still to come: the link is at work.
                 if let (Some(nvml), 2, Ok(None)) = (nvml, round, &link) {
-                    link = driver.bus_id().and_then(|id| nvml.link(&id)).map(Some);
+                    link = bus_id(ordinal).and_then(|id| nvml.link(&id)).map(Some);
                 }
                 Ok(())
             });
@@ -143,6 +144,45 @@ fn host_link(driver: &Rc<Driver>, free: usize, nvml: Option<&Nvml>) -> (Result<f
     })();
     let link = link.and_then(|link| link.context("the link was never busy"));
     (measured, link)
+}
+
+/// Queues a copy of device memory; both buffers are as long.
+fn copy(driver: &Driver, from: &Buffer, to: &Buffer) -> Result<()> {
+    assert_eq!(from.bytes(), to.bytes(), "bytes of a copy");
+    // SAFETY: both ranges are whole buffers of this device, which wait for the stream before they are freed.
+    unsafe { result::memcpy_dtod_async(to.pointer(), from.pointer(), to.bytes(), driver.stream()) }
+        .map_err(|e| anyhow!("cuda: copying on the device: {e:?}"))
+}
+
+/// Queues a copy of pinned memory, which is at least as long as the buffer.
+fn fetch(driver: &Driver, from: &Mapped, to: &Buffer) -> Result<()> {
+    // SAFETY: the caller made `from` as long as `to`; nobody writes to it, and it waits for the stream before it is
+    // freed.
+    unsafe {
+        let bytes = std::slice::from_raw_parts(from.host(), to.bytes());
+        result::memcpy_htod_async(to.pointer(), bytes, driver.stream())
+    }
+    .map_err(|e| anyhow!("cuda: copying to the device: {e:?}"))
+}
+
+/// The highest CUDA version that the driver runs, as in `13.0`; the driver is known to be there.
+fn supported_version() -> Result<String> {
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| anyhow!("cuda: driver version: {e:?}"))?;
+    Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
+}
+
+/// A device's place on the PCI bus, as in `0000:3B:00.0`.
+fn bus_id(ordinal: usize) -> Result<CString> {
+    let place = |e| anyhow!("cuda: asking for the PCI bus: {e:?}");
+    let device = result::device::get(ordinal as c_int).map_err(place)?;
+    let mut text = [0u8; 32];
+    // SAFETY: writes a text of at most the length that is passed, a zero at its end included.
+    unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as c_int, device) }
+        .result()
+        .map_err(place)?;
+    Ok(CStr::from_bytes_until_nul(&text)?.to_owned())
 }
 
 fn cublas_version() -> Result<String> {

@@ -1,6 +1,6 @@
 //! The driver: one device, one stream, memory that frees itself, launches. All of cudarc that decdec uses.
 
-use std::ffi::{CStr, CString, c_int, c_uint, c_void};
+use std::ffi::{CString, c_int, c_uint, c_void};
 use std::marker::PhantomData;
 use std::ptr;
 use std::rc::Rc;
@@ -58,14 +58,6 @@ pub(super) fn count() -> Result<usize> {
     Ok(result::device::get_count().map_err(|e| failed("counting devices", e))? as usize)
 }
 
-/// The highest CUDA version that the driver runs, as in `13.0`; the driver is known to be there.
-pub(super) fn supported_version() -> Result<String> {
-    let mut version = 0;
-    // SAFETY: writes one integer.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| failed("driver version", e))?;
-    Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
-}
-
 impl Driver {
     /// Opens device `ordinal`.
     ///
@@ -111,16 +103,6 @@ impl Driver {
 
     pub(super) fn stream(&self) -> sys::CUstream {
         self.stream
-    }
-
-    /// The device's place on the PCI bus, as in `0000:3B:00.0`.
-    pub(super) fn bus_id(&self) -> Result<CString> {
-        let mut text = [0u8; 32];
-        // SAFETY: writes a text of at most the length that is passed, a zero at its end included.
-        unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as c_int, self.device) }
-            .result()
-            .map_err(|e| failed("asking for the PCI bus", e))?;
-        Ok(CStr::from_bytes_until_nul(&text)?.to_owned())
     }
 
     /// Free and total device memory in bytes.
@@ -288,24 +270,6 @@ impl Buffer {
         assert!(offset + bytes.len() <= self.bytes, "{} bytes at {offset} of {}", bytes.len(), self.bytes);
         // SAFETY: the range was just checked; the driver copies ordinary host memory before it returns.
         unsafe { result::memcpy_htod_async(self.pointer + offset as u64, bytes, self.driver.stream) }
-            .map_err(|e| failed("copying to the device", e))
-    }
-
-    /// Queues a copy of `from`, which is as long.
-    pub(super) fn copy(&self, from: &Self) -> Result<()> {
-        assert_eq!(self.bytes, from.bytes, "bytes of a copy");
-        // SAFETY: both ranges are whole buffers of this device.
-        unsafe { result::memcpy_dtod_async(self.pointer, from.pointer, self.bytes, self.driver.stream) }
-            .map_err(|e| failed("copying on the device", e))
-    }
-
-    /// Queues a copy of pinned memory, which is as long and stays alive and as it is until the stream is idle.
-    pub(super) fn fetch(&self, from: &Mapped) -> Result<()> {
-        assert_eq!(self.bytes, from.bytes, "bytes of a copy");
-        // SAFETY: the range is the whole allocation; the caller keeps it.
-        let bytes = unsafe { std::slice::from_raw_parts(from.host, from.bytes) };
-        // SAFETY: both ranges are as long.
-        unsafe { result::memcpy_htod_async(self.pointer, bytes, self.driver.stream) }
             .map_err(|e| failed("copying to the device", e))
     }
 

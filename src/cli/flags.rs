@@ -44,7 +44,7 @@ pub(crate) fn better(mut error: Error) -> Error {
         .map(|(other, _)| other)
         .collect();
     if !elsewhere.is_empty() {
-        let tip = format!("{wrong} is a flag of {}", elsewhere.join(" and "));
+        let tip = format!("{wrong} is a flag of {}", elsewhere.join(", "));
         error.remove(ContextKind::SuggestedArg);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     }

@@ -5,6 +5,7 @@ mod fixtures;
 
 mod convert;
 mod flags;
+mod tuning;
 
 use std::path::{Path, PathBuf};
 

@@ -9,7 +9,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{result, sys};
 
 use super::compiler::{self, Compiler};
-use super::driver::{self, Buffer, Driver, Mapped};
+use super::cupti::Cupti;
+use super::driver::{self, Buffer, Driver};
+use super::host::Mapped;
 
 /// Bytes of a copy that is timed: far more than caches hold.
 const COPY: usize = 256 << 20;
@@ -28,7 +30,7 @@ pub struct Report {
     pub nvrtc: Result<String>,
     /// cuBLAS's version.
     pub cublas: Result<String>,
-    /// CUPTI's own count of its versions.
+    /// CUPTI's version; where there is a GPU, it was tried whether it records.
     pub cupti: Result<String>,
     /// Where compiled kernels are kept.
     pub kernel_cache: Option<std::path::PathBuf>,
@@ -72,13 +74,13 @@ pub fn examine() -> Report {
         Err(error) => Err(anyhow!("{error:#}")),
     };
     let count = driver::count();
-    let devices = (0..*count.as_ref().unwrap_or(&0)).map(|i| device(i, nvml.as_ref().ok())).collect();
+    let devices: Vec<_> = (0..*count.as_ref().unwrap_or(&0)).map(|i| device(i, nvml.as_ref().ok())).collect();
     Report {
         driver: count.and_then(|_| supported_version()),
         driver_release: release,
         nvrtc: Compiler::open("sm_80", None).map(|compiler| compiler.version()),
         cublas: cublas_version(),
-        cupti: cupti_version(),
+        cupti: if devices.is_empty() { cupti_version() } else { cupti_at_work() },
         kernel_cache: compiler::cache_directory(),
         devices,
     }
@@ -199,6 +201,12 @@ fn cublas_version() -> Result<String> {
         Ok(value)
     };
     Ok(format!("{}.{}.{}", part(0)?, part(1)?, part(2)?))
+}
+
+/// Where there is a GPU: opened as a profile does, which says what else may keep it from recording.
+fn cupti_at_work() -> Result<String> {
+    let _driver = Driver::open(0)?;
+    Cupti::open().map(|cupti| cupti.version())
 }
 
 fn cupti_version() -> Result<String> {

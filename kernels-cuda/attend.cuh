@@ -270,12 +270,29 @@ __device__ __forceinline__ void attend_token(const Attend& g, float* queries, u3
     Span span(position);
     if (split >= span.splits) return;
     int splits = span.splits, begin = span.begin(split), end = span.begin(split + 1);
-    if (split == splits - 1) append_head(g, g.qkv, kv, position);
+    // Queries, and behind them the new key and value for the share that they belong to. All loads first.
+    constexpr int OWN = HEAD_GROUP * HEAD_DIM, STEPS = (OWN + 2 * HEAD_DIM + ATTEND_THREADS - 1) / ATTEND_THREADS;
+    int t = this_thread(), count = split == splits - 1 ? OWN + 2 * HEAD_DIM : OWN;
+    const float2* angles = g.angles + (long long)position * HALF;
+    float v[STEPS];
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = s * ATTEND_THREADS + t, d = i % HEAD_DIM;
+        // The group's heads, then its key, then its value.
+        int head = i < OWN ? kv * HEAD_GROUP + i / HEAD_DIM : i < OWN + HEAD_DIM ? HEADS + kv : HEADS + KV_HEADS + kv;
+        const float* x = g.qkv + head * HEAD_DIM;
+        const float* delta = g.delta ? g.delta + head * HEAD_DIM : nullptr;
+        if (i < count) v[s] = i < OWN + HEAD_DIM ? rotated(x, delta, angles, d) : load1(x, delta, d);
+    }
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
-    for (int i = this_thread(); i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
-        long long head = (long long)(kv * HEAD_GROUP + i / HEAD_DIM) * HEAD_DIM;
-        queries[i] = scale * rotated(g.qkv + head, g.delta ? g.delta + head : nullptr,
-                                     g.angles + (long long)position * HALF, i % HEAD_DIM);
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = s * ATTEND_THREADS + t;
+        if (i < OWN)
+            queries[i] = scale * v[s];
+        else if (i < count)
+            ((Stored*)(i < OWN + HEAD_DIM ? g.keys : g.values))[((long long)kv * g.max_seq_len + position) * HEAD_DIM +
+                                                                i % HEAD_DIM] = to_stored(v[s]);
     }
     T::sync();
     float* out = g.out + (long long)kv * HEAD_GROUP * HEAD_DIM;

@@ -18,7 +18,7 @@
 //
 // Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16.
 // Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1), DEC_WARPS,
-// DEC_WORDS; shared memory's parts in bytes: XS, PARTS, DEC_LIST, and the most layers of a launch MOST_LAYERS.
+// DEC_WORDS; shared memory's parts in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.
 #if FORMAT == 0
 #include "anyprec.cuh"
 #else
@@ -135,13 +135,11 @@ struct Grid {
 };
 
 // Shared memory, in order; the ring comes first.
-constexpr int RING = WARPS * STAGES * SLOT;
-constexpr int BARRIERS = RING;                                    // u64 [WARPS, STAGES]
-constexpr int ROUTES = BARRIERS + (WARPS * STAGES * 8 + 127) / 128 * 128; // Route [4], scratch floats, the ticket
-constexpr int TABLE = ROUTES + 256;                               // Layer [MOST_LAYERS]
+constexpr int ROUTES = (Stream<4, Table>::BYTES + 127) / 128 * 128; // Route [4], scratch floats, the ticket
+constexpr int TABLE = ROUTES + 256;                                 // Layer [MOST_LAYERS]
 constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
-constexpr int LIST = PART + PARTS;                                // what compensate() needs
+constexpr int LIST = PART + PARTS;                                  // what compensate() needs
 
 #define CHUNKED(k) (((k) + CHUNK - 1) / CHUNK * CHUNK)
 
@@ -313,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
 
     for (int i = threadIdx.x; i < g.count * (int)sizeof(Layer) / 8; i += ALL_THREADS)
         ((u64*)table)[i] = ((const u64*)g.layers)[i];
-    for (int i = threadIdx.x; i < WARPS * STAGES; i += ALL_THREADS) barrier_init(shared_address(shared + BARRIERS) + i * 8);
+    if (threadIdx.x < 32) Stream<4, Table>::init(shared_address(shared));
     if (threadIdx.x < 4) {
         int op = threadIdx.x, tiles = (rows_of(op) + 15) / 16, step = op == GU ? 2 : 1;
         tiles /= step;
@@ -321,8 +319,6 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
                            (int)((long long)tiles * (blockIdx.x + 1) / BLOCKS) * step, UNITS_OF(width_of(op)),
                            op == GU ? tiles : 0};
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     All::sync();
 
 #if DEC
@@ -354,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
         stage<H, true>(g.h, pending, layer.norms[0], g.eps, scratch, xs, group_sums, xf);
         clear<UNITS_OF(H)>(routes[QKV], parts);
         All::sync();
-        stream.multiply<UNITS_OF(H)>(routes[QKV], shared, xs, group_sums, parts);
+        stream.multiply<UNITS_OF(H)>(4 * l + QKV, routes[QKV], shared, xs, group_sums, parts);
         Base::sync();
         finish(routes[QKV], parts, p[QKV].bias, g.qkv, nullptr, false);
         Span span(position);
@@ -374,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
         stage<A, false>(g.attended, nullptr, nullptr, 0, scratch, xs, group_sums, xf);
         clear<UNITS_OF(A)>(routes[O], parts);
         All::sync();
-        stream.multiply<UNITS_OF(A)>(routes[O], shared, xs, group_sums, parts);
+        stream.multiply<UNITS_OF(A)>(4 * l + O, routes[O], shared, xs, group_sums, parts);
         Base::sync();
         finish(routes[O], parts, p[O].bias, g.h, pending, true);
         pending = DEC && p[O].k_chunk > 0 ? g.o_delta : nullptr;
@@ -383,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
         stage<H, true>(g.h, pending, layer.norms[1], g.eps, scratch, xs, group_sums, xf);
         clear<UNITS_OF(H)>(routes[GU], parts);
         All::sync();
-        stream.multiply<UNITS_OF(H)>(routes[GU], shared, xs, group_sums, parts);
+        stream.multiply<UNITS_OF(H)>(4 * l + GU, routes[GU], shared, xs, group_sums, parts);
         Base::sync();
         finish_pairs(routes[GU], parts, p[GU].bias, g.act, gated ? g.gu : nullptr);
         grid.sync();
@@ -401,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
         stage_act(g.act, xs, group_sums);
         clear<UNITS_OF(I)>(routes[D], parts);
         All::sync();
-        stream.multiply<UNITS_OF(I)>(routes[D], shared, xs, group_sums, parts);
+        stream.multiply<UNITS_OF(I)>(4 * l + D, routes[D], shared, xs, group_sums, parts);
         Base::sync();
         finish(routes[D], parts, p[D].bias, g.h, pending, true);
         pending = DEC && p[D].k_chunk > 0 ? g.d_delta : nullptr;

@@ -6,7 +6,8 @@
 #pragma once
 #include "unit.cuh"
 
-#define SLOT ((STAGE_BYTES + 127) / 128 * 128)
+// A unit in the ring: its codes, and what comes with each unit.
+#define SLOT (((AUX_PER_UNIT ? STAGE_BYTES : VECTORS * 512) + 127) / 128 * 128)
 
 // A matrix on its way: which part of it this block multiplies, in tiles in the order of use.
 struct Route {
@@ -48,86 +49,111 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
         : "memory");
 }
 
-// Where a warp's stream is: `Table` says where the matrices are (codes(m), aux(m)), routes[m % ROUTES] which part. Both
-// are in shared memory: what is not kept here is read again.
+// Where a warp's stream is: `Table` says where the matrices are (codes(m), aux(m)), routes[m % ROUTES] which part.
+//
+// Shared memory from `rings` on: slots [WARPS, STAGES], the block's codebooks of two matrices in turn [2, BOOKS bytes]
+// (where a tile has some), mbarriers [WARPS, STAGES] and [2].
 template <int ROUTES, class Table>
 struct Stream {
+    static constexpr int BARRIERS = WARPS * STAGES * SLOT + 2 * BOOKS;
+    static constexpr int BYTES = BARRIERS + (WARPS * STAGES + 2) * 8;
+
     const Route* routes;
     Table table;
-    u32 rings; // and the mbarriers behind them
+    u32 rings;
     int matrices;
-    // The next unit to be asked for.
+    // The next unit to be asked for; lane 0 alone knows.
     int matrix, s, unit;
-    bool fresh;
+    Route route;
+    const char* codes;
     // The next one to be used.
     int slot;
     u32 phase;
 
-    __device__ __forceinline__ Stream(Table table, const Route* routes, int matrices, u32 rings)
-        : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), slot(0), phase(0) {
-        next_matrix();
-#pragma unroll 1
-        for (int i = 0; i < STAGES; i++) ask(i);
+    // Before anything else, by one warp; all wait for it.
+    static __device__ __forceinline__ void init(u32 rings) {
+        for (int i = threadIdx.x % 32; i < WARPS * STAGES + 2; i += 32) barrier_init(rings + BARRIERS + i * 8);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
 
-    __device__ __forceinline__ u32 full(int slot) const {
-        return rings + WARPS * STAGES * SLOT + (threadIdx.x / 32 * STAGES + slot) * 8;
+    __device__ __forceinline__ Stream(Table table, const Route* routes, int matrices, u32 rings)
+        : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), slot(0), phase(0) {
+        if (threadIdx.x % 32 == 0) {
+            next_matrix();
+            if (threadIdx.x == 0) ask_books(0);
+#pragma unroll 1
+            for (int i = 0; i < STAGES; i++) ask(i);
+        }
     }
+
+    __device__ __forceinline__ u32 full(int warp, int slot) const { return rings + BARRIERS + (warp * STAGES + slot) * 8; }
 
     // On to the first unit of the next matrix in which this warp has any.
     __device__ __forceinline__ void next_matrix() {
-        Route r;
         do {
             if (++matrix >= matrices) return;
-            r = routes[matrix % ROUTES];
-            int warp = threadIdx.x / 32;
-            s = r.begin + warp / r.units, unit = warp % r.units;
-        } while (s >= r.end);
-        fresh = true;
+            route = routes[(u32)matrix % ROUTES];
+            u32 warp = threadIdx.x / 32;
+            s = route.begin + warp / (u32)route.units, unit = warp % (u32)route.units;
+        } while (s >= route.end);
+        codes = table.codes(matrix);
+    }
+
+    // Asks for the codebooks of this block's tiles: those of gate, then those of up, where they take turns.
+    __device__ __forceinline__ void ask_books(int m) {
+        if (AUX_PER_UNIT || AUX_BYTES == 0 || m >= matrices) return;
+        Route r = routes[(u32)m % ROUTES];
+        u32 barrier = rings + BARRIERS + (WARPS * STAGES + (m & 1)) * 8, to = rings + WARPS * STAGES * SLOT + (m & 1) * BOOKS;
+        int parts = r.half ? 2 : 1, first = r.begin / parts, bytes = (r.end - r.begin) / parts * AUX_BYTES;
+        // A block without tiles of this matrix ends the phase all the same.
+        barrier_expect(barrier, parts * bytes);
+        if (bytes == 0) return;
+        bulk_copy(to, table.aux(m) + first * AUX_BYTES, bytes, barrier);
+        if (r.half) bulk_copy(to + bytes, table.aux(m) + (r.half + first) * AUX_BYTES, bytes, barrier);
     }
 
     // Asks for the next unit of the stream.
     __device__ __forceinline__ void ask(int to) {
         if (matrix >= matrices) return;
-        Route r = routes[matrix % ROUTES];
-        if (threadIdx.x % 32 == 0) {
-            int tile = tile_at(s, r.half);
-            long long index = (long long)tile * r.units + unit;
-            u32 barrier = full(to), at = rings + (threadIdx.x / 32 * STAGES + to) * SLOT;
-            bool with_aux = AUX_BYTES > 0 && (AUX_PER_UNIT || fresh);
-            barrier_expect(barrier, VECTORS * 512 + (with_aux ? AUX_BYTES : 0));
-            bulk_copy(at, table.codes(matrix) + index * (VECTORS * 512), VECTORS * 512, barrier);
-            if (with_aux)
-                bulk_copy(at + VECTORS * 512, table.aux(matrix) + (AUX_PER_UNIT ? index : tile) * AUX_BYTES, AUX_BYTES,
-                          barrier);
-        }
-        int before = s;
+        u32 index = tile_at(s, route.half) * route.units + unit, warp = threadIdx.x / 32;
+        u32 barrier = full(warp, to), at = rings + (warp * STAGES + to) * SLOT;
+        barrier_expect(barrier, VECTORS * 512 + (AUX_PER_UNIT ? AUX_BYTES : 0));
+        bulk_copy(at, codes + (u64)index * (VECTORS * 512), VECTORS * 512, barrier);
+        if (AUX_PER_UNIT) bulk_copy(at + VECTORS * 512, table.aux(matrix) + (u64)index * AUX_BYTES, AUX_BYTES, barrier);
         unit += WARPS;
-        while (unit >= r.units) unit -= r.units, s++;
-        fresh = s != before;
-        if (s >= r.end) next_matrix();
+        while (unit >= route.units) unit -= route.units, s++;
+        if (s >= route.end) next_matrix();
     }
 
-    // Multiplies this warp's part of the current matrix. parts [tiles, WARPS, 16].
+    // Multiplies this warp's part of matrix m. parts [tiles, WARPS, 16].
     template <int UNITS>
-    __device__ __forceinline__ void multiply(const Route& r, const char* rings, const u16* xs, const float* group_sums,
-                                             float* parts) {
-        int warp = this_thread() / 32;
-        int at = r.begin + warp / UNITS, u = warp % UNITS;
-        const char* own = rings + warp * STAGES * SLOT;
+    __device__ __forceinline__ void multiply(int m, const Route& r, const char* shared, const u16* xs,
+                                             const float* group_sums, float* parts) {
+        int t = this_thread(), warp = t / 32;
+        int begin = r.begin, end = r.end, half = r.half;
+        int at = begin + warp / UNITS, u = warp % UNITS;
+        const char* own = shared + warp * STAGES * SLOT;
+        const char* books = shared + WARPS * STAGES * SLOT + (m & 1) * BOOKS;
+        if (t == 0) ask_books(m + 1);
+        if (!AUX_PER_UNIT && AUX_BYTES > 0 && at < end)
+            barrier_wait(rings + BARRIERS + (WARPS * STAGES + (m & 1)) * 8, m >> 1 & 1);
         bool first = true;
         Unit sums;
 #pragma unroll 1
-        while (at < r.end) {
-            barrier_wait(full(slot), phase);
+        while (at < end) {
+            barrier_wait(full(warp, slot), phase);
             const uint4* stage = (const uint4*)(own + slot * SLOT);
-            if (first) sums.begin(stage + VECTORS * 32);
+            if (first) {
+                int book = half ? (at & 1) * ((end - begin) / 2) + (at - begin) / 2 : at - begin;
+                sums.begin((const uint4*)(books + book * AUX_BYTES));
+            }
             sums.add(stage, xs + u * UNIT, group_sums + u * GROUP_SUMS);
             __syncwarp();
-            ask(slot);
+            if (t % 32 == 0) ask(slot);
             if (++slot == STAGES) slot = 0, phase ^= 1;
             // The warp's last unit of a tile.
-            if (u + WARPS >= UNITS) sums.store(parts + ((at - r.begin) * WARPS + warp) * 16);
+            if (u + WARPS >= UNITS) sums.store(parts + ((at - begin) * WARPS + warp) * 16);
             int before = at;
             at += WARPS / UNITS, u += WARPS % UNITS;
             if (u >= UNITS) u -= UNITS, at++;

@@ -55,6 +55,8 @@ pub(super) struct LayersLaunch {
     pub(super) xs: usize,
     /// Partial sums of the block's rows.
     pub(super) parts: usize,
+    /// Codebooks of the block's tiles of one matrix.
+    pub(super) books: usize,
     pub(super) shared: usize,
 }
 
@@ -85,19 +87,27 @@ pub(super) fn layers_launch(
         let together = if i == 2 { 2 } else { 1 };
         (rows / TILE / together).div_ceil(multiprocessors) * together
     });
-    let parts = tiles.max()? * warps * TILE * 4;
+    let tiles = tiles.max()?;
+    let parts = tiles * warps * TILE * 4;
     // Attention uses both while no product does.
     let group = shapes.heads / shapes.kv_heads;
     let attention = 4 * (group * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
-    let fixed = 256 + 128 + (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128) + xs + parts + dec.unwrap_or(0);
-    let stage = warps * (unit(format, narrow).1.next_multiple_of(128) + 8);
+    // Codebooks come once for a matrix, other formats' numbers with every unit.
+    let (books, slot) = match format {
+        Format::AnyPrec { bits } => (tiles * (32 << bits), unit(format, narrow).1 - (32 << bits)),
+        _ => (0, unit(format, narrow).1),
+    };
+    let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
+    let fixed = 256 + 128 + 16 + 2 * books + table + xs + parts + dec.unwrap_or(0);
+    let stage = warps * (slot.next_multiple_of(128) + 8);
     let stages = most_shared.checked_sub(fixed)? / stage;
     if stages < 2 {
         return None;
     }
     let stages = stages.min(8);
-    Some(LayersLaunch { warps, stages, dec_warps, blocks: multiprocessors, xs, parts, shared: fixed + stages * stage })
+    let shared = fixed + stages * stage;
+    Some(LayersLaunch { warps, stages, dec_warps, blocks: multiprocessors, xs, parts, books, shared })
 }
 
 /// `AT_ONCE` of `layers.cu`.
@@ -255,6 +265,7 @@ impl Cuda {
             format!("DEC_FLIGHT={}", self.options.tuning.dec_flight),
             format!("XS={}", launch.xs),
             format!("PARTS={}", launch.parts),
+            format!("BOOKS={}", launch.books),
             format!("MOST_LAYERS={MOST_LAYERS}"),
         ]);
         self.kernel("layers.cu", "decode_layers", &defines)

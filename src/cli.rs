@@ -2,6 +2,9 @@
 //!
 //! Flags that users of the reference know are accepted in their spelling too (`--max_new_tokens`).
 
+mod convert;
+mod flags;
+
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -12,12 +15,37 @@ use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
 use decdec::profile::Clock;
 
+pub(crate) use convert::{CalibrationArgs, ConvertArgs, ResidualsArgs};
+
+/// What the list of commands does not say: in which order they come.
+const ROAD: &str = "\
+From a model to its answers:
+  decdec quantize MODEL --backend ap --bitwidth 3 --out my-model
+  decdec generate --checkpoint-path my-model --chat --prompt TEXT
+
+The n_tb and k_chunk that suit this machine:
+  decdec profile RUN --checkpoint-path my-model
+  decdec tune RUN --checkpoint-path my-model --target-slowdown 5
+  decdec generate --checkpoint-path my-model --tuned tuned/FILE.json
+
+Coming from the reference:
+  generate.py                     decdec generate
+  run_profile.py                  decdec profile
+  tuner.py                        decdec tune
+  cheatsheet.py, thresholds.py    decdec residuals
+Their flags are accepted in their own spelling, too (--max_new_tokens), and their directories as they are.";
+
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
-#[command(name = "decdec", version, max_term_width = 100)]
+#[command(name = "decdec", version, max_term_width = 100, after_help = ROAD)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// The command line of this process; a wrong one ends it, with what may have been meant.
+pub(crate) fn parse() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| flags::better(error).exit())
 }
 
 /// One variant for each command.
@@ -25,9 +53,13 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Quantize a full-precision model into a decdec checkpoint
     Quantize(QuantizeArgs),
+    /// Turn a quantized model of another program into a decdec checkpoint, number for number
+    Convert(ConvertArgs),
+    /// Make residuals and thresholds for a quantized model, given the original
+    Residuals(ResidualsArgs),
     /// Generate text and measure how fast
     Generate(GenerateArgs),
-    /// Measure how good a model is
+    /// Measure how good a model is: eval perplexity
     #[command(subcommand)]
     Eval(EvalCommand),
     /// Measure every useful n_tb and k_chunk on this device
@@ -38,6 +70,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// List what can run here, and what is missing otherwise
     Devices(DevicesArgs),
+    /// Say what this machine can do: drivers, libraries, host link, memory, cores
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell that is to complete
@@ -109,24 +143,14 @@ pub(crate) struct QuantizeArgs {
     /// Where the checkpoint goes
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Calibration text; when absent, the model's own
-    #[arg(long, value_name = "FILE")]
-    pub(crate) calib: Option<PathBuf>,
-    /// Tokens of a calibration sample [default: 512 with --calib, 256 without]
-    #[arg(long, alias = "seq_len")]
-    pub(crate) seq_len: Option<usize>,
-    /// Calibration samples [default: 24 with --calib, 16 without]
-    #[arg(long)]
-    pub(crate) samples: Option<usize>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
     /// Channels that share a scale in lutgemm [default: the largest of 128, 64, 32 that divides]
     #[arg(long, alias = "group_size")]
     pub(crate) group_size: Option<usize>,
     /// Plain rounding instead of AWQ's scale and clipping search, in lutgemm
     #[arg(long, alias = "no_awq")]
     pub(crate) no_awq: bool,
-    /// Decides the calibration text that the model makes
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
     /// Print sizes and time estimates, write nothing
     #[arg(long, alias = "dry_run")]
     pub(crate) dry_run: bool,
@@ -186,36 +210,36 @@ pub(crate) struct GenerateArgs {
     #[arg(long, alias = "checkpoint_path", value_name = "PATH")]
     pub(crate) checkpoint_path: PathBuf,
     /// Text to go on from; without one, a single BOS token
-    #[arg(long)]
+    #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
     /// Independent generations [default: 1 with --prompt, 5 without]
-    #[arg(long, alias = "num_samples")]
+    #[arg(long, alias = "num_samples", value_name = "N")]
     pub(crate) num_samples: Option<usize>,
     /// The most tokens to make in each, the prompt not counted
-    #[arg(long, alias = "max_new_tokens", default_value_t = 200)]
+    #[arg(long, alias = "max_new_tokens", value_name = "N", default_value_t = 200)]
     pub(crate) max_new_tokens: usize,
     /// Sample among this many of the most probable tokens; 0 for all
-    #[arg(long, alias = "top_k", default_value_t = 200)]
+    #[arg(long, alias = "top_k", value_name = "K", default_value_t = 200)]
     pub(crate) top_k: usize,
     /// Sample among the fewest tokens whose probabilities reach this sum
-    #[arg(long, alias = "top_p", default_value_t = 1.0)]
+    #[arg(long, alias = "top_p", value_name = "P", default_value_t = 1.0)]
     pub(crate) top_p: f32,
     /// Sample among tokens at least this share as probable as the most probable one
-    #[arg(long, alias = "min_p", default_value_t = 0.0)]
+    #[arg(long, alias = "min_p", value_name = "P", default_value_t = 0.0)]
     pub(crate) min_p: f32,
     /// 0 takes the most probable token; above, tokens are sampled
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub(crate) temperature: f32,
     /// Decides what is sampled; printed when it was not given
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// 0 generic kernels, 1 specialized kernels, 2 specialized and recorded in a graph (cuda)
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2))]
+    #[arg(long, value_name = "MODE", default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2))]
     pub(crate) compile: u8,
     /// The model's name, checked against the checkpoint
-    #[arg(long, alias = "model_name")]
+    #[arg(long, alias = "model_name", value_name = "NAME")]
     pub(crate) model_name: Option<String>,
-    /// Bits of a weight, checked against the checkpoint
+    /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
     #[arg(long)]
     pub(crate) bitwidth: Option<BitWidth>,
     /// Storage of the weights, checked against the checkpoint
@@ -230,7 +254,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) chat: bool,
     /// System message of the chat
-    #[arg(long, requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat")]
     pub(crate) system: Option<String>,
     /// End where this text appears; may be given several times
     #[arg(long, value_name = "TEXT")]
@@ -242,7 +266,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, alias = "compensate_prompt")]
     pub(crate) compensate_prompt: bool,
     /// The longest context, prompt included [default: what the prompt and --max-new-tokens need]
-    #[arg(long, alias = "max_seq_len")]
+    #[arg(long, alias = "max_seq_len", value_name = "N")]
     pub(crate) max_seq_len: Option<usize>,
     /// Print the text although there is no --prompt
     #[arg(long, alias = "print_result")]
@@ -264,6 +288,9 @@ pub(crate) enum EvalCommand {
 pub(crate) struct PerplexityArgs {
     /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
+    /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
+    #[arg(long)]
+    pub(crate) bitwidth: Option<BitWidth>,
     /// The text
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
@@ -408,6 +435,9 @@ pub(crate) struct TuneArgs {
 pub(crate) struct InspectArgs {
     /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
+    /// Bits of a weight: which of the precisions that are stored
+    #[arg(long)]
+    pub(crate) bitwidth: Option<BitWidth>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -417,6 +447,14 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct DevicesArgs {
     /// Print one JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `decdec doctor`
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -24,9 +24,9 @@
 //! | [`format`](mod@format) | what is stored: AnyPrec, LUT-GEMM, residuals, thresholds; pure |
 //! | [`source`] | foreign files: Hugging Face, GGUF, PyTorch, the reference's directories, AWQ |
 //! | [`checkpoint`] | our directory: open, validate, map, write |
-//! | [`open`] | from a path to whichever of these it is |
+//! | [`open`], [`convert`](mod@convert) | from a path to whichever of these it is, and from that to our directory |
 //! | [`config`], [`weights`] | what a model is, and where its numbers come from |
-//! | [`mod@quantize`] | calibration, codebooks, AWQ, mixed precision: source to checkpoint |
+//! | [`mod@quantize`] | calibration, codebooks, AWQ, mixed precision, residuals: source to checkpoint |
 //! | [`dec`] | which channels are compensated, and the plan that says how; pure |
 //! | [`backend`] | the contract with devices, and its implementations |
 //! | [`model`] | a decoder on a device: weights, state, forward |
@@ -43,6 +43,7 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod dec;
 pub mod eval;
 pub mod format;

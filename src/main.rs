@@ -5,23 +5,26 @@ mod commands;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 
 use crate::cli::{Cli, Command, EvalCommand};
 use crate::commands::Interrupted;
 
 #[allow(clippy::print_stderr, reason = "the program's own error")]
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = cli::parse();
     log_to_stderr();
     let result = match &cli.command {
         Command::Quantize(args) => commands::quantize::run(args),
+        Command::Convert(args) => commands::convert::convert(args),
+        Command::Residuals(args) => commands::convert::residuals(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval(EvalCommand::Perplexity(args)) => commands::eval::perplexity(args),
         Command::Profile(args) => commands::profile::run(args),
         Command::Tune(args) => commands::tune::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Devices(args) => commands::devices::run(args),
+        Command::Doctor(args) => commands::doctor::run(args),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "decdec", &mut std::io::stdout());
             Ok(())

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::checkpoint::{BitWidth, Checkpoint, WeightFormat};
+use crate::checkpoint::{BitWidth, Checkpoint, Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
 use crate::random::RandomWeights;
 use crate::source::Source;
-use crate::source::awq::Awq;
+use crate::source::grouped::Grouped;
 use crate::source::reference::Reference;
+use crate::source::simulated::Simulated;
 use crate::tokenizer::{TextFiles, Tokenizer};
 use crate::weights::ModelWeights;
 
@@ -19,6 +20,8 @@ pub struct Opened {
     weights: Box<dyn ModelWeights>,
     texts: Option<TextFiles>,
     quantization: Option<(WeightFormat, BitWidth)>,
+    /// What a checkpoint of ours says of itself.
+    manifest: Option<Manifest>,
     /// The file or directory, and what a checkpoint says it was made from.
     names: Vec<String>,
 }
@@ -37,13 +40,16 @@ impl Opened {
             let quantization = (checkpoint.manifest().backend, checkpoint.manifest().bits);
             let texts = Some(checkpoint.texts().clone());
             names.insert(0, checkpoint.manifest().source.clone());
-            return Ok(Self { texts, names, quantization: Some(quantization), weights: Box::new(checkpoint) });
+            let manifest = Some(checkpoint.manifest().clone());
+            let quantization = Some(quantization);
+            return Ok(Self { texts, names, quantization, manifest, weights: Box::new(checkpoint) });
         }
-        if Awq::detect(path) {
-            let awq = Awq::open(path)?;
-            let quantization = (WeightFormat::LutGemm, BitWidth::try_from(4.0)?);
-            let texts = Some(awq.texts().clone());
-            return Ok(Self { texts, names, quantization: Some(quantization), weights: Box::new(awq) });
+        if Grouped::detect(path) {
+            let grouped = Grouped::open(path)?;
+            let quantization = (WeightFormat::LutGemm, BitWidth::try_from(f64::from(grouped.code_bits()))?);
+            let texts = Some(grouped.texts().clone());
+            let quantization = Some(quantization);
+            return Ok(Self { texts, names, quantization, manifest: None, weights: Box::new(grouped) });
         }
         if Reference::detect(path) {
             let seed = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);
@@ -53,10 +59,40 @@ impl Opened {
             let mixed = widths.iter().any(|&width| width != low);
             let bits = BitWidth::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })?;
             let (texts, format) = (Some(reference.texts().clone()), reference.backend());
-            return Ok(Self { texts, names, quantization: Some((format, bits)), weights: Box::new(reference) });
+            let quantization = Some((format, bits));
+            return Ok(Self { texts, names, quantization, manifest: None, weights: Box::new(reference) });
         }
         let source = Source::open(path)?;
-        Ok(Self { texts: Some(source.texts().clone()), names, quantization: None, weights: Box::new(source) })
+        let texts = Some(source.texts().clone());
+        Ok(Self { texts, names, quantization: None, manifest: None, weights: Box::new(source) })
+    }
+
+    /// The same model; a full-precision one as the quantized model that it stands for, where its quantization was only
+    /// simulated.
+    ///
+    /// # Errors
+    /// What [`Simulated::recover`] refuses.
+    pub fn quantized(self) -> Result<Self> {
+        if self.quantization.is_some() {
+            return Ok(self);
+        }
+        let simulated = Simulated::recover(self.weights).with_context(|| {
+            format!("{} is full precision, decdec quantize makes a checkpoint of it", self.names.join(" in "))
+        })?;
+        let widths = (0..simulated.config().num_layers).filter_map(|layer| simulated.bits(layer));
+        let (low, high) = widths.fold((u32::MAX, 0), |(low, high), bits| (low.min(bits), high.max(bits)));
+        let bits = BitWidth::try_from(f64::from(low) + f64::from(high - low) / 2.0)?;
+        Ok(Self { weights: Box::new(simulated), quantization: Some((WeightFormat::AnyPrec, bits)), ..self })
+    }
+
+    /// What the checkpoint says of itself; `None` for whatever is not a decdec checkpoint.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.manifest.as_ref()
+    }
+
+    /// The file or directory that it was opened from, without what is above it.
+    pub fn name(&self) -> &str {
+        self.names.last().map_or("", String::as_str)
     }
 
     /// Its tensors.
@@ -67,7 +103,8 @@ impl Opened {
     /// A model of random numbers, called `name`: it has no tokenizer.
     pub fn random(weights: RandomWeights, format: WeightFormat, bits: BitWidth, name: &str) -> Self {
         let names = vec![name.to_owned()];
-        Self { weights: Box::new(weights), texts: None, quantization: Some((format, bits)), names }
+        let quantization = Some((format, bits));
+        Self { weights: Box::new(weights), texts: None, quantization, manifest: None, names }
     }
 
     /// Tokenizer, chat template, special tokens; `None` for random numbers.

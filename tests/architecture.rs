@@ -10,7 +10,7 @@ const DOORS: [(&str, &[&str]); 8] = [
     ("rusqlite", &["nsys"]),
     ("tokenizers", &["tokenizer"]),
     ("minijinja", &["tokenizer"]),
-    ("clap", &["cli.rs", "main.rs"]),
+    ("clap", &["cli", "main.rs"]),
     ("plotters", &["tune"]),
 ];
 

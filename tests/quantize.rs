@@ -11,7 +11,8 @@ use anyhow::Result;
 use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
 use decdec::config::{ModelConfig, Projection};
 use decdec::format::Dense;
-use decdec::quantize::{Calibration, Interrupted, Options, Report, estimate, quantize};
+use decdec::quantize::{Calibration, Interrupted, Options, Report, ResidualOptions, estimate, quantize, residuals};
+use decdec::source::simulated::Simulated;
 use decdec::weights::{Linear, ModelWeights};
 use indicatif::ProgressBar;
 use small_model::{SmallModel, texts};
@@ -217,6 +218,149 @@ fn an_interrupted_job_ends_in_the_same_files() {
         make(&model, &overwriting, &out).unwrap();
         assert_eq!(contents(&out), contents(&whole));
         assert!(!dir.path().join("out.partial").exists());
+    }
+}
+
+#[test]
+fn interrupted_residuals_end_in_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(11, 4, false);
+    let options = Options { awq: false, ..options(WeightFormat::LutGemm, 3.0) };
+    let [whole, out] = ["whole", "out"].map(|name| dir.path().join(name));
+    make(&model, &options, &whole).unwrap();
+    let quantized = Checkpoint::open(&whole).unwrap();
+    let wanted = ResidualOptions { calibration: options.calibration, source: options.source, overwrite: false };
+    for at in [1, 3] {
+        let model = Interrupting { model: &model, stop: AtomicBool::new(false), at };
+        let bar = ProgressBar::hidden();
+        let error = residuals(&model, &quantized, &texts(), &wanted, &out, &model.stop, &bar);
+        assert!(error.unwrap_err().is::<Interrupted>() && !out.exists());
+        assert!(dir.path().join("out.partial/layer-000-3bit.safetensors").exists(), "finished layers are kept");
+    }
+    let running = AtomicBool::new(false);
+    residuals(&model, &quantized, &texts(), &wanted, &out, &running, &ProgressBar::hidden()).unwrap();
+    assert_eq!(contents(&out), contents(&whole));
+    assert!(!dir.path().join("out.partial").exists());
+}
+
+/// Residuals for what is at `quantized`, as [`make`] would have made them with `options`.
+fn complete(model: &dyn ModelWeights, quantized: &Path, options: &Options, out: &Path) -> Result<Report> {
+    let options =
+        ResidualOptions { calibration: options.calibration.clone(), source: options.source.clone(), overwrite: false };
+    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    residuals(model, &Checkpoint::open(quantized)?, &texts(), &options, out, &stop, &bar)
+}
+
+#[test]
+fn residuals_for_a_pair_are_those_that_quantizing_makes() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(8, 3, true);
+    for (backend, bits) in [(WeightFormat::AnyPrec, 3.0), (WeightFormat::AnyPrec, 3.5), (WeightFormat::LutGemm, 4.0)] {
+        let options = Options { awq: false, ..options(backend, bits) };
+        let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(format!("{name}-{backend}-{bits}")));
+        make(&model, &options, &whole).unwrap();
+        let report = complete(&model, &whole, &options, &pair).unwrap();
+        assert_eq!((report.tokens, report.bits.len()), (96, 3));
+        assert_eq!(contents(&pair), contents(&whole), "{backend} {bits}");
+    }
+    // Another original leaves other residuals, one of other shapes is refused.
+    let whole = dir.path().join("whole-ap-3");
+    let (other, out) = (SmallModel::new(9, 3, true), dir.path().join("other"));
+    complete(&other, &whole, &options(WeightFormat::AnyPrec, 3.0), &out).unwrap();
+    assert_ne!(contents(&out)["residuals.safetensors"], contents(&whole)["residuals.safetensors"]);
+    assert_eq!(contents(&out)["model.safetensors"], contents(&whole)["model.safetensors"]);
+    let refused = |model: &dyn ModelWeights, says: &str| {
+        let options = options(WeightFormat::AnyPrec, 3.0);
+        let message = format!("{:#}", complete(model, &whole, &options, &dir.path().join("no")).unwrap_err());
+        assert!(message.contains(says), "{message}");
+    };
+    refused(&SmallModel::new(8, 2, true), "2 layers, the quantized model 3");
+    refused(&Checkpoint::open(&whole).unwrap(), "the original is quantized itself");
+    assert!(!dir.path().join("no").exists() && !dir.path().join("no.partial").exists());
+}
+
+/// A model whose matrices are those of a checkpoint, dequantized.
+fn simulated(model: &SmallModel, checkpoint: &Checkpoint) -> SmallModel {
+    let row = |linear: &Linear<'_>, row| {
+        let mut values = vec![0.0; linear.weight.in_features()];
+        linear.weight.row(row, &mut values);
+        values
+    };
+    let linears = (0..model.config.num_layers).map(|layer| {
+        Projection::ALL.map(|projection| {
+            let linear = checkpoint.projection(layer, projection).unwrap();
+            (0..linear.weight.out_features()).flat_map(|r| row(&linear, r)).collect()
+        })
+    });
+    let mut simulated = SmallModel::new(0, model.config.num_layers, model.qkv_bias.is_some());
+    (simulated.linears, simulated.norms) = (linears.collect(), model.norms.clone());
+    (simulated.embedding, simulated.qkv_bias) = (model.embedding.clone(), model.qkv_bias.clone());
+    simulated
+}
+
+#[test]
+fn a_quantization_that_was_simulated_is_recovered() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(12, 2, true);
+    let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(name));
+    let options = options(WeightFormat::AnyPrec, 4.0);
+    make(&model, &options, &whole).unwrap();
+    let checkpoint = Checkpoint::open(&whole).unwrap();
+    let recovered = Simulated::recover(Box::new(simulated(&model, &checkpoint))).unwrap();
+    let wanted = ResidualOptions { calibration: options.calibration, source: options.source, overwrite: false };
+    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    residuals(&model, &recovered, &texts(), &wanted, &pair, &stop, &bar).unwrap();
+    let pair = Checkpoint::open(&pair).unwrap();
+    for (layer, projection) in (0..2).flat_map(|layer| Projection::ALL.map(|p| (layer, p))) {
+        let [whole, pair] = [&checkpoint, &pair].map(|c| c.projection(layer, projection).unwrap());
+        assert_eq!(pair.weight.out_features(), whole.weight.out_features());
+        let (mut a, mut b) = (vec![0.0; whole.weight.in_features()], vec![0.0; whole.weight.in_features()]);
+        for row in 0..whole.weight.out_features() {
+            whole.weight.row(row, &mut a);
+            pair.weight.row(row, &mut b);
+            assert_eq!(a, b, "layer {layer}, {projection}, row {row}");
+        }
+        assert_eq!((whole.residual, whole.thresholds, whole.bias), (pair.residual, pair.thresholds, pair.bias));
+    }
+    let error = Simulated::recover(Box::new(SmallModel::new(12, 2, true))).err().unwrap().to_string();
+    assert!(error.contains("of layer 0's qkv has 64 different values, at most 16 are expected"), "{error}");
+}
+
+#[test]
+fn the_scales_of_a_pair_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(10, 2, false);
+    let options = options(WeightFormat::LutGemm, 4.0);
+    let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(name));
+    make(&model, &options, &whole).unwrap();
+    complete(&model, &whole, &options, &pair).unwrap();
+    let [whole, pair] = [whole, pair].map(|dir| Checkpoint::open(&dir).unwrap());
+    for (layer, projection) in (0..2).flat_map(|layer| Projection::ALL.map(|p| (layer, p))) {
+        let [whole, pair] = [&whole, &pair].map(|c| c.projection(layer, projection).unwrap());
+        assert_eq!(whole.weight, pair.weight);
+        // Scales of q, k, v and gate, up are known but for the last bits of f32. Others follow from rows of 64 weights
+        // with rounding errors of a tenth (a step of a 15th of 5 deviations, over √12): 0.1 / √64.
+        let (known, estimated) = (1e-4, 0.1 / 8.0);
+        let off = |a: &[f32], b: &[f32]| {
+            let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+            squares(&mut a.iter().zip(b).map(|(a, b)| a - b)) / squares(&mut a.iter().copied())
+        };
+        let thresholds = off(whole.thresholds.as_ref().unwrap(), pair.thresholds.as_ref().unwrap());
+        let exact = matches!(projection, Projection::Qkv | Projection::GateUp);
+        let bound = if exact { known } else { 3.0 * estimated };
+        assert!(thresholds < bound, "layer {layer} {projection}: thresholds are off by {thresholds}");
+        // Original = weight + residual, up to what residuals round.
+        let (inputs, outputs) = model.config.shape(projection);
+        let (mut sum, mut a, mut b) = (vec![0.0; inputs], vec![0.0; inputs], vec![0.0; inputs]);
+        let mut worst = 0f64;
+        for row in 0..outputs {
+            whole.weight.row(row, &mut sum);
+            whole.residual.as_ref().unwrap().row(row, &mut a);
+            pair.residual.as_ref().unwrap().row(row, &mut b);
+            sum.iter_mut().zip(&mut a).zip(&mut b).for_each(|((w, a), b)| (*a, *b) = (*w + *a, *w + *b));
+            worst = worst.max(off(&a, &b));
+        }
+        assert!(worst < 5.0 * estimated, "layer {layer} {projection}: a row is off by {worst}");
     }
 }
 

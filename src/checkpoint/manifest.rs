@@ -3,8 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
+
+use crate::config::Projection;
+use crate::weights::{ModelWeights, Weight};
 
 /// The version of the directory's layout that this program writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -95,7 +98,7 @@ impl fmt::Display for BitWidth {
     }
 }
 
-/// How a checkpoint was made.
+/// How a checkpoint was made, and whether it can be compensated.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`FORMAT_VERSION`] of the program that wrote it.
@@ -106,7 +109,7 @@ pub struct Manifest {
     pub bits: BitWidth,
     /// Channels of a group; only for [`WeightFormat::LutGemm`].
     pub group_size: Option<usize>,
-    /// Bits of a residual; always 4.
+    /// Bits of a residual: 4, or 0 where there are none.
     pub residual_bits: u32,
     /// What it was made from.
     pub source: String,
@@ -115,6 +118,42 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// What a checkpoint of the quantized model `weights` says of itself; `source` and `calibration` are for the
+    /// record.
+    ///
+    /// # Errors
+    /// A model that is not quantized, or whose layers differ by more than one bit.
+    pub fn describe(weights: &dyn ModelWeights, source: String, calibration: String) -> Result<Self> {
+        let bits: Option<Vec<u32>> = (0..weights.config().num_layers).map(|layer| weights.bits(layer)).collect();
+        let bits = bits.context("the model is full precision, quantize it first")?;
+        let low = bits.iter().copied().min().context("the model has no layers")?;
+        let high = bits.iter().copied().max().unwrap_or(low);
+        ensure!(
+            high - low <= 1,
+            "the layers have {low} to {high} bits, a checkpoint holds one bit width or two that are neighbours"
+        );
+        let first = weights.projection(0, Projection::Qkv)?;
+        let (backend, group_size) = match &first.weight {
+            Weight::AnyPrec(_) => (WeightFormat::AnyPrec, None),
+            Weight::LutGemm(w) => (WeightFormat::LutGemm, Some(w.group_size())),
+            Weight::Dense(_) => bail!("the model is full precision, quantize it first"),
+        };
+        Ok(Self {
+            version: FORMAT_VERSION,
+            backend,
+            bits: BitWidth::try_from(f64::from(low) + f64::from(high - low) / 2.0)?,
+            group_size,
+            residual_bits: if first.residual.is_some() { 4 } else { 0 },
+            source,
+            calibration,
+        })
+    }
+
+    /// True if there are residuals and thresholds.
+    pub fn has_residuals(&self) -> bool {
+        self.residual_bits > 0
+    }
+
     /// Takes the object `decdec` out of a parsed `config.json`.
     ///
     /// # Errors
@@ -130,7 +169,11 @@ impl Manifest {
             version.map_or("missing".to_owned(), |v| v.to_string())
         );
         let manifest: Self = serde_json::from_value(object.clone()).context("object \"decdec\"")?;
-        ensure!(manifest.residual_bits == 4, "residuals of {} bits, 4 are supported", manifest.residual_bits);
+        ensure!(
+            matches!(manifest.residual_bits, 0 | 4),
+            "residuals of {} bits, 4 are supported, 0 says that there are none",
+            manifest.residual_bits
+        );
         ensure!(
             manifest.group_size.is_some() == (manifest.backend == WeightFormat::LutGemm),
             "object \"decdec\": backend {} with group_size {:?}, lutgemm has a group size and ap has none",

@@ -4,8 +4,8 @@
 //! |---|---|
 //! | `config.json` | the Hugging Face fields and one object `decdec`, the [`Manifest`] |
 //! | `model.safetensors` | embedding, head, norms, biases; codes and codebooks of the four fused projections |
-//! | `residuals.safetensors` | what quantization lost, 4 bits, one scale per row |
-//! | `thresholds.safetensors` | calibrated boundaries of `\|x\|` for bucket selection |
+//! | `residuals.safetensors` | what quantization lost, 4 bits, one scale per row; absent where the manifest has 0 bits |
+//! | `thresholds.safetensors` | calibrated boundaries of `\|x\|` for bucket selection; absent likewise |
 //! | `bitwidth_map.json` | `{layer: bits}`, where layers differ |
 //! | `tokenizer.json` and its companions | how text becomes tokens |
 //!
@@ -56,8 +56,7 @@ pub struct Checkpoint {
     texts: TextFiles,
     bits: Vec<u32>, // of every layer
     model: Tensors,
-    residuals: Tensors,
-    thresholds: Tensors,
+    compensation: Option<[Tensors; 2]>, // residuals, thresholds
 }
 
 impl Checkpoint {
@@ -80,10 +79,11 @@ impl Checkpoint {
         let config = ModelConfig::from_json(&json).with_context(in_config)?;
         let manifest = Manifest::from_config(&json).with_context(in_config)?;
         let bits = layer_bits(dir, &manifest, config.num_layers)?;
-        let [model, residuals, thresholds] = [MODEL, RESIDUALS, THRESHOLDS].map(|name| Tensors::open(&dir.join(name)));
-        let [model, residuals, thresholds] = [model?, residuals?, thresholds?];
+        let open = |name| Tensors::open(&dir.join(name));
+        let model = open(MODEL)?;
+        let compensation = if manifest.has_residuals() { Some([open(RESIDUALS)?, open(THRESHOLDS)?]) } else { None };
         let texts = TextFiles::read(dir)?;
-        let checkpoint = Self { config, manifest, bits, model, residuals, thresholds, texts };
+        let checkpoint = Self { config, manifest, bits, model, compensation, texts };
         checkpoint.validate().with_context(|| format!("{} is not usable", dir.display()))?;
         Ok(checkpoint)
     }
@@ -106,9 +106,10 @@ impl Checkpoint {
             self.layer_norms(layer)?;
             for projection in Projection::ALL {
                 let linear = self.projection(layer, projection)?;
-                let thresholds = linear.thresholds.as_deref().unwrap_or_default();
-                threshold::validate(thresholds, linear.weight.in_features())
-                    .with_context(|| prefix(layer, projection))?;
+                if let Some(thresholds) = &linear.thresholds {
+                    threshold::validate(thresholds, linear.weight.in_features())
+                        .with_context(|| prefix(layer, projection))?;
+                }
             }
         }
         Ok(())
@@ -142,7 +143,8 @@ impl ModelWeights for Checkpoint {
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        let stored = Stored { model: &self.model, residuals: &self.residuals, thresholds: &self.thresholds };
+        let compensation = self.compensation.as_ref().map(|[residuals, thresholds]| [residuals, thresholds]);
+        let stored = Stored { model: &self.model, compensation };
         stored.linear(layer, projection, &self.config, self.manifest.group_size, self.bits[layer])
     }
 
@@ -155,8 +157,7 @@ impl ModelWeights for Checkpoint {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stored<'a> {
     model: &'a Tensors,
-    residuals: &'a Tensors,
-    thresholds: &'a Tensors,
+    compensation: Option<[&'a Tensors; 2]>, // residuals, thresholds
 }
 
 impl<'a> Stored<'a> {
@@ -190,10 +191,13 @@ impl<'a> Stored<'a> {
             true => Some(Cow::Borrowed(self.model.f32(&name("bias"), &[outputs])?)),
             false => None,
         };
-        let words = self.residuals.words(&name("residual"), Dtype::U32, &[inputs, outputs / 8])?;
-        let scales = self.residuals.floats(&name("scales"), &[outputs])?;
+        let Some([residuals, thresholds]) = self.compensation else {
+            return Ok(Linear { bias, ..Linear::plain(weight) });
+        };
+        let words = residuals.words(&name("residual"), Dtype::U32, &[inputs, outputs / 8])?;
+        let scales = residuals.floats(&name("scales"), &[outputs])?;
         let residual = Some(Residual::new(inputs, outputs, Cow::Borrowed(words), scales)?);
-        let thresholds = Some(Cow::Borrowed(self.thresholds.f32(&name("thresholds"), &[inputs])?));
+        let thresholds = Some(Cow::Borrowed(thresholds.f32(&name("thresholds"), &[inputs])?));
         Ok(Linear { weight, bias, residual, thresholds })
     }
 }

@@ -78,7 +78,7 @@ impl CheckpointWriter {
     }
 
     /// Keeps a finished layer, atomically: its norms and its four projections in the order of
-    /// [`Projection::ALL`], each with residual and thresholds.
+    /// [`Projection::ALL`], each with residual and thresholds, or all of them without.
     ///
     /// # Errors
     /// Whatever the disk says; a projection that is not quantized.
@@ -139,7 +139,8 @@ impl CheckpointWriter {
             };
             files[file].push(tensor);
         }
-        for (name, list) in [MODEL, RESIDUALS, THRESHOLDS].into_iter().zip(files) {
+        let written = if manifest.has_residuals() { 3 } else { 1 };
+        for (name, list) in [MODEL, RESIDUALS, THRESHOLDS].into_iter().zip(files).take(written) {
             tensors::write(&dir.join(name), list)?;
         }
         let mut json = config_json::write(config);
@@ -178,7 +179,7 @@ impl LayerFile {
         super::read_norms(&self.tensors, self.layer, config)
     }
 
-    /// One projection, `group_size` as in the [`Manifest`].
+    /// One projection of a layer with residuals, `group_size` as in the [`Manifest`].
     ///
     /// # Errors
     /// As when a checkpoint is opened.
@@ -188,7 +189,7 @@ impl LayerFile {
         config: &ModelConfig,
         group_size: Option<usize>,
     ) -> Result<Linear<'_>> {
-        let stored = Stored { model: &self.tensors, residuals: &self.tensors, thresholds: &self.tensors };
+        let stored = Stored { model: &self.tensors, compensation: Some([&self.tensors; 2]) };
         stored.linear(self.layer, projection, config, group_size, self.bits)
     }
 }
@@ -234,11 +235,12 @@ fn push_linear<'a>(list: &mut Vec<Tensor<'a>>, prefix: &str, linear: &'a Linear<
         }
     }
     list.extend(linear.bias.as_deref().map(|bias| Tensor::f32(name("bias"), &[outputs], bias)));
-    let residual = linear.residual.as_ref().with_context(|| format!("{prefix} has no residual"))?;
-    list.push(Tensor::words(name("residual"), Dtype::U32, &[inputs, outputs / 8], residual.words()));
-    list.push(Tensor::floats(name("scales"), &[outputs], residual.scales()));
-    let thresholds = linear.thresholds.as_deref().with_context(|| format!("{prefix} has no thresholds"))?;
-    list.push(Tensor::f32(name("thresholds"), &[inputs], thresholds));
+    if let Some(residual) = &linear.residual {
+        list.push(Tensor::words(name("residual"), Dtype::U32, &[inputs, outputs / 8], residual.words()));
+        list.push(Tensor::floats(name("scales"), &[outputs], residual.scales()));
+        let thresholds = linear.thresholds.as_deref().with_context(|| format!("{prefix} has no thresholds"))?;
+        list.push(Tensor::f32(name("thresholds"), &[inputs], thresholds));
+    }
     Ok(())
 }
 

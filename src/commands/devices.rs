@@ -117,14 +117,16 @@ fn find() -> Vec<Found> {
     use decdec::backend::GemvBackend;
     let mut found = vec![Found { kind: "cpu", devices: Ok(vec![Cpu::new().device().clone()]) }];
     found.push(Found { kind: "cuda", devices: cuda::devices() });
-    #[cfg(feature = "reference-wgpu")]
-    found.push(Found { kind: "wgpu", devices: decdec::backend::wgsl::adapters() });
-    #[cfg(not(feature = "reference-wgpu"))]
-    found.push(Found {
-        kind: "wgpu",
-        devices: Err(anyhow::anyhow!("built without wgpu, build with --features reference-wgpu")),
-    });
+    found.push(Found { kind: "wgpu", devices: vulkan() });
     found
+}
+
+/// Every Vulkan adapter.
+pub(crate) fn vulkan() -> Result<Vec<DeviceInfo>> {
+    #[cfg(feature = "reference-wgpu")]
+    return decdec::backend::wgsl::adapters();
+    #[cfg(not(feature = "reference-wgpu"))]
+    bail!("built without wgpu, build with --features reference-wgpu")
 }
 
 /// Prints what can run here, and why not otherwise.

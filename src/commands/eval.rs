@@ -12,7 +12,8 @@ use crate::cli::PerplexityArgs;
 /// Runs the command.
 #[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
-    let opened = Opened::open(&args.path, None, args.compat_scale_order)?;
+    let opened = Opened::open(&args.path, args.bitwidth, args.compat_scale_order)?;
+    opened.expect(None, args.bitwidth, None)?;
     let source = args.compare.as_deref().map(|path| Opened::open(path, None, false)).transpose()?;
     if let Some(source) = &source {
         let (ours, theirs) = (opened.weights().config().vocab_size, source.weights().config().vocab_size);

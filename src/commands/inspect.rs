@@ -30,7 +30,8 @@ impl Part {
 /// Runs the command.
 #[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let opened = Opened::open(&args.path, None, false)?;
+    let opened = Opened::open(&args.path, args.bitwidth, false)?;
+    opened.expect(None, args.bitwidth, None)?;
     let weights = opened.weights();
     let config = weights.config();
     let projections = Projection::ALL.map(|p| measure(weights, p));

@@ -1,6 +1,8 @@
 //! One file for each command: arguments in, library calls, results out.
 
+pub(crate) mod convert;
 pub(crate) mod devices;
+pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod inspect;
@@ -52,6 +54,18 @@ pub(crate) fn interrupt_flag() -> Result<&'static AtomicBool> {
         ctrlc::set_handler(handler).context("cannot listen for ctrl-c")?;
     }
     Ok(&FLAG)
+}
+
+/// The result of a job that goes on where it was interrupted: that it was is said once, as a note, and ends the
+/// program with its own exit code.
+pub(crate) fn resumable<T>(result: Result<T>) -> Result<T> {
+    result.map_err(|error| match error.is::<decdec::quantize::Interrupted>() {
+        true => {
+            tracing::info!("{error}");
+            Interrupted.into()
+        }
+        false => error,
+    })
 }
 
 /// A bar on stderr that knows the time left; hidden off a terminal.

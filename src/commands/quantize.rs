@@ -1,12 +1,13 @@
 //! `decdec quantize`
 
 use anyhow::Result;
-use decdec::quantize::{Calibration, Interrupted, Options, estimate, quantize};
+use decdec::config::ModelConfig;
+use decdec::quantize::{Calibration, Options, estimate, quantize};
 use decdec::source::Source;
-use decdec::tokenizer::Tokenizer;
+use decdec::tokenizer::{TextFiles, Tokenizer};
 use decdec::weights::ModelWeights;
 
-use crate::cli::QuantizeArgs;
+use crate::cli::{CalibrationArgs, QuantizeArgs};
 
 /// Runs the command.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
@@ -16,7 +17,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         bits: args.bitwidth,
         group_size: args.group_size,
         awq: !args.no_awq,
-        calibration: calibration(args, &source)?,
+        calibration: calibration(&args.calibration, source.texts(), source.config())?,
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
         overwrite: args.overwrite,
     };
@@ -25,13 +26,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     }
     let stop = super::interrupt_flag()?;
     let bar = super::progress(0, "");
-    let report = match quantize(&source, source.texts(), &options, &args.out, stop, &bar) {
-        Err(error) if error.is::<Interrupted>() => {
-            tracing::info!("{error}");
-            return Err(super::Interrupted.into());
-        }
-        report => report?,
-    };
+    let report = super::resumable(quantize(&source, source.texts(), &options, &args.out, stop, &bar))?;
     bar.finish_and_clear();
     tracing::info!(
         "quantized {} layers in {:.1} s ({} calibration tokens) into {}",
@@ -61,7 +56,8 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn calibration(args: &QuantizeArgs, source: &Source) -> Result<Calibration> {
+/// The text that the flags ask for, in the model's tokens.
+pub(crate) fn calibration(args: &CalibrationArgs, texts: &TextFiles, config: &ModelConfig) -> Result<Calibration> {
     let Some(path) = &args.calib else {
         return Ok(Calibration::Sampled {
             seq_len: args.seq_len.unwrap_or(Calibration::SAMPLED_SEQ_LEN),
@@ -71,7 +67,7 @@ fn calibration(args: &QuantizeArgs, source: &Source) -> Result<Calibration> {
     };
     let text = super::read_text(path)?;
     Ok(Calibration::Text {
-        tokens: Tokenizer::new(source.texts(), source.config())?.encode(&text)?,
+        tokens: Tokenizer::new(texts, config)?.encode(&text)?,
         seq_len: args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN),
         samples: args.samples.unwrap_or(Calibration::TEXT_SAMPLES),
         name: path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),

@@ -33,14 +33,20 @@ pub(crate) fn scale(config: &ModelConfig, layer: &mut Layer, inputs: &mut Inputs
     // Folding changes rows of qkv (for o) and of gate-up (for down): those come after what they feed.
     for projection in [Projection::O, Projection::Down, Projection::Qkv, Projection::GateUp] {
         let x = &mut inputs[projection.index()];
-        let linear = &mut layer.linears[projection.index()];
+        let linear = &layer.linears[projection.index()];
         let scales = search(linear, x, &magnitudes(config, projection, x, linear.in_features), bits, group_size);
-        let multiply = |row: &mut [f32]| row.iter_mut().zip(&scales).for_each(|(w, s)| *w *= s);
-        linear.weight.par_chunks_exact_mut(scales.len()).for_each(multiply);
-        let divide = |row: &mut [f32]| row.iter_mut().zip(&scales).for_each(|(x, s)| *x /= s);
-        x.par_chunks_exact_mut(scales.len()).for_each(divide);
-        fold(config, layer, projection, &scales);
+        apply(config, layer, projection, &scales, x);
     }
+}
+
+/// Multiplies the channels of `projection` by `scales`, divides what enters it, `x`, and folds the inverse into what
+/// feeds it. The layer computes the same function as before.
+pub(crate) fn apply(config: &ModelConfig, layer: &mut Layer, projection: Projection, scales: &[f32], x: &mut [f32]) {
+    let multiply = |row: &mut [f32]| row.iter_mut().zip(scales).for_each(|(w, s)| *w *= s);
+    layer.linears[projection.index()].weight.par_chunks_exact_mut(scales.len()).for_each(multiply);
+    let divide = |row: &mut [f32]| row.iter_mut().zip(scales).for_each(|(x, s)| *x /= s);
+    x.par_chunks_exact_mut(scales.len()).for_each(divide);
+    fold(config, layer, projection, scales);
 }
 
 /// Divides the output channels of what feeds `projection` by `scales`.
@@ -57,10 +63,15 @@ fn fold(config: &ModelConfig, layer: &mut Layer, projection: Projection, scales:
             let d = config.head_dim;
             let shared = config.num_heads / config.num_kv_heads;
             let by_value: Vec<f32> = (0..config.num_kv_heads * d).map(|v| scales[v / d * shared * d + v % d]).collect();
-            let first = (config.num_heads + config.num_kv_heads) * d;
+            let first = first_value_row(config);
             divide_rows(&mut layer.linears[Projection::Qkv.index()], first, &by_value);
         }
     }
+}
+
+/// The first of the rows of qkv that make values.
+pub(crate) fn first_value_row(config: &ModelConfig) -> usize {
+    (config.num_heads + config.num_kv_heads) * config.head_dim
 }
 
 /// Divides the rows from `first` on, and their biases, by `scales`.

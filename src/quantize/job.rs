@@ -6,11 +6,11 @@ use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 
 use super::calibrate::Activations;
-use super::forward::{Layer, Rope};
-use super::{Calibration, Options, mixed, sample};
+use super::forward::{Inputs, Layer, Rope};
+use super::{Calibration, Norms, Options, mixed, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
 use crate::config::Projection;
-use crate::weights::ModelWeights;
+use crate::weights::{Linear, ModelWeights};
 
 /// File of the calibration tokens: u32, little-endian.
 const TOKENS: &str = "tokens.bin";
@@ -30,16 +30,29 @@ pub(super) struct Job<'a> {
     pub(super) progress: &'a ProgressBar,
 }
 
+/// A layer as it is stored: norms, and projections in the order of [`Projection::ALL`].
+pub(super) type Made<'a> = (Norms, [Linear<'a>; 4]);
+
 impl Job<'_> {
     /// Length of the progress bar: tokens that go through a layer, summed over layers, and what else takes as long.
     pub(super) fn work(&self) -> u64 {
         let layers = self.source.config().num_layers as u64;
-        let sampling = match self.options.calibration {
-            Calibration::Sampled { .. } => sample::SAMPLED_TOKEN * self.tokens() * layers,
-            Calibration::Text { .. } => 0,
-        };
         let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
-        sampling + layers * (self.tokens() + self.layer_work()) + mixed
+        self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed
+    }
+
+    /// Length of the progress bar while every layer is made once, whatever its width.
+    pub(super) fn work_once(&self) -> u64 {
+        self.sampling_work() + self.source.config().num_layers as u64 * (self.tokens() + LAYER_WORK)
+    }
+
+    fn sampling_work(&self) -> u64 {
+        match self.options.calibration {
+            Calibration::Sampled { .. } => {
+                sample::SAMPLED_TOKEN * self.tokens() * self.source.config().num_layers as u64
+            }
+            Calibration::Text { .. } => 0,
+        }
     }
 
     fn tokens(&self) -> u64 {
@@ -50,6 +63,34 @@ impl Job<'_> {
     fn layer_work(&self) -> u64 {
         let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
         widths * LAYER_WORK
+    }
+
+    /// Makes every layer that is not finished, once: `make` gets its index, the layer in full precision and what
+    /// entered its projections; `bits` are those of every layer.
+    pub(super) fn layers_once<'a>(
+        &self,
+        ids: &[u32],
+        bits: &[u32],
+        make: impl Fn(usize, &Layer, &Inputs) -> Result<Made<'a>>,
+    ) -> Result<()> {
+        let config = self.source.config();
+        let rope = Rope::new(config, self.options.calibration.seq_len());
+        let (first, mut activations) = self.activations(ids)?;
+        self.progress.inc(first as u64 * (self.tokens() + LAYER_WORK));
+        self.progress.reset_eta();
+        for (index, &bits) in bits.iter().enumerate().skip(first) {
+            self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
+            let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
+            let missing = !self.writer.has_layer(index, bits);
+            let inputs = activations.advance(config, &layer, &rope, missing, self.stop, self.progress)?;
+            if missing {
+                let (norms, linears) = make(index, &layer, &inputs).with_context(|| format!("layer {index}"))?;
+                self.writer.write_layer(index, bits, &norms, &linears)?;
+            }
+            self.progress.inc(LAYER_WORK);
+            self.keep(index + 1, &activations)?;
+        }
+        Ok(())
     }
 
     /// The calibration tokens, windows of `seq_len`, one after the other.
@@ -100,7 +141,7 @@ impl Job<'_> {
     }
 
     /// The next layer and what enters it.
-    fn activations(&self, ids: &[u32]) -> Result<(usize, Activations)> {
+    pub(super) fn activations(&self, ids: &[u32]) -> Result<(usize, Activations)> {
         let config = self.source.config();
         let (tokens, hidden) = (self.options.calibration.seq_len(), config.hidden_size);
         let kept = self.writer.read_file(ACTIVATIONS).filter(|bytes| bytes.len() == 8 + 4 * ids.len() * hidden);
@@ -111,7 +152,8 @@ impl Job<'_> {
         Ok((0, Activations::embed(&self.source.embedding()?, ids, tokens)?))
     }
 
-    fn keep(&self, next: usize, activations: &Activations) -> Result<()> {
+    /// Keeps what enters layer `next`.
+    pub(super) fn keep(&self, next: usize, activations: &Activations) -> Result<()> {
         let mut bytes = (next as u64).to_le_bytes().to_vec();
         bytes.extend_from_slice(bytemuck::cast_slice(&activations.h));
         self.writer.write_file(ACTIVATIONS, &bytes)
@@ -122,24 +164,22 @@ impl Job<'_> {
 pub(super) fn key(source: &dyn ModelWeights, manifest: &Manifest, options: &Options) -> Result<String> {
     let config = source.config();
     let mut hash = Fnv::new();
-    let mut row = vec![0.0; config.hidden_size.max(config.shape(Projection::O).0)];
-    for layer in 0..config.num_layers {
-        let (input, post) = source.layer_norms(layer)?;
-        hash.floats(&input);
-        hash.floats(&post);
-        // A few rows stand for the layer: fine-tuned models share norms, not projections.
-        let linear = source.projection(layer, Projection::O)?;
-        let row = &mut row[..linear.weight.in_features()];
-        for i in [0, linear.weight.out_features() / 2] {
-            linear.weight.row(i, row);
-            hash.floats(row);
-        }
-    }
+    hash.model(source)?;
     if let Calibration::Text { tokens, .. } = &options.calibration {
         hash.bytes(bytemuck::cast_slice(tokens));
     }
     let manifest = serde_json::to_string(manifest)?;
     Ok(format!("{}\n{manifest}\nawq {}\n{config:?}\n{:016x}\n", env!("CARGO_PKG_VERSION"), options.awq, hash.0))
+}
+
+/// A quantized model in a few words: what tells it from others of its shapes.
+///
+/// # Errors
+/// A tensor that cannot be read.
+pub(crate) fn fingerprint(weights: &dyn ModelWeights) -> Result<String> {
+    let mut hash = Fnv::new();
+    hash.model(weights)?;
+    Ok(format!("{:?}\n{:016x}", weights.config(), hash.0))
 }
 
 /// The hash FNV-1a, the same in every version of this program.
@@ -158,5 +198,26 @@ impl Fnv {
 
     fn floats(&mut self, values: &[f32]) {
         self.bytes(bytemuck::cast_slice(values));
+    }
+
+    fn model(&mut self, source: &dyn ModelWeights) -> Result<()> {
+        let config = source.config();
+        let mut row = vec![0.0; config.shape(Projection::O).0];
+        for layer in 0..config.num_layers {
+            let (input, post) = source.layer_norms(layer)?;
+            self.floats(&input);
+            self.floats(&post);
+            // A few rows stand for the layer: fine-tuned models share norms, not projections.
+            let linear = source.projection(layer, Projection::O)?;
+            for i in [0, linear.weight.out_features() / 2] {
+                linear.weight.row(i, &mut row);
+                self.floats(&row);
+                if let Some(residual) = &linear.residual {
+                    residual.row(i, &mut row);
+                    self.floats(&row);
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -10,6 +10,7 @@ mod estimate;
 mod forward;
 mod job;
 mod mixed;
+mod residuals;
 mod sample;
 mod sqllm;
 
@@ -32,6 +33,8 @@ use crate::weights::{Linear, ModelWeights, Weight};
 pub use estimate::{Estimate, estimate};
 use forward::{Affine, Inputs, Layer};
 use job::Job;
+pub(crate) use job::fingerprint;
+pub use residuals::{ResidualOptions, residuals};
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq)]
@@ -140,7 +143,7 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-fn ensure_running(stop: &AtomicBool) -> Result<()> {
+pub(crate) fn ensure_running(stop: &AtomicBool) -> Result<()> {
     if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) }
 }
 
@@ -180,8 +183,7 @@ pub fn quantize(
     let manifest = plan(config, options)?;
     let key = job::key(source, &manifest, options)?;
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
-    let style = "{msg:<24} {bar:32} {percent:>3} %, {eta} left";
-    progress.set_style(ProgressStyle::with_template(style).context("progress bar")?);
+    progress.set_style(style()?);
     let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };
     progress.set_length(job.work());
     let ids = job.calibration()?;
@@ -195,6 +197,11 @@ pub fn quantize(
     writer.finish(config, &manifest, &bits, &rest, texts)?;
     progress.finish_and_clear();
     Ok(Report { manifest, bits, divergences, tokens: ids.len(), elapsed: start.elapsed() })
+}
+
+/// How progress is shown: what is done now, and the time left.
+fn style() -> Result<ProgressStyle> {
+    ProgressStyle::with_template("{msg:<24} {bar:32} {percent:>3} %, {eta} left").context("progress bar")
 }
 
 /// Checks the options against the model and settles what they leave open.
@@ -267,7 +274,7 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
 }
 
 /// Adds what compensation needs: the residual against what is stored, the thresholds of what comes in.
-fn finish(linear: &Affine, x: &[f32], weight: Weight<'static>) -> Result<Linear<'static>> {
+fn finish<'a>(linear: &Affine, x: &[f32], weight: Weight<'a>) -> Result<Linear<'a>> {
     let (inputs, outputs) = (linear.in_features, linear.out_features);
     let mut lost = vec![0.0; inputs * outputs];
     lost.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, lost)| {

@@ -5,11 +5,12 @@
 //! it is asked for.
 
 mod archive;
-pub mod awq;
 mod gguf;
+pub mod grouped;
 mod huggingface;
 mod modules;
 pub mod reference;
+pub mod simulated;
 pub mod torch;
 
 use std::borrow::Cow;

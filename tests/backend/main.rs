@@ -2,6 +2,9 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "../reference_read/decoder.rs"]
+mod decoder;
 #[path = "../noise/mod.rs"]
 mod noise;
 #[allow(dead_code, reason = "other tests use the rest")]

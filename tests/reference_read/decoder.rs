@@ -1,6 +1,9 @@
 //! A decoder in f64, as plain as it can be, over dequantized rows.
+//!
+//! Oracles are half-precision models turned to f32: the sums of alphas that LUT-GEMM's weights are, and the rotary
+//! frequencies, are then rounded to f16. The decoder does either.
 
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::{ModelConfig, Projection, RopeScaling};
 use decdec::weights::{Linear, ModelWeights, Weight};
 use half::f16;
 
@@ -18,6 +21,22 @@ pub(crate) struct Model {
     pub(crate) head: Matrix,
     pub(crate) final_norm: Vec<f32>,
     pub(crate) layers: Vec<Layer>,
+    rotary: Vec<f64>, // [head_dim / 2]
+}
+
+/// Where the decoder rounds as an oracle of half precision did.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rounded {
+    pub(crate) weights: bool,
+    pub(crate) rotary: bool,
+}
+
+impl Rounded {
+    pub(crate) const NOTHING: Self = Self { weights: false, rotary: false };
+    pub(crate) const ALL: Self = Self { weights: true, rotary: true };
+    /// What an oracle may have done.
+    pub(crate) const EVERY: [Self; 4] =
+        [Self::ALL, Self { rotary: false, ..Self::ALL }, Self { weights: false, ..Self::ALL }, Self::NOTHING];
 }
 
 pub(crate) struct Layer {
@@ -26,7 +45,7 @@ pub(crate) struct Layer {
 }
 
 impl Matrix {
-    pub(crate) fn new(linear: &Linear<'_>, with_residual: bool) -> Self {
+    pub(crate) fn new(linear: &Linear<'_>, with_residual: bool, rounded: bool) -> Self {
         let (in_features, out_features) = (linear.weight.in_features(), linear.weight.out_features());
         let mut values = Vec::with_capacity(in_features * out_features);
         let (mut weight, mut residual) = (vec![0.0; in_features], vec![0.0; in_features]);
@@ -35,8 +54,9 @@ impl Matrix {
             if with_residual {
                 linear.residual.as_ref().expect("a residual").row(row, &mut residual);
             }
-            // The oracle held its matrices in half precision: exact for codebooks, a rounding for sums of alphas.
-            values.extend(weight.iter().zip(&residual).map(|(&w, &r)| f16::from_f32(w).to_f64() + f64::from(r)));
+            // Exact for codebooks, which are in half precision themselves.
+            let round = |w: f32| if rounded { f16::from_f32(w).to_f64() } else { w.into() };
+            values.extend(weight.iter().zip(&residual).map(|(&w, &r)| round(w) + f64::from(r)));
         }
         let bias = linear.bias.as_ref().map_or(vec![0.0; out_features], |b| b.iter().map(|&b| b.into()).collect());
         Self { in_features, values, bias }
@@ -49,17 +69,23 @@ impl Matrix {
 }
 
 impl Model {
-    pub(crate) fn read(weights: &dyn ModelWeights, with_residuals: bool) -> Self {
+    pub(crate) fn read(weights: &dyn ModelWeights, with_residuals: bool, rounded: Rounded) -> Self {
         let config = weights.config().clone();
-        let table = |dense| Matrix::new(&Linear::plain(Weight::Dense(dense)), false);
+        let table = |dense| Matrix::new(&Linear::plain(Weight::Dense(dense)), false, false);
         let embedding = table(weights.embedding().unwrap());
         let head = table(weights.head().unwrap().unwrap_or_else(|| weights.embedding().unwrap()));
         let layer = |layer| Layer {
             norms: weights.layer_norms(layer).unwrap(),
-            projections: Projection::ALL.map(|p| Matrix::new(&weights.projection(layer, p).unwrap(), with_residuals)),
+            projections: Projection::ALL
+                .map(|p| Matrix::new(&weights.projection(layer, p).unwrap(), with_residuals, rounded.weights)),
         };
         let layers = (0..config.num_layers).map(layer).collect();
-        Self { embedding, head, final_norm: weights.final_norm().unwrap(), layers, config }
+        let rotary = rotary(&config);
+        let rotary = match rounded.rotary {
+            true => rotary.into_iter().map(|f| f16::from_f64(f).to_f64()).collect(),
+            false => rotary,
+        };
+        Self { embedding, head, final_norm: weights.final_norm().unwrap(), layers, config, rotary }
     }
 
     /// Logits of every position, `[tokens, vocab_size]`.
@@ -101,9 +127,7 @@ impl Model {
     pub(crate) fn rotated(&self, qkv: &[f64], head: usize, position: usize) -> Vec<f64> {
         let dim = self.config.head_dim;
         let (first, second) = qkv[head * dim..][..dim].split_at(dim / 2);
-        // The oracle was a half-precision model turned to f32: its rotary frequencies are rounded to f16.
-        let frequency = |i: usize| f16::from_f64(self.config.rope_theta.powf(-(2.0 * i as f64) / dim as f64)).to_f64();
-        let angle = |i| position as f64 * frequency(i);
+        let angle = |i: usize| position as f64 * self.rotary[i];
         let pairs = first.iter().zip(second).enumerate();
         let low = pairs.clone().map(|(i, (a, b))| a * angle(i).cos() - b * angle(i).sin());
         let high = pairs.map(|(i, (a, b))| b * angle(i).cos() + a * angle(i).sin());
@@ -116,7 +140,8 @@ impl Model {
         for head in 0..num_heads {
             let kv_head = head * num_kv_heads / num_heads;
             let query = self.rotated(&qkv[position], head, position);
-            let scores = qkv[..=position].iter().enumerate().map(|(p, qkv)| {
+            let first = self.config.sliding_window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let scores = qkv[..=position].iter().enumerate().skip(first).map(|(p, qkv)| {
                 let key = self.rotated(qkv, num_heads + kv_head, p);
                 query.iter().zip(&key).map(|(q, k)| q * k).sum::<f64>() / (head_dim as f64).sqrt()
             });
@@ -125,7 +150,7 @@ impl Model {
             let weights: Vec<_> = scores.iter().map(|s| (s - max).exp()).collect();
             let sum: f64 = weights.iter().sum();
             let mut mixed = vec![0.0; head_dim];
-            for (weight, qkv) in weights.iter().zip(qkv) {
+            for (weight, qkv) in weights.iter().zip(&qkv[first..]) {
                 let value = &qkv[(num_heads + num_kv_heads + kv_head) * head_dim..][..head_dim];
                 mixed.iter_mut().zip(value).for_each(|(m, v)| *m += weight / sum * v);
             }
@@ -133,6 +158,15 @@ impl Model {
         }
         out
     }
+}
+
+/// The inverse frequencies of RoPE; where they are scaled, those of the configuration, which has its own tests.
+fn rotary(config: &ModelConfig) -> Vec<f64> {
+    if config.rope_scaling != RopeScaling::None {
+        return config.rope_frequencies().into_iter().map(f64::from).collect();
+    }
+    let dim = config.head_dim as f64;
+    (0..config.head_dim / 2).map(|i| config.rope_theta.powf(-(2.0 * i as f64) / dim)).collect()
 }
 
 pub(crate) fn add(h: &mut [f64], delta: &[f64]) {

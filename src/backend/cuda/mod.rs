@@ -4,7 +4,7 @@
 //! - `library`: NVIDIA's libraries, opened at run time; `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
-//! - `cupti`, `recorder`: when kernels ran, for the sweep
+//! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
 //! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch;
 //!   the kernels are in `kernels-cuda/`
 
@@ -12,6 +12,7 @@ mod arguments;
 mod blas;
 pub(crate) mod compiler;
 mod cupti;
+pub mod doctor;
 mod driver;
 mod host;
 mod kernel;

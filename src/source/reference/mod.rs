@@ -349,7 +349,7 @@ fn add_compensation(tensors: &mut Tensors, dir: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// Bits of every layer: as asked for, else by the map, else the only precision that is stored.
+/// Bits of every layer: as asked for where that is stored, else by the map, else the only precision that is stored.
 fn layer_bits(
     config: &ModelConfig,
     tensors: &Tensors,
@@ -367,8 +367,12 @@ fn layer_bits(
         let (got, first_wrong) = (map.len(), (0..layers).find(|layer| !map.contains_key(layer)));
         ensure!(got == layers && first_wrong.is_none(), "{BIT_MAP} has {got} layers, 0 to {} are expected", layers - 1);
     }
+    // In mixed precision a layer may be stored in another width only.
+    let has_asked = |layer| asked.is_some_and(|bits| stored_bits(format, tensors, layer).contains(&bits));
+    let somewhere = (0..layers).any(has_asked);
     let choose = |layer| {
         let stored = stored_bits(format, tensors, layer);
+        let asked = asked.filter(|_| !somewhere || has_asked(layer));
         let listed = stored.iter().map(u32::to_string).collect::<Vec<_>>().join(" or ");
         let bits = match (asked, &map, &stored[..]) {
             (Some(bits), _, _) => bits,

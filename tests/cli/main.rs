@@ -1,7 +1,10 @@
 //! The program as a user meets it: bad input gets one clear line, and nothing is lost.
 
+#[path = "../fixtures/mod.rs"]
 mod fixtures;
-#[path = "cli/tuning.rs"]
+
+mod convert;
+mod flags;
 mod tuning;
 
 use std::path::{Path, PathBuf};
@@ -297,6 +300,22 @@ fn eval_and_inspect_and_completions() {
     decdec().arg("inspect").arg(&checkpoint).assert().success().stdout(contains("bits per weight"));
     decdec().arg("inspect").arg(&checkpoint).arg("--json").assert().success().stdout(contains("\"host_bytes\""));
     decdec().arg("devices").assert().success().stdout(contains("cpu"));
+    decdec().arg("doctor").assert().success().stdout(contains("pinned memory").and(contains("NVIDIA driver")));
+    let doctor = read({
+        let mut command = decdec();
+        command.args(["doctor", "--json"]);
+        command
+    });
+    assert!(doctor["cpu"]["cores"].as_u64() >= Some(1), "{doctor}");
+    assert!(!cfg!(target_os = "linux") || doctor["memory"]["total_bytes"].as_u64() > Some(1 << 28), "{doctor}");
+    // Whatever is there or not, each finding says which, and what is missing how to get it.
+    let cuda = &doctor["cuda"];
+    let findings = ["driver", "driver_release", "nvrtc", "cublas", "cupti"].map(|name| &cuda[name]);
+    for finding in findings.into_iter().chain([&doctor["vulkan"]]) {
+        let missing = finding["missing"].as_str();
+        assert!(finding.get("found").is_some() || missing.is_some_and(|why| !why.is_empty()), "{doctor}");
+    }
+    assert_eq!(cuda["driver"].get("found").is_none(), cuda["devices"].as_array().expect("a list").is_empty());
     for shell in ["bash", "zsh", "fish"] {
         decdec().args(["completions", shell]).assert().success().stdout(contains("decdec"));
     }

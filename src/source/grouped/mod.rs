@@ -1,13 +1,16 @@
-//! Hugging Face directories quantized with AWQ (AutoAWQ's `gemm` layout), read as LUT-GEMM without any loss.
+//! Hugging Face directories quantized with AWQ (AutoAWQ's `gemm` layout) or GPTQ (without act-order), read as LUT-GEMM
+//! without any loss.
 //!
-//! `w[row, k] = scales[g, row]·(code − zero)`, `g = ⌊k / group_size⌋`, 4 bits. `qweight` is `int32 [in, out/8]`,
-//! `qzeros` `int32 [in/group_size, out/8]`, `scales` `f16 [in/group_size, out]`; nibble `i` of word `c` belongs to
-//! row `8c + ORDER[i]`.
+//! `w[row, k] = scales[g, row]·(code − zero)`, `g = ⌊k / group_size⌋`; `scales` is `f16 [in/group_size, out]`, and how
+//! `qweight` and `qzeros` hold codes and zeros is each layout's own.
+
+mod awq;
+mod gptq;
 
 use std::borrow::Cow;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::huggingface::{Shards, json_file};
@@ -18,33 +21,38 @@ use crate::format::{Dense, Floats, LutGemm};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
-/// Bits of a code, the only width of the layout.
-const BITS: usize = 4;
+/// How codes and zeros are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Awq,
+    Gptq(gptq::Packing),
+}
 
-/// The rows of a word, from its lowest nibble up.
-const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
-
-/// An AWQ checkpoint, memory-mapped. It has no residuals: what was lost is not in it.
+/// A checkpoint of AWQ or GPTQ, memory-mapped. It has no residuals: what was lost is not in it.
 #[derive(Debug)]
-pub struct Awq {
+pub struct Grouped {
     shards: Shards,
     config: ModelConfig,
     config_json: Value,
     texts: TextFiles,
     group_size: usize,
+    layout: Layout,
 }
 
-impl Awq {
-    /// True if the `config.json` in `dir` says that AWQ made it.
+impl Grouped {
+    /// True if the `config.json` in `dir` says that AWQ or GPTQ made it.
     pub fn detect(dir: &Path) -> bool {
-        let method = |json: &Value| Some(json.get("quantization_config")?.get("quant_method")? == "awq");
-        json_file(&dir.join("config.json")).ok().as_ref().and_then(method).unwrap_or(false)
+        let known = |json: &Value| {
+            let method = json.get("quantization_config")?.get("quant_method")?;
+            Some(method == "awq" || method == "gptq")
+        };
+        json_file(&dir.join("config.json")).ok().as_ref().and_then(known).unwrap_or(false)
     }
 
     /// Opens a directory.
     ///
     /// # Errors
-    /// Another width, layout or symmetric codes; files that are truncated; missing or misshapen tensors, by name.
+    /// Another width or layout, GPTQ's act-order; files that are truncated; missing or misshapen tensors, by name.
     pub fn open(dir: &Path) -> Result<Self> {
         Self::read(dir).with_context(|| format!("cannot open the model {}", dir.display()))
     }
@@ -52,9 +60,9 @@ impl Awq {
     fn read(dir: &Path) -> Result<Self> {
         let config_json = json_file(&dir.join("config.json"))?;
         let config = ModelConfig::from_json(&config_json)?;
-        let group_size = group_size(&config_json).context("in quantization_config")?;
+        let (layout, group_size) = layout(&config_json).context("in quantization_config")?;
         let (shards, texts) = (Shards::open(dir)?, TextFiles::read(dir)?);
-        let model = Self { shards, config, config_json, texts, group_size };
+        let model = Self { shards, config, config_json, texts, group_size, layout };
         model.check()?;
         Ok(model)
     }
@@ -67,6 +75,14 @@ impl Awq {
     /// Tokenizer, chat template, special tokens.
     pub fn texts(&self) -> &TextFiles {
         &self.texts
+    }
+
+    /// Bits of every code.
+    pub fn code_bits(&self) -> u32 {
+        match self.layout {
+            Layout::Awq => awq::BITS,
+            Layout::Gptq(packing) => packing.bits,
+        }
     }
 
     /// Channels that share a scale.
@@ -95,14 +111,7 @@ impl Awq {
                 crate::format::lutgemm::ensure_group_size(channels, self.group_size)?;
                 let groups = channels / self.group_size;
                 for part in self.parts(layer, projection) {
-                    ensure!(
-                        part.rows.is_multiple_of(8),
-                        "{} has {} rows, a multiple of 8 is expected",
-                        part.name,
-                        part.rows
-                    );
-                    self.check_words(&part.tensor("qweight"), &[channels, part.rows / 8])?;
-                    self.check_words(&part.tensor("qzeros"), &[groups, part.rows / 8])?;
+                    self.check_packed(&part, channels, groups)?;
                     self.check_floats(&part.tensor("scales"), &[groups, part.rows])?;
                     if self.shards.find(&part.tensor("bias")).is_ok() {
                         self.check_floats(&part.tensor("bias"), &[part.rows])?;
@@ -116,6 +125,29 @@ impl Awq {
     fn check_floats(&self, name: &str, shape: &[usize]) -> Result<()> {
         let stored = self.shards.find(name)?.shape()?;
         ensure!(stored == shape, "tensor {name} has shape {stored:?}, {shape:?} is expected");
+        Ok(())
+    }
+
+    /// Codes and zeros are there as the layout has them.
+    fn check_packed(&self, part: &Part, channels: usize, groups: usize) -> Result<()> {
+        let (name, rows) = (&part.name, part.rows);
+        let whole = match self.layout {
+            Layout::Awq => 8,
+            Layout::Gptq(_) => 32,
+        };
+        ensure!(rows.is_multiple_of(whole), "{name} has {rows} rows, a multiple of {whole} is expected");
+        let (weights, zeros) = match self.layout {
+            Layout::Awq => ([channels, rows / 8], [groups, rows / 8]),
+            Layout::Gptq(packing) => packing.shapes(channels, groups, rows),
+        };
+        self.check_words(&part.tensor("qweight"), &weights)?;
+        self.check_words(&part.tensor("qzeros"), &zeros)?;
+        if let Layout::Gptq(packing) = self.layout {
+            let order = self.shards.find(&part.tensor("g_idx")).ok().map(|order| order.words()).transpose()?;
+            packing
+                .ensure_in_order(order.map(|(_, order)| order), channels, self.group_size)
+                .with_context(|| name.clone())?;
+        }
         Ok(())
     }
 
@@ -148,8 +180,17 @@ impl Awq {
         codes.reserve_exact(rows * channels);
         for part in self.parts(layer, projection) {
             let words = |name| self.shards.find(&part.tensor(name))?.words().map(|(_, words)| words);
-            append_transposed(&words("qweight")?, part.rows, channels, &mut codes);
-            append_transposed(&words("qzeros")?, part.rows, groups, &mut zeros);
+            let (qweight, qzeros) = (words("qweight")?, words("qzeros")?);
+            match self.layout {
+                Layout::Awq => {
+                    awq::append(&qweight, part.rows, channels, &mut codes);
+                    awq::append(&qzeros, part.rows, groups, &mut zeros);
+                }
+                Layout::Gptq(packing) => {
+                    packing.append_codes(&qweight, part.rows, channels, &mut codes);
+                    packing.append_zeros(&qzeros, part.rows, groups, &mut zeros);
+                }
+            }
             let stored = self.finite(&part.tensor("scales"))?;
             scales.extend(
                 (0..part.rows)
@@ -158,7 +199,8 @@ impl Awq {
             );
         }
         let zeros: Vec<f32> = zeros.into_iter().map(f32::from).collect();
-        Ok(Weight::LutGemm(LutGemm::from_uniform(channels, rows, BITS, self.group_size, &codes, &scales, &zeros)?))
+        let bits = self.code_bits() as usize;
+        Ok(Weight::LutGemm(LutGemm::from_uniform(channels, rows, bits, self.group_size, &codes, &scales, &zeros)?))
     }
 
     /// The biases of all parts; zeros where only some have one.
@@ -180,7 +222,7 @@ impl Awq {
     }
 }
 
-impl ModelWeights for Awq {
+impl ModelWeights for Grouped {
     fn config(&self) -> &ModelConfig {
         &self.config
     }
@@ -207,37 +249,22 @@ impl ModelWeights for Awq {
     }
 
     fn bits(&self, _layer: usize) -> Option<u32> {
-        Some(BITS as u32)
+        Some(self.code_bits())
     }
 }
 
-/// The group size, once everything else about the quantization is known to be understood.
-fn group_size(config: &Value) -> Result<usize> {
+/// The layout and the group size, once everything else about the quantization is known to be understood.
+fn layout(config: &Value) -> Result<(Layout, usize)> {
     let quantization = config.get("quantization_config").context("it is missing: is the model quantized?")?;
     let get = |key: &str, default: Value| quantization.get(key).cloned().unwrap_or(default);
     let method = get("quant_method", Value::Null);
-    ensure!(method == "awq", "quant_method is {method}, \"awq\" is expected");
-    let bits = get("bits", Value::Null);
-    ensure!(bits == BITS, "bits is {bits}, {BITS} is expected");
-    let version = get("version", "gemm".into());
-    let is_gemm = version.as_str().is_some_and(|version| version.eq_ignore_ascii_case("gemm"));
-    ensure!(is_gemm, "version is {version}, \"gemm\" is expected: save it with that layout");
-    let zero_point = get("zero_point", true.into());
-    ensure!(zero_point == true, "zero_point is {zero_point}, true is expected");
+    let layout = match method.as_str() {
+        Some("awq") => awq::understood(get).map(|()| Layout::Awq)?,
+        Some("gptq") => Layout::Gptq(gptq::Packing::understood(get)?),
+        _ => bail!("quant_method is {method}, \"awq\" or \"gptq\" is expected"),
+    };
     let group_size = get("group_size", 128.into());
     let size = group_size.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
-    size.with_context(|| format!("group_size is {group_size}, a multiple of 32 is expected"))
-}
-
-/// Appends the nibbles of `words` `[columns, rows / 8]` as `[rows, columns]`.
-fn append_transposed(words: &[u32], rows: usize, columns: usize, out: &mut Vec<u8>) {
-    let start = out.len();
-    out.resize(start + rows * columns, 0);
-    for (column, words) in words.chunks_exact(rows / 8).enumerate() {
-        for (c, word) in words.iter().enumerate() {
-            for (i, within) in ORDER.into_iter().enumerate() {
-                out[start + (8 * c + within) * columns + column] = (word >> (4 * i) & 15) as u8;
-            }
-        }
-    }
+    let size = size.with_context(|| format!("group_size is {group_size}, a multiple of 32 is expected"))?;
+    Ok((layout, size))
 }

@@ -1,0 +1,91 @@
+//! From a quantized model that other programs made to a checkpoint of ours, number for number.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+
+use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized, WeightFormat};
+use crate::config::Projection;
+use crate::open::Opened;
+use crate::quantize::{ensure_running, fingerprint};
+use crate::weights::{Linear, Weight};
+
+/// Writes a checkpoint at `out` that holds the numbers of `opened`, each in the type that it has there. Norms and
+/// biases become f32, q, k, v and gate, up are stored below each other. Converting the result again gives the same
+/// bytes.
+///
+/// Finished layers are kept in `OUT.partial` until the end. Setting `stop` ends it soon, with
+/// [`crate::quantize::Interrupted`].
+///
+/// # Errors
+/// A full-precision model, or one that a checkpoint cannot hold (layers that differ by more than a bit, groups of
+/// several sizes); an existing `out`; a disk that is full. `out` is as it was then.
+pub fn convert(
+    opened: &Opened,
+    out: &Path,
+    overwrite: bool,
+    stop: &AtomicBool,
+    progress: &ProgressBar,
+) -> Result<Manifest> {
+    let weights = opened.weights();
+    let config = weights.config();
+    let manifest = match opened.manifest() {
+        Some(own) => own.clone(),
+        None => foreign(opened)?,
+    };
+    let texts = opened.texts().context("random weights cannot be converted, give a checkpoint")?;
+    let key = format!("convert\n{}\n{}\n", serde_json::to_string(&manifest)?, fingerprint(weights)?);
+    let writer = CheckpointWriter::create(out, &key, overwrite)?;
+    progress.set_length(config.num_layers as u64);
+    let mut bits = Vec::with_capacity(config.num_layers);
+    for layer in 0..config.num_layers {
+        ensure_running(stop)?;
+        let width = weights.bits(layer).context("the model is full precision, quantize it first")?;
+        if !writer.has_layer(layer, width) {
+            let [qkv, o, gate_up, down] = Projection::ALL.map(|p| weights.projection(layer, p));
+            let linears = [qkv?, o?, gate_up?, down?];
+            ensure_fits(&manifest, layer, &linears)?;
+            writer.write_layer(layer, width, &weights.layer_norms(layer)?, &linears)?;
+        }
+        bits.push(width);
+        progress.inc(1);
+    }
+    let rest =
+        Unquantized { embedding: weights.embedding()?, head: weights.head()?, final_norm: weights.final_norm()? };
+    writer.finish(config, &manifest, &bits, &rest, texts)?;
+    Ok(manifest)
+}
+
+/// What a checkpoint of someone else's model says of itself.
+fn foreign(opened: &Opened) -> Result<Manifest> {
+    let manifest = Manifest::describe(opened.weights(), opened.name().to_owned(), String::new())?;
+    let calibration = if manifest.has_residuals() { "as the source has it" } else { "none" };
+    Ok(Manifest { calibration: calibration.into(), ..manifest })
+}
+
+/// Every projection is stored as the first one is: a checkpoint says it once for all.
+fn ensure_fits(manifest: &Manifest, layer: usize, linears: &[Linear<'_>; 4]) -> Result<()> {
+    for (projection, linear) in Projection::ALL.into_iter().zip(linears) {
+        let (backend, group_size) = match &linear.weight {
+            Weight::AnyPrec(_) => (WeightFormat::AnyPrec, None),
+            Weight::LutGemm(w) => (WeightFormat::LutGemm, Some(w.group_size())),
+            Weight::Dense(_) => anyhow::bail!("layer {layer}: {projection} is not quantized"),
+        };
+        ensure!(
+            (backend, group_size) == (manifest.backend, manifest.group_size),
+            "layer {layer}: {projection} is {backend} with groups of {group_size:?}, the first projection {} with \
+             {:?}: a checkpoint has one kind",
+            manifest.backend,
+            manifest.group_size
+        );
+        ensure!(
+            linear.residual.is_some() == manifest.has_residuals(),
+            "layer {layer}: {projection} has {} residual, the first projection has {}: all or none are expected",
+            if linear.residual.is_some() { "a" } else { "no" },
+            if manifest.has_residuals() { "one" } else { "none" },
+        );
+    }
+    Ok(())
+}

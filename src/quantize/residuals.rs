@@ -1,0 +1,222 @@
+//! Residuals and thresholds for a model that someone else quantized, given the original (spec §2.3, §2.4).
+//!
+//! The original runs over calibration text, layer by layer, as when decdec quantizes; what the quantized weights
+//! lost of it becomes the residual, what enters its projections the thresholds.
+//!
+//! AWQ multiplies the input channels of a matrix and folds the inverse into what feeds it (Lin et al. 2023, §3.2), so
+//! that a model it quantized is comparable only with an original that is scaled alike. Where the norms differ, the
+//! scales of what they feed are their ratio. Those of `o` and `down` went into rows of `v` and `up`, of which only
+//! the quantized form is left: a row `w` became `w / s`, rounded to `q`, and since rounding errors are about
+//! perpendicular to `w`, `s ≈ |w|² / ⟨w, q⟩`.
+
+use std::borrow::Cow;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+use rayon::prelude::*;
+
+use super::forward::{Inputs, Layer};
+use super::job::{self, Job, Made};
+use super::{Calibration, Norms, Options, Report, awq, ensure_running, finish, style};
+use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
+use crate::config::{ModelConfig, Projection};
+use crate::tokenizer::TextFiles;
+use crate::weights::{Linear, ModelWeights, Weight};
+
+/// Norms that differ by less were only stored in another type (f16 has 2^-11).
+const SAME_NORM: f32 = 1.0 / 256.0;
+
+/// Rows that were not scaled differ by what clipping takes, a per cent at most; AWQ's scales spread over factors.
+const UNSCALED: f32 = 0.03;
+
+/// What to make.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ResidualOptions {
+    /// What the original reads while it is watched.
+    pub calibration: Calibration,
+    /// What the quantized model is called, for the record.
+    pub source: String,
+    /// Replace an existing checkpoint.
+    pub overwrite: bool,
+}
+
+/// Makes a checkpoint at `out` of the weights of `quantized`, as they are, with residuals against `original` and
+/// thresholds. Finished layers are kept in `OUT.partial` until the end; a job that was interrupted goes on from
+/// there. Setting `stop` ends it soon, with [`super::Interrupted`].
+///
+/// # Errors
+/// Models of different shapes, an `original` that is not full precision or a `quantized` that is, an existing
+/// `out`, tensors that cannot be read, a disk that is full. `out` is as it was then.
+pub fn residuals(
+    original: &dyn ModelWeights,
+    quantized: &dyn ModelWeights,
+    texts: &TextFiles,
+    options: &ResidualOptions,
+    out: &Path,
+    stop: &AtomicBool,
+    progress: &ProgressBar,
+) -> Result<Report> {
+    let start = Instant::now();
+    ensure_pair(original, quantized)?;
+    let config = quantized.config();
+    options.calibration.validate(config)?;
+    let manifest = Manifest::describe(quantized, options.source.clone(), options.calibration.describe())?;
+    let manifest = Manifest { residual_bits: 4, ..manifest };
+    let job_options = Options {
+        backend: manifest.backend,
+        bits: manifest.bits,
+        group_size: manifest.group_size,
+        awq: false,
+        calibration: options.calibration.clone(),
+        source: options.source.clone(),
+        overwrite: options.overwrite,
+    };
+    let key =
+        format!("residuals of {}\n{}", job::fingerprint(quantized)?, job::key(original, &manifest, &job_options)?);
+    let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
+    let job = Job { source: original, options: &job_options, manifest: &manifest, writer: &writer, stop, progress };
+    progress.set_style(style()?);
+    progress.set_length(job.work_once());
+    let ids = job.calibration()?;
+    let bits: Vec<u32> = (0..config.num_layers).filter_map(|layer| quantized.bits(layer)).collect();
+    job.layers_once(&ids, &bits, |index, layer, inputs| complete(quantized, index, layer, inputs, stop))?;
+    progress.set_message("writing");
+    // Embedding and head are the quantized model's own.
+    let rest =
+        Unquantized { embedding: quantized.embedding()?, head: quantized.head()?, final_norm: quantized.final_norm()? };
+    writer.finish(config, &manifest, &bits, &rest, texts)?;
+    progress.finish_and_clear();
+    Ok(Report { manifest, bits, divergences: Vec::new(), tokens: ids.len(), elapsed: start.elapsed() })
+}
+
+/// The two models have the same layers.
+fn ensure_pair(original: &dyn ModelWeights, quantized: &dyn ModelWeights) -> Result<()> {
+    ensure!(original.bits(0).is_none(), "the original is quantized itself, a full-precision model is expected");
+    ensure!(quantized.bits(0).is_some(), "the quantized model is full precision, quantize it first");
+    let (a, b) = (original.config(), quantized.config());
+    let heads = |config: &ModelConfig| (config.num_heads, config.num_kv_heads, config.head_dim);
+    ensure!(
+        a.num_layers == b.num_layers,
+        "the original has {} layers, the quantized model {}: they are not the same model",
+        a.num_layers,
+        b.num_layers
+    );
+    for projection in Projection::ALL {
+        let (a, b) = (a.shape(projection), b.shape(projection));
+        ensure!(
+            a == b,
+            "{projection} has {} channels and {} rows in the original, {} and {} in the quantized model: they are not \
+             the same model",
+            a.0,
+            a.1,
+            b.0,
+            b.1
+        );
+    }
+    ensure!(
+        heads(a) == heads(b),
+        "the original has {} heads on {} of width {}, the quantized model {} on {} of width {}",
+        a.num_heads,
+        a.num_kv_heads,
+        a.head_dim,
+        b.num_heads,
+        b.num_kv_heads,
+        b.head_dim
+    );
+    Ok(())
+}
+
+/// A layer of `quantized` with what it lost of `layer`.
+fn complete<'a>(
+    quantized: &'a dyn ModelWeights,
+    index: usize,
+    layer: &Layer,
+    inputs: &Inputs,
+    stop: &AtomicBool,
+) -> Result<Made<'a>> {
+    let norms = quantized.layer_norms(index)?;
+    let linears = Projection::ALL.map(|projection| quantized.projection(index, projection));
+    let [qkv, o, gate_up, down] = linears;
+    let linears = [qkv?, o?, gate_up?, down?];
+    let (mut layer, mut inputs) = (Cow::Borrowed(layer), Cow::Borrowed(inputs));
+    if !same(&layer.input_norm, &norms.0) || !same(&layer.post_norm, &norms.1) {
+        scale_alike(quantized.config(), layer.to_mut(), inputs.to_mut(), &norms, &linears)?;
+    }
+    let finished = linears.into_iter().zip(&layer.linears).zip(inputs.iter()).map(|((quantized, linear), x)| {
+        ensure_running(stop)?;
+        let Linear { weight, bias, .. } = quantized;
+        Ok(Linear { bias, ..finish(linear, x, weight)? })
+    });
+    let finished: Vec<_> = finished.collect::<Result<_>>()?;
+    let finished = finished.try_into().ok().context("four projections")?;
+    Ok((norms, finished))
+}
+
+/// True if two norms are equal but for the type that they were stored in.
+fn same(a: &[f32], b: &[f32]) -> bool {
+    a.iter().zip(b).all(|(a, b)| (a - b).abs() <= SAME_NORM * a.abs().max(b.abs()))
+}
+
+/// Scales `layer` and what enters it as the quantized layer of these `norms` and `linears` was.
+fn scale_alike(
+    config: &ModelConfig,
+    layer: &mut Layer,
+    inputs: &mut Inputs,
+    norms: &Norms,
+    linears: &[Linear<'_>; 4],
+) -> Result<()> {
+    let ratio = |own: &[f32], theirs: &[f32]| -> Result<Vec<f32>> {
+        let scale = |(k, (own, theirs)): (usize, (&f32, &f32))| {
+            let scale = if *own == 0.0 && *theirs == 0.0 { 1.0 } else { own / theirs };
+            ensure!(
+                scale.is_finite() && scale > 0.0,
+                "the norm of channel {k} is {own} in the original and {theirs} in the quantized model, which no scale \
+                 explains: they are not the same model"
+            );
+            Ok(scale)
+        };
+        own.iter().zip(theirs).enumerate().map(scale).collect()
+    };
+    for (projection, scales) in [
+        (Projection::Qkv, ratio(&layer.input_norm, &norms.0)?),
+        (Projection::GateUp, ratio(&layer.post_norm, &norms.1)?),
+    ] {
+        awq::apply(config, layer, projection, &scales, &mut inputs[projection.index()]);
+    }
+    let of_rows = |layer: &Layer, projection: Projection, first: usize| {
+        let (own, theirs) = (layer.linear(projection), &linears[projection.index()].weight);
+        row_scales(|row| own.row(row), theirs, first)
+    };
+    if let Some(scales) = of_rows(layer, Projection::GateUp, config.intermediate_size) {
+        awq::apply(config, layer, Projection::Down, &scales, &mut inputs[Projection::Down.index()]);
+    }
+    if let Some(by_value) = of_rows(layer, Projection::Qkv, awq::first_value_row(config)) {
+        let (d, shared) = (config.head_dim, config.num_heads / config.num_kv_heads);
+        let scales: Vec<f32> = (0..config.num_heads * d).map(|i| by_value[i / d / shared * d + i % d]).collect();
+        awq::apply(config, layer, Projection::O, &scales, &mut inputs[Projection::O.index()]);
+    }
+    Ok(())
+}
+
+/// What the rows from `first` on were divided by before they were quantized; `None` if they were not.
+fn row_scales<'a>(own: impl Fn(usize) -> &'a [f32] + Sync, theirs: &Weight<'_>, first: usize) -> Option<Vec<f32>> {
+    let scales: Vec<f32> = (first..theirs.out_features())
+        .into_par_iter()
+        .map(|row| {
+            let own = own(row);
+            let mut quantized = vec![0.0; own.len()];
+            theirs.row(row, &mut quantized);
+            let squares: f64 = own.iter().map(|&w| f64::from(w).powi(2)).sum();
+            let product: f64 = own.iter().zip(&quantized).map(|(&w, &q)| f64::from(w) * f64::from(q)).sum();
+            // A row of zeros, or one that was rounded away, says nothing.
+            if product > 0.0 { (squares / product) as f32 } else { 1.0 }
+        })
+        .collect();
+    let mut off: Vec<f32> = scales.iter().map(|s| (s - 1.0).abs()).collect();
+    off.sort_unstable_by(f32::total_cmp);
+    let median = off.get(off.len() / 2).copied().unwrap_or(0.0);
+    (median > UNSCALED).then_some(scales)
+}

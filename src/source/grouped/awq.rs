@@ -1,0 +1,36 @@
+//! AutoAWQ's `gemm` layout: 4 bits, `qweight` `int32 [in, out/8]`, `qzeros` `int32 [in/group_size, out/8]`; nibble `i`
+//! of word `c` belongs to row `8c + ORDER[i]`.
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+/// Bits of a code, the only width of the layout.
+pub(super) const BITS: u32 = 4;
+
+/// The rows of a word, from its lowest nibble up.
+const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
+/// Checks the fields of `quantization_config`: a key and what stands for it where it is missing.
+pub(super) fn understood(get: impl Fn(&str, Value) -> Value) -> Result<()> {
+    let bits = get("bits", Value::Null);
+    ensure!(bits == BITS, "bits is {bits}, {BITS} is expected");
+    let version = get("version", "gemm".into());
+    let is_gemm = version.as_str().is_some_and(|version| version.eq_ignore_ascii_case("gemm"));
+    ensure!(is_gemm, "version is {version}, \"gemm\" is expected: save it with that layout");
+    let zero_point = get("zero_point", true.into());
+    ensure!(zero_point == true, "zero_point is {zero_point}, true is expected");
+    Ok(())
+}
+
+/// Appends the nibbles of `words` `[columns, rows / 8]` as `[rows, columns]`.
+pub(super) fn append(words: &[u32], rows: usize, columns: usize, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.resize(start + rows * columns, 0);
+    for (column, words) in words.chunks_exact(rows / 8).enumerate() {
+        for (c, word) in words.iter().enumerate() {
+            for (i, within) in ORDER.into_iter().enumerate() {
+                out[start + (8 * c + within) * columns + column] = (word >> (4 * i) & 15) as u8;
+            }
+        }
+    }
+}

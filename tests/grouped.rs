@@ -1,0 +1,390 @@
+//! AWQ and GPTQ directories of Hugging Face: the weights that come out are the ones that went in, bit for bit; as
+//! checkpoints too, and with residuals against the original.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use decdec::checkpoint::Checkpoint;
+use decdec::config::Projection;
+use decdec::convert::convert;
+use decdec::open::Opened;
+use decdec::quantize::{Calibration, ResidualOptions, residuals};
+use decdec::source::Source;
+use decdec::source::grouped::Grouped;
+use decdec::weights::ModelWeights;
+use half::f16;
+use indicatif::ProgressBar;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+/// Channels that share a scale.
+const GROUP: usize = 32;
+
+/// Where the layout puts row `r` of eight: the nibble, from the lowest up.
+const NIBBLE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// A quantized module: `w[row, k] = scale[g, row]·(code[row, k] − zero[g, row])`.
+struct Module {
+    name: &'static str,
+    rows: usize,
+    channels: usize,
+    bits: u32,
+    codes: Vec<u32>,  // [rows, channels]
+    zeros: Vec<u32>,  // [channels / GROUP, rows]
+    scales: Vec<f16>, // [channels / GROUP, rows]
+}
+
+impl Module {
+    fn random(name: &'static str, rows: usize, channels: usize, bits: u32, rng: &mut ChaCha8Rng) -> Self {
+        let groups = channels / GROUP;
+        let codes = (0..rows * channels).map(|_| rng.next_u32() % (1 << bits)).collect();
+        let zeros = (0..rows * groups).map(|_| rng.next_u32() % (1 << bits)).collect();
+        let scales = (0..rows * groups).map(|_| f16::from_f32(0.001 + rng.next_u32() as f32 / 1e11)).collect();
+        Self { name, rows, channels, bits, codes, zeros, scales }
+    }
+
+    fn weight(&self, row: usize, k: usize) -> f32 {
+        let at = k / GROUP * self.rows + row;
+        self.scales[at].to_f32() * (self.codes[row * self.channels + k] as f32 - self.zeros[at] as f32)
+    }
+
+    /// `[columns, rows / 8]` of `code(row, column)`.
+    fn packed(&self, columns: usize, code: impl Fn(usize, usize) -> u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for column in 0..columns {
+            for word in 0..self.rows / 8 {
+                let nibbles = (0..8).map(|r| code(8 * word + r, column) << (4 * NIBBLE[r]));
+                bytes.extend(nibbles.fold(0, |word, nibble| word | nibble).to_le_bytes());
+            }
+        }
+        bytes
+    }
+}
+
+/// Fields of `bits` bits, one after the other from the lowest bit up, as words.
+fn stream(bits: u32, fields: impl Iterator<Item = u32>) -> Vec<u32> {
+    let all: Vec<bool> = fields.flat_map(|field| (0..bits).map(move |b| field >> b & 1 == 1)).collect();
+    let word = |bits: &[bool]| bits.iter().rev().fold(0, |word, &bit| word << 1 | u32::from(bit));
+    all.chunks(32).map(word).collect()
+}
+
+impl Module {
+    /// `qweight` of GPTQ, `[channels · bits / 32, rows]`.
+    fn gptq_codes(&self) -> Vec<u8> {
+        let lines: Vec<_> =
+            self.codes.chunks(self.channels).map(|codes| stream(self.bits, codes.iter().copied())).collect();
+        let words = (0..lines[0].len()).flat_map(|w| lines.iter().map(move |line| line[w]));
+        words.flat_map(u32::to_le_bytes).collect()
+    }
+
+    /// `qzeros` of GPTQ, `[groups, rows · bits / 32]`, zeros less `less` around the corner.
+    fn gptq_zeros(&self, less: u32) -> Vec<u8> {
+        let mask = (1 << self.bits) - 1;
+        let groups = self.zeros.chunks(self.rows);
+        let words = groups.flat_map(|zeros| stream(self.bits, zeros.iter().map(|zero| zero.wrapping_sub(less) & mask)));
+        words.flat_map(u32::to_le_bytes).collect()
+    }
+}
+
+/// A model of one layer.
+fn modules() -> [Module; 7] {
+    modules_of(4)
+}
+
+fn modules_of(bits: u32) -> [Module; 7] {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let shapes = [
+        ("self_attn.q_proj", 64, 64),
+        ("self_attn.k_proj", 32, 64),
+        ("self_attn.v_proj", 32, 64),
+        ("self_attn.o_proj", 64, 64),
+        ("mlp.gate_proj", 96, 64),
+        ("mlp.up_proj", 96, 64),
+        ("mlp.down_proj", 64, 96),
+    ];
+    shapes.map(|(name, rows, channels)| Module::random(name, rows, channels, bits, &mut rng))
+}
+
+fn config() -> Value {
+    json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64, "tie_word_embeddings": true,
+        "quantization_config": {
+            "quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": true,
+        },
+    })
+}
+
+/// A name, a type, a shape, bytes.
+type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// Embedding and norms: the embedding random, so that something goes through the model, γ 1.
+fn unquantized() -> Vec<Stored> {
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let mut number = || f16::from_f32(rng.next_u32() as f32 / 2e9 - 1.0);
+    let embedding = (0..8 * 64).flat_map(|_| number().to_le_bytes()).collect();
+    let mut tensors = vec![("model.embed_tokens.weight".into(), Dtype::F16, vec![8, 64], embedding)];
+    for name in ["norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm"] {
+        let ones = [f16::ONE.to_le_bytes(); 64].concat();
+        tensors.push((format!("model.{name}.weight"), Dtype::F16, vec![64], ones));
+    }
+    tensors
+}
+
+/// Writes the model; `leave_out` names a tensor that is not written.
+fn write(dir: &Path, modules: &[Module], config: &Value, leave_out: &str) {
+    let mut tensors = unquantized();
+    for module in modules {
+        let Module { rows, channels, .. } = *module;
+        let groups = channels / GROUP;
+        let name = |tensor| format!("model.layers.0.{}.{tensor}", module.name);
+        let codes = module.packed(channels, |row, k| module.codes[row * channels + k]);
+        let zeros = module.packed(groups, |row, g| module.zeros[g * rows + row]);
+        let scales = module.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        tensors.push((name("qweight"), Dtype::I32, vec![channels, rows / 8], codes));
+        tensors.push((name("qzeros"), Dtype::I32, vec![groups, rows / 8], zeros));
+        tensors.push((name("scales"), Dtype::F16, vec![groups, rows], scales));
+    }
+    tensors.retain(|(name, ..)| name != leave_out);
+    save(dir, &tensors, config);
+}
+
+/// The same in GPTQ's layout, of either version; `order` is every `g_idx` if there is one.
+fn write_gptq(dir: &Path, modules: &[Module], config: &Value, order: Option<fn(usize) -> usize>) {
+    let less = u32::from(config["quantization_config"]["checkpoint_format"] != "gptq_v2");
+    let mut tensors = unquantized();
+    for module in modules {
+        let Module { rows, channels, .. } = *module;
+        let (groups, bits) = (channels / GROUP, module.bits as usize);
+        let name = |tensor| format!("model.layers.0.{}.{tensor}", module.name);
+        let scales = module.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        tensors.push((name("qweight"), Dtype::I32, vec![channels / 32 * bits, rows], module.gptq_codes()));
+        tensors.push((name("qzeros"), Dtype::I32, vec![groups, rows / 32 * bits], module.gptq_zeros(less)));
+        tensors.push((name("scales"), Dtype::F16, vec![groups, rows], scales));
+        if let Some(order) = order {
+            let groups = (0..channels).flat_map(|k| (order(k) as u32).to_le_bytes()).collect();
+            tensors.push((name("g_idx"), Dtype::I32, vec![channels], groups));
+        }
+    }
+    save(dir, &tensors, config);
+}
+
+fn save(dir: &Path, tensors: &[Stored], config: &Value) {
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+}
+
+#[test]
+fn awq_weights_are_exact() {
+    let dir = tempfile::tempdir().unwrap();
+    let modules = modules();
+    write(dir.path(), &modules, &config(), "");
+    assert!(Grouped::detect(dir.path()));
+    let model = Grouped::open(dir.path()).unwrap();
+    assert_eq!((model.bits(0), model.group_size(), model.head().unwrap()), (Some(4), GROUP, None));
+    assert_exact(&model, &modules);
+    // And as a checkpoint, converted once or twice.
+    let mut from = dir.path().to_owned();
+    for name in ["once", "twice"] {
+        let out = dir.path().join(name);
+        let opened = Opened::open(&from, None, false).unwrap();
+        convert(&opened, &out, false, &AtomicBool::new(false), &ProgressBar::hidden()).unwrap();
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        assert_exact(&checkpoint, &modules);
+        assert!(
+            !checkpoint.manifest().has_residuals()
+                && checkpoint.projection(0, Projection::O).unwrap().residual.is_none()
+        );
+        from = out;
+    }
+    let read = |name: &str, file: &str| fs::read(dir.path().join(name).join(file)).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        assert!(read("once", file) == read("twice", file), "{file}");
+    }
+}
+
+/// Every weight is what its module says.
+fn assert_exact(model: &dyn ModelWeights, modules: &[Module]) {
+    let parts = [&modules[..3], &modules[3..4], &modules[4..6], &modules[6..]];
+    for (projection, parts) in Projection::ALL.into_iter().zip(parts) {
+        let weight = model.projection(0, projection).unwrap().weight;
+        let mut got = vec![0.0; weight.in_features()];
+        let rows = parts.iter().flat_map(|module| (0..module.rows).map(move |row| (module, row)));
+        for (fused_row, (module, row)) in rows.enumerate() {
+            weight.row(fused_row, &mut got);
+            for (k, &got) in got.iter().enumerate() {
+                assert_eq!(got, module.weight(row, k), "{}, row {row}, channel {k}", module.name);
+            }
+        }
+        assert_eq!(weight.out_features(), parts.iter().map(|module| module.rows).sum::<usize>());
+    }
+}
+
+#[test]
+fn awq_of_other_kinds_is_refused() {
+    let modules = modules();
+    let error = |config: &Value, leave_out: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &modules, config, leave_out);
+        format!("{:#}", Grouped::open(dir.path()).unwrap_err())
+    };
+    for (key, value, says) in [
+        ("quant_method", json!("hqq"), "quant_method is \"hqq\", \"awq\" or \"gptq\" is expected"),
+        ("bits", json!(3), "bits is 3, 4 is expected"),
+        ("version", json!("gemv"), "version is \"gemv\", \"gemm\" is expected"),
+        ("zero_point", json!(false), "zero_point is false"),
+        ("group_size", json!(-1), "group_size is -1"),
+        ("group_size", json!(48), "group size 48 does not divide 64"),
+        ("group_size", json!(64), "q_proj.qzeros has shape [2, 8], [1, 8] is expected"),
+    ] {
+        let mut config = config();
+        config["quantization_config"][key] = value;
+        let error = error(&config, "");
+        assert!(error.contains(says), "{error:?} does not say {says:?}");
+    }
+    let missing = error(&config(), "model.layers.0.mlp.up_proj.qzeros");
+    assert!(missing.ends_with("tensor model.layers.0.mlp.up_proj.qzeros is missing"), "{missing}");
+    let plain = tempfile::tempdir().unwrap();
+    assert!(!Grouped::detect(plain.path()));
+}
+
+fn gptq_config(bits: u32, format: &str) -> Value {
+    let mut config = config();
+    config["quantization_config"] = json!({
+        "quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": false, "sym": false,
+        "checkpoint_format": format,
+    });
+    config
+}
+
+#[test]
+fn gptq_weights_are_exact() {
+    for (bits, format) in [(4, "gptq"), (4, "gptq_v2"), (3, "gptq"), (3, "gptq_v2")] {
+        let dir = tempfile::tempdir().unwrap();
+        let modules = modules_of(bits);
+        write_gptq(dir.path(), &modules, &gptq_config(bits, format), Some(|k| k / GROUP));
+        assert!(Grouped::detect(dir.path()));
+        let model = Grouped::open(dir.path()).unwrap();
+        assert_eq!(model.bits(0), Some(bits));
+        assert_exact(&model, &modules);
+        let opened = Opened::open(dir.path(), None, false).unwrap();
+        assert_eq!(opened.quantization().unwrap().1.to_string(), bits.to_string());
+        // Read as the other version, every zero is one off.
+        let other = if format == "gptq" { "gptq_v2" } else { "gptq" };
+        fs::write(dir.path().join("config.json"), gptq_config(bits, other).to_string()).unwrap();
+        let other = Grouped::open(dir.path()).unwrap();
+        assert_ne!(
+            other.projection(0, Projection::O).unwrap().weight,
+            model.projection(0, Projection::O).unwrap().weight
+        );
+    }
+}
+
+#[test]
+fn gptq_of_other_kinds_is_refused() {
+    let error = |config: &Value, order: Option<fn(usize) -> usize>| {
+        let dir = tempfile::tempdir().unwrap();
+        write_gptq(dir.path(), &modules(), config, order);
+        format!("{:#}", Grouped::open(dir.path()).unwrap_err())
+    };
+    let with = |key: &str, value: Value| {
+        let mut config = gptq_config(4, "gptq");
+        config["quantization_config"][key] = value;
+        config
+    };
+    let moved: fn(usize) -> usize = |k| (k / GROUP + usize::from(k == 5)) % 2;
+    for (config, order, says) in [
+        (with("bits", json!(2)), None, "bits is 2, 3 or 4 is expected"),
+        (with("bits", json!(3)), None, "q_proj.qweight has shape [8, 64], [6, 64] is expected"),
+        (with("checkpoint_format", json!("marlin")), None, "checkpoint_format is \"marlin\""),
+        (with("group_size", json!(-1)), None, "group_size is -1"),
+        (with("desc_act", json!(true)), None, "act-order (desc_act true) without g_idx"),
+        (with("desc_act", json!(true)), Some(moved), "g_idx puts channel 5 into group 1, 0 is expected"),
+        (with("desc_act", json!(false)), Some(moved), "act-order (desc_act) is not supported"),
+    ] {
+        let error = error(&config, order);
+        assert!(error.contains(says), "{error:?} does not say {says:?}");
+    }
+    // Said to be out of order, and is not: nothing is lost.
+    let dir = tempfile::tempdir().unwrap();
+    write_gptq(dir.path(), &modules(), &with("desc_act", json!(true)), Some(|k| k / GROUP));
+    assert_exact(&Grouped::open(dir.path()).unwrap(), &modules());
+}
+
+/// What AWQ would have multiplied channel `k` by.
+fn channel_scale(k: usize) -> f32 {
+    0.4 + (k * 37 % 64) as f32 / 32.0
+}
+
+#[test]
+fn awq_residuals_are_against_the_scaled_original() {
+    let dir = tempfile::tempdir().unwrap();
+    let modules = modules();
+    let [quantized, original] = ["quantized", "original"].map(|name| dir.path().join(name));
+    [&quantized, &original].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    write(&quantized, &modules, &config(), "");
+    // The original: what rounding took is put back, scales are taken out of channels and put into what feeds them.
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let mut lost: Vec<Vec<f32>> = Vec::new(); // [module][rows, channels]
+    let mut tensors = unquantized();
+    for (name, _, _, bytes) in &mut tensors {
+        if name.contains("layernorm") {
+            *bytes = (0..64).flat_map(|k| f16::from_f32(channel_scale(k)).to_le_bytes()).collect();
+        }
+    }
+    for module in &modules {
+        let rows = (0..module.rows).flat_map(|row| (0..module.channels).map(move |k| (row, k)));
+        let step = |row: usize, k: usize| module.scales[k / GROUP * module.rows + row].to_f32();
+        let of_module: Vec<f32> =
+            rows.clone().map(|(row, k)| step(row, k) * (rng.next_u32() as f32 / u32::MAX as f32 - 0.5)).collect();
+        let weight = rows.zip(&of_module).flat_map(|((row, k), lost)| {
+            let scaled = module.weight(row, k) + lost;
+            let channel =
+                if module.name == "self_attn.o_proj" { 1.0 } else { f16::from_f32(channel_scale(k)).to_f32() };
+            let fed = if module.name == "mlp.up_proj" { f16::from_f32(channel_scale(row)).to_f32() } else { 1.0 };
+            (scaled / channel * fed).to_le_bytes()
+        });
+        let name = format!("model.layers.0.{}.weight", module.name);
+        tensors.push((name, Dtype::F32, vec![module.rows, module.channels], weight.collect()));
+        lost.push(of_module);
+    }
+    let mut plain = config();
+    plain.as_object_mut().unwrap().remove("quantization_config");
+    save(&original, &tensors, &plain);
+
+    let source = Source::open(&original).unwrap();
+    let awq = Grouped::open(&quantized).unwrap();
+    let out = dir.path().join("out");
+    let tokens = (0..96).map(|i| i * 5 % 8).collect();
+    let calibration = Calibration::Text { tokens, seq_len: 24, samples: 4, name: "nonsense".into() };
+    let options = ResidualOptions { calibration, source: "awq".into(), overwrite: false };
+    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    residuals(&source, &awq, awq.texts(), &options, &out, &stop, &bar).unwrap();
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    assert_exact(&checkpoint, &modules);
+    let parts = [0..3, 3..4, 4..6, 6..7];
+    for (projection, parts) in Projection::ALL.into_iter().zip(parts) {
+        let linear = checkpoint.projection(0, projection).unwrap();
+        let residual = linear.residual.unwrap();
+        let mut row = vec![0.0; residual.in_features()];
+        let wanted = lost[parts].iter().flat_map(|lost| lost.chunks_exact(residual.in_features()));
+        let (mut off, mut all) = (0f64, 0f64);
+        for (i, wanted) in wanted.enumerate() {
+            residual.row(i, &mut row);
+            off += row.iter().zip(wanted).map(|(got, want)| f64::from(got - want).powi(2)).sum::<f64>();
+            all += wanted.iter().map(|want| f64::from(*want).powi(2)).sum::<f64>();
+        }
+        // 15 steps over what was lost leave 1/15 of it; scales that follow from rounded rows cost as much again.
+        let left = (off / all).sqrt();
+        assert!(left < 0.2, "{projection}: {left} of what was lost is not in the residual");
+    }
+}

@@ -8,6 +8,7 @@ mod small_model;
 
 mod dec;
 mod decode;
+mod families;
 mod gemv;
 mod reference;
 mod whole;
@@ -97,6 +98,7 @@ on_every_backend! {
     decode::random_sampling,
     decode::time_passes,
     reference::reference_directories,
+    families::every_family,
     whole::small_models,
 }
 

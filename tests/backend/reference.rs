@@ -55,7 +55,7 @@ fn expected(dir: &Path) -> Expected {
     }
 }
 
-fn logits<B: UnderTest>(model: &Model<'_, B>, tokens: &[u32], compensated: bool) -> Vec<f32> {
+pub(crate) fn logits<B: UnderTest>(model: &Model<'_, B>, tokens: &[u32], compensated: bool) -> Vec<f32> {
     let mut state = model.state(tokens.len()).expect("room");
     model.begin(&mut state, &Sampling::GREEDY, &[]).expect("begins");
     let vocab = model.config().vocab_size;
@@ -71,7 +71,7 @@ fn logits<B: UnderTest>(model: &Model<'_, B>, tokens: &[u32], compensated: bool)
     all
 }
 
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0f32, |m, (a, b)| m.max((a - b).abs()))
 }

@@ -4,6 +4,7 @@
 mod allocation;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
+mod hostile;
 #[path = "../pt/mod.rs"]
 #[allow(dead_code, reason = "the tests of the reader use the rest")]
 mod pt;
@@ -111,6 +112,26 @@ fn every_seed_is_accepted() {
         assert!(run(&bytes), "{target}/{name} is refused");
         assert!(!run(&bytes[..bytes.len() / 2]), "half of {target}/{name} is accepted");
     }
+}
+
+/// One named test for every table.
+macro_rules! hostile_files_are_refused {
+    ($($table:ident),* $(,)?) => {
+        $(#[test]
+        fn $table() {
+            let _one = ONE.lock();
+            hostile::$table();
+        })*
+    };
+}
+
+hostile_files_are_refused! {
+    broken_ggufs,
+    broken_zips,
+    broken_safetensors,
+    broken_checkpoints,
+    broken_texts,
+    broken_profiles,
 }
 
 #[test]

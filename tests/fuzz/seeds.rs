@@ -67,7 +67,7 @@ fn pickles() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 /// One layer, 32 wide, in Q8_0 and f32, with both kinds of tokenizer.
-fn ggufs() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn ggufs() -> Vec<(&'static str, Vec<u8>)> {
     let tokens = ["<s>", "a", "b", "ab"];
     let with = |architecture: &str| {
         let key = |name: &str| format!("{architecture}.{name}");
@@ -108,16 +108,16 @@ fn ggufs() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 /// A zip with one GGUF in it.
-fn wheel(gguf: &[u8], method: CompressionMethod) -> Vec<u8> {
+pub(crate) fn wheel(gguf: &[u8], method: CompressionMethod) -> Vec<u8> {
     let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
     zip.start_file("m/model.gguf", SimpleFileOptions::default().compression_method(method)).expect("written");
     zip.write_all(gguf).expect("written");
     zip.finish().expect("written").into_inner()
 }
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>)>;
+pub(crate) type Tensors = BTreeMap<String, (Dtype, Vec<usize>)>;
 
-fn tensors(tensors: &Tensors) -> Vec<u8> {
+pub(crate) fn tensors(tensors: &Tensors) -> Vec<u8> {
     let bytes: Vec<_> =
         tensors.values().map(|(dtype, shape)| vec![0; shape.iter().product::<usize>() * dtype.bitsize() / 8]).collect();
     let views = tensors.iter().zip(&bytes).map(|((name, (dtype, shape)), bytes)| {
@@ -134,7 +134,7 @@ fn common(dtype: Dtype) -> Tensors {
     all
 }
 
-fn source_tensors() -> Tensors {
+pub(crate) fn source_tensors() -> Tensors {
     let mut all = common(Dtype::BF16);
     for name in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"] {
         all.insert(format!("model.layers.0.{name}.weight"), (Dtype::F16, vec![32, 32]));
@@ -145,7 +145,7 @@ fn source_tensors() -> Tensors {
 }
 
 /// All three files of a checkpoint in one.
-fn checkpoint_tensors() -> Tensors {
+pub(crate) fn checkpoint_tensors() -> Tensors {
     let mut all = common(Dtype::F16);
     let modules = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"];
     for (module, rows) in modules.into_iter().zip([96, 32, 64, 32]) {
@@ -162,7 +162,7 @@ fn checkpoint_tensors() -> Tensors {
     all
 }
 
-fn configs() -> Vec<(&'static str, Json)> {
+pub(crate) fn configs() -> Vec<(&'static str, Json)> {
     let with = |changes: Json| {
         let mut config = small_config();
         for (key, value) in changes.as_object().expect("an object") {
@@ -234,7 +234,7 @@ fn sentence_piece() -> Json {
 }
 
 /// An export whose kernels are those of [`TRACE`], in pages of 512 bytes.
-fn sqlite(names: &str, dec: &str) -> Vec<u8> {
+pub(crate) fn sqlite(names: &str, dec: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("seed.sqlite");
     let db = rusqlite::Connection::open(&path).expect("opened");

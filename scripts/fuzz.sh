@@ -18,14 +18,14 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
 if [ "$targets" = build ]; then exit; fi
 
 mkdir -p target/fuzz/findings
-# Inputs are files: keep them off the disk.
-[ -d /dev/shm ] && export TMPDIR=/dev/shm
 for target in $targets; do
     mkdir -p "target/fuzz/corpus/$target"
     echo "== $target, $seconds s"
+    inputs=("target/fuzz/corpus/$target" "tests/fuzz/corpus/$target")
+    [ -d "tests/fuzz/findings/$target" ] && inputs+=("tests/fuzz/findings/$target")
     # One thread: what one input allocates is not mixed up with what another does.
     DECDEC_FUZZ_TARGET=$target RAYON_NUM_THREADS=1 "target/fuzz/$host/release/fuzz" \
-        "target/fuzz/corpus/$target" "tests/fuzz/corpus/$target" \
+        "${inputs[@]}" \
         -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=16384 \
         -artifact_prefix="target/fuzz/findings/$target-" -print_final_stats=1 -verbosity=1
 done

@@ -16,7 +16,7 @@ use zip::write::SimpleFileOptions;
 
 use crate::allocation::{CAP, peak};
 use crate::seeds::{checkpoint_tensors, configs, ggufs, source_tensors, sqlite, tensors, wheel};
-use crate::targets::{TOKENIZER, TRACE, identity, small_config};
+use crate::targets::{TOKENIZER, TRACE, identity, scratch, small_config};
 
 /// What is wrong, how it is opened, what the error says.
 struct Case<'a> {
@@ -50,7 +50,7 @@ fn refuse(cases: &[Case<'_>]) {
 }
 
 fn open_file(bytes: &[u8], name: &str) -> anyhow::Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = scratch();
     let path = dir.path().join(name);
     fs::write(&path, bytes)?;
     Source::open(&path).map(drop)
@@ -62,7 +62,7 @@ fn gguf(bytes: &[u8]) -> anyhow::Result<()> {
 
 /// A directory with a configuration and a tokenizer.
 fn directory(config: &Json) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().expect("a directory");
+    let dir = scratch();
     fs::write(dir.path().join("config.json"), config.to_string()).expect("writable");
     fs::write(dir.path().join("tokenizer.json"), TOKENIZER).expect("writable");
     dir
@@ -132,7 +132,8 @@ pub(crate) fn broken_ggufs() {
             move || gguf(&sound[..len])
         })
     };
-    refuse(&(0..sound.len()).map(cut).collect::<Vec<_>>());
+    let boundaries = (0..1600).chain((1600..sound.len()).step_by(61));
+    refuse(&boundaries.map(cut).collect::<Vec<_>>());
 }
 
 pub(crate) fn broken_zips() {
@@ -317,7 +318,7 @@ pub(crate) fn broken_texts() {
 
 pub(crate) fn broken_profiles() {
     let sound = sqlite("shortName INTEGER, demangledName INTEGER", "1, 1");
-    let dir = tempfile::tempdir().expect("a directory");
+    let dir = scratch();
     let trace = dir.path().join("p.trace");
     fs::write(&trace, TRACE).expect("writable");
     let read = |name: &str, bytes: &[u8]| {

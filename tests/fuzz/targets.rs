@@ -39,8 +39,13 @@ pub(crate) fn find(name: &str) -> Option<Target> {
     TARGETS.into_iter().find(|target| target.name == name)
 }
 
-/// A directory for the files of this process, gone with it.
-static DIR: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a temporary directory"));
+/// A directory in memory where the system has one: disks make thousands of rewritten files slow.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary directory")
+}
+
+/// The directory for the files of this process.
+static DIR: LazyLock<tempfile::TempDir> = LazyLock::new(scratch);
 
 fn file(name: &str, bytes: &[u8]) -> PathBuf {
     let path = DIR.path().join(name);

@@ -55,7 +55,7 @@ fn expected(dir: &Path) -> Expected {
     }
 }
 
-pub(crate) fn logits<B: UnderTest>(model: &Model<'_, B>, tokens: &[u32], compensated: bool) -> Vec<f32> {
+fn logits<B: UnderTest>(model: &Model<'_, B>, tokens: &[u32], compensated: bool) -> Vec<f32> {
     let mut state = model.state(tokens.len()).expect("room");
     model.begin(&mut state, &Sampling::GREEDY, &[]).expect("begins");
     let vocab = model.config().vocab_size;

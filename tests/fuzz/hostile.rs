@@ -167,6 +167,11 @@ pub(crate) fn broken_zips() {
         case("no end", "is the file truncated?", open(sound[..sound.len() - 20].to_vec())),
         case("damaged", "cannot unpack", open(patched(&sound, b"PK\x03\x04", 38, &[0xff; 8]))),
     ]);
+    let cut = |len: usize| {
+        let sound = &sound;
+        case(&format!("cut to {len} bytes"), "", move || open_file(&sound[..len], "m.whl"))
+    };
+    refuse(&(0..sound.len()).map(cut).collect::<Vec<_>>());
 }
 
 pub(crate) fn broken_safetensors() {

@@ -25,6 +25,12 @@ const OPTIONAL: [&str; 13] = [
 /// Bytes of a kernel's name, template arguments included.
 const MAX_NAME: usize = 1 << 12;
 
+/// Bytes of all names together, as they are kept.
+const MAX_STRINGS: usize = 24 << 20;
+
+/// Characters of a name that every record of its kernel keeps.
+const KEPT_NAME: usize = 256;
+
 /// Bytes of any other value that is looked at.
 const MAX_VALUE: i32 = 1 << 20;
 
@@ -78,14 +84,14 @@ pub(super) fn kernels(
         if tables.is_empty() { "nothing".into() } else { tables.join(", ") }
     );
     let has_strings = tables.iter().any(|table| table == "StringIds");
-    let strings = if has_strings { strings(db, wanted)? } else { HashMap::new() };
+    let strings = if has_strings { strings(db)? } else { HashMap::new() };
     let mut found: HashMap<String, Vec<KernelRecord>> = HashMap::new();
     let mut statement = db.prepare(&query(db)?).context("cannot read the kernels")?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next().context("cannot read the kernels: the file is damaged")? {
         let Some(name) = text(row, 0, &strings)? else { continue };
         let Some(&bare) = wanted.iter().find(|&&wanted| wanted == bare(&name)) else { continue };
-        let full = text(row, 1, &strings)?.unwrap_or(name);
+        let full = text(row, 1, &strings)?.unwrap_or(name).chars().take(KEPT_NAME).collect();
         let record = record(row, full).with_context(|| format!("{KERNELS}: a row of {bare}"))?;
         ensure!(
             record.start_ns > 0 && record.end_ns > record.start_ns,
@@ -117,14 +123,20 @@ fn query(db: &Connection) -> Result<String> {
     ))
 }
 
-/// The strings that name one of the `wanted` kernels.
-fn strings(db: &Connection, wanted: &[&str]) -> Result<HashMap<i64, String>> {
+/// The strings that are short enough to be names.
+fn strings(db: &Connection) -> Result<HashMap<i64, String>> {
     let sql = format!("SELECT id, value FROM StringIds WHERE octet_length(value) <= {MAX_NAME}");
     let mut statement = db.prepare(&sql).context("cannot read StringIds")?;
-    let strings = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    let names_one = |(_, value): &(i64, String)| wanted.contains(&bare(value));
-    let strings = strings.filter(|row| row.as_ref().map_or(true, names_one));
-    strings.collect::<rusqlite::Result<_>>().context("cannot read StringIds")
+    let mut rows = statement.query([])?;
+    let (mut strings, mut size) = (HashMap::new(), 0);
+    while let Some(row) = rows.next().context("cannot read StringIds: the file is damaged")? {
+        let (id, value): (i64, String) = (row.get(0)?, row.get(1)?);
+        // What an entry takes besides its text.
+        size += value.len() + 64;
+        ensure!(size <= MAX_STRINGS, "the strings of StringIds take more than {MAX_STRINGS} bytes");
+        strings.insert(id, value);
+    }
+    Ok(strings)
 }
 
 /// A name: an id of StringIds, or the text itself.

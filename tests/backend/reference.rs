@@ -71,7 +71,7 @@ fn logits<B: UnderTest>(model: &Model<'_, B>, tokens: &[u32], compensated: bool)
     all
 }
 
-pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0f32, |m, (a, b)| m.max((a - b).abs()))
 }

@@ -1,6 +1,6 @@
 //! What a model is: shapes and constants, read from a Hugging Face `config.json`.
 
-pub(crate) use json::token_ids;
+pub(crate) use json::{is_biased, read_json, token_ids};
 
 mod json;
 mod preset;
@@ -80,6 +80,21 @@ pub enum Architecture {
     Phi3,
     /// Qwen2 and Qwen2.5.
     Qwen2,
+}
+
+impl Architecture {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2];
+
+    /// What `config.json` calls it: `model_type`, and the only class in `architectures` that is understood.
+    pub const fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Llama => ("llama", "LlamaForCausalLM"),
+            Self::Mistral => ("mistral", "MistralForCausalLM"),
+            Self::Phi3 => ("phi3", "Phi3ForCausalLM"),
+            Self::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+        }
+    }
 }
 
 /// The shapes and constants of one decoder-only model.

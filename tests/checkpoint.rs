@@ -143,6 +143,37 @@ fn only_a_checkpoint_is_replaced_and_only_when_asked() {
     assert_eq!(fs::read(dir.path().join("new.partial/precious")).unwrap(), b"kept");
 }
 
+/// What a program leaves that is killed in the middle of its last steps.
+#[test]
+fn killed_while_replacing_or_cleaning_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, partial) = (dir.path().join("out"), dir.path().join("out.partial"));
+    let (one, other) = (SmallModel::new(1, 2, false), SmallModel::new(2, 2, false));
+    write(&one, &out, WeightFormat::AnyPrec, 3.5, false).unwrap();
+
+    // The old checkpoint is moved away, the new one is not there yet: the old one comes back.
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join("job.txt"), "key").unwrap();
+    fs::rename(&out, partial.join("replaced")).unwrap();
+    let message = write(&other, &out, WeightFormat::AnyPrec, 3.0, false).unwrap_err().to_string();
+    assert!(message.contains("--overwrite"), "{message}");
+    assert_eq!(Checkpoint::open(&out).unwrap().embedding().unwrap(), one.embedding().unwrap());
+
+    // Old and new have changed places, the old one is still where the new one was made: none of its files stays.
+    fs::create_dir(partial.join("checkpoint")).unwrap();
+    fs::copy(out.join("bitwidth_map.json"), partial.join("checkpoint/bitwidth_map.json")).unwrap();
+    write(&other, &out, WeightFormat::AnyPrec, 3.0, true).unwrap();
+    assert!(!out.join("bitwidth_map.json").exists() && !partial.exists());
+    assert_eq!(Checkpoint::open(&out).unwrap().embedding().unwrap(), other.embedding().unwrap());
+
+    // Half of a finished job is cleaned up: what is left of it is not taken for unfinished work.
+    let writer = CheckpointWriter::create(&out, "key", true).unwrap();
+    writer.write_file("tokens", b"abc").unwrap();
+    drop(writer);
+    fs::write(partial.join("job.txt"), "finished").unwrap();
+    assert!(CheckpointWriter::create(&out, "key", true).unwrap().read_file("tokens").is_none());
+}
+
 #[test]
 fn an_unfinished_job_goes_on_and_a_different_one_starts_over() {
     let dir = tempfile::tempdir().unwrap();

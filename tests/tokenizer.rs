@@ -219,6 +219,66 @@ A:
     assert!(none.contains("no chat template") && !tokenizer.has_chat(), "{none}");
 }
 
+/// Renders every conversation of `tests/data/chat` with `template`, and compares with what Jinja2 made of it.
+fn assert_renders(name: &str, template: &str, known: &Value) {
+    let family = &known["families"][name];
+    let text = |key: &str| Some(family[key].as_str().expect("a text").to_owned());
+    let (texts, config) = texts(|texts| {
+        texts.chat_template = Some(template.to_owned());
+        (texts.bos_token, texts.eos_token) = (text("bos_token"), text("eos_token"));
+    });
+    let tokenizer = Tokenizer::new(&texts, &config).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let today = with_template("{{ strftime_now('%d %b %Y') }}").expect("it compiles").chat(&[], true).expect("a date");
+    let conversations = known["conversations"].as_array().expect("a list");
+    for (conversation, wanted) in conversations.iter().zip(family["renderings"].as_array().expect("a list")) {
+        let turns = conversation.as_array().expect("turns").iter();
+        let messages: Vec<_> =
+            turns.map(|t| Message::new(t[0].as_str().expect("a role"), t[1].as_str().expect("a text"))).collect();
+        for (prompt, wanted) in [true, false].into_iter().zip(wanted.as_array().expect("two")) {
+            let got = tokenizer.chat(&messages, prompt);
+            match wanted.as_str() {
+                Some(wanted) => {
+                    let got = got.unwrap_or_else(|e| panic!("{name}: {e}"));
+                    assert_eq!(got, wanted.replace("{date}", &today), "{name}");
+                }
+                None => {
+                    let refusal = got.expect_err("Jinja2 refuses this conversation").to_string();
+                    assert!(refusal.contains("alternate"), "{name}: {refusal}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn chat_templates_of_every_family() {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat");
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path:?}: {e}"));
+    let known: Value = serde_json::from_str(&read(dir.join("renderings.json"))).expect("JSON");
+    // The published templates, where somebody has them.
+    let originals = std::env::var_os("DECDEC_CHAT_TEMPLATES").map(std::path::PathBuf::from);
+    let families = known["families"].as_object().expect("an object");
+    assert_eq!(families.len(), 9);
+    for name in families.keys() {
+        for dir in [Some(&dir), originals.as_ref()].into_iter().flatten() {
+            assert_renders(name, &read(dir.join(format!("{name}.jinja"))), &known);
+        }
+    }
+    let other = read(dir.join("llama-3.jinja")).replace("| trim", "");
+    assert!(std::panic::catch_unwind(|| assert_renders("llama-3", &other, &known)).is_err(), "a space shows");
+    if let Some(path) = fixtures::smollm2() {
+        let source = Source::open(&path).expect("the model opens");
+        assert_renders("smollm2", source.texts().chat_template.as_deref().expect("its own"), &known);
+    }
+}
+
+#[test]
+fn a_template_without_end_is_stopped() {
+    let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}";
+    let error = with_template(endless).expect("it compiles").chat(&[], true).expect_err("stopped").to_string();
+    assert_eq!(error, "the chat template fails in line 1: engine ran out of fuel");
+}
+
 #[test]
 fn text_files_survive_a_directory() {
     let (full, config) = texts(|texts| {

@@ -6,12 +6,7 @@ use crate::config::{Architecture, ModelConfig, RopeScaling};
 
 /// The object that transformers and [`ModelConfig::from_json`] read back as `config`.
 pub(super) fn write(config: &ModelConfig) -> Value {
-    let (model_type, class) = match config.architecture {
-        Architecture::Llama => ("llama", "LlamaForCausalLM"),
-        Architecture::Mistral => ("mistral", "MistralForCausalLM"),
-        Architecture::Phi3 => ("phi3", "Phi3ForCausalLM"),
-        Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
-    };
+    let (model_type, class) = config.architecture.names();
     // The shortest decimal that reads back as the same f32.
     let eps: f64 = config.rms_norm_eps.to_string().parse().unwrap_or(f64::from(config.rms_norm_eps));
     let mut object = json!({

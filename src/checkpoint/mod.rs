@@ -27,13 +27,14 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::tensor::Dtype;
 
-use crate::config::{ModelConfig, Projection};
-use crate::format::{AnyPrec, Dense, LutGemm, Residual, threshold};
+use crate::config::{ModelConfig, Projection, read_json};
+use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual, threshold};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use manifest::{BitWidth, FORMAT_VERSION, Manifest, WeightFormat};
 use tensors::Tensors;
+pub(crate) use tensors::header;
 pub use writer::{CheckpointWriter, LayerFile, Unquantized};
 
 const CONFIG: &str = "config.json";
@@ -62,10 +63,7 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// True if `dir` holds a decdec checkpoint, of whatever version and in whatever state.
     pub fn is_at(dir: &Path) -> bool {
-        let config = std::fs::read(dir.join(CONFIG)).ok();
-        config
-            .and_then(|json| serde_json::from_slice::<serde_json::Value>(&json).ok())
-            .is_some_and(|v| v.get("decdec").is_some())
+        read_json(&dir.join(CONFIG)).is_ok_and(|v| v.get("decdec").is_some())
     }
 
     /// Opens a directory and checks every name, shape and type in it.
@@ -135,7 +133,7 @@ impl ModelWeights for Checkpoint {
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        Ok(self.model.f32(FINAL_NORM, &[self.config.hidden_size])?.to_vec())
+        Ok(finite(&self.model, FINAL_NORM, self.config.hidden_size)?.to_vec())
     }
 
     fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
@@ -173,22 +171,25 @@ impl<'a> Stored<'a> {
         let name = |suffix: &str| format!("{}.{suffix}", prefix(layer, projection));
         let words = |suffix: &str, shape: &[usize]| self.model.words(&name(suffix), Dtype::I32, shape);
         let floats = |suffix: &str, shape: &[usize]| self.model.floats(&name(suffix), shape);
+        let in_projection = || prefix(layer, projection);
         let bits = bits as usize;
         let weight = match group_size {
             None => {
                 let planes = Cow::Borrowed(words("qweight", &[bits, outputs, inputs / 32])?);
-                Weight::AnyPrec(AnyPrec::new(inputs, outputs, bits, planes, floats("lut", &[outputs, 1 << bits])?)?)
+                let lut = floats("lut", &[outputs, 1 << bits])?;
+                Weight::AnyPrec(AnyPrec::new(inputs, outputs, bits, planes, lut).with_context(in_projection)?)
             }
             Some(group) => {
                 crate::format::lutgemm::ensure_group_size(inputs, group)?;
                 let binary = Cow::Borrowed(words("binary", &[inputs / 32, bits, outputs])?);
                 let alpha = floats("alpha", &[inputs / group, bits, outputs])?;
                 let q_bias = floats("q_bias", &[inputs / group, outputs])?;
-                Weight::LutGemm(LutGemm::new(inputs, outputs, bits, group, binary, alpha, q_bias)?)
+                let weight = LutGemm::new(inputs, outputs, bits, group, binary, alpha, q_bias);
+                Weight::LutGemm(weight.with_context(in_projection)?)
             }
         };
         let bias = match self.model.contains(&name("bias")) {
-            true => Some(Cow::Borrowed(self.model.f32(&name("bias"), &[outputs])?)),
+            true => Some(Cow::Borrowed(finite(self.model, &name("bias"), outputs)?)),
             false => None,
         };
         let Some([residuals, thresholds]) = self.compensation else {
@@ -196,15 +197,22 @@ impl<'a> Stored<'a> {
         };
         let words = residuals.words(&name("residual"), Dtype::U32, &[inputs, outputs / 8])?;
         let scales = residuals.floats(&name("scales"), &[outputs])?;
-        let residual = Some(Residual::new(inputs, outputs, Cow::Borrowed(words), scales)?);
+        let residual = Residual::new(inputs, outputs, Cow::Borrowed(words), scales).with_context(in_projection)?;
         let thresholds = Some(Cow::Borrowed(thresholds.f32(&name("thresholds"), &[inputs])?));
-        Ok(Linear { weight, bias, residual, thresholds })
+        Ok(Linear { weight, bias, residual: Some(residual), thresholds })
     }
 }
 
 fn read_norms(model: &Tensors, layer: usize, config: &ModelConfig) -> Result<(Vec<f32>, Vec<f32>)> {
-    let norm = |name| model.f32(&format!("{}.{name}", layer_prefix(layer)), &[config.hidden_size]);
+    let norm = |name| finite(model, &format!("{}.{name}", layer_prefix(layer)), config.hidden_size);
     Ok((norm(INPUT_NORM)?.to_vec(), norm(POST_NORM)?.to_vec()))
+}
+
+/// `len` single-precision numbers, all of them finite.
+fn finite<'a>(tensors: &'a Tensors, name: &str, len: usize) -> Result<&'a [f32]> {
+    let values = tensors.f32(name, &[len])?;
+    Floats::F32(Cow::Borrowed(values)).ensure_finite(&format!("{name}: number"))?;
+    Ok(values)
 }
 
 fn layer_prefix(layer: usize) -> String {
@@ -239,9 +247,4 @@ fn layer_bits(dir: &Path, manifest: &Manifest, layers: usize) -> Result<Vec<u32>
         })
         .collect::<Result<_>>()
         .with_context(in_map)
-}
-
-fn read_json(path: &Path) -> Result<serde_json::Value> {
-    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
 }

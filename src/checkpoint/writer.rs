@@ -16,8 +16,10 @@ use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, Weight};
 
 const KEY: &str = "job.txt";
+const NO_JOB: &str = "finished";
 const LOCK: &str = "job.lock";
 const RESULT: &str = "checkpoint";
+const REPLACED: &str = "replaced";
 
 /// A checkpoint in the making: `OUT.partial` beside the target `OUT`, which stays as it is until
 /// [`CheckpointWriter::finish`]. Finished layers survive an interruption.
@@ -35,16 +37,19 @@ impl CheckpointWriter {
     /// # Errors
     /// `out` exists and `overwrite` is false, or is something other than a checkpoint; another process is at it.
     pub fn create(out: &Path, key: &str, overwrite: bool) -> Result<Self> {
-        ensure_replaceable(out, overwrite)?;
         let name = out.file_name().with_context(|| format!("{} names no directory", out.display()))?;
         let mut partial_name = name.to_owned();
         partial_name.push(".partial");
         let partial = out.with_file_name(partial_name);
+        bring_back(&partial, out)?;
+        ensure_replaceable(out, overwrite)?;
         ensure_ours(&partial)?;
         make_dir(&partial)?;
         let lock = lock(&partial)?;
-        if fs::read_to_string(partial.join(KEY)).is_ok_and(|found| found != key) {
-            tracing::warn!("{} is from another job, it is discarded", partial.display());
+        if let Some(found) = fs::read_to_string(partial.join(KEY)).ok().filter(|found| found != key) {
+            if found != NO_JOB {
+                tracing::warn!("{} is from another job, it is discarded", partial.display());
+            }
             clear(&partial)?;
         }
         let writer = Self { out: out.to_owned(), partial, _lock: lock };
@@ -123,7 +128,11 @@ impl CheckpointWriter {
         rest: &Unquantized<'_>,
         texts: &TextFiles,
     ) -> Result<()> {
+        // Files that an interrupted attempt has left, of this job or of the checkpoint that it replaced, are gone.
         let dir = self.partial.join(RESULT);
+        if dir.exists() {
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot empty {}", dir.display()))?;
+        }
         make_dir(&dir)?;
         let layers = bits
             .iter()
@@ -154,6 +163,7 @@ impl CheckpointWriter {
         texts.write(&dir)?;
         Checkpoint::open(&dir).context("the finished checkpoint does not pass its own checks")?;
         replace(&dir, &self.out)?;
+        clear(&self.partial)?;
         fs::remove_dir_all(&self.partial).with_context(|| format!("cannot remove {}", self.partial.display()))
     }
 
@@ -289,17 +299,21 @@ fn lock(partial: &Path) -> Result<File> {
     }
 }
 
-/// Empties the directory of an abandoned job, the lock excepted.
+/// Empties the directory of a job, the lock excepted. The key goes last, since it says that the rest is ours, and
+/// is no job's key until then: a program that is killed here leaves nothing that another one would go on with.
 fn clear(partial: &Path) -> Result<()> {
     let remove = || -> std::io::Result<()> {
+        let new = partial.join(format!("{KEY}.new"));
+        fs::write(&new, NO_JOB)?;
+        fs::rename(&new, partial.join(KEY))?;
         for entry in fs::read_dir(partial)? {
             let entry = entry?;
-            if entry.file_name() == LOCK {
+            if entry.file_name() == LOCK || entry.file_name() == KEY {
                 continue;
             }
             if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
         }
-        Ok(())
+        fs::remove_file(partial.join(KEY))
     };
     remove().with_context(|| format!("cannot empty {}", partial.display()))
 }
@@ -309,13 +323,40 @@ fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
     fs::write(path, &text).map_err(|e| write_error(e, path, text.len()))
 }
 
-/// Renames `new` to `out`; what was there is kept until that has worked.
+/// Renames `new` to `out`. What was there changes places with it, so that at no time nothing is there; on file
+/// systems that cannot do that, it is moved away first, and comes back if the program is killed then and run again.
 fn replace(new: &Path, out: &Path) -> Result<()> {
     let context = || format!("cannot rename {} to {}", new.display(), out.display());
     if !out.exists() {
         return fs::rename(new, out).with_context(context);
     }
-    let old = new.with_file_name("replaced");
+    if exchange(new, out) {
+        return Ok(());
+    }
+    let old = new.with_file_name(REPLACED);
     fs::rename(out, &old).with_context(|| format!("cannot move {} away", out.display()))?;
     fs::rename(new, out).or_else(|e| fs::rename(&old, out).and(Err(e))).with_context(context)
+}
+
+/// Lets two directories change places in one step, where the system and its file system can.
+fn exchange(new: &Path, out: &Path) -> bool {
+    #[cfg(target_os = "linux")]
+    return {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        renameat_with(CWD, new, CWD, out, RenameFlags::EXCHANGE).is_ok()
+    };
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (new, out);
+        false
+    }
+}
+
+/// Brings back what a program was killed while replacing.
+fn bring_back(partial: &Path, out: &Path) -> Result<()> {
+    let old = partial.join(REPLACED);
+    if !out.exists() && Checkpoint::is_at(&old) {
+        fs::rename(&old, out).with_context(|| format!("cannot move {} back to {}", old.display(), out.display()))?;
+    }
+    Ok(())
 }

@@ -1,13 +1,35 @@
 //! `config.json` to [`ModelConfig`], in both spellings of RoPE that are about (`rope_theta` beside
 //! `rope_scaling`, and `rope_parameters`). What the decoder cannot compute is refused by name.
 
+use std::fs;
+use std::path::Path;
+
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Architecture, ModelConfig, RopeScaling};
+use super::{Architecture, ModelConfig, Projection, RopeScaling};
 
 /// No dimension of a model is larger; products of two of them fit 64 bits.
 const LARGEST: u64 = 1 << 24;
+
+/// No model has more layers; those of 405 billion weights have 126.
+const MOST_LAYERS: usize = 1 << 12;
+
+/// Bytes of a JSON file about a model; the index of a large one has 100,000. Parsed, they take up to 16 times as
+/// much.
+const MAX_JSON: u64 = 1 << 20;
+
+/// Reads a JSON file about a model, of bounded size.
+///
+/// # Errors
+/// A file that cannot be read, is too large, or is no JSON.
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
+    let cannot = || format!("cannot read {}", path.display());
+    let size = fs::metadata(path).with_context(cannot)?.len();
+    ensure!(size <= MAX_JSON, "{} has {size} bytes, at most {MAX_JSON} are expected", path.display());
+    let bytes = fs::read(path).with_context(cannot)?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is not valid JSON", path.display()))
+}
 
 impl ModelConfig {
     /// Reads the fields of a Hugging Face `config.json`.
@@ -20,6 +42,7 @@ impl ModelConfig {
         let num_heads = dimension(json, "num_attention_heads")?;
         let hidden_size = dimension(json, "hidden_size")?;
         let num_layers = dimension(json, "num_hidden_layers")?;
+        ensure!(num_layers <= MOST_LAYERS, "num_hidden_layers is {num_layers}, 1 to {MOST_LAYERS} is expected");
         let head_dim = match optional_dimension(json, "head_dim")? {
             Some(head_dim) => head_dim,
             None => {
@@ -67,38 +90,58 @@ impl ModelConfig {
 
 fn architecture(json: &Value) -> Result<Architecture> {
     let name = text(json, "model_type")?.context("model_type is missing, llama, mistral, phi3 or qwen2 is expected")?;
-    let architecture = match name {
-        "llama" => Architecture::Llama,
-        "mistral" => Architecture::Mistral,
-        "phi3" => Architecture::Phi3,
-        "qwen2" => Architecture::Qwen2,
-        other => bail!("model_type {other:?} is unknown, llama, mistral, phi3 or qwen2 is expected"),
+    let found = Architecture::ALL.into_iter().find(|architecture| architecture.names().0 == name);
+    let Some(architecture) = found else {
+        bail!("model_type {name:?} is unknown, llama, mistral, phi3 or qwen2 is expected");
     };
+    if let Some(classes) = present(json, "architectures") {
+        let class = architecture.names().1;
+        let listed = classes.as_array().is_some_and(|classes| classes.iter().any(|name| name == class));
+        ensure!(listed, "architectures is {classes}, {class} is expected where model_type is {name:?}");
+    }
     if let Some(activation) = text(json, "hidden_act")? {
         ensure!(matches!(activation, "silu" | "swish"), "hidden_act {activation:?} is unknown, silu is expected");
     }
     Ok(architecture)
 }
 
-/// `(rope_theta, scaling)`.
-fn rope(json: &Value) -> Result<(f64, RopeScaling)> {
-    let nothing = Value::Null;
-    let parameters = present(json, "rope_parameters");
-    let scaling = parameters.or(present(json, "rope_scaling")).unwrap_or(&nothing);
-    ensure!(scaling.is_null() || scaling.is_object(), "rope_scaling is {scaling}, an object or null is expected");
+/// Where RoPE's constants are: in objects of the newer and the older spelling, either or both.
+const ROPE_OBJECTS: [&str; 2] = ["rope_parameters", "rope_scaling"];
 
-    let theta = positive(scaling, "rope_theta")?.or(positive(json, "rope_theta")?).unwrap_or(10_000.0);
-    for object in [json, scaling] {
-        let rotated = positive(object, "partial_rotary_factor")?.unwrap_or(1.0);
-        ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
+/// `(rope_theta, scaling)`. What is said twice must be the same.
+fn rope(json: &Value) -> Result<(f64, RopeScaling)> {
+    let mut thetas = vec![positive(json, "rope_theta")?];
+    let mut scalings = Vec::new();
+    for (name, object) in ROPE_OBJECTS.into_iter().filter_map(|name| Some((name, present(json, name)?))) {
+        ensure!(object.is_object(), "{name} is {object}, an object or null is expected");
+        thetas.push(positive(object, "rope_theta")?);
+        scalings.push(scaling(object).with_context(|| name)?);
     }
-    let number = |key: &str| positive(scaling, key)?.with_context(|| format!("the RoPE scaling has no {key}"));
-    let kind = match text(scaling, "rope_type")?.or(text(scaling, "type")?) {
+    let thetas: Vec<f64> = thetas.into_iter().flatten().collect();
+    let theta = thetas.first().copied().unwrap_or(10_000.0);
+    if let Some(other) = thetas.iter().find(|&&other| other != theta) {
+        bail!("rope_theta is {theta} in one place and {other} in another, leave one out");
+    }
+    if let [one, other] = &scalings[..] {
+        ensure!(one == other, "rope_parameters is {one:?}, but rope_scaling is {other:?}, leave one out");
+    }
+    let rotated = positive(json, "partial_rotary_factor")?.unwrap_or(1.0);
+    ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
+    Ok((theta, scalings.into_iter().next().unwrap_or(RopeScaling::None)))
+}
+
+/// How one object says that frequencies are scaled.
+fn scaling(object: &Value) -> Result<RopeScaling> {
+    let rotated = positive(object, "partial_rotary_factor")?.unwrap_or(1.0);
+    ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
+    let number = |key: &str| positive(object, key)?.with_context(|| format!("the RoPE scaling has no {key}"));
+    let plain = |key: &String| matches!(key.as_str(), "rope_theta" | "partial_rotary_factor");
+    let kind = match text(object, "rope_type")?.or(text(object, "type")?) {
         Some(kind) => kind,
-        None if scaling.is_null() => "default",
-        None => bail!("the RoPE scaling {scaling} has no rope_type, default, linear or llama3 is expected"),
+        None if object.as_object().is_some_and(|object| object.keys().all(plain)) => "default",
+        None => bail!("the RoPE scaling {object} has no rope_type, default, linear or llama3 is expected"),
     };
-    let scaling = match kind {
+    Ok(match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: number("factor")? },
         "llama3" => {
@@ -112,8 +155,18 @@ fn rope(json: &Value) -> Result<(f64, RopeScaling)> {
             }
         }
         other => bail!("RoPE type {other:?} is unknown, default, linear or llama3 is expected"),
+    })
+}
+
+/// Whether the class of the model has a bias in `projection`. GGUF does not say.
+pub(crate) fn is_biased(json: &Value, architecture: Architecture, projection: Projection) -> Result<bool> {
+    let key = match (architecture, projection) {
+        (Architecture::Qwen2, _) => return Ok(projection == Projection::Qkv),
+        (Architecture::Mistral | Architecture::Phi3, _) => return Ok(false),
+        (Architecture::Llama, Projection::Qkv | Projection::O) => "attention_bias",
+        (Architecture::Llama, Projection::GateUp | Projection::Down) => "mlp_bias",
     };
-    Ok((theta, scaling))
+    Ok(boolean(json, key)?.unwrap_or(false))
 }
 
 /// One window for all layers, or none: the decoder has no layers of different reach.
@@ -190,160 +243,4 @@ pub(crate) fn token_ids(json: &Value, key: &str) -> Result<Vec<u32>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::{Value, json};
-
-    use crate::config::{Architecture, ModelConfig, RopeScaling};
-
-    /// A small configuration with some fields changed; "absent" takes one out.
-    fn with(changes: Value) -> Value {
-        let mut json = json!({
-            "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500, "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 128, "hidden_act": "silu",
-        });
-        for (key, value) in changes.as_object().expect("an object") {
-            json[key] = value.clone();
-        }
-        json.as_object_mut().expect("an object").retain(|_, value| *value != json!("absent"));
-        json
-    }
-
-    fn read(changes: Value) -> ModelConfig {
-        ModelConfig::from_json(&with(changes)).expect("a good configuration")
-    }
-
-    fn refusal(changes: Value) -> String {
-        format!("{:#}", ModelConfig::from_json(&with(changes)).expect_err("a bad configuration"))
-    }
-
-    #[test]
-    fn every_architecture() {
-        let all = [
-            ("llama", Architecture::Llama, None),
-            ("mistral", Architecture::Mistral, Some(32)),
-            ("phi3", Architecture::Phi3, Some(32)),
-            ("qwen2", Architecture::Qwen2, None),
-        ];
-        for (name, architecture, sliding_window) in all {
-            let config = read(json!({ "model_type": name, "sliding_window": 32 }));
-            assert_eq!((config.architecture, config.sliding_window), (architecture, sliding_window));
-        }
-        let expected = ModelConfig {
-            architecture: Architecture::Llama,
-            hidden_size: 64,
-            intermediate_size: 96,
-            num_layers: 3,
-            num_heads: 4,
-            num_kv_heads: 2,
-            head_dim: 16,
-            vocab_size: 500,
-            rms_norm_eps: 1e-6,
-            rope_theta: 10_000.0,
-            rope_scaling: RopeScaling::None,
-            sliding_window: None,
-            max_position_embeddings: 128,
-            tie_word_embeddings: false,
-            bos_token_id: None,
-            eos_token_ids: vec![],
-        };
-        assert_eq!(read(json!({})), expected);
-    }
-
-    #[test]
-    fn fields_that_may_be_absent_null_or_lists() {
-        assert_eq!(read(json!({ "head_dim": null })).head_dim, 16);
-        assert_eq!(read(json!({ "head_dim": 24, "hidden_size": 63 })).head_dim, 24);
-        assert_eq!(read(json!({ "num_key_value_heads": null })).num_kv_heads, 4);
-        assert_eq!(read(json!({ "eos_token_id": 7, "bos_token_id": 0 })).eos_token_ids, [7]);
-        assert_eq!(read(json!({ "eos_token_id": [7, 9], "bos_token_id": 0 })).bos_token_id, Some(0));
-        assert!(read(json!({ "eos_token_id": null, "hidden_act": "absent" })).eos_token_ids.is_empty());
-        assert!(read(json!({ "tie_word_embeddings": true })).tie_word_embeddings);
-    }
-
-    #[test]
-    fn both_spellings_of_rope() {
-        let scaling = json!({
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        });
-        let mut parameters = scaling.clone();
-        parameters["rope_theta"] = json!(500000.0);
-        let old = read(json!({ "rope_theta": 500000.0, "rope_scaling": scaling }));
-        assert_eq!(old, read(json!({ "rope_parameters": parameters })));
-        let expected = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192.0,
-        };
-        assert_eq!((old.rope_theta, old.rope_scaling), (500000.0, expected));
-        let linear = read(json!({ "rope_scaling": { "type": "linear", "factor": 2 } }));
-        assert_eq!(linear.rope_scaling, RopeScaling::Linear { factor: 2.0 });
-        let plain =
-            read(json!({ "rope_scaling": null, "rope_parameters": { "rope_theta": 5, "rope_type": "default" } }));
-        assert_eq!((plain.rope_theta, plain.rope_scaling), (5.0, RopeScaling::None));
-    }
-
-    #[test]
-    fn windows_of_some_layers() {
-        let qwen = |changes: Value| {
-            let mut json = json!({ "model_type": "qwen2", "sliding_window": 32, "use_sliding_window": true });
-            for (key, value) in changes.as_object().expect("an object") {
-                json[key] = value.clone();
-            }
-            json
-        };
-        assert_eq!(read(qwen(json!({ "max_window_layers": 0 }))).sliding_window, Some(32));
-        assert_eq!(read(qwen(json!({ "max_window_layers": 28 }))).sliding_window, None);
-        assert!(refusal(qwen(json!({ "max_window_layers": 1 }))).contains("a sliding window in 2 of 3 layers"));
-        let (slides, full) = ("sliding_attention", "full_attention");
-        assert_eq!(read(qwen(json!({ "layer_types": [slides, slides, slides] }))).sliding_window, Some(32));
-        assert_eq!(read(qwen(json!({ "layer_types": [full, full, full] }))).sliding_window, None);
-        assert!(refusal(qwen(json!({ "layer_types": [slides, full, full] }))).contains("in 1 of 3 layers"));
-    }
-
-    #[test]
-    fn refusals_name_what_is_wrong() {
-        let cases = [
-            (json!({ "model_type": "gemma" }), "model_type \"gemma\" is unknown, llama, mistral, phi3 or qwen2"),
-            (json!({ "model_type": "absent" }), "model_type is missing"),
-            (json!({ "hidden_act": "gelu" }), "hidden_act \"gelu\" is unknown, silu is expected"),
-            (json!({ "rope_scaling": { "type": "longrope" } }), "RoPE type \"longrope\" is unknown"),
-            (json!({ "rope_scaling": { "factor": 2 } }), "has no rope_type"),
-            (json!({ "rope_scaling": { "type": "linear" } }), "has no factor"),
-            (json!({ "partial_rotary_factor": 0.75 }), "partial_rotary_factor is 0.75, only 1"),
-            (json!({ "rope_theta": -1 }), "rope_theta is -1, a number above 0"),
-            (json!({ "hidden_size": "absent" }), "hidden_size is missing"),
-            (json!({ "hidden_size": 0 }), "hidden_size is 0, 1 to"),
-            (json!({ "vocab_size": 1.5 }), "vocab_size is 1.5, a whole number"),
-            (json!({ "num_hidden_layers": u64::MAX }), "num_hidden_layers is 18446744073709551615, 1 to"),
-            (json!({ "hidden_size": 65 }), "hidden_size 65 is no multiple of num_attention_heads 4"),
-            (json!({ "num_key_value_heads": 3 }), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
-            (json!({ "head_dim": 15 }), "head_dim is 15, an even number"),
-            (json!({ "eos_token_id": "</s>" }), "eos_token_id is \"</s>\", token ids"),
-            (json!({ "tie_word_embeddings": 1 }), "tie_word_embeddings is 1, true or false"),
-        ];
-        for (changes, expected) in cases {
-            let message = refusal(changes);
-            assert!(message.contains(expected) && !message.contains('\n'), "{expected:?} is not in {message:?}");
-        }
-        assert!(ModelConfig::from_json(&json!([])).is_err());
-    }
-
-    #[test]
-    fn presets() {
-        let shapes = |name: &str| {
-            let config = ModelConfig::preset(name).expect(name);
-            (config.num_layers, crate::config::Projection::ALL.map(|projection| config.shape(projection)))
-        };
-        let llama = (32, [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]);
-        assert_eq!(shapes("Meta-Llama-3-8B-Instruct"), llama);
-        assert_eq!(shapes("meta-llama/Meta-Llama-3-8B-Instruct"), llama);
-        let large = (80, [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)]);
-        assert_eq!(shapes("Meta-Llama-3-70B-Instruct"), large);
-        let phi = (40, [(5120, 7680), (5120, 5120), (5120, 35840), (17920, 5120)]);
-        assert_eq!(shapes("Phi-3-medium-4k-instruct"), phi);
-        assert_eq!(ModelConfig::preset("Phi-3"), None);
-    }
-}
+mod tests;

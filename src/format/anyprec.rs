@@ -38,8 +38,8 @@ impl<'a> AnyPrec<'a> {
     /// Takes `planes` `[bits, out_features, in_features / 32]` and `lut` `[out_features, 2^bits]`.
     ///
     /// # Errors
-    /// `bits` outside 2..=8, `in_features` not a multiple of 32, `out_features` not a multiple of 8, or
-    /// lengths that do not follow from them.
+    /// `bits` outside 2..=8, `in_features` not a multiple of 32, `out_features` not a multiple of 8, lengths
+    /// that do not follow from them, or a centroid that is not finite.
     pub fn new(
         in_features: usize,
         out_features: usize,
@@ -53,6 +53,7 @@ impl<'a> AnyPrec<'a> {
         ensure!(planes.len() == words, "anyprec: {} words of codes, {words} expected", planes.len());
         let centroids = out_features << bits;
         ensure!(lut.len() == centroids, "anyprec: {} centroids, {centroids} expected", lut.len());
+        lut.ensure_finite("anyprec: centroid")?;
         Ok(Self { in_features, out_features, bits, planes, lut })
     }
 

@@ -42,7 +42,8 @@ impl<'a> LutGemm<'a> {
     /// Takes the three tensors as they are stored; their shapes are at the fields.
     ///
     /// # Errors
-    /// `bits` outside 2..=8, shapes or a group size that do not tile, or lengths that do not follow from them.
+    /// `bits` outside 2..=8, shapes or a group size that do not tile, lengths that do not follow from them, or a
+    /// number that is not finite.
     pub fn new(
         in_features: usize,
         out_features: usize,
@@ -63,6 +64,8 @@ impl<'a> LutGemm<'a> {
         ] {
             ensure!(got == want, "lutgemm: {got} {what}, {want} expected");
         }
+        alpha.ensure_finite("lutgemm: alpha")?;
+        q_bias.ensure_finite("lutgemm: bias")?;
         Ok(Self { in_features, out_features, bits, group_size, binary, alpha, q_bias })
     }
 

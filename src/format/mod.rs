@@ -11,6 +11,7 @@ pub mod threshold;
 
 use std::borrow::Cow;
 
+use anyhow::{Result, bail};
 use half::{bf16, f16};
 
 pub use anyprec::AnyPrec;
@@ -49,6 +50,22 @@ impl<'a> Floats<'a> {
             Self::F16(v) => v[i].to_f32(),
             Self::Bf16(v) => v[i].to_f32(),
             Self::F32(v) => v[i],
+        }
+    }
+
+    /// Checks that every number is finite: one NaN in a scale spoils every token.
+    ///
+    /// # Errors
+    /// The first that is not; `what` names them.
+    pub fn ensure_finite(&self, what: &str) -> Result<()> {
+        let broken = match self {
+            Self::F16(v) => v.iter().position(|x| !x.is_finite()),
+            Self::Bf16(v) => v.iter().position(|x| !x.is_finite()),
+            Self::F32(v) => v.iter().position(|x| !x.is_finite()),
+        };
+        match broken {
+            Some(i) => bail!("{what} {i} is {}, finite numbers are expected", self.get(i)),
+            None => Ok(()),
         }
     }
 

@@ -27,12 +27,13 @@ impl<'a> Residual<'a> {
     /// Takes `words` `[in_features, out_features / 8]` and `scales` `[out_features]` in row order.
     ///
     /// # Errors
-    /// Shapes that do not tile, or lengths that do not follow from them.
+    /// Shapes that do not tile, lengths that do not follow from them, or a scale that is not finite.
     pub fn new(in_features: usize, out_features: usize, words: Cow<'a, [u32]>, scales: Floats<'a>) -> Result<Self> {
         super::ensure_shape(in_features, out_features)?;
         let want = in_features * (out_features / 8);
         ensure!(words.len() == want, "residual: {} words, {want} expected", words.len());
         ensure!(scales.len() == out_features, "residual: {} scales, {out_features} expected", scales.len());
+        scales.ensure_finite("residual: scale")?;
         Ok(Self { in_features, out_features, words, scales })
     }
 

@@ -6,6 +6,8 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use rusqlite::config::DbConfig;
+use rusqlite::limits::Limit;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, Row};
 
@@ -20,14 +22,43 @@ const OPTIONAL: [&str; 13] = [
     "deviceId", "contextId", "streamId", "correlationId", "graphNodeId",
 ];
 
-/// Opens a file to read; refuses what is no SQLite file by its first bytes, which say more than SQLite's own
-/// message.
+/// Bytes of a kernel's name, template arguments included.
+const MAX_NAME: usize = 1 << 12;
+
+/// Bytes of all names together, as they are kept.
+const MAX_STRINGS: usize = 24 << 20;
+
+/// Characters of a name that every record of its kernel keeps.
+const KEPT_NAME: usize = 256;
+
+/// Bytes of any other value that is looked at.
+const MAX_VALUE: i32 = 1 << 20;
+
+/// Steps of SQLite's virtual machine that reading a file may take, for every byte and at least. A row of a dozen
+/// bytes takes some 60 steps; more are needed only where the pages of a damaged file lead back to each other.
+const STEPS: (u64, u64) = (16, 100_000);
+
+/// Opens a file to read, none of whose content is trusted (SQLite, "Defense Against The Dark Arts"); refuses what
+/// is no SQLite file by its first bytes, which say more than SQLite's own message.
 pub(super) fn open(path: &Path) -> Result<Connection> {
     const MAGIC: &[u8] = b"SQLite format 3\0";
     let mut head = Vec::new();
-    File::open(path)?.take(MAGIC.len() as u64).read_to_end(&mut head)?;
+    let file = File::open(path)?;
+    let size = file.metadata()?.len();
+    file.take(MAGIC.len() as u64).read_to_end(&mut head)?;
     ensure!(head == MAGIC, "it begins with {:?}, not as a SQLite file does", String::from_utf8_lossy(&head));
-    Ok(Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?)
+    let mut db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+    db.set_limit(Limit::SQLITE_LIMIT_LENGTH, MAX_VALUE)?;
+    const PERIOD: u64 = 1_000;
+    let mut left = (size.saturating_mul(STEPS.0).saturating_add(STEPS.1)) / PERIOD;
+    let is_too_much = move || {
+        left = left.saturating_sub(1);
+        left == 0
+    };
+    db.progress_handler(PERIOD as i32, Some(is_too_much))?;
+    Ok(db)
 }
 
 /// The names of all tables.
@@ -52,14 +83,15 @@ pub(super) fn kernels(
         "no table {KERNELS}, only {}: export a trace of CUDA kernels with nsys export --type sqlite",
         if tables.is_empty() { "nothing".into() } else { tables.join(", ") }
     );
-    let strings = if tables.iter().any(|table| table == "StringIds") { strings(db)? } else { HashMap::new() };
+    let has_strings = tables.iter().any(|table| table == "StringIds");
+    let strings = if has_strings { strings(db)? } else { HashMap::new() };
     let mut found: HashMap<String, Vec<KernelRecord>> = HashMap::new();
     let mut statement = db.prepare(&query(db)?).context("cannot read the kernels")?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next().context("cannot read the kernels: the file is damaged")? {
         let Some(name) = text(row, 0, &strings)? else { continue };
         let Some(&bare) = wanted.iter().find(|&&wanted| wanted == bare(&name)) else { continue };
-        let full = text(row, 1, &strings)?.unwrap_or(name);
+        let full = text(row, 1, &strings)?.unwrap_or(name).chars().take(KEPT_NAME).collect();
         let record = record(row, full).with_context(|| format!("{KERNELS}: a row of {bare}"))?;
         ensure!(
             record.start_ns > 0 && record.end_ns > record.start_ns,
@@ -91,10 +123,20 @@ fn query(db: &Connection) -> Result<String> {
     ))
 }
 
+/// The strings that are short enough to be names.
 fn strings(db: &Connection) -> Result<HashMap<i64, String>> {
-    let mut statement = db.prepare("SELECT id, value FROM StringIds").context("cannot read StringIds")?;
-    let strings = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    strings.collect::<rusqlite::Result<_>>().context("cannot read StringIds")
+    let sql = format!("SELECT id, value FROM StringIds WHERE octet_length(value) <= {MAX_NAME}");
+    let mut statement = db.prepare(&sql).context("cannot read StringIds")?;
+    let mut rows = statement.query([])?;
+    let (mut strings, mut size) = (HashMap::new(), 0);
+    while let Some(row) = rows.next().context("cannot read StringIds: the file is damaged")? {
+        let (id, value): (i64, String) = (row.get(0)?, row.get(1)?);
+        // What an entry takes besides its text.
+        size += value.len() + 64;
+        ensure!(size <= MAX_STRINGS, "the strings of StringIds take more than {MAX_STRINGS} bytes");
+        strings.insert(id, value);
+    }
+    Ok(strings)
 }
 
 /// A name: an id of StringIds, or the text itself.
@@ -102,6 +144,7 @@ fn text(row: &Row<'_>, column: usize, strings: &HashMap<i64, String>) -> Result<
     match row.get_ref(column)? {
         ValueRef::Null => Ok(None),
         ValueRef::Integer(id) => Ok(strings.get(&id).cloned()),
+        ValueRef::Text(text) if text.len() > MAX_NAME => Ok(None),
         ValueRef::Text(text) => Ok(Some(String::from_utf8_lossy(text).into_owned())),
         other => bail!("{KERNELS}: a kernel's name is {:?}, an id or a text is expected", other.data_type()),
     }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::trace::{Line, Role};
-use super::{Capture, KernelRecord};
+use super::{Capture, KernelRecord, PREFIX};
 
 /// Tables of the export schema with the columns that describe a kernel, in Nsight's order.
 const SCHEMA: &str = "
@@ -205,9 +205,12 @@ impl Writer {
     }
 }
 
-/// The rows of a two-column table of Nsight's metadata.
+/// Our rows of a two-column table of Nsight's metadata.
 pub(super) fn meta_rows(db: &Connection, table: &str) -> Result<Vec<(String, String)>> {
-    let mut rows = db.prepare(&format!("SELECT name, CAST(value AS TEXT) FROM {table} WHERE value IS NOT NULL"))?;
+    let mut rows = db.prepare(&format!(
+        "SELECT name, CAST(value AS TEXT) FROM {table} \
+         WHERE value IS NOT NULL AND name GLOB '{PREFIX}*' AND octet_length(value) < 65536 LIMIT 64"
+    ))?;
     let rows = rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
 }

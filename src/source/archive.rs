@@ -1,13 +1,21 @@
 //! A `.gguf` file, alone or inside a wheel or other zip.
 
 use std::fs::File;
-use std::io::{Cursor, Seek, copy};
+use std::io::{Cursor, Read, Seek, copy};
 use std::ops::{Deref, Range};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use memmap2::Mmap;
 use zip::{CompressionMethod, ZipArchive};
+
+use super::torch;
+
+/// Weights are nearly random: packing saves some 10 % of them.
+const SHRUNK: u64 = 16;
+
+/// Below this many bytes, anything may be packed as well as it likes.
+const SMALL: u64 = 1 << 20;
 
 /// A memory-mapped file, or the part of one that a stored zip entry takes.
 #[derive(Debug)]
@@ -38,6 +46,7 @@ pub(super) fn open(path: &Path) -> Result<Bytes> {
     if !map.starts_with(b"PK\x03\x04") {
         return Ok(map.into());
     }
+    torch::End::find(&map)?;
     let mut archive = ZipArchive::new(Cursor::new(&map[..])).context("the zip is damaged")?;
     let found: Vec<usize> = (0..archive.len())
         .filter(|&i| archive.name_for_index(i).is_some_and(|name| name.is_ok_and(|name| name.ends_with(".gguf"))))
@@ -54,16 +63,23 @@ pub(super) fn open(path: &Path) -> Result<Bytes> {
         drop(entry);
         return Ok(Bytes { map, range });
     }
-    let unpacked = unpack(&mut entry).with_context(|| {
+    let (packed, size) = (entry.compressed_size(), entry.size());
+    ensure!(
+        size <= packed.saturating_mul(SHRUNK).saturating_add(SMALL),
+        "the .gguf of {size} bytes is packed into {packed}, weights never shrink {SHRUNK} times: is it a zip bomb?"
+    );
+    let unpacked = unpack(&mut entry, size).with_context(|| {
         let directory = std::env::temp_dir();
         format!("cannot unpack the .gguf to {}, unpack it elsewhere and give its path", directory.display())
     })?;
     Ok(super::map_file(&unpacked)?.into())
 }
 
-fn unpack(entry: &mut impl std::io::Read) -> Result<File> {
+/// The `size` bytes of an entry; a longer one is damaged, and not followed to its end.
+fn unpack(entry: &mut impl Read, size: u64) -> Result<File> {
     let mut file = tempfile::tempfile()?;
-    copy(entry, &mut file)?;
+    let unpacked = copy(&mut entry.take(size.saturating_add(1)), &mut file)?;
+    ensure!(unpacked == size, "the zip is damaged: the .gguf has {unpacked} bytes or more, {size} are expected");
     file.rewind()?;
     Ok(file)
 }

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::Mmap;
-use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
@@ -50,8 +49,7 @@ pub(super) fn config_json(directory: &Path) -> Result<Value> {
 }
 
 pub(super) fn json_file(path: &Path) -> Result<Value> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} is not valid JSON", path.display()))
+    crate::config::read_json(path)
 }
 
 impl Shards {
@@ -98,9 +96,8 @@ fn file_names(directory: &Path) -> Result<BTreeSet<String>> {
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
         let map = super::map(path)?;
-        let (header_len, header) =
-            SafeTensors::read_metadata(&map).map_err(|e| anyhow::anyhow!("truncated or no safetensors file: {e}"))?;
-        Ok(Self { map, header, data_start: size_of::<u64>() + header_len })
+        let (header, data_start) = crate::checkpoint::header(&map).context("truncated or no safetensors file")?;
+        Ok(Self { map, header, data_start })
     }
 
     fn tensor<'a>(&'a self, name: &'a str) -> Result<Tensor<'a>> {

@@ -22,7 +22,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use serde_json::Value;
 
-use crate::config::{ModelConfig, Projection};
+use crate::config::{ModelConfig, Projection, is_biased};
 use crate::format::{Dense, Floats};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -91,13 +91,25 @@ impl Source {
                 self.tensors.check(&name, &[hidden_size])?;
             }
             for projection in Projection::ALL {
-                for part in self.parts(layer, projection) {
-                    let columns = self.config.shape(projection).0;
-                    self.tensors.check(&format!("{}.weight", part.name), &[part.rows, columns])?;
-                    if self.tensors.contains(&format!("{}.bias", part.name)) {
-                        self.tensors.check(&format!("{}.bias", part.name), &[part.rows])?;
-                    }
-                }
+                self.check_projection(layer, projection)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_projection(&self, layer: usize, projection: Projection) -> Result<()> {
+        let biased = match self.tensors {
+            Tensors::HuggingFace(_) => Some(is_biased(&self.config_json, self.config.architecture, projection)?),
+            Tensors::Gguf(_) => None,
+        };
+        for part in self.parts(layer, projection) {
+            let columns = self.config.shape(projection).0;
+            self.tensors.check(&format!("{}.weight", part.name), &[part.rows, columns])?;
+            let bias = format!("{}.bias", part.name);
+            let is_there = self.tensors.contains(&bias);
+            ensure!(!is_there || biased != Some(false), "tensor {bias} is there, the configuration asks for none");
+            if is_there || biased == Some(true) {
+                self.tensors.check(&bias, &[part.rows])?;
             }
         }
         Ok(())

@@ -26,6 +26,10 @@ impl Message {
 
 const NAME: &str = "chat template";
 
+/// Instructions that a rendering may take: thousands for each of a thousand messages. A template comes with the
+/// model, from whoever made it, and may loop.
+const FUEL: u64 = 10_000_000;
+
 /// A compiled chat template.
 #[derive(Debug)]
 pub(super) struct Chat {
@@ -38,6 +42,7 @@ impl Chat {
     /// Compiles `template` with the functions and white space rules that transformers gives it.
     pub(super) fn new(template: &str, bos_token: &str, eos_token: &str) -> Result<Self> {
         let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {

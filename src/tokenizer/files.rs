@@ -1,10 +1,10 @@
 //! The files that carry a model's tokenizer, in a Hugging Face directory or a checkpoint of ours.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::config::token_ids;
@@ -13,6 +13,12 @@ const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
 const GENERATION: &str = "generation_config.json";
+
+/// Bytes of `tokenizer.json`; a vocabulary of 262,144 tokens takes 33 MB.
+const MAX_TOKENIZER: u64 = 64 << 20;
+
+/// Bytes of a template or of a JSON file beside the tokenizer.
+const MAX_TEXT: u64 = 2 << 20;
 
 /// Everything about text that a checkpoint has to carry.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,7 +41,7 @@ impl TextFiles {
     /// # Errors
     /// No `tokenizer.json`, or a file that cannot be read or is not what its name says.
     pub fn read(directory: &Path) -> Result<Self> {
-        let Some(tokenizer_json) = read(&directory.join(TOKENIZER))? else {
+        let Some(tokenizer_json) = read(&directory.join(TOKENIZER), MAX_TOKENIZER)? else {
             let old = directory.join("tokenizer.model").exists();
             let hint =
                 if old { "; tokenizer.model is there: transformers converts it when it saves the model" } else { "" };
@@ -43,7 +49,7 @@ impl TextFiles {
         };
         let config = read_json(&directory.join(CONFIG))?;
         let generation = read_json(&directory.join(GENERATION))?;
-        let template = match read(&directory.join(TEMPLATE))? {
+        let template = match read(&directory.join(TEMPLATE), MAX_TEXT)? {
             Some(bytes) => Some(String::from_utf8(bytes).with_context(|| format!("{TEMPLATE} is not UTF-8"))?),
             None => template(&config).with_context(|| format!("in {CONFIG}"))?,
         };
@@ -79,18 +85,24 @@ impl TextFiles {
     }
 }
 
-/// The bytes of a file; none if there is no such file.
-fn read(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
-    }
+/// The bytes of a file, at most `max`; none if there is no such file.
+fn read(path: &Path, max: u64) -> Result<Option<Vec<u8>>> {
+    let cannot = || format!("cannot read {}", path.display());
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(cannot),
+    };
+    let size = file.metadata().with_context(cannot)?.len();
+    ensure!(size <= max, "{} has {size} bytes, at most {max} are expected", path.display());
+    let mut bytes = Vec::with_capacity(size as usize);
+    file.read_to_end(&mut bytes).with_context(cannot)?;
+    Ok(Some(bytes))
 }
 
 /// A JSON file; null if there is no such file.
 fn read_json(path: &Path) -> Result<Value> {
-    let Some(bytes) = read(path)? else { return Ok(Value::Null) };
+    let Some(bytes) = read(path, MAX_TEXT)? else { return Ok(Value::Null) };
     serde_json::from_slice(&bytes).with_context(|| format!("{} is not valid JSON", path.display()))
 }
 

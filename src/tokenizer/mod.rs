@@ -2,6 +2,7 @@
 
 mod chat;
 mod files;
+mod guard;
 
 use std::collections::BTreeSet;
 
@@ -11,6 +12,7 @@ use crate::config::ModelConfig;
 use chat::Chat;
 pub use chat::Message;
 pub use files::TextFiles;
+use guard::guard;
 
 /// A model's tokenizer.
 #[derive(Debug)]
@@ -28,8 +30,10 @@ impl Tokenizer {
     /// # Errors
     /// A `tokenizer.json` of an unknown kind, or a template that is not Jinja.
     pub fn new(files: &TextFiles, config: &ModelConfig) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(&files.tokenizer_json)
-            .map_err(|e| anyhow!("tokenizer.json is damaged or of an unknown kind: {e}"))?;
+        let mut inner = guard(|| {
+            tokenizers::Tokenizer::from_bytes(&files.tokenizer_json)
+                .map_err(|e| anyhow!("tokenizer.json is damaged or of an unknown kind: {e}"))
+        })?;
         inner.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
         inner.with_padding(None);
         let id = |token: &Option<String>| token.as_deref().and_then(|token| inner.token_to_id(token));
@@ -72,8 +76,8 @@ impl Tokenizer {
     }
 
     fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding> {
-        let encoding =
-            self.inner.encode_fast(text, add_special_tokens).map_err(|e| anyhow!("cannot tokenize the text: {e}"))?;
+        let encode = || self.inner.encode_fast(text, add_special_tokens);
+        let encoding = guard(|| encode().map_err(|e| anyhow!("cannot tokenize the text: {e}")))?;
         if let Some(&id) = encoding.get_ids().iter().find(|&&id| id as usize >= self.vocab_size) {
             let token = self.inner.id_to_token(id).unwrap_or_default();
             bail!(
@@ -90,7 +94,7 @@ impl Tokenizer {
     /// # Errors
     /// What the tokenizer's decoder refuses.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, false).map_err(|e| anyhow!("cannot decode the tokens: {e}"))
+        guard(|| self.inner.decode(ids, false).map_err(|e| anyhow!("cannot decode the tokens: {e}")))
     }
 
     /// A conversation as the model's chat template writes it, with the opening of the answer if

@@ -15,6 +15,7 @@ mod agree;
 mod cases;
 mod dec;
 mod decode;
+mod families;
 mod gemv;
 mod record;
 mod reference;
@@ -117,6 +118,7 @@ on_every_backend! {
     record::every_launch_is_timed,
     record::bandwidths_are_measured,
     reference::reference_directories,
+    families::every_family,
     whole::small_models,
 }
 

@@ -269,6 +269,63 @@ fn ctrl_c_ends_quantization_with_130_and_it_goes_on() {
     assert!(shop.path("slow/config.json").exists() && !partial.exists());
 }
 
+/// What all files of a directory hold; empty where there is none.
+#[cfg(unix)]
+fn contents(dir: &Path) -> std::collections::BTreeMap<String, Vec<u8>> {
+    let files = std::fs::read_dir(dir).into_iter().flatten().map(|entry| entry.expect("readable").path());
+    let name = |path: &Path| path.file_name().expect("a name").to_string_lossy().into_owned();
+    files.map(|path| (name(&path), std::fs::read(&path).expect("readable"))).collect()
+}
+
+/// Kills `make(out)`, which replaces one checkpoint by another, at `times` moments of its run, and finds the one or
+/// the other, whole, each time. In between it goes on with what the killed runs have left.
+#[cfg(unix)]
+fn survives_kills(times: u32, old: &Path, make: &dyn Fn(&Path) -> std::process::Command) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (out, whole) = (dir.path().join("out"), dir.path().join("whole"));
+    let started = std::time::Instant::now();
+    assert!(make(&whole).status().expect("runs").success());
+    let span = started.elapsed();
+    let (before, after) = (contents(old), contents(&whole));
+    assert!(before != after && before.len() > 4 && after.len() > 4);
+    let (mut kept, mut replaced) = (0, 0);
+    for time in 0..times {
+        if contents(&out) != before {
+            let _ = std::fs::remove_dir_all(&out);
+            std::fs::create_dir(&out).expect("made");
+            before.iter().for_each(|(name, bytes)| std::fs::write(out.join(name), bytes).expect("written"));
+        }
+        // A multiplicative sequence spreads the moments evenly over the run, in no order.
+        let part = (f64::from(time) * 0.618_034).fract() * 1.2;
+        let mut child = make(&out).spawn().expect("starts");
+        std::thread::sleep(span.mul_f64(part));
+        let _ = child.kill();
+        child.wait().expect("ends");
+        let found = contents(&out);
+        assert!(found == before || found == after, "killed at {part:.2} of the run: {:?} are there", found.keys());
+        if found == before { kept += 1 } else { replaced += 1 }
+    }
+    assert!(kept > 0 && replaced > 0, "{kept} times the old one, {replaced} times the new one: kill at other moments");
+    let output = make(&out).stderr(std::process::Stdio::piped()).output().expect("runs");
+    assert!(output.status.success(), "it goes on: {}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(contents(&out), after);
+    assert_eq!(std::fs::read_dir(dir.path()).expect("readable").count(), 2, "nothing else is left");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_killed_quantize_leaves_the_old_or_the_new() {
+    let shop = Workshop::new();
+    let old = shop.checkpoint();
+    survives_kills(24, &old, &|out| {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
+        command.arg("quantize").arg(shop.path("small.gguf")).arg("--out").arg(out).arg("--overwrite");
+        command.args(["--backend", "lutgemm", "--bitwidth", "3.5", "--seq-len", "16", "--samples", "4"]);
+        command.stderr(std::process::Stdio::null());
+        command
+    });
+}
+
 #[test]
 fn eval_and_inspect_and_completions() {
     let shop = Workshop::new();

@@ -11,6 +11,18 @@ use crate::source::archive::Bytes;
 /// The largest number of dimensions that the format allows.
 const MAX_DIMENSIONS: u32 = 4;
 
+/// Metadata values; files of llama.cpp's converter have some 30.
+const MAX_VALUES: u64 = 1 << 10;
+
+/// Tensors; a model of 405 billion weights has 1,138.
+const MAX_TENSORS: u64 = 1 << 14;
+
+/// Bytes of a tensor's name or a key. With the two limits above, the table of a hostile file takes some 20 MB.
+const MAX_NAME: usize = 1 << 10;
+
+/// Elements of a list that is read: tokens, their merges, their scores.
+const MAX_LIST: usize = 1 << 20;
+
 /// A parsed GGUF, versions 2 and 3, little-endian.
 #[derive(Debug)]
 pub(super) struct File {
@@ -36,7 +48,8 @@ enum Value {
     Integer(i128),
     Float(f64),
     Bool(bool),
-    Text(String),
+    /// Where the text is: not copied, it may be as long as the file.
+    Text(std::ops::Range<usize>),
     /// Type and number of the elements, and where they start.
     Array {
         kind: u32,
@@ -69,10 +82,12 @@ impl File {
             "GGUF version {version} is not supported, 2 or 3 (little-endian) is expected"
         );
         let (tensor_count, value_count) = (cursor.u64()?, cursor.u64()?);
+        ensure!(tensor_count <= MAX_TENSORS, "{tensor_count} tensors, at most {MAX_TENSORS} are expected");
+        ensure!(value_count <= MAX_VALUES, "{value_count} metadata values, at most {MAX_VALUES} are expected");
 
         let mut metadata = HashMap::new();
         for _ in 0..value_count {
-            let key = cursor.text()?.to_owned();
+            let key = cursor.name()?.to_owned();
             let kind = cursor.u32()?;
             let value = cursor.value(kind).with_context(|| format!("in the metadata {key:?}"))?;
             metadata.insert(key, value);
@@ -135,7 +150,7 @@ impl File {
     pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
         match self.metadata.get(key) {
             None => Ok(None),
-            Some(Value::Text(text)) => Ok(Some(text)),
+            Some(Value::Text(place)) => text(&self.bytes[place.clone()]).map(Some),
             Some(other) => bail!("{key} is {other:?}, a string is expected"),
         }
     }
@@ -162,6 +177,7 @@ impl File {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(&Value::Array { kind, count, start }) if kind == wanted => {
+                ensure!(count <= MAX_LIST, "{key} has {count} elements, at most {MAX_LIST} are expected");
                 Ok(Some((count, Cursor { bytes: &self.bytes, at: start })))
             }
             Some(other) => bail!("{key} is {other:?}, a list of values of type {wanted} is expected"),
@@ -197,6 +213,10 @@ impl Tensor {
         Kind::from_id(self.kind)
             .with_context(|| format!("type {} is not supported, {} is expected", self.kind, Kind::names()))
     }
+}
+
+fn text(bytes: &[u8]) -> Result<&str> {
+    std::str::from_utf8(bytes).context("a string that is not UTF-8")
 }
 
 /// Reads forward, never past the end.
@@ -237,7 +257,14 @@ impl<'a> Cursor<'a> {
 
     fn text(&mut self) -> Result<&'a str> {
         let len = self.len()?;
-        std::str::from_utf8(self.take(len)?).context("a string that is not UTF-8")
+        text(self.take(len)?)
+    }
+
+    /// A key or the name of a tensor.
+    fn name(&mut self) -> Result<&'a str> {
+        let name = self.text()?;
+        ensure!(name.len() <= MAX_NAME, "a name of {} bytes, at most {MAX_NAME} are expected", name.len());
+        Ok(name)
     }
 
     fn value(&mut self, kind: u32) -> Result<Value> {
@@ -250,7 +277,10 @@ impl<'a> Cursor<'a> {
             5 => Value::Integer(i32::from_le_bytes(self.array()?).into()),
             6 => Value::Float(f32::from_le_bytes(self.array()?).into()),
             7 => Value::Bool(self.array::<1>()?[0] != 0),
-            TEXT => Value::Text(self.text()?.to_owned()),
+            TEXT => {
+                let len = self.text()?.len();
+                Value::Text(self.at - len..self.at)
+            }
             ARRAY => self.array_value()?,
             10 => Value::Integer(u64::from_le_bytes(self.array()?).into()),
             11 => Value::Integer(i64::from_le_bytes(self.array()?).into()),
@@ -277,7 +307,7 @@ impl<'a> Cursor<'a> {
 
     /// `(name, type, shape, offset)` of the next tensor.
     fn tensor(&mut self) -> Result<(String, u32, Vec<usize>, u64)> {
-        let name = self.text()?.to_owned();
+        let name = self.name()?.to_owned();
         let dimensions = self.u32()?;
         ensure!(dimensions <= MAX_DIMENSIONS, "tensor {name} has {dimensions} dimensions, at most 4 are expected");
         let mut shape = (0..dimensions).map(|_| self.len()).collect::<Result<Vec<_>>>()?;

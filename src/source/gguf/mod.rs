@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::archive::Bytes;
-use crate::config::ModelConfig;
+use crate::config::{Architecture, ModelConfig};
 use crate::format::Floats;
 use crate::tokenizer::TextFiles;
 use file::File;
@@ -112,9 +112,16 @@ impl Model {
         let embedding = self.find(super::EMBEDDING)?.shape()?;
         let theta = self.file.float(&key("rope.freq_base"))?.unwrap_or(10_000.0);
         let eps = self.file.float(&key("attention.layer_norm_rms_epsilon"))?;
+        let (model_type, class) = match self.architecture.as_str() {
+            "llama" if window.is_some() => Architecture::Mistral,
+            "phi3" => Architecture::Phi3,
+            "qwen2" => Architecture::Qwen2,
+            _ => Architecture::Llama,
+        }
+        .names();
         Ok(json!({
-            "architectures": [self.class_name()],
-            "model_type": if self.architecture == "llama" && window.is_some() { "mistral" } else { &self.architecture },
+            "architectures": [class],
+            "model_type": model_type,
             "hidden_act": "silu",
             "hidden_size": hidden,
             "intermediate_size": integer("feed_forward_length")?,
@@ -133,14 +140,6 @@ impl Model {
             "eos_token_id": self.file.integer("tokenizer.ggml.eos_token_id")?,
             "torch_dtype": "float16",
         }))
-    }
-
-    fn class_name(&self) -> &'static str {
-        match self.architecture.as_str() {
-            "phi3" => "Phi3ForCausalLM",
-            "qwen2" => "Qwen2ForCausalLM",
-            _ => "LlamaForCausalLM",
-        }
     }
 
     fn rope_scaling(&self, theta: f64, head_dim: u64) -> Result<Value> {

@@ -21,6 +21,9 @@ const TURN_ENDS: [&str; 4] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>
 /// GPT-2's way of cutting text into words.
 const GPT_2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 
+/// Bytes of a SentencePiece token; its trainer makes none longer than 16 characters unless told to.
+const LONGEST_PIECE: usize = 256;
+
 /// The vocabulary as the metadata has it.
 struct Vocabulary<'a> {
     tokens: Vec<&'a str>,
@@ -195,6 +198,9 @@ fn sentence_piece(file: &File, vocabulary: &Vocabulary<'_>) -> Result<Value> {
     let mut merges = Vec::new();
     for id in order {
         let token = tokens[id];
+        // Every way to cut a token in two is looked up: the work grows with the square of its length.
+        let len = token.len();
+        ensure!(len <= LONGEST_PIECE, "token {id} has {len} bytes, at most {LONGEST_PIECE} are expected");
         let halves = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
         let find = |half: &str| ids.get(half).copied().filter(is_normal);
         let mut found: Vec<_> =

@@ -5,7 +5,6 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,9 +15,6 @@ use crate::source::torch::{DType, Id, Tensor, TorchFile, Value};
 
 /// Names in a message about keys; the rest are counted.
 const NAMED: usize = 6;
-
-/// A JSON file beside the weights is never larger.
-const MAX_JSON: u64 = 16 << 20;
 
 #[derive(Debug, Default)]
 pub(super) struct Tensors {
@@ -157,12 +153,7 @@ fn shard_name(file: &Json) -> Result<String> {
 
 /// A JSON file of bounded size.
 pub(super) fn json(path: &Path) -> Result<Json> {
-    let read = || {
-        let size = fs::metadata(path)?.len();
-        ensure!(size <= MAX_JSON, "{size} bytes, at most {MAX_JSON} are allowed");
-        Ok(serde_json::from_slice(&fs::read(path)?)?)
-    };
-    read().with_context(|| path.display().to_string())
+    crate::config::read_json(path)
 }
 
 fn listed(names: &BTreeSet<&str>) -> String {

@@ -59,7 +59,7 @@ impl<'a> Record<'a> {
 }
 
 /// What the end records say: entries, and where the central directory lies.
-struct End {
+pub(in crate::source) struct End {
     entries: u64,
     directory: Range<u64>,
 }
@@ -68,9 +68,6 @@ impl Archive {
     /// Reads the directory of the archive `file`.
     pub(super) fn read(file: &[u8]) -> Result<Self> {
         let end = End::find(file)?;
-        ensure!(end.entries <= MAX_ENTRIES as u64, "zip: {} entries, at most {MAX_ENTRIES} are allowed", end.entries);
-        let size = end.directory.end - end.directory.start;
-        ensure!(size <= MAX_DIRECTORY, "zip: a directory of {size} bytes, at most {MAX_DIRECTORY} are allowed");
         let mut entries = HashMap::new();
         let mut at = end.directory.start;
         for _ in 0..end.entries {
@@ -94,7 +91,8 @@ impl Archive {
 }
 
 impl End {
-    fn find(file: &[u8]) -> Result<Self> {
+    /// Its place is checked, and that reading it takes no more memory than a directory of weights does.
+    pub(in crate::source) fn find(file: &[u8]) -> Result<Self> {
         ensure!(
             file.starts_with(b"PK"),
             "not a zip archive, which torch.save writes since PyTorch 1.6: save the file again with a newer PyTorch"
@@ -120,6 +118,8 @@ impl End {
                 "zip: a directory of {size} bytes at byte {start} does not end before its end record at byte {before}"
             )
         })?;
+        ensure!(entries <= MAX_ENTRIES as u64, "zip: {entries} entries, at most {MAX_ENTRIES} are allowed");
+        ensure!(size <= MAX_DIRECTORY, "zip: a directory of {size} bytes, at most {MAX_DIRECTORY} are allowed");
         Ok(Self { entries, directory: start..stop })
     }
 }

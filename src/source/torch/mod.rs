@@ -21,6 +21,7 @@ use half::vec::HalfBitsVecExt;
 use memmap2::Mmap;
 
 use self::archive::Archive;
+pub(super) use self::archive::End;
 pub(super) use self::pickle::Id;
 use self::pickle::{Object, View};
 use crate::format::Floats;

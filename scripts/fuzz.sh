@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Coverage-guided fuzzing of the readers with libFuzzer, on the stable compiler: LLVM's coverage pass needs no
+# nightly, and the sanitizers that do are for unsafe code, of which the readers have none but the memory map.
+#   scripts/fuzz.sh [TARGET|all] [SECONDS]
+# Findings land in target/fuzz/findings, what it learned in target/fuzz/corpus; `scripts/fuzz.sh build` only builds.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+targets=${1:-all}
+seconds=${2:-600}
+if [ "$targets" = all ]; then targets="pickle zip gguf safetensors config tokenizer sqlite trace"; fi
+
+# Named, so that build scripts are not instrumented.
+host=$(rustc -vV | sed -n 's/^host: //p')
+RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1" \
+    cargo build --release --manifest-path tests/fuzz/Cargo.toml --target-dir target/fuzz --target "$host"
+if [ "$targets" = build ]; then exit; fi
+
+mkdir -p target/fuzz/findings
+for target in $targets; do
+    mkdir -p "target/fuzz/corpus/$target"
+    echo "== $target, $seconds s"
+    inputs=("target/fuzz/corpus/$target" "tests/fuzz/corpus/$target")
+    [ -d "tests/fuzz/findings/$target" ] && inputs+=("tests/fuzz/findings/$target")
+    # One thread: what one input allocates is not mixed up with what another does.
+    DECDEC_FUZZ_TARGET=$target RAYON_NUM_THREADS=1 "target/fuzz/$host/release/fuzz" \
+        "${inputs[@]}" \
+        -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=16384 \
+        -artifact_prefix="target/fuzz/findings/$target-" -print_final_stats=1 -verbosity=1
+done

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
+use decdec::quantize::Refine;
 
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
@@ -123,6 +124,12 @@ pub(crate) struct QuantizeArgs {
     /// Plain rounding instead of AWQ's scale and clipping search, in lutgemm
     #[arg(long, alias = "no_awq")]
     pub(crate) no_awq: bool,
+    /// What codes are fitted to: every weight by itself, a projection's output, or its output beside compensation
+    #[arg(long, value_enum, default_value_t = RefineArg::Compensated)]
+    pub(crate) refine: RefineArg,
+    /// Channels per 1024 that will be compensated, for qkv, o, gu, d, where --refine compensated
+    #[arg(long, alias = "for_k_chunks", num_args = 4, value_name = "K", default_values_t = [8, 8, 8, 8])]
+    pub(crate) for_k_chunks: Vec<usize>,
     /// Decides the calibration text that the model makes
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -132,6 +139,27 @@ pub(crate) struct QuantizeArgs {
     /// Replace the checkpoint that is there
     #[arg(long)]
     pub(crate) overwrite: bool,
+}
+
+/// What codes are fitted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RefineArg {
+    /// Every weight by itself
+    None,
+    /// What a projection puts out
+    Output,
+    /// What a projection puts out beside compensation
+    Compensated,
+}
+
+impl From<RefineArg> for Refine {
+    fn from(refine: RefineArg) -> Self {
+        match refine {
+            RefineArg::None => Self::None,
+            RefineArg::Output => Self::Output,
+            RefineArg::Compensated => Self::Compensated,
+        }
+    }
 }
 
 /// Where residuals wait on a GPU.

@@ -16,6 +16,8 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         bits: args.bitwidth,
         group_size: args.group_size,
         awq: !args.no_awq,
+        refine: args.refine.into(),
+        for_k_chunks: args.for_k_chunks.as_slice().try_into().expect("four numbers"),
         calibration: calibration(args, &source)?,
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
         overwrite: args.overwrite,

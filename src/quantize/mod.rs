@@ -8,8 +8,11 @@ mod awq;
 mod calibrate;
 mod estimate;
 mod forward;
+mod gram;
 mod job;
 mod mixed;
+mod pass;
+mod refine;
 mod sample;
 mod sqllm;
 
@@ -44,12 +47,27 @@ pub struct Options {
     pub group_size: Option<usize>,
     /// For [`WeightFormat::LutGemm`]: AWQ's scales and clipping; without, plain rounding.
     pub awq: bool,
+    /// What codes are fitted to.
+    pub refine: Refine,
+    /// For [`Refine::Compensated`]: channels of 1024 that compensation will take, for qkv, o, gate-up and down.
+    pub for_k_chunks: [usize; 4],
     /// What the model reads while it is watched.
     pub calibration: Calibration,
     /// What the model was made from, for the record.
     pub source: String,
     /// Replace an existing checkpoint.
     pub overwrite: bool,
+}
+
+/// What codes and codebooks are fitted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refine {
+    /// Every weight by itself.
+    None,
+    /// What a projection puts out.
+    Output,
+    /// What a projection puts out beside compensation.
+    Compensated,
 }
 
 /// Where calibration tokens come from.
@@ -268,13 +286,22 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
 
 /// Adds what compensation needs: the residual against what is stored, the thresholds of what comes in.
 fn finish(linear: &Affine, x: &[f32], weight: Weight<'static>) -> Result<Linear<'static>> {
+    finish_weighted(linear, x, weight, &vec![1.0; linear.in_features])
+}
+
+fn finish_weighted(
+    linear: &Affine,
+    x: &[f32],
+    weight: Weight<'static>,
+    importance: &[f32],
+) -> Result<Linear<'static>> {
     let (inputs, outputs) = (linear.in_features, linear.out_features);
     let mut lost = vec![0.0; inputs * outputs];
     lost.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, lost)| {
         weight.row(row, lost);
         lost.iter_mut().zip(linear.row(row)).for_each(|(lost, w)| *lost = w - *lost);
     });
-    let residual = Some(Residual::quantize(inputs, outputs, &lost)?);
+    let residual = Some(Residual::quantize_weighted(inputs, outputs, &lost, importance)?);
     let thresholds = Some(Cow::Owned(calibrate::thresholds(x, inputs)));
     Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
 }

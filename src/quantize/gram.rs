@@ -1,0 +1,136 @@
+//! What an error in a matrix costs: `d·H·dᵀ` for a row's error `d`, with `H` the sum over tokens of what enters.
+//!
+//! Where compensation follows, the channels that it takes give their error back (but for what 4 bits of residual
+//! lose), so they enter with a fraction of their amplitude: `H = Σ x̃ x̃ᵀ`, `x̃ = x − (1 − amplitude)·x_taken`.
+//! Against the plain `H` small channels learn to cancel the errors of large ones; compensation then removes those
+//! errors and leaves the cancellation behind.
+
+use anyhow::Result;
+use rayon::prelude::*;
+
+use super::forward::{Strided, accumulate};
+use crate::dec::{DecPlan, Selection};
+
+/// Added to the diagonal, as a share of its mean: channels that calibration hardly saw still count.
+const DAMPING: f32 = 0.01;
+/// Tokens of which the outer products are summed up at once.
+const GRAM_TOKENS: usize = 4096;
+
+/// The channels that exact selection takes, token by token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Taken {
+    channels: Vec<u32>, // [tokens, count], ascending in each token
+    count: usize,
+}
+
+impl Taken {
+    /// Selects `k_chunk` channels per 1024 for every token of `x` `[tokens, in_features]`.
+    ///
+    /// # Errors
+    /// `k_chunk` above 1024.
+    pub(crate) fn select(x: &[f32], in_features: usize, k_chunk: usize) -> Result<Self> {
+        let plan = DecPlan::new(in_features, 8, &vec![0.0; in_features], k_chunk, 1, Selection::Exact)?;
+        let count = plan.selected();
+        let mut channels = vec![0; x.len() / in_features * count];
+        if count > 0 {
+            let tokens = channels.par_chunks_exact_mut(count).zip(x.par_chunks_exact(in_features));
+            tokens.for_each_init(Vec::new, |list, (channels, x)| {
+                plan.select(x, list);
+                channels.copy_from_slice(list);
+            });
+        }
+        Ok(Self { channels, count })
+    }
+
+    /// The channels taken for token `t`.
+    pub(crate) fn of(&self, t: usize) -> &[u32] {
+        &self.channels[t * self.count..(t + 1) * self.count]
+    }
+
+    /// For every channel, the tokens that took it.
+    fn by_channel(&self, in_features: usize) -> Vec<Vec<u32>> {
+        let mut tokens = vec![Vec::new(); in_features];
+        for (i, &channel) in self.channels.iter().enumerate() {
+            tokens[channel as usize].push((i / self.count) as u32);
+        }
+        tokens
+    }
+
+    /// Σx² of every channel over the tokens that took it.
+    pub(crate) fn energy(&self, x: &[f32], in_features: usize) -> Vec<f32> {
+        let mut sums = vec![0f64; in_features];
+        for (i, &channel) in self.channels.iter().enumerate() {
+            sums[channel as usize] += f64::from(x[i / self.count * in_features + channel as usize]).powi(2);
+        }
+        sums.iter().map(|&s| s as f32).collect()
+    }
+}
+
+/// A symmetric, positive definite matrix.
+#[derive(Debug, Clone)]
+pub(crate) struct Hessian {
+    pub(crate) channels: usize,
+    pub(crate) values: Vec<f32>, // [channels, channels]
+}
+
+impl Hessian {
+    /// Σ x xᵀ over the tokens of `x` `[tokens, channels]`.
+    pub(crate) fn plain(x: &[f32], channels: usize) -> Self {
+        let mut values = vec![0.0; channels * channels];
+        for x in x.chunks(GRAM_TOKENS * channels) {
+            let transposed = Strided { values: x, row: 1, column: channels };
+            let plain = Strided { values: x, row: channels, column: 1 };
+            let tokens = x.len() / channels;
+            accumulate(channels, channels, tokens, 1.0, transposed, plain, &mut values, gemm::Parallelism::Rayon(0));
+        }
+        Self { channels, values }
+    }
+
+    /// The same where the channels taken enter with `amplitude` of what they are: what is taken off is few outer
+    /// products of sparse vectors.
+    pub(crate) fn soften(&mut self, x: &[f32], taken: &Taken, amplitude: f32, square: f32) {
+        let n = self.channels;
+        let lists = taken.by_channel(n);
+        // Row `c`: Σ over the tokens that took it of x_c·(first·x + second·x_taken).
+        let (first, second) = (1.0 - amplitude, (1.0 - square) / 2.0 - (1.0 - amplitude));
+        let mut off = vec![0.0; n * n];
+        off.par_chunks_exact_mut(n).zip(&lists).enumerate().for_each(|(c, (row, tokens))| {
+            for &t in tokens {
+                let x = &x[t as usize * n..][..n];
+                let by = x[c] * first;
+                row.iter_mut().zip(x).for_each(|(sum, x)| *sum += by * x);
+                for &other in taken.of(t as usize) {
+                    row[other as usize] += x[c] * second * x[other as usize];
+                }
+            }
+        });
+        self.values.par_chunks_exact_mut(n).enumerate().for_each(|(i, row)| {
+            for (j, value) in row.iter_mut().enumerate() {
+                *value -= off[i * n + j] + off[j * n + i];
+            }
+        });
+    }
+
+    /// Adds a share of the mean to the diagonal.
+    pub(crate) fn damp(&mut self) {
+        let n = self.channels;
+        let mean = self.diagonal().map(f64::from).sum::<f64>() / n as f64;
+        let damping = std::env::var("DAMP").map_or(DAMPING, |v| v.parse().unwrap());
+        let add = (f64::from(damping) * mean).max(1e-20) as f32;
+        self.values.iter_mut().step_by(n + 1).for_each(|h| *h += add);
+    }
+
+    /// What an error in each channel costs by itself.
+    pub(crate) fn diagonal(&self) -> impl Iterator<Item = f32> + '_ {
+        self.values.iter().step_by(self.channels + 1).copied()
+    }
+
+    /// Row `i`.
+    pub(crate) fn row(&self, i: usize) -> &[f32] {
+        &self.values[i * self.channels..][..self.channels]
+    }
+
+    pub(crate) fn strided(&self) -> Strided<'_> {
+        Strided { values: &self.values, row: self.channels, column: 1 }
+    }
+}

@@ -153,7 +153,7 @@ impl Sample {
     /// Seconds to quantize a weight, AWQ's search included.
     fn quantize(&self, options: &Options, manifest: &Manifest) -> Result<f64> {
         let bits = manifest.bits.high() as usize;
-        let awq = options.awq.then_some(&self.x);
+        let awq = options.awq.then_some(&self.x[..]);
         let seconds = fastest(|| {
             let weight = match manifest.group_size {
                 None => sqllm::quantize(&self.linear, bits, &calibrate::energy(&self.x, CHANNELS))?,

@@ -42,6 +42,11 @@ impl Taken {
         Ok(Self { channels, count })
     }
 
+    /// True if any channel is taken.
+    pub(crate) fn any(&self) -> bool {
+        self.count > 0
+    }
+
     /// The channels taken for token `t`.
     pub(crate) fn of(&self, t: usize) -> &[u32] {
         &self.channels[t * self.count..(t + 1) * self.count]
@@ -76,23 +81,30 @@ pub(crate) struct Hessian {
 impl Hessian {
     /// Σ x xᵀ over the tokens of `x` `[tokens, channels]`.
     pub(crate) fn plain(x: &[f32], channels: usize) -> Self {
-        let mut values = vec![0.0; channels * channels];
+        let mut hessian = Self { channels, values: vec![0.0; channels * channels] };
+        hessian.add(x);
+        hessian
+    }
+
+    /// Adds Σ x xᵀ over the tokens of `x` `[tokens, channels]`.
+    pub(crate) fn add(&mut self, x: &[f32]) {
+        let (channels, values) = (self.channels, &mut self.values);
         for x in x.chunks(GRAM_TOKENS * channels) {
             let transposed = Strided { values: x, row: 1, column: channels };
             let plain = Strided { values: x, row: channels, column: 1 };
             let tokens = x.len() / channels;
-            accumulate(channels, channels, tokens, 1.0, transposed, plain, &mut values, gemm::Parallelism::Rayon(0));
+            accumulate(channels, channels, tokens, 1.0, transposed, plain, values, gemm::Parallelism::Rayon(0));
         }
-        Self { channels, values }
     }
 
     /// The same where the channels taken enter with `amplitude` of what they are: what is taken off is few outer
     /// products of sparse vectors.
-    pub(crate) fn soften(&mut self, x: &[f32], taken: &Taken, amplitude: f32, square: f32) {
+    pub(crate) fn soften(&mut self, x: &[f32], taken: &Taken, amplitude: f32) {
         let n = self.channels;
         let lists = taken.by_channel(n);
         // Row `c`: Σ over the tokens that took it of x_c·(first·x + second·x_taken).
-        let (first, second) = (1.0 - amplitude, (1.0 - square) / 2.0 - (1.0 - amplitude));
+        let first = 1.0 - amplitude;
+        let second = -first * first / 2.0;
         let mut off = vec![0.0; n * n];
         off.par_chunks_exact_mut(n).zip(&lists).enumerate().for_each(|(c, (row, tokens))| {
             for &t in tokens {

@@ -59,6 +59,13 @@ pub struct Options {
     pub overwrite: bool,
 }
 
+impl Options {
+    /// Channels of 1024 that compensation is expected to take.
+    fn k_chunk(&self, projection: Projection) -> usize {
+        if self.refine == Refine::Compensated { self.for_k_chunks[projection.index()] } else { 0 }
+    }
+}
+
 /// What codes and codebooks are fitted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refine {
@@ -277,7 +284,7 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
         let (linear, x) = (layer.linear(projection), &inputs[projection.index()]);
         let weight = match group_size {
             None => sqllm::quantize(linear, bits, &calibrate::energy(x, linear.in_features))?,
-            Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(x))?,
+            Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(&x[..]))?,
         };
         finish(linear, x, weight)
     });

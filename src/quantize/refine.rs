@@ -12,6 +12,11 @@ use rayon::prelude::*;
 
 use super::forward::{Strided, accumulate, multiply};
 use super::gram::Hessian;
+pub(crate) use grids::{Codebook, Groups};
+
+mod grids;
+#[cfg(test)]
+mod tests;
 
 /// Rows that go together.
 const ROWS: usize = 64;
@@ -208,54 +213,5 @@ impl<'a, G: Grid> Block<'a, G> {
     fn store(&mut self) {
         self.parameters.chunks_exact_mut(self.grid.parameters()).for_each(|parameters| self.grid.store(parameters));
         self.restart();
-    }
-}
-
-/// One codebook of `2^bits` weights for each row; ascending.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Codebook {
-    pub(crate) bits: usize,
-}
-
-impl Grid for Codebook {
-    fn parameters(&self) -> usize {
-        1 << self.bits
-    }
-
-    fn weights(&self, parameters: &[f32], codes: &[u8], out: &mut [f32]) {
-        out.iter_mut().zip(codes).for_each(|(out, &code)| *out = parameters[usize::from(code)]);
-    }
-
-    fn derivatives(&self, codes: &[u8], gradient: &[f32], out: &mut [f32]) {
-        out.fill(0.0);
-        codes.iter().zip(gradient).for_each(|(&code, g)| out[usize::from(code)] += g);
-    }
-
-    fn curvatures(&self, codes: &[u8], diagonal: &[f32], out: &mut [f32]) {
-        self.derivatives(codes, diagonal, out);
-    }
-
-    fn nearest(&self, parameters: &[f32], _: usize, target: f32) -> (u8, f32) {
-        let above = parameters.partition_point(|&c| c < target).min(parameters.len() - 1);
-        let below = above.saturating_sub(1);
-        let code = if target - parameters[below] <= parameters[above] - target { below } else { above };
-        (code as u8, parameters[code])
-    }
-
-    fn tidy(&self, parameters: &mut [f32], codes: &mut [u8]) {
-        if parameters.is_sorted() {
-            return;
-        }
-        let mut order: Vec<u8> = (0..=(parameters.len() - 1) as u8).collect();
-        order.sort_by(|&a, &b| parameters[usize::from(a)].total_cmp(&parameters[usize::from(b)]));
-        let sorted: Vec<f32> = order.iter().map(|&i| parameters[usize::from(i)]).collect();
-        parameters.copy_from_slice(&sorted);
-        let mut place = vec![0; order.len()];
-        order.iter().enumerate().for_each(|(new, &old)| place[usize::from(old)] = new as u8);
-        codes.iter_mut().for_each(|code| *code = place[usize::from(*code)]);
-    }
-
-    fn store(&self, parameters: &mut [f32]) {
-        parameters.iter_mut().for_each(|c| *c = half::f16::from_f32(*c).to_f32());
     }
 }

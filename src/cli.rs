@@ -10,7 +10,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
-use decdec::quantize::Refine;
 
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
@@ -127,9 +126,12 @@ pub(crate) struct QuantizeArgs {
     /// What codes are fitted to: every weight by itself, a projection's output, or its output beside compensation
     #[arg(long, value_enum, default_value_t = RefineArg::Compensated)]
     pub(crate) refine: RefineArg,
-    /// Channels per 1024 that will be compensated, for qkv, o, gu, d, where --refine compensated
-    #[arg(long, alias = "for_k_chunks", num_args = 4, value_name = "K", default_values_t = [8, 8, 8, 8])]
-    pub(crate) for_k_chunks: Vec<usize>,
+    /// For --refine compensated: channels that will be compensated per 1024, for qkv, o, gu, d [default: 8 8 8 8]
+    #[arg(long, alias = "for_k_chunks", num_args = 4, value_name = "K")]
+    pub(crate) for_k_chunks: Option<Vec<usize>>,
+    /// The same from what decdec tune found
+    #[arg(long, alias = "for_tuned", value_name = "FILE", conflicts_with = "for_k_chunks")]
+    pub(crate) for_tuned: Option<PathBuf>,
     /// Decides the calibration text that the model makes
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -150,16 +152,6 @@ pub(crate) enum RefineArg {
     Output,
     /// What a projection puts out beside compensation
     Compensated,
-}
-
-impl From<RefineArg> for Refine {
-    fn from(refine: RefineArg) -> Self {
-        match refine {
-            RefineArg::None => Self::None,
-            RefineArg::Output => Self::Output,
-            RefineArg::Compensated => Self::Compensated,
-        }
-    }
 }
 
 /// Where residuals wait on a GPU.

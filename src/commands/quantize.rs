@@ -1,12 +1,13 @@
 //! `decdec quantize`
 
-use anyhow::Result;
-use decdec::quantize::{Calibration, Interrupted, Options, estimate, quantize};
+use anyhow::{Result, ensure};
+use decdec::quantize::{Calibration, Interrupted, Options, Refine, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::Tokenizer;
+use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 
-use crate::cli::QuantizeArgs;
+use crate::cli::{QuantizeArgs, RefineArg};
 
 /// Runs the command.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
@@ -16,8 +17,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         bits: args.bitwidth,
         group_size: args.group_size,
         awq: !args.no_awq,
-        refine: args.refine.into(),
-        for_k_chunks: args.for_k_chunks.as_slice().try_into().expect("four numbers"),
+        refine: refine(args)?,
         calibration: calibration(args, &source)?,
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
         overwrite: args.overwrite,
@@ -61,6 +61,21 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     table.add_row(["time on this machine".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
     println!("{table}");
     Ok(())
+}
+
+fn refine(args: &QuantizeArgs) -> Result<Refine> {
+    let chosen = args.for_k_chunks.is_some() || args.for_tuned.is_some();
+    ensure!(
+        !chosen || args.refine == RefineArg::Compensated,
+        "--for-k-chunks and --for-tuned are for --refine compensated, leave them out or choose that"
+    );
+    Ok(match (args.refine, &args.for_k_chunks, &args.for_tuned) {
+        (RefineArg::None, ..) => Refine::None,
+        (RefineArg::Output, ..) => Refine::Output,
+        (RefineArg::Compensated, _, Some(path)) => Refine::Compensated { k_chunks: Tuned::read(path)?.k_chunks },
+        (RefineArg::Compensated, Some(k), None) => Refine::Compensated { k_chunks: std::array::from_fn(|i| k[i]) },
+        (RefineArg::Compensated, None, None) => Refine::DEFAULT,
+    })
 }
 
 fn calibration(args: &QuantizeArgs, source: &Source) -> Result<Calibration> {

@@ -83,22 +83,6 @@ impl Activations {
         }
         Ok(all)
     }
-
-    /// What `run` makes of `x` `[texts · tokens, inputs]`, whole texts at a time: `[texts · tokens, outputs]`.
-    pub(crate) fn batches(
-        &self,
-        x: &[f32],
-        (inputs, outputs): (usize, usize),
-        run: impl Fn(&[f32], usize) -> Result<Vec<f32>>,
-    ) -> Result<Vec<f32>> {
-        let text = self.tokens * inputs;
-        let texts = (BATCH_TOKENS / self.tokens).max(1);
-        let mut out = Vec::with_capacity(x.len() / inputs * outputs);
-        for x in x.chunks(texts * text) {
-            out.extend_from_slice(&run(x, x.len() / text)?);
-        }
-        Ok(out)
-    }
 }
 
 /// Σx² of every channel over the tokens of `x` `[tokens, in_features]`, and where a channel never carried

@@ -164,7 +164,7 @@ impl Sample {
                     awq::quantize(&self.linear, bits, GROUP, awq)?
                 }
             };
-            finish(&self.linear, &self.x, weight).map(drop)
+            finish(&self.linear, &self.x, weight, &[1.0; CHANNELS]).map(drop)
         })?;
         Ok(seconds / (CHANNELS * ROWS) as f64)
     }

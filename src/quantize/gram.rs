@@ -80,7 +80,7 @@ pub(crate) struct Hessian {
 
 impl Hessian {
     /// Σ x xᵀ over the tokens of `x` `[tokens, channels]`.
-    pub(crate) fn plain(x: &[f32], channels: usize) -> Self {
+    pub(crate) fn of(x: &[f32], channels: usize) -> Self {
         let mut hessian = Self { channels, values: vec![0.0; channels * channels] };
         hessian.add(x);
         hessian
@@ -100,6 +100,9 @@ impl Hessian {
     /// The same where the channels taken enter with `amplitude` of what they are: what is taken off is few outer
     /// products of sparse vectors.
     pub(crate) fn soften(&mut self, x: &[f32], taken: &Taken, amplitude: f32) {
+        if !taken.any() {
+            return;
+        }
         let n = self.channels;
         let lists = taken.by_channel(n);
         // Row `c`: Σ over the tokens that took it of x_c·(first·x + second·x_taken).

@@ -77,32 +77,14 @@ impl Job<'_> {
         let config = self.source.config();
         let seq_len = self.options.calibration.seq_len();
         let rope = Rope::new(config, seq_len);
-        let widths: u32 = if self.manifest.bits.is_mixed() { 2 } else { 1 };
-        let widths = self.manifest.bits.low()..self.manifest.bits.low() + widths;
+        let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
+        let widths = (self.manifest.bits.low()..).take(widths);
         let (first, mut activations) = self.activations(ids)?;
         self.progress.inc(first as u64 * (self.tokens() + self.layer_work()));
         self.progress.reset_eta();
         for index in first..config.num_layers {
             self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
             let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
-            if self.options.refine != super::Refine::None {
-                for bits in widths.clone().rev() {
-                    let low = bits == self.manifest.bits.low();
-                    if !low && self.writer.has_layer(index, bits) {
-                        continue;
-                    }
-                    let mut stream = activations.clone();
-                    let (norms, linears) = super::pass::quantize_layer(self, bits, &layer, &rope, &mut stream)
-                        .with_context(|| format!("layer {index}"))?;
-                    self.writer.write_layer(index, bits, &norms, &linears)?;
-                    if low {
-                        activations = stream;
-                    }
-                }
-                self.progress.inc(self.layer_work() + self.tokens());
-                self.keep(index + 1, &activations)?;
-                continue;
-            }
             let missing: Vec<u32> = widths.clone().filter(|&bits| !self.writer.has_layer(index, bits)).collect();
             let inputs = activations.advance(config, &layer, &rope, !missing.is_empty(), self.stop, self.progress)?;
             for &bits in &missing {
@@ -157,7 +139,9 @@ pub(super) fn key(source: &dyn ModelWeights, manifest: &Manifest, options: &Opti
         hash.bytes(bytemuck::cast_slice(tokens));
     }
     let manifest = serde_json::to_string(manifest)?;
-    Ok(format!("{}\n{manifest}\nawq {}\nrefine {:?} {:?}\n{config:?}\n{:016x}\n", env!("CARGO_PKG_VERSION"), options.awq, options.refine, options.for_k_chunks, hash.0))
+    let version = env!("CARGO_PKG_VERSION");
+    let Options { awq, refine, .. } = options;
+    Ok(format!("{version}\n{manifest}\nawq {awq}\nrefine {refine:?}\n{config:?}\n{:016x}\n", hash.0))
 }
 
 /// The hash FNV-1a, the same in every version of this program.

@@ -7,11 +7,11 @@
 mod awq;
 mod calibrate;
 mod estimate;
+mod fit;
 mod forward;
 mod gram;
 mod job;
 mod mixed;
-mod pass;
 mod refine;
 mod sample;
 mod sqllm;
@@ -27,12 +27,14 @@ use rayon::prelude::*;
 
 use crate::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized, WeightFormat};
 use crate::config::{ModelConfig, Projection};
+use crate::dec::CHUNK;
 use crate::format::lutgemm::ensure_group_size;
 use crate::format::{Dense, Floats, Residual};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use estimate::{Estimate, estimate};
+use fit::Fit;
 use forward::{Affine, Inputs, Layer};
 use job::Job;
 
@@ -49,8 +51,6 @@ pub struct Options {
     pub awq: bool,
     /// What codes are fitted to.
     pub refine: Refine,
-    /// For [`Refine::Compensated`]: channels of 1024 that compensation will take, for qkv, o, gate-up and down.
-    pub for_k_chunks: [usize; 4],
     /// What the model reads while it is watched.
     pub calibration: Calibration,
     /// What the model was made from, for the record.
@@ -59,22 +59,23 @@ pub struct Options {
     pub overwrite: bool,
 }
 
-impl Options {
-    /// Channels of 1024 that compensation is expected to take.
-    fn k_chunk(&self, projection: Projection) -> usize {
-        if self.refine == Refine::Compensated { self.for_k_chunks[projection.index()] } else { 0 }
-    }
-}
-
-/// What codes and codebooks are fitted to.
+/// What codes, and the weights that they stand for, are fitted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refine {
-    /// Every weight by itself.
+    /// The weights, each by itself.
     None,
     /// What a projection puts out.
     Output,
-    /// What a projection puts out beside compensation.
-    Compensated,
+    /// What a projection puts out once it is compensated.
+    Compensated {
+        /// Channels of 1024 that will be compensated, for qkv, o, gate-up and down.
+        k_chunks: [usize; 4],
+    },
+}
+
+impl Refine {
+    /// For `k_chunk` 8 everywhere.
+    pub const DEFAULT: Self = Self::Compensated { k_chunks: [8; 4] };
 }
 
 /// Where calibration tokens come from.
@@ -225,6 +226,11 @@ pub fn quantize(
 /// Checks the options against the model and settles what they leave open.
 fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
     options.calibration.validate(config)?;
+    if let Refine::Compensated { k_chunks } = options.refine {
+        for k in k_chunks {
+            ensure!(k <= CHUNK, "--for-k-chunks has {k}, 0 to {CHUNK} are allowed");
+        }
+    }
     for projection in Projection::ALL {
         let (inputs, outputs) = config.shape(projection);
         ensure!(
@@ -282,35 +288,38 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
     let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
         ensure_running(job.stop)?;
         let (linear, x) = (layer.linear(projection), &inputs[projection.index()]);
+        if let Some(fit) = Fit::new(job, bits, projection) {
+            return fit.quantize(linear, x);
+        }
         let weight = match group_size {
             None => sqllm::quantize(linear, bits, &calibrate::energy(x, linear.in_features))?,
             Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(&x[..]))?,
         };
-        finish(linear, x, weight)
+        finish(linear, x, weight, &vec![1.0; linear.in_features])
     });
     Ok(((layer.input_norm.clone(), layer.post_norm.clone()), [qkv?, o?, gate_up?, down?]))
 }
 
-/// Adds what compensation needs: the residual against what is stored, the thresholds of what comes in.
-fn finish(linear: &Affine, x: &[f32], weight: Weight<'static>) -> Result<Linear<'static>> {
-    finish_weighted(linear, x, weight, &vec![1.0; linear.in_features])
+/// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in.
+fn finish(linear: &Affine, x: &[f32], weight: Weight<'static>, importance: &[f32]) -> Result<Linear<'static>> {
+    let residual = Some(residual(linear, &weight, importance)?);
+    let thresholds = Some(Cow::Owned(calibrate::thresholds(x, linear.in_features)));
+    Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
 }
 
-fn finish_weighted(
-    linear: &Affine,
-    x: &[f32],
-    weight: Weight<'static>,
-    importance: &[f32],
-) -> Result<Linear<'static>> {
-    let (inputs, outputs) = (linear.in_features, linear.out_features);
-    let mut lost = vec![0.0; inputs * outputs];
-    lost.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, lost)| {
+/// What `weight` lost of `linear`, in 4 bits; an error in channel `k` counts `importance[k]` times its square.
+fn residual(linear: &Affine, weight: &Weight<'_>, importance: &[f32]) -> Result<Residual<'static>> {
+    Residual::quantize_weighted(linear.in_features, linear.out_features, &lost(linear, weight), importance)
+}
+
+/// `linear − weight`, `[out_features, in_features]`.
+fn lost(linear: &Affine, weight: &Weight<'_>) -> Vec<f32> {
+    let mut lost = vec![0.0; linear.weight.len()];
+    lost.par_chunks_exact_mut(linear.in_features).enumerate().for_each(|(row, lost)| {
         weight.row(row, lost);
         lost.iter_mut().zip(linear.row(row)).for_each(|(lost, w)| *lost = w - *lost);
     });
-    let residual = Some(Residual::quantize_weighted(inputs, outputs, &lost, importance)?);
-    let thresholds = Some(Cow::Owned(calibrate::thresholds(x, inputs)));
-    Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
+    lost
 }
 
 /// What stays as it is. Single precision becomes half precision where that does not overflow.

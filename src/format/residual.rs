@@ -155,3 +155,25 @@ fn squared_error(row: &[f32], importance: &[f32], scale: f32) -> f32 {
     }
     sums.iter().sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_follow_the_channels_that_count() {
+        // One channel is eight times as large as the others, and does not count.
+        let row: Vec<f32> = (0..32).map(|k| if k == 5 { 8.0 } else { 0.3 + 0.02 * k as f32 }).collect();
+        let residual = row.repeat(8);
+        let importance: Vec<f32> = (0..32).map(|k| if k == 5 { 0.0 } else { 1.0 }).collect();
+        let error = |quantized: &Residual<'_>| -> f32 {
+            let mut got = vec![0.0; 32];
+            quantized.row(3, &mut got);
+            (0..32).map(|k| importance[k] * (row[k] - got[k]).powi(2)).sum()
+        };
+        let plain = error(&Residual::quantize(32, 8, &residual).unwrap());
+        let weighted = error(&Residual::quantize_weighted(32, 8, &residual, &importance).unwrap());
+        assert!(weighted < 0.2 * plain, "{weighted}, {plain}");
+        assert!(Residual::quantize_weighted(32, 8, &residual, &importance[1..]).is_err());
+    }
+}

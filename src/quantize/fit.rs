@@ -14,12 +14,14 @@ use crate::config::Projection;
 use crate::format::Residual;
 use crate::weights::{Linear, Weight};
 
+/// How long codes and parameters take turns.
+pub(super) const EFFORT: Effort = Effort { rounds: 3, steps: 3 };
 /// Amplitudes that are tried.
-const AMPLITUDES: [f32; 4] = [0.15, 0.3, 0.45, 0.6];
+pub(super) const AMPLITUDES: [f32; 4] = [0.15, 0.3, 0.45, 0.6];
 /// Where there is too little text to hold any back.
 const DEFAULT_AMPLITUDE: f32 = 0.3;
 /// Rows on which they are tried.
-const AMPLITUDE_ROWS: usize = 64;
+pub(super) const AMPLITUDE_ROWS: usize = 64;
 /// One window of so many is held back.
 const HELD_BACK: usize = 6;
 /// How much the error without compensation counts beside that with it, in the choice: what is quantized for
@@ -27,15 +29,6 @@ const HELD_BACK: usize = 6;
 const ALONE: f64 = 0.125;
 /// How much the energy of channels that are not taken counts for the residual's scales.
 const OTHERS: f32 = 0.1;
-
-fn knob(name: &str, default: f32) -> f32 {
-    std::env::var(name).map_or(default, |v| v.parse().expect("number"))
-}
-
-/// How long codes and parameters take turns.
-fn effort() -> Effort {
-    Effort { rounds: knob("ROUNDS", 3.0) as usize, steps: knob("STEPS", 3.0) as usize }
-}
 
 /// How one projection of one layer is quantized.
 pub(super) struct Fit<'a> {
@@ -63,27 +56,22 @@ impl<'a> Fit<'a> {
         let window = self.job.options.calibration.seq_len() * n;
         let (seen, held) = x.split_at(x.len() - x.len() / window / HELD_BACK * window);
         let mut hessian = Hessian::of(seen, n);
-        let amplitude = match taken.any() {
-            false => 1.0,
-            true if knob("AMP", 0.0) > 0.0 => knob("AMP", 0.0),
-            true if held.is_empty() => DEFAULT_AMPLITUDE,
+        let amplitude = match taken.any() && !held.is_empty() {
             true => self.choose_amplitude(linear, &hessian, seen, held)?,
+            false => DEFAULT_AMPLITUDE,
         };
         hessian.add(held);
         hessian.soften(x, &taken, amplitude);
         hessian.damp();
-        let weight = self.against(&hessian, linear, x)?;
+        let weight = self.against(&hessian, linear, self.job.options.awq.then_some(x))?;
         finish(linear, x, weight, &importance(x, n, &taken))
     }
 
-    /// Codes and what they stand for; `x` is for the grids to begin with.
-    fn against(&self, hessian: &Hessian, linear: &Affine, x: &[f32]) -> Result<Weight<'static>> {
+    /// Codes and what they stand for; with `clipping`, groups of channels begin with the ranges best for these inputs.
+    fn against(&self, hessian: &Hessian, linear: &Affine, clipping: Option<&[f32]>) -> Result<Weight<'static>> {
         match self.job.manifest.group_size {
-            None => sqllm::refined(linear, self.bits, hessian, effort()),
-            Some(group_size) => {
-                let clipping = self.job.options.awq.then_some(x);
-                awq::refined(linear, self.bits, group_size, clipping, hessian, effort())
-            }
+            None => sqllm::refined(linear, self.bits, hessian, EFFORT),
+            Some(group_size) => awq::refined(linear, self.bits, group_size, clipping, hessian, EFFORT),
         }
     }
 
@@ -100,7 +88,7 @@ impl<'a> Fit<'a> {
             let mut hessian = plain.clone();
             hessian.soften(seen, &taken, amplitude);
             hessian.damp();
-            let weight = self.against(&hessian, &rows, seen)?;
+            let weight = self.against(&hessian, &rows, None)?;
             let residual = residual(&rows, &weight, &importance)?;
             let (alone, compensated) = errors(&rows, &weight, &residual, held, &later);
             tracing::debug!("amplitude {amplitude}: {compensated:.5} compensated, {alone:.5} alone");
@@ -121,8 +109,7 @@ fn importance(x: &[f32], channels: usize, taken: &Taken) -> Vec<f32> {
     }
     let all = calibrate::energy(x, channels);
     let mean = all.iter().sum::<f32>() / channels as f32;
-    let others = knob("RESFULL", OTHERS);
-    taken.energy(x, channels).iter().zip(&all).map(|(taken, all)| taken + others * (all + 0.01 * mean)).collect()
+    taken.energy(x, channels).iter().zip(&all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
 }
 
 /// Every so manieth row, `count` of them or all.
@@ -134,13 +121,7 @@ fn sample(linear: &Affine, count: usize) -> Affine {
 
 /// Σ over the tokens of `x` of the squared error of what comes out: without compensation, and with that of the
 /// channels `taken`.
-fn errors(
-    linear: &Affine,
-    weight: &Weight<'_>,
-    residual: &Residual<'_>,
-    x: &[f32],
-    taken: &Taken,
-) -> (f64, f64) {
+fn errors(linear: &Affine, weight: &Weight<'_>, residual: &Residual<'_>, x: &[f32], taken: &Taken) -> (f64, f64) {
     let n = linear.in_features;
     let squares = |y: &[f32]| -> f64 { y.iter().map(|&y| f64::from(y).powi(2)).sum() };
     let mut y = Affine { weight: lost(linear, weight), ..linear.clone() }.apply(x);

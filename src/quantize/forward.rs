@@ -172,7 +172,13 @@ pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
 
 /// Rotates queries and keys of `qkv`, appends keys and values to `cache`, and returns causal attention,
 /// `[texts, tokens, num_heads · head_dim]`.
-pub(crate) fn attend(config: &ModelConfig, rope: &Rope, cache: &mut KvCache, texts: usize, qkv: &mut [f32]) -> Vec<f32> {
+pub(crate) fn attend(
+    config: &ModelConfig,
+    rope: &Rope,
+    cache: &mut KvCache,
+    texts: usize,
+    qkv: &mut [f32],
+) -> Vec<f32> {
     let (d, heads) = (config.head_dim, config.num_heads);
     let (q_dim, kv_dim) = (heads * d, config.num_kv_heads * d);
     let width = q_dim + 2 * kv_dim;

@@ -130,8 +130,7 @@ impl Hessian {
     pub(crate) fn damp(&mut self) {
         let n = self.channels;
         let mean = self.diagonal().map(f64::from).sum::<f64>() / n as f64;
-        let damping = std::env::var("DAMP").map_or(DAMPING, |v| v.parse().unwrap());
-        let add = (f64::from(damping) * mean).max(1e-20) as f32;
+        let add = (f64::from(DAMPING) * mean).max(1e-20) as f32;
         self.values.iter_mut().step_by(n + 1).for_each(|h| *h += add);
     }
 
@@ -147,5 +146,78 @@ impl Hessian {
 
     pub(crate) fn strided(&self) -> Strided<'_> {
         Strided { values: &self.values, row: self.channels, column: 1 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling;
+
+    const N: usize = 64;
+
+    fn inputs() -> Vec<f32> {
+        let sign = |x: f32| if x < 0.5 { -1.0 } else { 1.0 };
+        sampling::draws(5, 40 * N).iter().map(|&x| sign(x) / (0.05 + x)).collect()
+    }
+
+    /// The Hessian of `x` as it is.
+    fn direct(x: &[f32]) -> Vec<f64> {
+        let at = |i: usize| x.chunks_exact(N).map(|x| f64::from(x[i / N]) * f64::from(x[i % N])).sum();
+        (0..N * N).map(at).collect()
+    }
+
+    fn largest_difference(got: &[f32], want: &[f64]) -> f64 {
+        let size = want.iter().fold(0f64, |m, x| m.max(x.abs()));
+        got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).abs()).fold(0.0, f64::max) / size
+    }
+
+    #[test]
+    fn taken_channels_are_the_largest() {
+        let x = inputs();
+        // 64 of 1024: four of 64 channels.
+        let taken = Taken::select(&x, N, 64).unwrap();
+        for (t, x) in x.chunks_exact(N).enumerate() {
+            let mut order: Vec<u32> = (0..N as u32).collect();
+            order.sort_by(|&a, &b| x[b as usize].abs().total_cmp(&x[a as usize].abs()).then(a.cmp(&b)));
+            order.truncate(4);
+            order.sort_unstable();
+            assert_eq!(taken.of(t), order, "token {t}");
+        }
+        assert!(!Taken::select(&x, N, 15).unwrap().any(), "15 of 1024 is less than one of 64");
+    }
+
+    #[test]
+    fn softening_is_masking_the_inputs() {
+        let x = inputs();
+        let taken = Taken::select(&x, N, 64).unwrap();
+        for amplitude in [0.0, 0.3, 1.0] {
+            let mut masked = x.clone();
+            for (t, x) in masked.chunks_exact_mut(N).enumerate() {
+                taken.of(t).iter().for_each(|&k| x[k as usize] *= amplitude);
+            }
+            let mut hessian = Hessian::of(&x[..25 * N], N);
+            hessian.add(&x[25 * N..]);
+            hessian.soften(&x, &taken, amplitude);
+            assert!(largest_difference(&hessian.values, &direct(&masked)) < 1e-5, "{amplitude}");
+            let plain = largest_difference(&hessian.values, &direct(&x));
+            assert_eq!(plain > 1e-2, amplitude < 1.0, "the comparison can fail: {plain}");
+        }
+    }
+
+    #[test]
+    fn energy_of_taken_channels_is_theirs_alone() {
+        let x = [3.0, 1.0, 0.5, 0.25].repeat(8).into_iter().chain([0.0, 0.0, 2.0, 0.0].repeat(8)).collect::<Vec<f32>>();
+        let taken = Taken::select(&x, 32, 32).unwrap();
+        let energy = taken.energy(&x, 32);
+        assert_eq!((energy[0], energy[2]), (9.0, 4.0));
+        assert_eq!(energy.iter().sum::<f32>(), 13.0);
+    }
+
+    #[test]
+    fn damping_makes_silent_channels_count() {
+        let mut hessian = Hessian::of(&[0.0, 2.0, 0.0, 2.0], 2);
+        hessian.damp();
+        assert!(hessian.diagonal().all(|h| h > 0.0));
     }
 }

@@ -3,6 +3,9 @@
 //! Calibration texts go through the layers in full precision. What enters a layer's projections says which
 //! channels matter; the layer is quantized, what that lost is quantized to 4 bits, and both go to disk before
 //! the next layer is read. Memory holds one layer in f32, the texts' activations, and a few copies of one matrix.
+//!
+//! Each weight's best code by itself is only where quantization begins: codes, and what they stand for, are then
+//! fitted to what a projection puts out beside the compensation that will be there ([`Refine`]).
 
 mod awq;
 mod calibrate;
@@ -76,6 +79,15 @@ pub enum Refine {
 impl Refine {
     /// For `k_chunk` 8 everywhere.
     pub const DEFAULT: Self = Self::Compensated { k_chunks: [8; 4] };
+
+    /// For the record.
+    fn describe(self) -> String {
+        match self {
+            Self::None => String::new(),
+            Self::Output => ", refined for no compensation".into(),
+            Self::Compensated { k_chunks: [qkv, o, gu, d] } => format!(", refined for k_chunk {qkv} {o} {gu} {d}"),
+        }
+    }
 }
 
 /// Where calibration tokens come from.
@@ -253,7 +265,7 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
         group_size,
         residual_bits: 4,
         source: options.source.clone(),
-        calibration: options.calibration.describe(),
+        calibration: format!("{}{}", options.calibration.describe(), options.refine.describe()),
     })
 }
 

@@ -90,14 +90,9 @@ struct Block<'a, G> {
 }
 
 impl<'a, G: Grid> Block<'a, G> {
-    fn new(
-        grid: &'a G,
-        hessian: &'a Hessian,
-        w: &'a [f32],
-        codes: &'a mut [u8],
-        parameters: &'a mut [f32],
-    ) -> Self {
-        let mut block = Self { grid, hessian, w, codes, parameters, q: vec![0.0; w.len()], gradient: vec![0.0; w.len()] };
+    fn new(grid: &'a G, hessian: &'a Hessian, w: &'a [f32], codes: &'a mut [u8], parameters: &'a mut [f32]) -> Self {
+        let mut block =
+            Self { grid, hessian, w, codes, parameters, q: vec![0.0; w.len()], gradient: vec![0.0; w.len()] };
         block.restart();
         block
     }
@@ -105,7 +100,8 @@ impl<'a, G: Grid> Block<'a, G> {
     /// Everything anew from codes and parameters.
     fn restart(&mut self) {
         let (n, p) = (self.hessian.channels, self.grid.parameters());
-        let rows = self.parameters.chunks_exact_mut(p).zip(self.codes.chunks_exact_mut(n)).zip(self.q.chunks_exact_mut(n));
+        let rows =
+            self.parameters.chunks_exact_mut(p).zip(self.codes.chunks_exact_mut(n)).zip(self.q.chunks_exact_mut(n));
         for ((parameters, codes), q) in rows {
             self.grid.tidy(parameters, codes);
             self.grid.weights(parameters, codes, q);

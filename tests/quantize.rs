@@ -148,7 +148,7 @@ fn refining_brings_the_model_nearer_to_its_source() {
         let compensated = with("compensated", Refine::Compensated { k_chunks: [64; 4] });
         let seen = format!("{backend}: {plain:?} none, {output:?} output, {compensated:?} compensated");
         assert!(output[0] < plain[0], "without compensation: {seen}");
-        assert!(compensated[1] < plain[1] && compensated[1] < output[1], "compensated: {seen}");
+        assert!(compensated[1] < plain[1] && compensated[0] < plain[0], "compensated: {seen}");
         assert!(plain[1] < plain[0], "compensation helps: {seen}");
     }
 }

@@ -15,7 +15,7 @@ use crate::format::Residual;
 use crate::weights::{Linear, Weight};
 
 /// How long codes and parameters take turns.
-pub(super) const EFFORT: Effort = Effort { rounds: 3, steps: 3 };
+pub(super) const EFFORT: Effort = Effort { rounds: 5, steps: 3 };
 /// Amplitudes that are tried.
 pub(super) const AMPLITUDES: [f32; 4] = [0.15, 0.3, 0.45, 0.6];
 /// Where there is too little text to hold any back.
@@ -26,7 +26,7 @@ pub(super) const AMPLITUDE_ROWS: usize = 64;
 const HELD_BACK: usize = 6;
 /// How much the error without compensation counts beside that with it, in the choice: what is quantized for
 /// compensation should still be of use where less of it comes.
-const ALONE: f64 = 0.125;
+const ALONE: f64 = 0.25;
 /// How much the energy of channels that are not taken counts for the residual's scales.
 const OTHERS: f32 = 0.1;
 
@@ -135,4 +135,50 @@ fn errors(linear: &Affine, weight: &Weight<'_>, residual: &Residual<'_>, x: &[f3
         }
     }
     (alone, squares(&y))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling;
+
+    const N: usize = 128;
+    const TOKENS: usize = 1500;
+
+    /// Inputs with much in common, of which a few channels are now and then large.
+    fn inputs(seed: u64, tokens: usize) -> Vec<f32> {
+        let draws = sampling::draws(seed, tokens * (N + 8));
+        let mix = sampling::draws(99, 8 * N);
+        let mut x = Vec::with_capacity(tokens * N);
+        for draws in draws.chunks_exact(N + 8) {
+            let (common, own) = draws.split_at(8);
+            x.extend(own.iter().enumerate().map(|(k, own)| {
+                let shared: f32 = (0..8).map(|j| (common[j] - 0.5) * (mix[j * N + k] - 0.5)).sum();
+                let loud = if k % 16 == 3 && *own > 0.5 { 12.0 } else { 1.0 };
+                (own - 0.5 + 2.0 * shared) * loud
+            }));
+        }
+        x
+    }
+
+    #[test]
+    fn codes_for_compensation_are_better_with_it_and_codes_for_none_without() {
+        let weight = sampling::draws(1, 64 * N).iter().map(|x| (x - 0.5).powi(3)).collect();
+        let linear = Affine { in_features: N, out_features: 64, weight, bias: None };
+        let (x, later) = (inputs(2, TOKENS), inputs(3, 200));
+        let (taken, taken_later) = (Taken::select(&x, N, 32).unwrap(), Taken::select(&later, N, 32).unwrap());
+        let importance = importance(&x, N, &taken);
+        let fitted = |amplitude| {
+            let mut hessian = Hessian::of(&x, N);
+            hessian.soften(&x, &taken, amplitude);
+            hessian.damp();
+            let weight = sqllm::refined(&linear, 3, &hessian, EFFORT).unwrap();
+            let residual = residual(&linear, &weight, &importance).unwrap();
+            errors(&linear, &weight, &residual, &later, &taken_later)
+        };
+        let (plain, soft) = (fitted(1.0), fitted(0.3));
+        assert!(soft.1 < 0.95 * plain.1, "compensated: {soft:?} for compensation, {plain:?} for none");
+        assert!(plain.0 < soft.0, "alone: {soft:?} for compensation, {plain:?} for none");
+        assert!(soft.1 < soft.0, "compensation helps: {soft:?}");
+    }
 }

@@ -11,8 +11,9 @@ use rayon::prelude::*;
 use super::forward::{Strided, accumulate};
 use crate::dec::{DecPlan, Selection};
 
-/// Added to the diagonal, as a share of its mean: channels that calibration hardly saw still count.
-const DAMPING: f32 = 0.01;
+/// Every diagonal element grows by this share of itself. On held-back text (SmolLM2, layers 3 and 15, 4 bits) 0.5 leaves
+/// 5 to 13 % less error than 0.01 of the mean, the usual; 0.2 and 1 are nearly as good, 2 is not.
+const DAMPING: f32 = 0.5;
 /// Tokens of which the outer products are summed up at once.
 const GRAM_TOKENS: usize = 4096;
 
@@ -126,12 +127,12 @@ impl Hessian {
         });
     }
 
-    /// Adds a share of the mean to the diagonal.
+    /// Takes what channels have in common for less than calibration saw of it: part of that is chance.
     pub(crate) fn damp(&mut self) {
         let n = self.channels;
         let mean = self.diagonal().map(f64::from).sum::<f64>() / n as f64;
-        let add = (f64::from(DAMPING) * mean).max(1e-20) as f32;
-        self.values.iter_mut().step_by(n + 1).for_each(|h| *h += add);
+        let floor = (mean * 1e-6).max(1e-20) as f32;
+        self.values.iter_mut().step_by(n + 1).for_each(|h| *h += DAMPING * *h + floor);
     }
 
     /// What an error in each channel costs by itself.
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn damping_makes_silent_channels_count() {
+    fn silent_channels_count_after_damping() {
         let mut hessian = Hessian::of(&[0.0, 2.0, 0.0, 2.0], 2);
         hessian.damp();
         assert!(hessian.diagonal().all(|h| h > 0.0));

@@ -105,7 +105,8 @@ impl Grid for Groups {
     fn nearest(&self, parameters: &[f32], k: usize, target: f32) -> (u8, f32) {
         let group = &parameters[k / self.group_size * 2..][..2];
         let place = ((target - group[0]) / group[1] + self.last()) / 2.0;
-        let code = place.round_ties_even().clamp(0.0, self.last()) as u8;
+        // Adding 2^23 rounds to a whole number, which is then in the lowest bits.
+        let code = (place.clamp(0.0, self.last()) + 8_388_608.0).to_bits() as u8;
         (code, group[0] + group[1] * self.place(code))
     }
 

@@ -132,7 +132,14 @@ fn sweep() -> Vec<Tuning> {
     let mut all = Vec::new();
     for (warps, stages) in [(16, 2), (12, 3), (20, 2), (24, 2)] {
         for (dec_warps, dec_flight) in [(8, 4), (8, 8), (4, 8), (12, 4)] {
-            all.push(Tuning { warps, stages, beside_dec: (warps.min(16), stages), dec_warps, trigger: 0, dec_flight });
+            all.push(Tuning {
+                warps,
+                stages,
+                beside_dec: (warps.min(16), stages),
+                dec_warps,
+                dec_flight,
+                ..Tuning::default()
+            });
         }
     }
     all

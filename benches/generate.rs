@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals};
+use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend, Input, Norm};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
@@ -47,6 +47,15 @@ struct Args {
     /// Instead: what each operation of a token takes, at this position.
     #[arg(long)]
     ops: Option<usize>,
+    /// Warps of the layers' launch that multiply, without and beside compensation, and that compensate.
+    #[arg(long, value_delimiter = ',', default_value = "16,12,4")]
+    warps: Vec<usize>,
+    /// Only so many layers of the model, for work on kernels.
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Print what each part of a layer takes, between the barriers of the layers' launch.
+    #[arg(long)]
+    timeline: bool,
     /// Cargo passes this.
     #[arg(long, hide = true)]
     bench: bool,
@@ -54,12 +63,19 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
+    let mut config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
+    config.num_layers = args.layers.unwrap_or(config.num_layers);
     let start = Instant::now();
-    let cuda = Cuda::new(
+    let &[layers, beside, dec_warps] = args.warps.as_slice() else { anyhow::bail!("--warps takes three numbers") };
+    let tuning = Tuning { layers, layers_beside_dec: (beside, dec_warps), ..Tuning::default() };
+    let mut cuda = Cuda::new(
         0,
-        Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, ..Options::default() },
+        Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, tuning, ..Options::default() },
     )?;
+    if args.timeline {
+        cuda.watch_layers()?;
+    }
+    let cuda = cuda;
     println!("# {} {}, decdec {}", cuda.device().name, cuda.device().driver, env!("CARGO_PKG_VERSION"));
     println!("# {}", std::env::args().skip(1).collect::<Vec<_>>().join(" "));
     let opened = start.elapsed();
@@ -88,7 +104,10 @@ fn main() -> Result<()> {
             for &prompt in &args.prompt {
                 let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 7919 % 30_000).collect();
                 let mut state = model.state(prompt.len() + args.tokens)?;
-                // The first run compiles, the second is measured.
+                let start = Instant::now();
+                model.prepare(&mut state, prompt.len(), false)?;
+                println!("# kernels ready in {:.2} s", start.elapsed().as_secs_f64());
+                // The first run records, the second is measured.
                 for warm in [true, false] {
                     let request = Request {
                         prompt: &prompt,
@@ -112,9 +131,26 @@ fn main() -> Result<()> {
                         made.decode_per_second(),
                         1e3 / made.decode_per_second()
                     );
+                    if args.timeline {
+                        timeline(&cuda, model.config().num_layers, k_chunks)?;
+                    }
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// What each part of a layer took in the last token, a mean over the layers.
+fn timeline(cuda: &Cuda, layers: usize, k_chunks: [usize; 4]) -> Result<()> {
+    let stamps = cuda.timeline()?;
+    let gated = k_chunks[2] > 0 || k_chunks[3] > 0;
+    let parts: &[&str] =
+        if gated { &["qkv", "attend", "o", "gu", "gate", "d"] } else { &["qkv", "attend", "o", "gu", "d"] };
+    let layers = (stamps.len().saturating_sub(1) / parts.len()).min(layers);
+    for (i, part) in parts.iter().enumerate() {
+        let took: u64 = (0..layers).map(|l| stamps[l * parts.len() + i + 1] - stamps[l * parts.len() + i]).sum();
+        println!("#   {part:<8}{:7.2} us", took as f64 / 1e3 / layers as f64);
     }
     Ok(())
 }

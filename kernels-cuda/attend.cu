@@ -1,312 +1,34 @@
-// Causal attention of grouped queries over the cached text, one pass with a running softmax.
-//
-//   out[token, head, :] = Σ_p softmax_p(q·k_p / √HEAD_DIM) · v_p,   p from the window's start to the token
-//
-//   qkv    f32 [tokens, (HEADS + 2·KV_HEADS)·HEAD_DIM]; queries and keys not yet rotated
-//   keys, values  [KV_HEADS, max_seq_len, HEAD_DIM] in KV's type (0 float16, 1 bfloat16, 2 float32)
-//   angles f32 [max_seq_len, HEAD_DIM / 2, (cos, sin)]
-//   parts  f32 [KV_HEADS, SPLITS, GROUP, HEAD_DIM + 2], tickets u32 [KV_HEADS], zero before and after
-//
-// `attend` takes one token: grid (KV_HEADS, SPLITS). The block whose share holds the token rotates its key and
-// appends both; each block rotates its own queries. Shares are merged, in order, by whichever block of a
-// key-value head ends last, so the result does not depend on which.
-// `append` rotates and appends many tokens; `attend_prompt` then takes grid (KV_HEADS, 1, tokens).
-//
-// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, WINDOW (0: none), SPLITS.
-#include "common.cuh"
+// Attention as kernels of its own (attend.cuh): `attend` takes one token, grid (KV_HEADS, SPLITS); `append` rotates
+// and appends many tokens, `attend_prompt` then takes grid (KV_HEADS, 1, tokens).
+#define ATTEND_THREADS 256
+#define AT_ONCE (HEADS / KV_HEADS)
+#include "attend.cuh"
 
-#define THREADS 256
-#define GROUP (HEADS / KV_HEADS)
-#define HALF (HEAD_DIM / 2)
-// Lanes that share a position, each with eight of its dimensions; teams of a block.
-#define LANES (HEAD_DIM > 128 ? 32 : HEAD_DIM > 64 ? 16 : HEAD_DIM > 32 ? 8 : HEAD_DIM > 16 ? 4 : 2)
-#define TEAMS (THREADS / LANES)
-// Positions that a team has in flight.
-#define FLIGHT (KV == 2 || GROUP > 4 ? 2 : 4)
-// Fewest positions worth a block of their own.
-#define SHARE 32
+typedef Team<0, ATTEND_THREADS, 0> All;
 
-struct State {
-    u32 position, sampled, last;
-};
-
-struct Attend {
-    const float* qkv;
-    const float* delta;
-    void* keys;
-    void* values;
-    const float2* angles;
-    const State* state;
-    float* parts;
-    u32* tickets;
-    float* out;
-    int max_seq_len;
-};
-
-#if KV == 2
-typedef float Stored;
-struct Eight {
-    float4 a, b;
-};
-#else
-typedef u16 Stored;
-struct Eight {
-    uint4 a;
-};
-#endif
-
-__device__ __forceinline__ void unpack(const Eight& e, float (&v)[8]) {
-#if KV == 2
-    v[0] = e.a.x, v[1] = e.a.y, v[2] = e.a.z, v[3] = e.a.w;
-    v[4] = e.b.x, v[5] = e.b.y, v[6] = e.b.z, v[7] = e.b.w;
-#else
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 w = word(e.a, i);
-        v[2 * i] = KV == 1 ? bfloat_to_float((u16)w) : half_to_float((u16)w);
-        v[2 * i + 1] = KV == 1 ? bfloat_to_float((u16)(w >> 16)) : half_to_float((u16)(w >> 16));
-    }
-#endif
-}
-
-__device__ __forceinline__ Stored to_stored(float f) {
-#if KV == 2
-    return f;
-#else
-    return KV == 1 ? float_to_bfloat(f) : float_to_half(f);
-#endif
-}
-
-// Dimension i of a head, rotated.
-__device__ __forceinline__ float rotated(const float* head, const float* delta, const float2* angles, int i) {
-    float2 a = angles[i % HALF];
-    float own = load1(head, delta, i);
-    float other = load1(head, delta, i < HALF ? i + HALF : i - HALF);
-    return i < HALF ? own * a.x - other * a.y : own * a.x + other * a.y;
-}
-
-__device__ __forceinline__ void append_head(const Attend& g, const float* qkv, int kv, int position) {
-    const float* key = qkv + (HEADS + kv) * HEAD_DIM;
-    const float* value = qkv + (HEADS + KV_HEADS + kv) * HEAD_DIM;
-    const float* key_delta = g.delta ? g.delta + (key - qkv) : nullptr;
-    const float* value_delta = g.delta ? g.delta + (value - qkv) : nullptr;
-    long long at = ((long long)kv * g.max_seq_len + position) * HEAD_DIM;
-    for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
-        ((Stored*)g.keys)[at + i] = to_stored(rotated(key, key_delta, g.angles + (long long)position * HALF, i));
-        ((Stored*)g.values)[at + i] = to_stored(load1(value, value_delta, i));
-    }
-}
-
-// What a softmax scaled for `from` must be multiplied by to be scaled for `to`; nothing yet is −inf.
-__device__ __forceinline__ float rescale(float from, float to) { return from == -INFINITY ? 0.0f : expf(from - to); }
-
-// Running softmax of the GROUP queries of a team: largest score, sum, and eight dimensions of the result.
-struct Running {
-    float m[GROUP], l[GROUP], acc[GROUP][8];
-};
-
-__device__ __forceinline__ void add_positions(Running& r, const Attend& g, const float* queries, int kv, int begin,
-                                              int end) {
-    int lane = threadIdx.x % LANES, team = threadIdx.x / LANES;
-    bool active = lane * 8 < HEAD_DIM;
-    const Stored* keys = (const Stored*)g.keys + (long long)kv * g.max_seq_len * HEAD_DIM + lane * 8;
-    const Stored* values = (const Stored*)g.values + (long long)kv * g.max_seq_len * HEAD_DIM + lane * 8;
-    float q[GROUP][8];
-#pragma unroll
-    for (int h = 0; h < GROUP; h++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) q[h][i] = active ? queries[h * HEAD_DIM + lane * 8 + i] : 0.0f;
-
-    // Every team takes the same number of steps: its lanes talk to each other by whole warps.
-    for (int base = begin; base < end; base += TEAMS * FLIGHT) {
-        Eight k[FLIGHT] = {}, v[FLIGHT] = {};
-#pragma unroll
-        for (int f = 0; f < FLIGHT; f++) {
-            int p = base + f * TEAMS + team;
-            if (active && p < end) {
-                k[f] = *(const Eight*)(keys + (long long)p * HEAD_DIM);
-                v[f] = *(const Eight*)(values + (long long)p * HEAD_DIM);
-            }
-        }
-        float s[FLIGHT][GROUP];
-#pragma unroll
-        for (int f = 0; f < FLIGHT; f++) {
-            float x[8];
-            unpack(k[f], x);
-#pragma unroll
-            for (int h = 0; h < GROUP; h++) {
-                float dot = 0;
-#pragma unroll
-                for (int i = 0; i < 8; i++) dot = fmaf(q[h][i], x[i], dot);
-#pragma unroll
-                for (int d = LANES / 2; d > 0; d /= 2) dot += __shfl_xor_sync(FULL, dot, d);
-                s[f][h] = base + f * TEAMS + team < end ? dot : -INFINITY;
-            }
-        }
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) {
-            float m = r.m[h];
-#pragma unroll
-            for (int f = 0; f < FLIGHT; f++) m = fmaxf(m, s[f][h]);
-            float old = rescale(r.m[h], m);
-            r.m[h] = m;
-            r.l[h] *= old;
-#pragma unroll
-            for (int i = 0; i < 8; i++) r.acc[h][i] *= old;
-#pragma unroll
-            for (int f = 0; f < FLIGHT; f++) {
-                s[f][h] = rescale(s[f][h], m);
-                r.l[h] += s[f][h];
-            }
-        }
-#pragma unroll
-        for (int f = 0; f < FLIGHT; f++) {
-            float x[8];
-            unpack(v[f], x);
-#pragma unroll
-            for (int h = 0; h < GROUP; h++)
-#pragma unroll
-                for (int i = 0; i < 8; i++) r.acc[h][i] = fmaf(s[f][h], x[i], r.acc[h][i]);
-        }
-    }
-}
-
-// The teams of a warp become one, in its first team.
-__device__ __forceinline__ void merge_warp(Running& r) {
-#pragma unroll
-    for (int d = LANES; d < 32; d *= 2)
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) {
-            float other = __shfl_xor_sync(FULL, r.m[h], d), m = fmaxf(r.m[h], other);
-            float f = rescale(r.m[h], m), g = rescale(other, m);
-            r.m[h] = m;
-            r.l[h] = f * r.l[h] + g * __shfl_xor_sync(FULL, r.l[h], d);
-#pragma unroll
-            for (int i = 0; i < 8; i++) r.acc[h][i] = f * r.acc[h][i] + g * __shfl_xor_sync(FULL, r.acc[h][i], d);
-        }
-}
-
-// Brings a share of the cache nearer, while queries are still made.
-__device__ __forceinline__ void prefetch(const void* cache, int kv, int max_seq_len, int begin, int end) {
-    const char* from = (const char*)((const Stored*)cache + ((long long)kv * max_seq_len + begin) * HEAD_DIM);
-    int bytes = min((end - begin) * HEAD_DIM * (int)sizeof(Stored), 1 << 16);
-    for (int i = threadIdx.x * 128; i < bytes; i += THREADS * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-}
-
-// One block, one key-value head, one share of the positions. Shared memory: queries [GROUP, HEAD_DIM], then
-// warps' results [THREADS / 32, GROUP, HEAD_DIM + 2].
-__device__ __forceinline__ void attend_share(const Attend& g, float* queries, int kv, int begin, int end, float* out,
-                                             float* part) {
-    float* warps = queries + GROUP * HEAD_DIM;
-    Running r;
-#pragma unroll
-    for (int h = 0; h < GROUP; h++) {
-        r.m[h] = -INFINITY, r.l[h] = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) r.acc[h][i] = 0;
-    }
-    add_positions(r, g, queries, kv, begin, end);
-    merge_warp(r);
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int h = 0; h < GROUP; h++) {
-        float* to = warps + (warp * GROUP + h) * (HEAD_DIM + 2);
-        if (lane == 0) to[0] = r.m[h], to[1] = r.l[h];
-        if (lane * 8 < HEAD_DIM && lane < LANES)
-#pragma unroll
-            for (int i = 0; i < 8; i++) to[2 + lane * 8 + i] = r.acc[h][i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        int h = i / HEAD_DIM, d = i % HEAD_DIM;
-        float m = -INFINITY;
-#pragma unroll
-        for (int w = 0; w < THREADS / 32; w++) m = fmaxf(m, warps[(w * GROUP + h) * (HEAD_DIM + 2)]);
-        float l = 0, sum = 0;
-#pragma unroll
-        for (int w = 0; w < THREADS / 32; w++) {
-            const float* from = warps + (w * GROUP + h) * (HEAD_DIM + 2);
-            float f = rescale(from[0], m);
-            l = fmaf(f, from[1], l);
-            sum = fmaf(f, from[2 + d], sum);
-        }
-        if (out) {
-            out[i] = sum / l;
-        } else {
-            float* to = part + h * (HEAD_DIM + 2);
-            if (d == 0) to[0] = m, to[1] = l;
-            to[2 + d] = sum;
-        }
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_constant__ Attend g) {
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__ Attend g) {
     extern __shared__ __align__(16) float queries[];
     __shared__ u32 ticket;
     let_next_start();
     wait_for_previous();
     int kv = blockIdx.x, position = g.state->position;
-    int first = WINDOW > 0 ? max(0, position + 1 - WINDOW) : 0, length = position + 1 - first;
-    int splits = min(SPLITS, (length + SHARE - 1) / SHARE), split = blockIdx.y;
-    if (split >= splits) return;
-    int begin = first + (long long)length * split / splits, end = first + (long long)length * (split + 1) / splits;
-
+    Span span(position);
+    if ((int)blockIdx.y >= span.splits) return;
+    int begin = span.begin(blockIdx.y), end = span.begin(blockIdx.y + 1);
     prefetch(g.keys, kv, g.max_seq_len, begin, end);
     prefetch(g.values, kv, g.max_seq_len, begin, end);
-    if (split == splits - 1) append_head(g, g.qkv, kv, position);
-    float scale = 1.0f / sqrtf((float)HEAD_DIM);
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        long long head = (long long)(kv * GROUP + i / HEAD_DIM) * HEAD_DIM;
-        queries[i] = scale * rotated(g.qkv + head, g.delta ? g.delta + head : nullptr,
-                                     g.angles + (long long)position * HALF, i % HEAD_DIM);
-    }
-    __syncthreads();
-    float* out = g.out + (long long)kv * GROUP * HEAD_DIM;
-    float* parts = g.parts + (long long)kv * SPLITS * GROUP * (HEAD_DIM + 2);
-    attend_share(g, queries, kv, begin, end, splits == 1 ? out : nullptr, parts + split * GROUP * (HEAD_DIM + 2));
-    if (splits == 1) return;
-
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) ticket = atomicAdd(g.tickets + kv, 1);
-    __syncthreads();
-    if (ticket != splits - 1) return;
-    __threadfence();
-    if (threadIdx.x == 0) g.tickets[kv] = 0;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        int h = i / HEAD_DIM, d = i % HEAD_DIM;
-        // All loads first: they are far away, and do not wait for each other.
-        float from[SPLITS], sums[SPLITS], values[SPLITS];
-#pragma unroll
-        for (int s = 0; s < SPLITS; s++) {
-            const float* at = parts + (s * GROUP + h) * (HEAD_DIM + 2);
-            from[s] = s < splits ? __ldcg(at) : -INFINITY;
-            sums[s] = s < splits ? __ldcg(at + 1) : 0.0f;
-            values[s] = s < splits ? __ldcg(at + 2 + d) : 0.0f;
-        }
-        float m = -INFINITY, l = 0, sum = 0;
-#pragma unroll
-        for (int s = 0; s < SPLITS; s++) m = fmaxf(m, from[s]);
-#pragma unroll
-        for (int s = 0; s < SPLITS; s++) {
-            float f = rescale(from[s], m);
-            l = fmaf(f, sums[s], l);
-            sum = fmaf(f, values[s], sum);
-        }
-        out[i] = sum / l;
-    }
+    attend_token<All>(g, queries, &ticket, kv, blockIdx.y, position);
 }
 
 // Grid (tokens, KV_HEADS).
-extern "C" __global__ void __launch_bounds__(THREADS) append(const __grid_constant__ Attend g) {
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) append(const __grid_constant__ Attend g) {
     wait_for_previous();
     let_next_start();
     long long token = blockIdx.x;
     append_head(g, g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM, blockIdx.y, g.state->position + token);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend_prompt(const __grid_constant__ Attend g) {
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const __grid_constant__ Attend g) {
     extern __shared__ __align__(16) float queries[];
     wait_for_previous();
     let_next_start();
@@ -314,10 +36,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_prompt(const __grid
     int kv = blockIdx.x, position = g.state->position + token;
     int first = WINDOW > 0 ? max(0, position + 1 - WINDOW) : 0;
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        const float* head = g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM + (kv * GROUP + i / HEAD_DIM) * HEAD_DIM;
+    for (int i = threadIdx.x; i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
+        const float* head = g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM + (kv * HEAD_GROUP + i / HEAD_DIM) * HEAD_DIM;
         queries[i] = scale * rotated(head, nullptr, g.angles + (long long)position * HALF, i % HEAD_DIM);
     }
-    __syncthreads();
-    attend_share(g, queries, kv, first, position + 1, g.out + (token * HEADS + kv * GROUP) * HEAD_DIM, nullptr);
+    All::sync();
+    attend_share<All>(g, queries, kv, first, position + 1, g.out + (token * HEADS + kv * HEAD_GROUP) * HEAD_DIM, nullptr);
 }

@@ -137,6 +137,13 @@ __device__ __forceinline__ u32 warp_count(u32 v) {
     return d;
 }
 
+// threadIdx.x, read anew: in a kernel of many phases, what is computed from it is not kept in registers between them.
+__device__ __forceinline__ int this_thread() {
+    int t;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(t));
+    return t;
+}
+
 // SIZE threads of a block from thread FIRST on, that wait for each other at a barrier of their own.
 template <int FIRST, int SIZE, int BARRIER>
 struct Team {
@@ -162,14 +169,15 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Four numbers of a vector of which a part may still lie beside it: a compensation not yet added.
+// Four numbers of a vector of which a part may still lie beside it: a compensation not yet added. Past the
+// first-level cache: other multiprocessors may have written them since this one looked last.
 __device__ __forceinline__ float4 load4(const float* x, const float* delta, int i) {
-    float4 v = *(const float4*)(x + i);
-    return delta ? add4(v, *(const float4*)(delta + i)) : v;
+    float4 v = __ldcg((const float4*)(x + i));
+    return delta ? add4(v, __ldcg((const float4*)(delta + i))) : v;
 }
 
 __device__ __forceinline__ float load1(const float* x, const float* delta, int i) {
-    return delta ? x[i] + delta[i] : x[i];
+    return delta ? __ldcg(x + i) + __ldcg(delta + i) : __ldcg(x + i);
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }

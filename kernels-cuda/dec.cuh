@@ -59,15 +59,17 @@ struct Chunk {
     }
 };
 
-__device__ __forceinline__ u32 count_from(const Chunk& x, int least) {
-    u32 n = 0;
+// Counts are kept as floats: comparisons and integers share a pipe that the look-ups beside them fill already.
+__device__ __forceinline__ int count_from(const Chunk& x, int least) {
+    float n = 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         uint4 v = x.four(j);
 #pragma unroll
-        for (int e = 0; e < 4; e++) n += magnitude(word(v, e)) >= least;
+        for (int e = 0; e < 4; e++)
+            if (magnitude(word(v, e)) >= least) n += 1;
     }
-    return warp_count(n);
+    return warp_count((u32)n);
 }
 
 // Of four runs of STEP buckets from `first` on, the start of the one in which k channels are reached.
@@ -76,7 +78,7 @@ __device__ __forceinline__ int search_buckets(const Chunk& x, int k, int edge, i
     float e0 = __int_as_float(__shfl_sync(FULL, edge, first + STEP - 1));
     float e1 = __int_as_float(__shfl_sync(FULL, edge, first + 2 * STEP - 1));
     float e2 = __int_as_float(__shfl_sync(FULL, edge, first + 3 * STEP - 1));
-    u32 n01 = 0, n2 = 0;
+    float n0 = 0, n1 = 0, n2 = 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         uint4 v = x.four(j);
@@ -84,14 +86,13 @@ __device__ __forceinline__ int search_buckets(const Chunk& x, int k, int edge, i
         for (int e = 0; e < 4; e++) {
             float size = fabsf(__uint_as_float(word(v, e)));
             // Written so that NaN counts as largest.
-            if (!(size < e0)) n01 += 1;
-            if (!(size < e1)) n01 += 1 << 16;
+            if (!(size < e0)) n0 += 1;
+            if (!(size < e1)) n1 += 1;
             if (!(size < e2)) n2 += 1;
         }
     }
-    n01 = warp_count(n01);
-    n2 = warp_count(n2);
-    int runs = ((n01 & 0xffff) < k) + ((n01 >> 16) < k) + (n2 < k);
+    u32 n01 = warp_count((u32)n0 | (u32)n1 << 16);
+    int runs = ((int)(n01 & 0xffff) < k) + ((int)(n01 >> 16) < k) + ((int)warp_count((u32)n2) < k);
     return first + runs * STEP;
 }
 

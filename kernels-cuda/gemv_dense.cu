@@ -6,7 +6,6 @@
 #define AUX_BYTES 0
 #define AUX_PER_UNIT 0
 #define GROUP 64
-constexpr int GROUPS = 0;
 
 #include "common.cuh"
 

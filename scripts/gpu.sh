@@ -1,24 +1,104 @@
 #!/usr/bin/env bash
-# The CUDA tests and benchmarks, on a machine with an NVIDIA GPU: everything that benches/README.md quotes.
+# Tests, compute-sanitizer and benchmarks on a machine with an NVIDIA GPU, then a table of what came of each.
 #
-#   scripts/gpu.sh            # tests, then the tables
-#   scripts/gpu.sh tests
-#   scripts/gpu.sh tables
-set -euo pipefail
+#   scripts/gpu.sh                      # everything
+#   scripts/gpu.sh tests                # or: sanitizer, benches, load; several may be named
+#   DECDEC_BIN_DIR=DIR scripts/gpu.sh   # programs from scripts/gpu-bundle.sh, no compiler needed
+#
+# Logs and tables go to DECDEC_RUN_DIR (target/gpu-run). DECDEC_TEST_DEVICES names what the tests run on; by default
+# the CPU, CUDA, and Vulkan where it is installed. DECDEC_TEST_CASES is how many random cases (10000).
+set -uo pipefail
 cd "$(dirname "$0")/.."
 
-what=${1:-all}
-if [ "$what" = all ] || [ "$what" = tests ]; then
-    DECDEC_TEST_DEVICES=cuda cargo test --release --test cuda_kernels --test cuda_decode --test golden --test backend
-fi
-if [ "$what" = all ] || [ "$what" = tables ]; then
-    cargo bench --bench gemv -- --bits 3,4
-    cargo bench --bench gemv -- --bits 3 --format ap --k-chunk 0,1,4,8,16,32 --n-tb 8,16,32
-    cargo bench --bench generate -- --ops 1000
-    cargo bench --bench generate -- --k-chunk 0,8,0/0/8/8 --n-tb 16,32 --prompt 1,512
+bin=${DECDEC_BIN_DIR:-target/gpu}
+[ -n "${DECDEC_BIN_DIR:-}" ] || scripts/gpu-bundle.sh "$bin" || exit 1
+bin=$(realpath "$bin")
+out=${DECDEC_RUN_DIR:-target/gpu-run}
+mkdir -p "$out"
+[ ! -d "$bin/data" ] || {
+    export DECDEC_REFERENCE_DIR=${DECDEC_REFERENCE_DIR:-$bin/data}
+    export DECDEC_GOLDEN_DIR=${DECDEC_GOLDEN_DIR:-$DECDEC_REFERENCE_DIR/golden}
+}
+export CARGO_BIN_EXE_decdec=$bin/decdec
+vulkan=$(ldconfig -p 2>/dev/null | grep -q libvulkan.so.1 && echo ,wgpu)
+export DECDEC_TEST_DEVICES=${DECDEC_TEST_DEVICES:-cpu,cuda$vulkan}
+sanitizer=$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer || true)
+cuda=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -1)
+echo "# ${cuda:-no nvidia-smi}, commit $(cat "$bin/commit" 2>/dev/null), devices $DECDEC_TEST_DEVICES" | tee "$out/machine.txt"
+
+rows=()
+failures=0
+
+# step NAME COMMAND...: runs it, keeps its output as NAME.log, and a row for the table.
+step() {
+    local name=$1 start=$SECONDS status=ok note
+    shift
+    printf '== %s: %s\n' "$name" "${*/#$bin\//}"
+    if ! "$@" >"$out/$name.log" 2>&1; then
+        status=FAILED
+        failures=$((failures + 1))
+        tail -n 25 "$out/$name.log"
+    fi
+    note=$(grep -h -E '^test result|ERROR SUMMARY|RACECHECK SUMMARY' "$out/$name.log" | sed 's/; 0 measured.*//; s/^=* //' | tail -n 1)
+    rows+=("$(printf '%-28s %-7s %5d s  %s' "$name" "$status" $((SECONDS - start)) "$note")")
+}
+
+tests() {
+    for name in cuda_kernels backend golden cuda_decode backend_wgsl reference_read smollm2; do
+        step "$name" "$bin/$name" --nocapture
+    done
+}
+
+# Small shapes: a sanitizer runs a kernel hundreds of times as slowly.
+sanitizer() {
+    if [ -z "$sanitizer" ]; then
+        rows+=("$(printf '%-28s %-7s          no compute-sanitizer on this machine' sanitizer skipped)")
+        return
+    fi
+    local kernels=(one_hot_gives_a_column compensated_products the_residual_product_alone not_a_number_comes_out)
+    for tool in memcheck racecheck; do
+        DECDEC_TEST_DEVICES=cuda step "$tool-kernels" "$sanitizer" --tool $tool --error-exitcode 1 \
+            "$bin/cuda_kernels" --test-threads 1 "${kernels[@]}"
+        DECDEC_TEST_DEVICES=cuda DECDEC_TEST_CASES=60 step "$tool-cases" "$sanitizer" --tool $tool \
+            --error-exitcode 1 "$bin/backend" --test-threads 1 random_cases cuda::attention cuda::greedy_sampling
+    done
+}
+
+benches() {
+    step gemv "$bin/gemv" --bits 3,4
+    step dec "$bin/dec" --bits 3
+    step ops "$bin/generate" --ops 1000
+    step generate-dec "$bin/generate" --k-chunk 0,8,0/0/8/8 --n-tb 16,32 --prompt 1,512
     for format in ap lutgemm; do
         for bits in 3 4; do
-            cargo bench --bench generate -- --format "$format" --bits "$bits" --prompt 1
+            step "generate-$format$bits" "$bin/generate" --format $format --bits $bits --prompt 1
         done
     done
-fi
+}
+
+# How long a model takes to load, with kernels compiled anew and from the cache.
+load() {
+    local model=(--model-name Meta-Llama-3-8B-Instruct --bitwidth 3 --num-samples 1 --max-new-tokens 8 --device cuda)
+    local cache
+    cache=$(mktemp -d)
+    for run in cold warm; do
+        RUST_LOG=decdec=debug DECDEC_CACHE_DIR=$cache step "load-$run" "$bin/decdec" generate \
+            --checkpoint-path random:0 --backend ap "${model[@]}" --n-tbs 16 --k-chunks 8 8 8 8
+        grep -h -E '^ *(INFO|DEBUG)' "$out/load-$run.log"
+    done
+    rm -rf "$cache"
+}
+
+[ $# -gt 0 ] || set -- tests sanitizer load benches
+for part in "$@"; do
+    case $part in
+        tests | sanitizer | load | benches) "$part" ;;
+        *) echo "error: $part, tests, sanitizer, load and benches are known" >&2; exit 1 ;;
+    esac
+done
+
+{
+    printf '\n%-28s %-7s %7s\n' step result time
+    printf '%s\n' "${rows[@]}"
+} | tee "$out/summary.txt"
+exit $((failures > 0))

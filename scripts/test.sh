@@ -12,7 +12,7 @@ if [[ $DECDEC_TEST_DEVICES == *wgpu* ]] && ! { ldconfig -p | grep libvulkan.so.1
 fi
 scripts/model.sh >/dev/null
 # Every CUDA kernel is compiled for every architecture, GPU or not.
-scripts/cuda-toolchain.sh nvrtc
+scripts/cuda-toolchain.sh tests
 export DECDEC_CUDA_LIBRARIES=${DECDEC_CUDA_LIBRARIES:-.cache/cuda/lib}
 # Mesa complains on stderr where there is no session.
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}

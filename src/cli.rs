@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
+use decdec::profile::Clock;
 
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
@@ -356,6 +357,12 @@ pub(crate) struct ProfileArgs {
     /// Take the times with this nsys instead of CUPTI
     #[arg(long, alias = "nsys_path", value_name = "PROGRAM")]
     pub(crate) nsys_path: Option<PathBuf>,
+    /// What takes the times on cuda: auto (CUPTI, or events where it is missing), cupti, or events
+    #[arg(long, default_value = "auto")]
+    pub(crate) clock: Clock,
+    /// Measure only what decdec tune found, and say what it costs now
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["min_n_tb", "max_n_tb", "max_k_chunk"])]
+    pub(crate) tuned: Option<PathBuf>,
     /// auto, cpu, wgpu[:N] or cuda[:N]
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
@@ -387,6 +394,21 @@ pub(crate) struct TuneArgs {
     /// Also find the true optimum over everything measured
     #[arg(long)]
     pub(crate) exhaustive: bool,
+    /// Measure real tokens at what was found, and search again where they are slower than the target
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Tokens of each text that --verify measures
+    #[arg(long, alias = "verify_tokens", value_name = "N", default_value_t = 128)]
+    pub(crate) verify_tokens: usize,
+    /// Where --verify runs: auto, cpu, wgpu[:N] or cuda[:N]
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// How --verify finds channels
+    #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]
+    pub(crate) selection: SelectionArg,
+    /// Also put the one target's result into the checkpoint's tuned.json, which generate takes by itself
+    #[arg(long)]
+    pub(crate) save: bool,
     /// Where the measured table goes
     #[arg(long, alias = "csv_dir", value_name = "DIR", default_value = "csv")]
     pub(crate) csv_dir: PathBuf,

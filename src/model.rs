@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::backend::{DecodeBackend, Input, Norm};
+use crate::backend::{Activations, DecodeBackend, Input, LayerOperands, Norm};
 use crate::config::{ModelConfig, Projection};
 use crate::dec::{DecPlan, Selection};
 use crate::format::Dense;
@@ -65,12 +65,9 @@ pub struct State<B: DecodeBackend> {
     max_seq_len: usize,
     len: usize,
     max_tokens: usize,
-    h: B::Vector,        // [max_tokens, hidden_size]
-    qkv: B::Vector,      // [max_tokens, (num_heads + 2 · num_kv_heads) · head_dim]
-    attended: B::Vector, // [max_tokens, num_heads · head_dim]
-    gu: B::Vector,       // [max_tokens, 2 · intermediate_size]
-    last: B::Vector,     // [hidden_size]
-    logits: B::Vector,   // [vocab_size]
+    activations: Activations<B>,
+    last: B::Vector,   // [hidden_size]
+    logits: B::Vector, // [vocab_size]
     graph: Option<B::Graph>,
 }
 
@@ -177,10 +174,12 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
             max_seq_len,
             len: 0,
             max_tokens,
-            h: b.vector(max_tokens * c.hidden_size)?,
-            qkv: b.vector(max_tokens * width(Projection::Qkv))?,
-            attended: b.vector(max_tokens * c.num_heads * c.head_dim)?,
-            gu: b.vector(max_tokens * width(Projection::GateUp))?,
+            activations: Activations {
+                h: b.vector(max_tokens * c.hidden_size)?,
+                qkv: b.vector(max_tokens * width(Projection::Qkv))?,
+                attended: b.vector(max_tokens * c.num_heads * c.head_dim)?,
+                gu: b.vector(max_tokens * width(Projection::GateUp))?,
+            },
             last: b.vector(c.hidden_size)?,
             logits: b.vector(c.vocab_size)?,
             graph: None,
@@ -192,6 +191,26 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         state.len = 0;
         state.graph = None;
         self.backend.begin(&mut state.sequence, sampling, draws)
+    }
+
+    /// Makes ready what a prompt of `prompt` tokens and the tokens after it need; what `state` holds is lost.
+    ///
+    /// # Errors
+    /// A device that cannot, for instance because a kernel does not compile.
+    pub fn prepare(&self, state: &mut State<B>, prompt: usize, compensated: bool) -> Result<()> {
+        let most = state.max_tokens;
+        // The passes of a long prompt are alike but for the last.
+        let passes = if prompt > most { [most, prompt % most] } else { [prompt, 0] };
+        self.begin(state, &Sampling::GREEDY, &[])?;
+        self.backend.prepare(&mut || {
+            for tokens in passes.into_iter().filter(|&tokens| tokens > 0) {
+                self.prompt(state, &vec![0; tokens], compensated)?;
+                state.len = 0;
+            }
+            self.token(state)?;
+            state.len = 0;
+            Ok(())
+        })
     }
 
     /// Reads `tokens`, and chooses the first token after them.
@@ -206,7 +225,7 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
             count = tokens.len();
             self.layers(state, Input::Prompt(tokens), count, compensated)?;
         }
-        b.last_row(&state.h, self.config.hidden_size, count, &mut state.last)?;
+        b.last_row(&state.activations.h, self.config.hidden_size, count, &mut state.last)?;
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         b.norm_gemv(&self.final_norm, head, None, &state.last, &mut state.logits, 1)?;
         b.sample(&mut state.sequence, &state.logits)
@@ -214,18 +233,23 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
 
     /// Reads the token chosen last, and chooses the next one.
     pub fn step(&self, state: &mut State<B>) -> Result<()> {
-        let (b, head) = (self.backend, self.head.as_ref().unwrap_or(&self.embedding));
         let len = state.len;
         let mut graph = state.graph.take();
-        b.replay(&mut graph, &mut || {
+        self.backend.replay(&mut graph, &mut || {
             state.len = len;
-            self.layers(state, Input::Sampled, 1, true)?;
-            b.norm_gemv(&self.final_norm, head, None, &state.h, &mut state.logits, 1)?;
-            b.sample(&mut state.sequence, &state.logits)
+            self.token(state)
         })?;
         state.graph = graph;
         state.len = len + 1;
         Ok(())
+    }
+
+    /// The operations of one token.
+    fn token(&self, state: &mut State<B>) -> Result<()> {
+        let (b, head) = (self.backend, self.head.as_ref().unwrap_or(&self.embedding));
+        self.layers(state, Input::Sampled, 1, true)?;
+        b.norm_gemv(&self.final_norm, head, None, &state.activations.h, &mut state.logits, 1)?;
+        b.sample(&mut state.sequence, &state.logits)
     }
 
     /// Reads `tokens` behind the text and overwrites `logits` `[tokens, vocab_size]` with what follows each.
@@ -241,7 +265,7 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
     ) -> Result<()> {
         self.layers(state, Input::Prompt(tokens), tokens.len(), compensated)?;
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        self.backend.norm_gemv(&self.final_norm, head, None, &state.h, logits, tokens.len())
+        self.backend.norm_gemv(&self.final_norm, head, None, &state.activations.h, logits, tokens.len())
     }
 
     /// Embeds and runs all layers; the text grows by `tokens`.
@@ -255,18 +279,22 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
                 bail!("token id {id}, the vocabulary ends at {}", vocab - 1);
             }
         }
-        b.embed(&state.sequence, &self.embedding, input, &mut state.h)?;
-        for (l, layer) in self.layers.iter().enumerate() {
-            let [qkv, o, gu, d] = &layer.projections;
-            b.norm_gemv(&layer.input_norm, &qkv.matrix, qkv.active(compensated), &state.h, &mut state.qkv, tokens)?;
-            b.attend(&mut state.sequence, l, &state.qkv, &mut state.attended, tokens)?;
-            b.gemv_add(&o.matrix, o.active(compensated), &state.attended, &mut state.h, tokens)?;
-            b.norm_gemv(&layer.post_norm, &gu.matrix, gu.active(compensated), &state.h, &mut state.gu, tokens)?;
-            b.swiglu_gemv_add(&d.matrix, d.active(compensated), &state.gu, &mut state.h, tokens)?;
-        }
+        b.embed(&state.sequence, &self.embedding, input, &mut state.activations.h)?;
+        let layers: Vec<_> = self.layers.iter().map(|layer| layer.operands(compensated)).collect();
+        b.layers(&mut state.sequence, 0, &layers, &mut state.activations, tokens)?;
         b.advance(&mut state.sequence, tokens)?;
         state.len += tokens;
         Ok(())
+    }
+}
+
+impl<B: DecodeBackend> Layer<B> {
+    fn operands(&self, compensated: bool) -> LayerOperands<'_, B> {
+        LayerOperands {
+            norms: [&self.input_norm, &self.post_norm],
+            matrices: self.projections.each_ref().map(|p| &p.matrix),
+            plans: self.projections.each_ref().map(|p| p.active(compensated)),
+        }
     }
 }
 

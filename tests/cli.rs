@@ -1,6 +1,8 @@
 //! The program as a user meets it: bad input gets one clear line, and nothing is lost.
 
 mod fixtures;
+#[path = "cli/tuning.rs"]
+mod tuning;
 
 use std::path::{Path, PathBuf};
 

@@ -13,7 +13,7 @@ use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{Architecture, ModelConfig, RopeScaling};
 use decdec::dec::Selection;
 use decdec::generate::{Request, generate};
-use decdec::model::{Compensation, Model};
+use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::random::{RandomFormat, RandomWeights};
 use decdec::sampling::Sampling;
 
@@ -126,6 +126,54 @@ fn float16_is_close_to_the_cpu() {
 #[test]
 fn bfloat16_is_close_to_the_cpu() {
     against_cpu(Dtype::Bfloat16, 1, 4e-2);
+}
+
+/// Logits behind each of `count` tokens that are read one at a time, as when decoding.
+fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks: [usize; 4], count: u32) -> Vec<f32> {
+    let mut model = Model::load(backend, weights, |_| ()).unwrap();
+    let by_bits = vec![LayerCompensation { n_tb: backend.device().max_n_tb.min(5), k_chunks }];
+    model.compensate(Some(&Compensation { by_bits, selection: Selection::Bucket })).unwrap();
+    let mut state = model.state(200).unwrap();
+    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+    let mut logits = backend.vector(1000).unwrap();
+    let mut all = Vec::new();
+    for i in 0..count {
+        model.logits(&mut state, &[i * 37 % 1000], true, &mut logits).unwrap();
+        let mut values = vec![0f32; 1000];
+        backend.read(&logits, &mut values).unwrap();
+        all.extend(values);
+    }
+    all
+}
+
+/// Layers in one launch, with every combination of compensated projections, against the CPU and against the
+/// operations one by one.
+#[test]
+fn layers_in_one_launch_are_close_to_the_cpu() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let small = |window, kv_heads| ModelConfig { intermediate_size: 1184, num_heads: 6, ..small(window, kv_heads) };
+    for (window, kv_heads, bits, format) in [
+        (None, 2, 3, RandomFormat::AnyPrec),
+        (Some(20), 3, 4, RandomFormat::AnyPrec),
+        (None, 6, 3, RandomFormat::LutGemm { group_size: 32 }),
+        (None, 1, 4, RandomFormat::LutGemm { group_size: 32 }),
+    ] {
+        let weights = RandomWeights::new(small(window, kv_heads), format, bits, 5).unwrap();
+        for k_chunks in [[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]] {
+            let want = step_logits(&Cpu::new(), &weights, k_chunks, 70);
+            let got = step_logits(&cuda, &weights, k_chunks, 70);
+            let far = distance(&got, &want);
+            let most = if k_chunks == [0; 4] { 5e-3 } else { 2e-2 };
+            let what = format!("{format:?} {bits} bits, window {window:?}, {kv_heads} kv heads, {k_chunks:?}");
+            eprintln!("{what}: {far:.2e}");
+            assert!(far < most, "{what}: logits {far} apart, {most} allowed");
+            assert_eq!(got, step_logits(&cuda, &weights, k_chunks, 70), "{what}: another time, other logits");
+            if k_chunks != [0; 4] {
+                let plain = distance(&step_logits(&cuda, &weights, [0; 4], 70), &want);
+                assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
+            }
+        }
+    }
 }
 
 #[test]

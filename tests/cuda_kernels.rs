@@ -253,7 +253,7 @@ fn selection_equals_the_plan() {
                     continue;
                 }
                 let on_device = cuda.plan(&matrix, &plan).unwrap();
-                for kind in 0..6 {
+                for kind in 0..Noise::KINDS {
                     let values = noise.awkward(k, kind, &thresholds);
                     cuda.write(&values, &mut x).unwrap();
                     let mut want = Vec::new();

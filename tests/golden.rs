@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors};
 const REFERENCE_ERROR: f32 = 4e-3;
 
 fn golden_dir() -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/golden");
+    let default = "../shared/data/golden";
     let dir = PathBuf::from(std::env::var("DECDEC_GOLDEN_DIR").unwrap_or_else(|_| default.into()));
     if !dir.is_dir() {
         eprintln!("skipped: no golden data");

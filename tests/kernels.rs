@@ -11,7 +11,7 @@ fn entry_points(
     endings: &[&str],
     entry: impl Fn(&str) -> Vec<String>,
 ) -> Option<BTreeSet<(String, String)>> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let folder = Path::new(folder);
     let files = folder.read_dir().ok()?.map(|file| file.unwrap().path());
     let files = files.filter(|file| file.extension().is_some_and(|e| endings.iter().any(|ending| e == *ending)));
     let points = files.flat_map(|file| {

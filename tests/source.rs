@@ -149,7 +149,7 @@ fn gguf_phi3_is_fused_already() {
 /// Every block format against the reference dequantizer of the `gguf` package.
 #[test]
 fn gguf_block_formats() {
-    let bytes = fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/gguf_blocks.safetensors")).expect("readable");
+    let bytes = fs::read("tests/data/gguf_blocks.safetensors").expect("readable");
     let known = SafeTensors::deserialize(&bytes).expect("safetensors");
     let kinds =
         [("Q4_0", 2), ("Q4_1", 3), ("Q5_0", 6), ("Q5_1", 7), ("Q8_0", 8), ("Q4_K", 12), ("Q5_K", 13), ("Q6_K", 14)];

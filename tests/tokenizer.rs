@@ -117,7 +117,7 @@ fn bos_is_added_once_where_the_model_says_so() {
 
 #[test]
 fn sentence_piece_as_the_original() {
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sentencepiece.json");
+    let file = "tests/data/sentencepiece.json";
     let known: Value = serde_json::from_slice(&std::fs::read(file).expect("readable")).expect("JSON");
     let tokens: Vec<&str> =
         known["tokens"].as_array().expect("tokens").iter().map(|t| t.as_str().expect("text")).collect();

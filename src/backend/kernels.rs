@@ -44,6 +44,7 @@ pub const TWINS: &[Twin] = &[
     cuda_only("swiglu_select", "the same, and the next product's selection beside it"),
     renamed("argmax", "sample", "in WGSL only greedy choices stay on the device, others are the host's"),
     cuda_only("attend_prompt", "the WGSL attend takes any number of tokens"),
+    cuda_only("decode_layers", "the operations of a token's layers in one launch; in WGSL each is a kernel of its own"),
     cuda_only("gemv_any", "widths and types without a fast form; the WGSL products take all"),
     cuda_only("dequant_any", "prompts are dense products of a library; the WGSL products take any number of tokens"),
     cuda_only("dequant_anyprec", "as dequant_any"),
@@ -51,5 +52,6 @@ pub const TWINS: &[Twin] = &[
     cuda_only("dequant_dense", "as dequant_any"),
     cuda_only("add_bias", "after a library's product; the WGSL products add it themselves"),
     cuda_only("copy_row", "a row may await its compensation; in WGSL it is a copy of the queue"),
+    cuda_only("read", "measures bandwidth; in WGSL the products measure it"),
     cuda_only("advance", "a replayed token reads its position from the device; in WGSL the host counts"),
 ];

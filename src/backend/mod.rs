@@ -14,6 +14,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod kernels;
+pub mod record;
 #[cfg(feature = "reference-wgpu")]
 pub mod wgsl;
 
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use self::record::{Clock, Recorder};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
@@ -51,6 +53,8 @@ pub trait GemvBackend {
     type Matrix;
     /// A [`DecPlan`] as the device needs it.
     type Plan;
+    /// What times a sweep's launches.
+    type Recorder: Recorder<Self>;
 
     /// The device.
     fn device(&self) -> &DeviceInfo;
@@ -86,6 +90,12 @@ pub trait GemvBackend {
     /// Runs `work`, which queues operations, waits for them, and returns the time that they took by the
     /// device's clock.
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration>;
+
+    /// The clock for a sweep, each launch by itself; [`GemvBackend::time`] knows only the whole.
+    ///
+    /// # Errors
+    /// A `clock` that was asked for by name and is not there.
+    fn recorder(&self, clock: Clock) -> Result<Self::Recorder>;
 }
 
 /// RMSNorm's constants on a device.
@@ -104,6 +114,28 @@ pub enum Input<'a> {
     Prompt(&'a [u32]),
     /// The token that [`DecodeBackend::sample`] chose last.
     Sampled,
+}
+
+/// A decoder layer on a device.
+pub struct LayerOperands<'a, B: GemvBackend> {
+    /// Before the attention, and before the feed-forward part.
+    pub norms: [&'a Norm<B::Vector>; 2],
+    /// `qkv`, `o`, `gu`, `d`.
+    pub matrices: [&'a B::Matrix; 4],
+    /// How they are compensated.
+    pub plans: [Option<&'a B::Plan>; 4],
+}
+
+/// Activations of the tokens at hand, `[tokens, features]` each.
+pub struct Activations<B: GemvBackend> {
+    /// `[max_tokens, hidden_size]`, what layers add to.
+    pub h: B::Vector,
+    /// `[max_tokens, (num_heads + 2 · num_kv_heads) · head_dim]`
+    pub qkv: B::Vector,
+    /// `[max_tokens, num_heads · head_dim]`
+    pub attended: B::Vector,
+    /// `[max_tokens, 2 · intermediate_size]`
+    pub gu: B::Vector,
 }
 
 /// A whole token, operation by operation, each as large as a backend may want to fuse it.
@@ -174,6 +206,22 @@ pub trait DecodeBackend: GemvBackend {
         tokens: usize,
     ) -> Result<()>;
 
+    /// Runs `layers`, the first of which is layer `first` of the model, over the `tokens` in `activations.h`. What is
+    /// in the other activations afterwards is the backend's own.
+    fn layers(
+        &self,
+        sequence: &mut Self::Sequence,
+        first: usize,
+        layers: &[LayerOperands<'_, Self>],
+        activations: &mut Activations<Self>,
+        tokens: usize,
+    ) -> Result<()>
+    where
+        Self: Sized,
+    {
+        one_by_one(self, sequence, first, layers, activations, tokens)
+    }
+
     /// The text grows by the `tokens` that all layers have attended to.
     fn advance(&self, sequence: &mut Self::Sequence, tokens: usize) -> Result<()>;
 
@@ -186,7 +234,33 @@ pub trait DecodeBackend: GemvBackend {
     /// Waits for the `i`-th token sampled since [`DecodeBackend::begin`] and returns it.
     fn sampled(&self, sequence: &Self::Sequence, i: usize) -> Result<u32>;
 
+    /// Makes ready whatever the operations that `work` queues will need, such as compiled kernels, so that the first
+    /// token does not wait for one after the other. `work` may be run without effect on the device, or not at all.
+    fn prepare(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+
     /// Issues the operations of one token: runs `token`, or replays what it queued the first time, kept in
     /// `graph`. The caller empties `graph` whenever `token` would queue something else.
     fn replay(&self, graph: &mut Option<Self::Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+}
+
+/// [`DecodeBackend::layers`], operation by operation.
+fn one_by_one<B: DecodeBackend>(
+    backend: &B,
+    sequence: &mut B::Sequence,
+    first: usize,
+    layers: &[LayerOperands<'_, B>],
+    activations: &mut Activations<B>,
+    tokens: usize,
+) -> Result<()> {
+    let Activations { h, qkv, attended, gu } = activations;
+    for (l, layer) in layers.iter().enumerate() {
+        let ([before, after], [w_qkv, w_o, w_gu, w_d], [p_qkv, p_o, p_gu, p_d]) =
+            (layer.norms, layer.matrices, layer.plans);
+        backend.norm_gemv(before, w_qkv, p_qkv, h, qkv, tokens)?;
+        backend.attend(sequence, first + l, qkv, attended, tokens)?;
+        backend.gemv_add(w_o, p_o, attended, h, tokens)?;
+        backend.norm_gemv(after, w_gu, p_gu, h, gu, tokens)?;
+        backend.swiglu_gemv_add(w_d, p_d, gu, h, tokens)?;
+    }
+    Ok(())
 }

@@ -48,16 +48,19 @@ impl Default for Target<'_> {
 pub(crate) fn on_device<J: Job>(target: &Target<'_>, job: J) -> Result<J::Output> {
     let (kind, index) = parse(target.device)?;
     match kind {
-        "auto" => match cuda::devices() {
-            Ok(found) if !found.is_empty() => on_cuda(target, 0, job),
-            Ok(_) => on_cpu("no NVIDIA GPU is here", target, job),
-            Err(error) => on_cpu(&format!("{error:#}"), target, job),
+        "auto" => match Cuda::new(0, options(target)) {
+            Ok(backend) => on_cuda(&backend, job),
+            Err(error) => {
+                tracing::info!("running on cpu ({error:#})");
+                note_dtype("cpu", target.dtype);
+                job.run(&Cpu::new())
+            }
         },
         "cpu" => {
             note_dtype("cpu", target.dtype);
             job.run(&Cpu::new())
         }
-        "cuda" => on_cuda(target, index.unwrap_or(0), job),
+        "cuda" => on_cuda(&Cuda::new(index.unwrap_or(0), options(target))?, job),
         #[cfg(feature = "reference-wgpu")]
         "wgpu" => {
             note_dtype("wgpu", target.dtype);
@@ -69,15 +72,8 @@ pub(crate) fn on_device<J: Job>(target: &Target<'_>, job: J) -> Result<J::Output
     }
 }
 
-/// Where there is no GPU.
-fn on_cpu<J: Job>(why: &str, target: &Target<'_>, job: J) -> Result<J::Output> {
-    tracing::info!("running on cpu ({why})");
-    note_dtype("cpu", target.dtype);
-    job.run(&Cpu::new())
-}
-
-fn on_cuda<J: Job>(target: &Target<'_>, index: usize, job: J) -> Result<J::Output> {
-    let options = cuda::Options {
+fn options(target: &Target<'_>) -> cuda::Options {
+    cuda::Options {
         dtype: match target.dtype {
             None | Some(DtypeArg::Float16) => cuda::Dtype::Float16,
             Some(DtypeArg::Bfloat16) => cuda::Dtype::Bfloat16,
@@ -89,14 +85,17 @@ fn on_cuda<J: Job>(target: &Target<'_>, index: usize, job: J) -> Result<J::Outpu
         },
         compile: target.compile,
         ..cuda::Options::default()
-    };
-    let backend = Cuda::new(index, options)?;
+    }
+}
+
+/// What will be taken is told, and checked, before anything is.
+fn on_cuda<J: Job>(backend: &Cuda, job: J) -> Result<J::Output> {
     if let Some((weights, max_seq_len)) = job.needs() {
         let memory = backend.memory_table(weights, max_seq_len)?;
         tracing::info!("{memory}");
         memory.check()?;
     }
-    job.run(&backend)
+    job.run(backend)
 }
 
 /// `kind[:index]`

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::DecodeBackend;
@@ -22,6 +22,7 @@ use crate::cli::GenerateArgs;
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
+    let started = Instant::now();
     let sampling = sampling(args)?;
     let opened = open(args)?;
     opened.expect(args.backend.map(Into::into), args.bitwidth, args.model_name.as_deref())?;
@@ -41,7 +42,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         "the prompt has {} tokens, the context has room for {limit}, shorten the prompt",
         prompt.len()
     );
-    let job = Generation { args, opened: &opened, tokenizer: tokenizer.as_ref(), prompt: &prompt, limit, sampling };
+    let tokenizer = tokenizer.as_ref();
+    let job = Generation { args, opened: &opened, tokenizer, prompt: &prompt, limit, sampling, started };
     on_device(&Target { compile: args.compile, ..args.run.target() }, job)
 }
 
@@ -102,6 +104,7 @@ struct Generation<'a> {
     prompt: &'a [u32],
     limit: usize,
     sampling: Sampling,
+    started: Instant,
 }
 
 impl Job for Generation<'_> {
@@ -113,10 +116,14 @@ impl Job for Generation<'_> {
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
         let args = self.args;
+        let opened = Instant::now();
         let mut model = super::load(backend, self.opened.weights())?;
         let compensation = super::compensation(&model, &args.checkpoint_path, &args.run)?;
         model.compensate(compensation.as_ref())?;
         let mut state = model.state(self.max_seq_len())?;
+        let loaded = Instant::now();
+        model.prepare(&mut state, self.prompt.len(), args.compensate_prompt)?;
+        let ready = Instant::now();
         let seed = args.seed.unwrap_or_else(fresh_seed);
         if args.seed.is_none() && self.sampling.temperature > 0.0 {
             tracing::info!("--seed {seed}");
@@ -125,6 +132,15 @@ impl Job for Generation<'_> {
         let mut all = Vec::with_capacity(samples);
         for i in 0..samples {
             let sample = self.sample(&model, &mut state, i, seed.wrapping_add(i as u64), compensation.as_ref())?;
+            if i == 0 {
+                tracing::info!(
+                    "opened in {:.2} s, loaded in {:.2} s, kernels ready in {:.2} s, first token after {:.2} s",
+                    (opened - self.started).as_secs_f64(),
+                    (loaded - opened).as_secs_f64(),
+                    (ready - loaded).as_secs_f64(),
+                    sample.prompt_time.as_secs_f64()
+                );
+            }
             all.push(sample);
         }
         if !all.is_empty() {

@@ -112,20 +112,26 @@ fn tuned<B: DecodeBackend>(model: &Model<'_, B>, path: &Path, args: &RunArgs) ->
         None if beside.is_file() => &beside,
         None => return Ok(None),
     };
-    let tuned = Tuned::read(file)?;
     let shapes = Projection::ALL.map(|p| model.config().shape(p));
     let bits = model.bit_widths()[0];
-    match tuned.check(model.backend().device(), shapes, bits) {
-        Ok(()) => {
-            let (n_tb, k_chunks) = (tuned.n_tb, tuned.k_chunks);
-            tracing::info!("compensating with n_tb {n_tb}, k_chunk {k_chunks:?}, as {} says", file.display());
-            Ok(Some(tuned))
+    let mut refused = None;
+    for tuned in Tuned::read(file)? {
+        match tuned.check(model.backend().device(), shapes, bits) {
+            Ok(()) => {
+                let (n_tb, k_chunks) = (tuned.n_tb, tuned.k_chunks);
+                tracing::info!("compensating with n_tb {n_tb}, k_chunk {k_chunks:?}, as {} says", file.display());
+                return Ok(Some(tuned));
+            }
+            Err(error) => refused = refused.or(Some(error)),
         }
-        Err(error) if args.tuned.is_none() => {
+    }
+    match refused {
+        Some(error) if args.tuned.is_some() => Err(error.context(file.display().to_string())),
+        Some(error) => {
             tracing::info!("{} is left aside: {error:#}", file.display());
             Ok(None)
         }
-        Err(error) => Err(error.context(file.display().to_string())),
+        None => Ok(None),
     }
 }
 

@@ -6,10 +6,11 @@ use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::DecodeBackend;
 use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::config::ModelConfig;
-use decdec::nsys::{Algo, Identity, Precision};
+use decdec::nsys::{self, Algo, Identity, Precision};
 use decdec::open::Opened;
-use decdec::profile::{self, ByClock, Options, Outcome};
+use decdec::profile::{self, Clock, Options, Outcome};
 use decdec::random::RandomWeights;
+use decdec::tune::{self, Tuned};
 use decdec::weights::ModelWeights;
 
 use super::devices::{Job, Target, on_device};
@@ -19,6 +20,7 @@ use crate::cli::{DtypeArg, ProfileArgs, ProfileName};
 #[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
     let named = Named::resolve(&args.name)?;
+    let tuned = args.tuned.as_deref().map(|file| one_tuned(file, &named.identity)).transpose()?;
     let options = Options {
         identity: named.identity,
         weights: args.name.checkpoint_path.clone(),
@@ -26,27 +28,74 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         tokens: args.tokens,
         overwrite: args.overwrite,
         halve_layers: args.halve_layers,
-        min_n_tb: args.min_n_tb,
-        max_n_tb: args.max_n_tb,
+        min_n_tb: tuned.as_ref().map(|tuned| tuned.n_tb).or(args.min_n_tb),
+        max_n_tb: tuned.as_ref().map(|tuned| tuned.n_tb).or(args.max_n_tb),
         max_k_chunk: args.max_k_chunk,
+        k_chunks: tuned.as_ref().map(measured_k_chunks),
         selection: args.selection.into(),
     };
     if let Some(nsys) = &args.nsys_path {
         let (trace, sqlite) = profile::under_nsight(nsys, &options, own_command_line)?;
         println!("wrote {}\nwrote {}", trace.display(), sqlite.display());
-        return Ok(());
+    } else {
+        let sweep = Sweep { weights: named.weights.get(), options: &options, clock: args.clock, tuned: tuned.as_ref() };
+        print!("{}", on_device(&target(&args.device, args.name.fp_dtype), sweep)?);
     }
-    let dtype = match args.name.fp_dtype {
+    if let Some(tuned) = &tuned {
+        println!("{}", now(tuned, &options)?);
+    }
+    Ok(())
+}
+
+/// The device of `--device` with the type of `--fp-dtype`; backends that compute in one type only are not asked
+/// for another.
+pub(crate) fn target(device: &str, precision: Precision) -> Target<'_> {
+    let dtype = match precision {
         Precision::Fp16 => DtypeArg::Float16,
         Precision::Bf16 => DtypeArg::Bfloat16,
         Precision::Fp32 => DtypeArg::Float32,
     };
-    // Backends that compute in one type only are not asked for another.
-    let dtype = args.device.starts_with("cuda").then_some(dtype);
-    let target = Target { device: &args.device, dtype, ..Target::default() };
-    let outcome = on_device(&target, Sweep { weights: named.weights.get(), options: &options })?;
-    print!("{outcome}");
-    Ok(())
+    let asked = device.starts_with("cuda") || device == "auto" && precision != Precision::Fp16;
+    Target { device, dtype: asked.then_some(dtype), ..Target::default() }
+}
+
+/// The result in `file` for this model's algorithm and width.
+fn one_tuned(file: &Path, identity: &Identity) -> Result<Tuned> {
+    let all = Tuned::read(file)?;
+    let fits = |tuned: &&Tuned| tuned.algo == identity.algo.name() && tuned.bits == identity.bits;
+    let Some(tuned) = all.iter().find(fits) else {
+        let (algo, bits) = (identity.algo.name(), identity.bits);
+        bail!("{} is for {} {}-bit, not for {algo} {bits}-bit", file.display(), all[0].algo, all[0].bits);
+    };
+    ensure!(tuned.k_chunks != [0; 4], "{} compensates nothing: there is nothing to measure", file.display());
+    Ok(tuned.clone())
+}
+
+/// Each `k_chunk` of a tuned result once, ascending, without 0.
+fn measured_k_chunks(tuned: &Tuned) -> Vec<usize> {
+    let mut k_chunks = tuned.k_chunks.to_vec();
+    k_chunks.retain(|&k_chunk| k_chunk > 0);
+    k_chunks.sort_unstable();
+    k_chunks.dedup();
+    k_chunks
+}
+
+/// What a tuned result costs by the profile of `options`.
+fn now(tuned: &Tuned, options: &Options) -> Result<String> {
+    let identity = &options.identity;
+    let profile = nsys::read(&identity.trace(&options.dir), &identity.sqlite(&options.dir), identity)?;
+    let timings = tune::Table::new(&profile)?.timings(tuned.shapes);
+    let (n_tb, k_chunks) = (tuned.n_tb, tuned.k_chunks);
+    let missing = || format!("the profile that is there lacks n_tb {n_tb}, k_chunk {k_chunks:?}: use --overwrite");
+    let (base, layer) = (timings.base_us(), timings.layer_us(n_tb, k_chunks).with_context(missing)?);
+    Ok(format!(
+        "tuned            : n_tb {n_tb}, k_chunk {k_chunks:?}: layer {layer:.2} us, base {base:.2} us, slowdown {:.2} % \
+         (when tuned {:.2} us, {:.2} us, {:.2} %)",
+        (layer / base - 1.0) * 100.0,
+        tuned.layer_us,
+        tuned.base_layer_us,
+        tuned.slowdown
+    ))
 }
 
 /// This very command line, without `--nsys-path`, writing to `staging`.
@@ -56,27 +105,33 @@ fn own_command_line(staging: &Path) -> Vec<std::ffi::OsString> {
     let mut skip = false;
     for argument in std::env::args_os().skip(1) {
         let text = argument.to_string_lossy().replace('_', "-");
-        let mine = ["--nsys-path", "--nsys-dir"].iter().find(|flag| text.starts_with(**flag));
+        let mine = ["--nsys-path", "--nsys-dir", "--clock"].iter().find(|flag| text.starts_with(**flag));
         match mine {
             _ if std::mem::take(&mut skip) => {}
             Some(flag) => skip = text == **flag,
             None => line.push(argument),
         }
     }
-    line.extend(["--nsys-dir".into(), staging.into()]);
+    line.extend(["--clock".into(), "once".into(), "--nsys-dir".into(), staging.into()]);
     line
 }
 
 struct Sweep<'a> {
     weights: &'a dyn ModelWeights,
     options: &'a Options,
+    clock: Clock,
+    tuned: Option<&'a Tuned>,
 }
 
 impl Job for Sweep<'_> {
     type Output = Outcome;
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Outcome> {
-        profile::run(backend, &mut ByClock::default(), self.weights, self.options)
+        if let Some(tuned) = self.tuned {
+            let shapes = profile::shapes(self.weights.config());
+            tuned.check(backend.device(), shapes, self.options.identity.bits)?;
+        }
+        profile::run(backend, &mut backend.recorder(self.clock)?, self.weights, self.options)
     }
 }
 

@@ -1,10 +1,15 @@
 //! `decdec tune`
 
-use anyhow::{Result, bail};
-use decdec::config::{ModelConfig, Projection};
-use decdec::tune::{self, Directories, Options};
+use std::path::Path;
 
-use super::profile::Named;
+use anyhow::{Result, bail, ensure};
+use decdec::backend::DecodeBackend;
+use decdec::config::{ModelConfig, Projection};
+use decdec::tune::{self, Directories, Options, Outcome, Verification};
+use decdec::weights::ModelWeights;
+
+use super::devices::{Job, on_device};
+use super::profile::{Named, target};
 use crate::cli::TuneArgs;
 
 /// Runs the command.
@@ -30,18 +35,60 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
             shapes[projection.index()].get_or_insert(preset.shape(projection));
         }
     }
-    let outcome = tune::run(&Options {
+    ensure!(
+        !args.save || args.target_slowdown.len() == 1,
+        "--save keeps one result, but {} targets are given: give one --target-slowdown",
+        args.target_slowdown.len()
+    );
+    let mut outcome = tune::run(&Options {
         identity,
         dir: name.nsys_dir.clone(),
         shapes,
         targets: args.target_slowdown.clone(),
         exhaustive: args.exhaustive,
     })?;
+    if args.verify {
+        let named = Named::resolve(name)?;
+        let context = named.weights.get().config().max_position_embeddings;
+        let tokens = args.verify_tokens.min(context.saturating_sub(Verification::OVERHEAD));
+        let how = Verification { tokens, rounds: ROUNDS, selection: args.selection.into() };
+        let target = target(&args.device, name.fp_dtype);
+        on_device(&target, Verify { weights: named.weights.get(), outcome: &mut outcome, how })?;
+    }
     let to = Directories { csv: args.csv_dir.clone(), plots: args.plots_dir.clone(), tuned: args.tuned_dir.clone() };
     let written = outcome.write(&to)?;
     print!("{outcome}");
     for path in written {
         tracing::info!("wrote {}", path.display());
     }
+    if args.save {
+        let checkpoint = Path::new(&name.checkpoint_path);
+        ensure!(checkpoint.is_dir(), "--save needs the --checkpoint-path of a directory, not {}", checkpoint.display());
+        for tuning in &outcome.tunings {
+            tracing::info!("wrote {}", outcome.tuned(tuning).save(checkpoint)?.display());
+        }
+    }
     Ok(())
+}
+
+/// Texts that a choice is measured with.
+const ROUNDS: usize = 3;
+
+struct Verify<'a> {
+    weights: &'a dyn ModelWeights,
+    outcome: &'a mut Outcome,
+    how: Verification,
+}
+
+impl Job for Verify<'_> {
+    type Output = ();
+
+    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
+        Some((self.weights, self.how.max_seq_len()))
+    }
+
+    fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
+        let mut model = super::load(backend, self.weights)?;
+        tune::verify(self.outcome, &mut model, &self.how)
+    }
 }

@@ -5,9 +5,10 @@
 
 use std::borrow::Cow;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
+use rayon::prelude::*;
 
-use super::Floats;
+use super::{Floats, bits};
 
 /// Channels of a full tile.
 const TILE: usize = 1024;
@@ -73,40 +74,55 @@ impl<'a> AnyPrec<'a> {
             codes.len(),
             in_features * out_features
         );
+        if let Some(i) = bits::too_large(codes, bits) {
+            bail!("anyprec: code {} in row {}, below {} is allowed", codes[i], i / in_features, 1 << bits);
+        }
         let words = in_features / 32;
-        let positions: Vec<_> = (0..in_features).map(|k| position(k, in_features)).collect();
         let mut planes = vec![0u32; bits * out_features * words];
-        for (row, codes) in codes.chunks_exact(in_features).enumerate() {
-            for (&code, &(word, bit)) in codes.iter().zip(&positions) {
-                ensure!(
-                    u32::from(code) >> bits == 0,
-                    "anyprec: code {code} in row {row}, below {} is allowed",
-                    1 << bits
-                );
-                for plane in 0..bits {
-                    let value = u32::from(code) >> (bits - 1 - plane) & 1;
-                    planes[(plane * out_features + row) * words + word] |= value << bit;
+        planes.par_chunks_exact_mut(words).enumerate().for_each(|(i, plane)| {
+            let (row, shift) = (i % out_features, bits - 1 - i / out_features);
+            let codes = &codes[row * in_features..][..in_features];
+            for (codes, plane) in codes.chunks(TILE).zip(plane.chunks_mut(TILE / 32)) {
+                for (piece, codes) in codes.chunks_exact(8).enumerate() {
+                    let byte = bits::gather_high_first(bits::eight(codes), shift);
+                    let words = plane.len();
+                    plane[piece % words] |= u32::from(byte) << (8 * (3 - piece / words));
                 }
             }
-        }
+        });
         Self::new(in_features, out_features, bits, Cow::Owned(planes), lut)
     }
 
     /// The codes of one row, written over `out` (`in_features` long).
     pub fn codes(&self, row: usize, out: &mut [u8]) {
+        out.fill(0);
+        self.pieces(row, |piece, byte| {
+            let out = &mut out[8 * piece..8 * piece + 8];
+            let codes = bits::eight(out) << 1 | bits::bytes_high_first(byte);
+            out.copy_from_slice(&codes.to_le_bytes());
+        });
+    }
+
+    /// The codes of one row of at most 4 bits, eight to a word, the first channel lowest, written over `out`
+    /// (`in_features / 8` long).
+    pub fn nibbles(&self, row: usize, out: &mut [u32]) {
+        out.fill(0);
+        self.pieces(row, |piece, byte| out[piece] = out[piece] << 1 | bits::nibbles_high_first(byte));
+    }
+
+    /// Every eight channels' bits of every plane, planes from the most significant down, first channel on top.
+    #[inline(always)]
+    fn pieces(&self, row: usize, mut each: impl FnMut(usize, u8)) {
         let words = self.in_features / 32;
         let plane_len = self.out_features * words;
-        out.fill(0);
         for plane in 0..self.bits {
-            let bits = &self.planes[plane * plane_len + row * words..][..words];
-            for (tile, out) in out.chunks_mut(TILE).enumerate() {
-                let words = out.len() / 32;
-                let bits = &bits[tile * 32..tile * 32 + words];
-                for (piece, out) in out.chunks_exact_mut(8).enumerate() {
-                    // Piece `piece` of eight channels is byte 3 - piece / words of its word, first channel on top.
-                    let byte = (bits[piece % words] >> (8 * (3 - piece / words))) as u8;
-                    for (i, code) in out.iter_mut().enumerate() {
-                        *code = *code << 1 | (byte >> (7 - i) & 1);
+            let plane = &self.planes[plane * plane_len + row * words..][..words];
+            for (tile, words) in plane.chunks(TILE / 32).enumerate() {
+                // Piece `piece` of eight channels is byte 3 - piece / words of its word.
+                for quarter in 0..4 {
+                    let first = tile * (TILE / 8) + quarter * words.len();
+                    for (i, word) in words.iter().enumerate() {
+                        each(first + i, (word >> (8 * (3 - quarter))) as u8);
                     }
                 }
             }

@@ -5,9 +5,10 @@
 
 use std::borrow::Cow;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
+use rayon::prelude::*;
 
-use super::Floats;
+use super::{Floats, bits};
 
 /// A binary-coded matrix.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,44 +92,63 @@ impl<'a> LutGemm<'a> {
         ] {
             ensure!(got == want, "lutgemm: {got} {what}, {want} expected");
         }
+        if let Some(i) = bits::too_large(codes, bits) {
+            bail!("lutgemm: code {} in row {}, below {} is allowed", codes[i], i / in_features, 1 << bits);
+        }
         let mut alpha = vec![0.0; groups * bits * out_features];
         let mut q_bias = vec![0.0; groups * out_features];
-        for row in 0..out_features {
-            for g in 0..groups {
+        let parts = alpha.par_chunks_exact_mut(bits * out_features).zip(q_bias.par_chunks_exact_mut(out_features));
+        parts.enumerate().for_each(|(g, (alpha, q_bias))| {
+            for (row, q_bias) in q_bias.iter_mut().enumerate() {
                 let (scale, zero) = (scale[row * groups + g], zero[row * groups + g]);
                 let mut sum = 0.0;
                 for b in 0..bits {
                     let value = scale * (1u32 << b) as f32 / 2.0;
-                    alpha[(g * bits + b) * out_features + row] = value;
+                    alpha[b * out_features + row] = value;
                     sum += value;
                 }
-                q_bias[g * out_features + row] = sum - scale * zero;
+                *q_bias = sum - scale * zero;
             }
-        }
+        });
         let mut binary = vec![0u32; in_features / 32 * bits * out_features];
-        for (row, codes) in codes.chunks_exact(in_features).enumerate() {
-            for (k, &code) in codes.iter().enumerate() {
-                ensure!(
-                    u32::from(code) >> bits == 0,
-                    "lutgemm: code {code} in row {row}, below {} is allowed",
-                    1 << bits
-                );
-                for b in 0..bits {
-                    binary[(k / 32 * bits + b) * out_features + row] |= (u32::from(code) >> b & 1) << (k % 32);
+        binary.par_chunks_exact_mut(bits * out_features).enumerate().for_each(|(word, planes)| {
+            for row in 0..out_features {
+                for (byte, codes) in codes[row * in_features + 32 * word..][..32].chunks_exact(8).enumerate() {
+                    let codes = bits::eight(codes);
+                    for b in 0..bits {
+                        planes[b * out_features + row] |= u32::from(bits::gather_low_first(codes, b)) << (8 * byte);
+                    }
                 }
             }
-        }
+        });
         LutGemm::new(in_features, out_features, bits, group_size, Cow::Owned(binary), alpha.into(), q_bias.into())
     }
 
     /// The codes of one row, written over `out` (`in_features` long).
     pub fn codes(&self, row: usize, out: &mut [u8]) {
         for (w, out) in out.chunks_exact_mut(32).enumerate() {
+            let words = |b: usize| self.binary[(w * self.bits + b) * self.out_features + row].to_le_bytes();
+            let mut codes = [0u64; 4];
+            for b in 0..self.bits {
+                for (codes, byte) in codes.iter_mut().zip(words(b)) {
+                    *codes |= bits::bytes_low_first(byte) << b;
+                }
+            }
+            for (out, codes) in out.chunks_exact_mut(8).zip(codes) {
+                out.copy_from_slice(&codes.to_le_bytes());
+            }
+        }
+    }
+
+    /// The codes of one row of at most 4 bits, eight to a word, the first channel lowest, written over `out`
+    /// (`in_features / 8` long).
+    pub fn nibbles(&self, row: usize, out: &mut [u32]) {
+        for (w, out) in out.chunks_exact_mut(4).enumerate() {
             out.fill(0);
             for b in 0..self.bits {
                 let word = self.binary[(w * self.bits + b) * self.out_features + row];
-                for (i, code) in out.iter_mut().enumerate() {
-                    *code |= ((word >> i & 1) as u8) << b;
+                for (out, byte) in out.iter_mut().zip(word.to_le_bytes()) {
+                    *out |= bits::nibbles_low_first(byte) << b;
                 }
             }
         }

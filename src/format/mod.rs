@@ -4,6 +4,7 @@
 //! never again, and knows nothing of files or devices.
 
 pub mod anyprec;
+mod bits;
 pub mod lutgemm;
 pub mod residual;
 pub mod threshold;

@@ -20,6 +20,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::config::Projection;
 
+pub use crate::backend::record::KernelRecord;
 pub use adopt::adopt;
 pub use reader::{Profile, read};
 pub use writer::Writer;
@@ -147,37 +148,6 @@ impl Identity {
     pub fn sqlite(&self, dir: &Path) -> PathBuf {
         dir.join(self.stem() + ".sqlite")
     }
-}
-
-/// One kernel that ran, or a stretch of time that stands for one.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct KernelRecord {
-    /// The kernel's own name, whatever the trace calls it.
-    pub name: String,
-    /// Nanoseconds on the clock of the recorder.
-    pub start_ns: u64,
-    /// Nanoseconds on the same clock; above `start_ns`.
-    pub end_ns: u64,
-    /// Thread blocks. Of a compensation kernel the first is its `n_tb`.
-    pub grid: [u32; 3],
-    /// Threads of a block.
-    pub block: [u32; 3],
-    /// Registers of a thread, 0 if unknown.
-    pub registers: u32,
-    /// Bytes of shared memory that the kernel declares.
-    pub static_shared: u32,
-    /// Bytes of shared memory that its launch adds.
-    pub dynamic_shared: u32,
-    /// Device, as the driver counts.
-    pub device_id: u32,
-    /// Context, as CUPTI counts.
-    pub context_id: u32,
-    /// Stream, as CUPTI counts.
-    pub stream_id: u32,
-    /// What CUPTI joins launches and kernels by.
-    pub correlation_id: u64,
-    /// The node of a captured graph, 0 outside of one.
-    pub graph_node_id: u64,
 }
 
 /// How and on what a profile was taken; kept in `META_DATA_CAPTURE`.

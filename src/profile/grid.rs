@@ -2,20 +2,12 @@
 
 use anyhow::{Result, ensure};
 
+use crate::backend::record::Bandwidths;
 use crate::config::{ModelConfig, Projection};
 use crate::dec::{CHUNK, DecPlan, Selection};
 
 /// Most values of `k_chunk` that a sweep visits when its range follows from the knee.
 const MAX_STEPS: usize = 64;
-
-/// Bytes per second, both measured.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Bandwidths {
-    /// Of device memory, read.
-    pub device_memory: f64,
-    /// Of the host link, as compensation reads residuals over it.
-    pub host_link: f64,
-}
 
 impl Bandwidths {
     /// `R_bw`, how many times faster device memory is than the host link.

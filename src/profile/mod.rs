@@ -1,15 +1,16 @@
 //! The sweep (spec §4.1): every useful `n_tb` and `k_chunk` of every projection, timed kernel by kernel.
 //!
 //! - [`grid`]: which configurations are worth a measurement;
-//! - [`Recorder`]: what a backend's clock delivers;
+//! - [`Recorder`]: what a backend's clock delivers; its times are what a launch adds to a token;
+//! - [`under_nsight`]: the same sweep, timed by a real Nsight Systems.
 //!
 //! Layers take turns, so that no cache serves the weights, and so do inputs, so that none serves the
 //! residuals. The base product is timed anew beside every `n_tb`, so that a clock that drifts moves both.
 
 pub mod grid;
 
+mod bandwidth;
 mod nsight;
-mod record;
 mod sweep;
 
 use std::fmt;
@@ -24,9 +25,9 @@ use crate::dec::Selection;
 use crate::nsys::{Capture, Identity, Writer};
 use crate::weights::ModelWeights;
 
-pub use grid::Bandwidths;
+pub use crate::backend::record::{Bandwidths, ByClock, Clock, Launch, Recorder};
+pub use bandwidth::{Products, by_products};
 pub use nsight::under_nsight;
-pub use record::{ByClock, Launch, Products, Recorder, by_products};
 
 use sweep::Sweep;
 
@@ -51,6 +52,8 @@ pub struct Options {
     pub max_n_tb: Option<usize>,
     /// Largest `k_chunk`; twice the knee.
     pub max_k_chunk: Option<usize>,
+    /// Just these `k_chunk`, ascending, above 0, in place of a range.
+    pub k_chunks: Option<Vec<usize>>,
     /// How channels are selected.
     pub selection: Selection,
 }
@@ -171,7 +174,10 @@ fn may_resume<B: GemvBackend>(
     options: &Options,
 ) -> bool {
     let now = sweep.describe(useful);
-    let same_k = options.max_k_chunk.is_none_or(|max| before.k_chunks.last() == Some(&max));
+    let same_k = match &options.k_chunks {
+        Some(k_chunks) => before.k_chunks == *k_chunks,
+        None => options.max_k_chunk.is_none_or(|max| before.k_chunks == (1..=max).collect::<Vec<_>>()),
+    };
     // Bandwidths, and the range that follows from them, stay as the first run measured them.
     let (device_memory, host_link, k_chunks) = (before.device_memory, before.host_link, before.k_chunks.clone());
     let same = same_k && *before == Capture { device_memory, host_link, k_chunks, ..now };

@@ -3,10 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::grid::{self, Bandwidths};
-use super::record::{Launch, Products, Recorder, by_products};
-use super::{Options, shapes};
+use super::bandwidth::{Products, by_products};
+use super::{Options, grid, shapes};
 use crate::backend::GemvBackend;
+use crate::backend::record::{Bandwidths, Launch, Recorder};
 use crate::config::Projection;
 use crate::dec::DecPlan;
 use crate::nsys::trace::{Kernel, Line, Role};
@@ -113,7 +113,10 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         };
         let Bandwidths { device_memory, host_link } = bandwidths;
         let knee = bandwidths.knee(self.options.identity.bits);
-        let k_chunks = grid::k_chunks(knee, self.options.max_k_chunk)?;
+        let k_chunks = match &self.options.k_chunks {
+            Some(k_chunks) => k_chunks.clone(),
+            None => grid::k_chunks(knee, self.options.max_k_chunk)?,
+        };
         tracing::info!(
             "device memory {:.1} GB/s, host link {:.1} GB/s, R_bw {:.1}: estimated knee at k_chunk {knee:.1}",
             device_memory / 1e9,
@@ -125,7 +128,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
 
     fn measure_bandwidths(&mut self, n_tb: usize) -> Result<Bandwidths> {
         let module = Projection::GateUp.index();
-        let plans = self.plans(n_tb, HEAVY_K_CHUNK)?;
+        let plans = self.plans([n_tb; 4], HEAVY_K_CHUNK)?;
         let layers = self.layers.len();
         let selected = DecPlan::new(
             self.shapes[module].0,
@@ -171,10 +174,11 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         bar.set_position(done.saturating_sub(1) as u64);
         bar.reset_eta();
         for &n_tb in &n_tbs {
-            let modules: Vec<_> = Projection::ALL.into_iter().filter(|p| useful[p.index()].contains(&n_tb)).collect();
+            // Where this n_tb divides the rows as a smaller one does, that one runs along: a token has all four.
+            let own = useful.each_ref().map(|useful| *useful.iter().rfind(|&&own| own <= n_tb).unwrap_or(&n_tb));
             for k_chunk in std::iter::once(0).chain(k_chunks.iter().copied()) {
                 if configuration >= done {
-                    let kernels = self.measure(&modules, n_tb, k_chunk, writer.pairs())?;
+                    let kernels = self.measure(own, k_chunk, writer.pairs())?;
                     writer.append(&kernels).with_context(|| format!("n_tb {n_tb}, k_chunk {k_chunk}"))?;
                     bar.inc(1);
                 }
@@ -190,7 +194,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         let mut kernels = Vec::new();
         for role in [Role::Compile, Role::Warmup] {
             let steps = Projection::ALL.map(|projection| Step { token: 0, layer: 0, projection });
-            for launches in [self.launch(&steps, None)?, self.launch(&steps, Some((n_tb, 1)))?] {
+            for launches in [self.launch(&steps, None)?, self.launch(&steps, Some(([n_tb; 4], 1)))?] {
                 for (step, launch) in steps.iter().zip(launches) {
                     if let Some(dec) = launch.dec {
                         kernels.push((Line { role, kernel: Kernel::Dec(1) }, dec));
@@ -203,20 +207,14 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
     }
 
     /// One configuration: all tokens through all layers. With `k_chunk` 0, base products alone.
-    fn measure(
-        &mut self,
-        modules: &[Projection],
-        n_tb: usize,
-        k_chunk: usize,
-        first_pair: usize,
-    ) -> Result<Vec<(Line, KernelRecord)>> {
+    fn measure(&mut self, n_tbs: [usize; 4], k_chunk: usize, first_pair: usize) -> Result<Vec<(Line, KernelRecord)>> {
         let mut steps = Vec::new();
         for token in 0..self.options.tokens {
             for layer in 0..self.layers.len() {
-                steps.extend(modules.iter().map(|&projection| Step { token, layer, projection }));
+                steps.extend(Projection::ALL.map(|projection| Step { token, layer, projection }));
             }
         }
-        let launches = self.launch(&steps, (k_chunk > 0).then_some((n_tb, k_chunk)))?;
+        let launches = self.launch(&steps, (k_chunk > 0).then_some((n_tbs, k_chunk)))?;
         let mut kernels = Vec::with_capacity(2 * steps.len());
         for (i, (step, launch)) in steps.iter().zip(launches).enumerate() {
             let role = if k_chunk == 0 { Role::Standalone } else { Role::Concurrent(first_pair + i) };
@@ -228,9 +226,10 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         Ok(kernels)
     }
 
-    /// Launches `steps`, compensated with `(n_tb, k_chunk)` if given. Of a pair both kernels come back.
-    fn launch(&mut self, steps: &[Step], compensation: Option<(usize, usize)>) -> Result<Vec<Launch>> {
-        let plans = compensation.map(|(n_tb, k_chunk)| self.plans(n_tb, k_chunk)).transpose()?;
+    /// Launches `steps`, compensated with each module's `n_tb` and `k_chunk` if given. Of a pair both kernels come
+    /// back.
+    fn launch(&mut self, steps: &[Step], compensation: Option<([usize; 4], usize)>) -> Result<Vec<Launch>> {
+        let plans = compensation.map(|(n_tbs, k_chunk)| self.plans(n_tbs, k_chunk)).transpose()?;
         let (backend, layers, inputs, outputs) = (self.backend, &self.layers, &self.inputs, &mut self.outputs);
         let mut launch = |i: usize| -> Result<()> {
             let Step { token, layer, projection } = steps[i];
@@ -241,7 +240,8 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
                 Some(plans) => backend.dec_gemv(matrix, &plans[layer][module], x, &mut outputs[module]),
             }
         };
-        let mut launches = self.recorder.record(backend, steps.len(), &mut launch)?;
+        let kinds: Vec<_> = steps.iter().map(|step| step.projection.index()).collect();
+        let mut launches = self.recorder.record(backend, &kinds, &mut launch)?;
         ensure!(
             launches.len() == steps.len(),
             "{} recorded {} launches of {}: take the profile again",
@@ -249,13 +249,13 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
             launches.len(),
             steps.len()
         );
-        for launch in &mut launches {
+        for (launch, &kind) in launches.iter_mut().zip(&kinds) {
             match compensation {
                 None => launch.dec = None,
-                Some((n_tb, _)) => {
+                Some((n_tbs, _)) => {
                     let dec =
                         launch.dec.get_or_insert_with(|| KernelRecord { name: String::new(), ..launch.gemv.clone() });
-                    dec.grid = [n_tb as u32, 1, 1];
+                    dec.grid = [n_tbs[kind] as u32, 1, 1];
                 }
             }
         }
@@ -263,11 +263,11 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
     }
 
     /// Plans for every layer and projection.
-    fn plans(&self, n_tb: usize, k_chunk: usize) -> Result<Vec<[B::Plan; 4]>> {
+    fn plans(&self, n_tbs: [usize; 4], k_chunk: usize) -> Result<Vec<[B::Plan; 4]>> {
         let plan = |layer: &Layer<B>, module: usize| {
             let (inputs, outputs) = self.shapes[module];
             let thresholds = &layer.thresholds[module];
-            let plan = DecPlan::new(inputs, outputs, thresholds, k_chunk, n_tb, self.options.selection)?;
+            let plan = DecPlan::new(inputs, outputs, thresholds, k_chunk, n_tbs[module], self.options.selection)?;
             self.backend.plan(&layer.matrices[module], &plan)
         };
         let of_layer = |layer| Ok([plan(layer, 0)?, plan(layer, 1)?, plan(layer, 2)?, plan(layer, 3)?]);

@@ -3,6 +3,7 @@
 //! - [`search`]: the two phases and the true optimum, pure;
 //! - [`Table`]: medians of a profile's kernel times;
 //! - [`Outcome`]: its `Display` is the report, [`Outcome::write`] leaves CSV, plots and the tuned files;
+//! - [`verify`]: real tokens at the chosen values, and another search where they are too slow;
 //! - [`Tuned`]: the file that `generate --tuned` takes.
 
 pub mod search;
@@ -11,6 +12,7 @@ mod plot;
 mod report;
 mod table;
 mod tuned;
+mod verify;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,6 +26,7 @@ use search::{Choice, Found, Timings};
 
 pub use table::{Sample, Table};
 pub use tuned::{Device, Tuned};
+pub use verify::{Verification, Verified, hold, verify};
 
 /// What to tune.
 #[derive(Debug, Clone)]
@@ -60,6 +63,8 @@ pub struct Tuning {
     pub found: Found,
     /// The true optimum, if asked for.
     pub exhaustive: Option<Choice>,
+    /// What real tokens took, if they were measured.
+    pub verified: Option<Verified>,
 }
 
 /// The result for all targets.
@@ -106,7 +111,7 @@ pub fn run(options: &Options) -> Result<Outcome> {
         .map(|&target| {
             let budget = base * (1.0 + target / 100.0);
             let exhaustive = options.exhaustive.then(|| timings.exhaustive(budget));
-            Tuning { target, found: timings.search(budget), exhaustive }
+            Tuning { target, found: timings.search(budget), exhaustive, verified: None }
         })
         .collect();
     Ok(Outcome {
@@ -195,6 +200,7 @@ impl Outcome {
             slowdown: (fine.us() / base - 1.0) * 100.0,
             base_layer_us: base,
             layer_us: fine.us(),
+            real_slowdown: tuning.verified.as_ref().map(|verified| verified.slowdown),
             n_tb: fine.n_tb,
             k_chunks: fine.k_chunks(),
         }
@@ -223,7 +229,7 @@ impl Outcome {
         written.push(overview);
         for tuning in &self.tunings {
             let path = to.tuned.join(format!("{stem}_{}.json", report::per_cent(tuning.target)));
-            replace(&path, |path| Ok(fs::write(path, self.tuned(tuning).to_json()?)?))?;
+            replace(&path, |path| Ok(fs::write(path, tuned::json(&self.tuned(tuning))?)?))?;
             written.push(path);
         }
         Ok(written)

@@ -9,12 +9,16 @@ use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
 use super::report::per_cent;
-use super::search::{Curve, Module};
+use super::search::{Chosen, Curve, Module};
 use super::{Outcome, Tuning};
 use crate::config::Projection;
 
 /// Pixels of one panel.
 const PANEL: (u32, u32) = (360, 260);
+
+/// Pixels of a module in the overview, and of the column beside it that says what was chosen.
+const QUARTER: (u32, u32) = (600, 430);
+const NOTES: u32 = 200;
 
 /// Pixels of the strip with the picture's title.
 const TITLE: u32 = 64;
@@ -27,6 +31,9 @@ const FAINT: RGBColor = RGBColor(170, 182, 196);
 /// Targets, told apart by colour.
 const TARGETS: [RGBColor; 4] =
     [RGBColor(200, 60, 40), RGBColor(214, 130, 20), RGBColor(46, 139, 87), RGBColor(130, 70, 160)];
+
+/// Behind panels whose n_tb was taken.
+const TAKEN: RGBColor = RGBColor(255, 250, 235);
 
 type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 
@@ -74,9 +81,18 @@ fn panel(
 ) -> Drawn {
     let base = outcome.timings.0[projection.index()].base_us;
     let x = 0.0..last_k(curve) * 1.04;
+    let here = || chosen(outcome, projection).filter(|(chosen, ..)| chosen.n_tb == n_tb);
+    let targets: Vec<_> = here().map(|(_, tuning, _)| format!("{} %", per_cent(tuning.target))).collect();
+    let (caption, color) = match here().next() {
+        Some((.., color)) => (format!("n_tb = {n_tb}, taken at {}", targets.join(", ")), color),
+        None => (format!("n_tb = {n_tb}"), INK),
+    };
+    if here().next().is_some() {
+        area.fill(&TAKEN)?;
+    }
     let mut chart = ChartBuilder::on(area)
         .margin(6)
-        .caption(format!("n_tb = {n_tb}"), ("sans-serif", 17, FontStyle::Bold).into_font().color(&INK))
+        .caption(caption, ("sans-serif", 17, FontStyle::Bold).into_font().color(&color))
         .x_label_area_size(36)
         .y_label_area_size(50)
         .build_cartesian_2d(x.clone(), y.clone())?;
@@ -91,18 +107,22 @@ fn panel(
     let visible = points.filter(|&(_, ratio)| y.contains(&ratio));
     chart.draw_series(visible.map(|point| Circle::new(point, 2, FAINT.filled())))?;
     chart.draw_series(LineSeries::new(below(curve, base, y.end), LINE.stroke_width(2)))?;
-    for (tuning, color) in outcome.tunings.iter().zip(TARGETS.into_iter().cycle()) {
-        let chosen = tuning.found.fine.modules[projection.index()];
-        if chosen.n_tb == n_tb {
-            chart.draw_series([Circle::new((chosen.k_chunk as f64, chosen.us / base), 6, color.stroke_width(3))])?;
-        }
-    }
+    let rings = here().enumerate().map(|(i, (chosen, _, color))| {
+        Circle::new((chosen.k_chunk as f64, chosen.us / base), 5 + 3 * i as i32, color.stroke_width(2))
+    });
+    chart.draw_series(rings)?;
     Ok(())
+}
+
+/// What was chosen for a module, by target, and the target's colour.
+fn chosen(outcome: &Outcome, projection: Projection) -> impl Iterator<Item = (Chosen, &Tuning, RGBColor)> {
+    let tunings = outcome.tunings.iter().zip(TARGETS.into_iter().cycle());
+    tunings.map(move |(tuning, color)| (tuning.found.fine.modules[projection.index()], tuning, color))
 }
 
 fn draw_overview(outcome: &Outcome, path: &Path) -> Drawn {
     use_bundled_font();
-    let size = (1280, 860 + TITLE);
+    let size = (2 * (QUARTER.0 + NOTES), 2 * QUARTER.1 + TITLE);
     let root = BitMapBackend::new(path, size).into_drawing_area();
     root.fill(&WHITE)?;
     let title = format!("all modules, layer base {:.2} µs", outcome.timings.base_us());
@@ -117,14 +137,16 @@ fn draw_overview(outcome: &Outcome, path: &Path) -> Drawn {
     Ok(())
 }
 
-/// One module of the overview: every `n_tb` faint, the chosen ones strong, what was chosen as rings.
+/// One module of the overview: every `n_tb` faint, the chosen ones strong, what was chosen as rings; in words beside
+/// it.
 fn quarter(outcome: &Outcome, projection: Projection, module: &Module, area: &Area<'_>) -> Drawn {
+    let (area, notes) = area.split_horizontally(QUARTER.0);
     let (inputs, outputs) = module.shape;
     let far = module.curves.values().map(last_k).fold(1.0, f64::max);
     let (bottom, top) = (module.base_us, top(outcome, projection));
     let y = bottom - (top - bottom) * 0.12..top;
     let caption = format!("{projection} ({inputs} x {outputs}), base {:.2} µs", module.base_us);
-    let mut chart = ChartBuilder::on(area)
+    let mut chart = ChartBuilder::on(&area)
         .margin(10)
         .caption(caption, ("sans-serif", 19, FontStyle::Bold).into_font().color(&INK))
         .x_label_area_size(42)
@@ -134,24 +156,26 @@ fn quarter(outcome: &Outcome, projection: Projection, module: &Module, area: &Ar
     for curve in module.curves.values() {
         chart.draw_series(LineSeries::new(below(curve, 1.0, top), FAINT.stroke_width(1)))?;
     }
-    let tunings = || outcome.tunings.iter().zip(TARGETS.into_iter().cycle());
-    for (tuning, color) in tunings() {
-        let chosen = tuning.found.fine.modules[projection.index()];
+    let first_note = 60;
+    for (i, (chosen, tuning, color)) in chosen(outcome, projection).enumerate() {
         if let Some(curve) = module.curves.get(&chosen.n_tb) {
             chart.draw_series(LineSeries::new(below(curve, 1.0, top), color.stroke_width(2)))?;
         }
+        // Larger from target to target, so that none hides another.
         let at = (chosen.k_chunk as f64, chosen.us);
-        chart.draw_series([Circle::new(at, 7, color.stroke_width(3))])?;
-    }
-    // Top left, where only the worst n_tb pass; one line under the other.
-    let line = |i: usize| top - (top - bottom) * (0.02 + 0.075 * i as f64);
-    let paper = [(far * 0.01, line(0)), (far * 0.40, line(outcome.tunings.len()))];
-    chart.draw_series([Rectangle::new(paper, WHITE.mix(0.85).filled())])?;
-    for (i, (tuning, color)) in tunings().enumerate() {
-        let chosen = tuning.found.fine.modules[projection.index()];
-        let text = format!("{} %: k_chunk {}, n_tb {}", per_cent(tuning.target), chosen.k_chunk, chosen.n_tb);
-        let style = ("sans-serif", 16).into_font().color(&color);
-        chart.draw_series([Text::new(text, (far * 0.02, line(i)), style)])?;
+        chart.draw_series([Circle::new(at, 5 + 3 * i as i32, color.stroke_width(2))])?;
+        let slower = (chosen.us / module.base_us - 1.0) * 100.0;
+        let what = match chosen.k_chunk {
+            0 => "not compensated".to_owned(),
+            k_chunk => format!("k_chunk {k_chunk}, n_tb {}", chosen.n_tb),
+        };
+        let lines =
+            [format!("at {} %", per_cent(tuning.target)), what, format!("{:.2} µs (+{slower:.1} %)", chosen.us)];
+        for (line, text) in lines.into_iter().enumerate() {
+            let style = if line == 0 { FontStyle::Bold } else { FontStyle::Normal };
+            let down = first_note + 82 * i as i32 + 20 * line as i32;
+            notes.draw(&Text::new(text, (0, down), ("sans-serif", 15, style).into_font().color(&color)))?;
+        }
     }
     Ok(())
 }
@@ -216,7 +240,7 @@ fn top(outcome: &Outcome, projection: Projection) -> f64 {
     let module = &outcome.timings.0[projection.index()];
     let slowest = module.curves.values().flatten().map(|&(_, us)| us).fold(module.base_us, f64::max);
     let widest = outcome.tunings.iter().map(|t| t.target / 100.0).fold(0.0, f64::max);
-    let most = module.base_us * (1.0 + (4.0 * widest).max(0.5));
+    let most = module.base_us * (1.0 + (2.5 * widest).max(0.3));
     let chosen = outcome.tunings.iter().map(|t| t.found.fine.modules[projection.index()].us).fold(0.0, f64::max);
     let least = module.base_us * (1.0 + widest).max(1.05);
     (slowest.min(most).max(chosen).max(least) - module.base_us) * 1.08 + module.base_us

@@ -7,7 +7,7 @@ use comfy_table::{Table as TextTable, presets};
 
 use super::search::Choice;
 use super::table::{Sample, Table};
-use super::{Outcome, Tuning};
+use super::{Outcome, Tuning, Verified};
 use crate::config::Projection;
 use crate::dec::CHUNK;
 
@@ -59,6 +59,14 @@ impl Outcome {
         line(&mut out, &format!("Best n_tb                : {}", tuning.found.fine.n_tb));
         line(&mut out, &format!("k_chunk per module       : {k_chunks}"));
         line(&mut out, &rule);
+        if let Some(verified) = &tuning.verified {
+            let Verified { slowdown, base_ms, tuned_ms, missed } = verified;
+            line(&mut out, &format!("Real slowdown of a token : {slowdown:.2} % ({base_ms:.3} to {tuned_ms:.3} ms)"));
+            for (k_chunks, slowdown) in missed {
+                let k_chunks = k_chunks.map(|k| k.to_string()).join(", ");
+                line(&mut out, &format!("    k_chunk {k_chunks} took {slowdown:.2} %: searched again with less"));
+            }
+        }
         out
     }
 
@@ -83,6 +91,9 @@ impl Outcome {
         if self.tunings.iter().any(|t| t.exhaustive.is_some()) {
             head.push("exhaustive sum");
         }
+        if self.tunings.iter().any(|t| t.verified.is_some()) {
+            head.push("real slowdown %");
+        }
         table.set_header(head);
         for tuning in &self.tunings {
             let fine = &tuning.found.fine;
@@ -95,6 +106,7 @@ impl Outcome {
                 fine.sum_k().to_string(),
             ];
             row.extend(tuning.exhaustive.as_ref().map(|best| best.sum_k().to_string()));
+            row.extend(tuning.verified.as_ref().map(|verified| format!("{:.2}", verified.slowdown)));
             table.add_row(row);
         }
         table

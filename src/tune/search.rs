@@ -124,6 +124,18 @@ impl Timings {
         self.0.iter().map(|m| m.base_us).sum()
     }
 
+    /// Time of the layer at these values, µs; `None` where one of them was not measured.
+    pub fn layer_us(&self, n_tb: usize, k_chunks: [usize; 4]) -> Option<f64> {
+        let of_module = |(module, k_chunk): (&Module, usize)| {
+            if k_chunk == 0 {
+                return Some(module.base_us);
+            }
+            let (_, curve) = module.at(n_tb)?;
+            curve.iter().find(|&&(k, _)| k == k_chunk).map(|&(_, us)| us)
+        };
+        self.0.iter().zip(k_chunks).map(of_module).sum()
+    }
+
     /// Every `n_tb` that was measured, ascending.
     pub fn n_tbs(&self) -> Vec<usize> {
         let mut all: Vec<_> = self.0.iter().flat_map(|m| m.curves.keys().copied()).collect();

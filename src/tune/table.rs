@@ -41,10 +41,15 @@ struct Runs {
 }
 
 impl Runs {
-    fn add(&mut self, gemv: &KernelRecord, dec: Option<&KernelRecord>) {
+    /// Adds one launch; `before` is when the launch before it ended.
+    ///
+    /// Where launches overlap (one starts while its predecessor drains, and waits), a launch counts from its
+    /// predecessor's end: only so do launches add up to the time of a layer.
+    fn add(&mut self, gemv: &KernelRecord, dec: Option<&KernelRecord>, before: u64) {
         let us = |start: u64, end: u64| (end - start) as f64 / 1e3;
         let start = dec.map_or(gemv.start_ns, |dec| dec.start_ns.min(gemv.start_ns));
         let end = dec.map_or(gemv.end_ns, |dec| dec.end_ns.max(gemv.end_ns));
+        let start = if before < end { start.max(before) } else { start };
         self.decdec.push(us(start, end));
         self.gemv.push(us(gemv.start_ns, gemv.end_ns));
         self.dec.push(dec.map_or(0.0, |dec| us(dec.start_ns, dec.end_ns)));
@@ -72,31 +77,44 @@ impl Table {
     /// A module whose base product is missing.
     pub fn new(profile: &Profile) -> Result<Self> {
         let mut base: [Runs; 4] = Default::default();
-        let mut pairs: BTreeMap<usize, [Option<(Kernel, &KernelRecord)>; 2]> = BTreeMap::new();
+        let mut grouped: BTreeMap<_, Runs> = BTreeMap::new();
+        let mut waiting: BTreeMap<usize, (Kernel, &KernelRecord)> = BTreeMap::new();
+        // When everything launched so far had ended, a pair's own first kernel not counted.
+        let mut before = 0;
         for (line, record) in &profile.kernels {
             match (line.role, line.kernel) {
-                (Role::Standalone, Kernel::Gemv(projection)) => base[projection.index()].add(record, None),
+                (Role::Standalone, Kernel::Gemv(projection)) => base[projection.index()].add(record, None, before),
                 (Role::Concurrent(pair), kernel) => {
-                    let side = usize::from(matches!(kernel, Kernel::Dec(_)));
-                    pairs.entry(pair).or_default()[side] = Some((kernel, record));
+                    let Some(other) = waiting.remove(&pair) else {
+                        waiting.insert(pair, (kernel, record));
+                        continue;
+                    };
+                    let (gemv, dec) = match (other, kernel) {
+                        ((Kernel::Gemv(projection), gemv), Kernel::Dec(k_chunk)) => {
+                            ((projection, gemv), (k_chunk, record))
+                        }
+                        ((Kernel::Dec(k_chunk), dec), Kernel::Gemv(projection)) => {
+                            ((projection, record), (k_chunk, dec))
+                        }
+                        _ => anyhow::bail!("pair {pair} is not a base product and its compensation"),
+                    };
+                    let n_tb = dec.1.grid[0] as usize;
+                    ensure!(n_tb > 0, "the compensation of pair {pair} ran on 0 thread blocks, at least 1 is expected");
+                    grouped.entry((gemv.0.index(), n_tb, dec.0)).or_default().add(gemv.1, Some(dec.1), before);
+                    before = before.max(other.1.end_ns);
                 }
                 _ => {}
             }
+            before = before.max(record.end_ns);
+        }
+        if let Some(pair) = waiting.keys().next() {
+            anyhow::bail!("pair {pair} is not a base product and its compensation");
         }
         for (projection, runs) in Projection::ALL.into_iter().zip(&base) {
             ensure!(
                 !runs.gemv.is_empty(),
                 "the trace has no standalone kernel of {projection}: take the profile again"
             );
-        }
-        let mut grouped: BTreeMap<_, Runs> = BTreeMap::new();
-        for (pair, sides) in pairs {
-            let [Some((Kernel::Gemv(projection), gemv)), Some((Kernel::Dec(k_chunk), dec))] = sides else {
-                anyhow::bail!("pair {pair} is not a base product and its compensation");
-            };
-            let n_tb = dec.grid[0] as usize;
-            ensure!(n_tb > 0, "the compensation of pair {pair} ran on 0 thread blocks, at least 1 is expected");
-            grouped.entry((projection.index(), n_tb, k_chunk)).or_default().add(gemv, Some(dec));
         }
         let pairs = grouped.into_iter().map(|(key, runs)| (key, runs.sample())).collect();
         Ok(Self { base: base.map(Runs::sample), pairs })

@@ -1,7 +1,7 @@
 //! The file that `generate --tuned` takes: what to compensate on one device, for one model and one target.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -47,6 +47,9 @@ pub struct Tuned {
     pub target_slowdown: f64,
     /// Slowdown of the four projections expected, per cent; at most the target.
     pub slowdown: f64,
+    /// Slowdown of whole tokens, per cent, where `tune --verify` measured it; at most the target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub real_slowdown: Option<f64>,
     /// The four projections of a layer without compensation, µs.
     pub base_layer_us: f64,
     /// The same as tuned, µs.
@@ -58,17 +61,34 @@ pub struct Tuned {
 }
 
 impl Tuned {
-    /// Reads a file that [`super::Outcome::write`] wrote.
+    /// Reads a file of one result, as [`super::Outcome::write`] wrote it, or of several, as [`Tuned::save`] did.
     ///
     /// # Errors
-    /// A file that is missing, of another version, or whose values are out of range.
-    pub fn read(path: &Path) -> Result<Self> {
+    /// A file that is missing, empty, of another version, or whose values are out of range.
+    pub fn read(path: &Path) -> Result<Vec<Self>> {
         let text = fs::read_to_string(path)
             .with_context(|| format!("cannot read {}: decdec tune writes such files", path.display()))?;
-        let tuned: Self =
-            serde_json::from_str(&text).with_context(|| format!("{} is no tuned result", path.display()))?;
-        tuned.validate().with_context(|| path.display().to_string())?;
-        Ok(tuned)
+        let one = || serde_json::from_str(&text).map(|tuned| vec![tuned]);
+        let several = text.trim_start().starts_with('[');
+        let all: Vec<Self> = if several { serde_json::from_str(&text) } else { one() }
+            .with_context(|| format!("{} is no tuned result", path.display()))?;
+        ensure!(!all.is_empty(), "{} holds no tuned result", path.display());
+        all.iter().try_for_each(Self::validate).with_context(|| path.display().to_string())?;
+        Ok(all)
+    }
+
+    /// Puts this result among those of `tuned.json` in `checkpoint`, in place of an earlier one for the same device
+    /// and width; returns the file.
+    ///
+    /// # Errors
+    /// A file there that cannot be read, or what the file system says.
+    pub fn save(&self, checkpoint: &Path) -> Result<PathBuf> {
+        let path = checkpoint.join("tuned.json");
+        let mut all = if path.exists() { Self::read(&path)? } else { Vec::new() };
+        all.retain(|other| other.device.name != self.device.name || other.bits != self.bits);
+        all.push(self.clone());
+        super::replace(&path, |path| Ok(fs::write(path, json(&all)?)?))?;
+        Ok(path)
     }
 
     fn validate(&self) -> Result<()> {
@@ -107,11 +127,12 @@ impl Tuned {
         Ok(())
     }
 
-    pub(super) fn to_json(&self) -> Result<Vec<u8>> {
-        let mut json = serde_json::to_vec_pretty(self)?;
-        json.push(b'\n');
-        Ok(json)
-    }
-
     pub(super) const FORMAT: u32 = FORMAT;
+}
+
+/// As a text file.
+pub(super) fn json(value: &impl Serialize) -> Result<Vec<u8>> {
+    let mut json = serde_json::to_vec_pretty(value)?;
+    json.push(b'\n');
+    Ok(json)
 }

@@ -2,13 +2,17 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../noise/mod.rs"]
+mod noise;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../small_model/mod.rs"]
 mod small_model;
 
+mod cases;
 mod dec;
 mod decode;
 mod gemv;
+mod record;
 mod reference;
 mod whole;
 
@@ -19,20 +23,29 @@ use decdec::backend::cpu::Cpu;
 trait UnderTest: DecodeBackend {
     /// Relative error of a stored vector: 0 for f32, 2^-11 for f16.
     const ROUNDING: f64;
+    /// What a product may be off by near zero: the least f32, or the least normal one where others become 0.
+    const SMALLEST: f64 = 1.4e-45;
+    /// How many random cases of selection and compensation it is held against.
+    const CASES: usize;
 }
 
 impl UnderTest for Cpu {
     const ROUNDING: f64 = 0.0;
+    const CASES: usize = 2000;
 }
 
 /// In float32; its other types have tests of their own, `tests/cuda_*.rs`.
 impl UnderTest for decdec::backend::cuda::Cuda {
     const ROUNDING: f64 = 0.0;
+    const CASES: usize = 10_000;
 }
 
 #[cfg(feature = "reference-wgpu")]
 impl UnderTest for decdec::backend::wgsl::Wgpu {
     const ROUNDING: f64 = 0.0;
+    // WGSL lets an implementation flush subnormal numbers.
+    const SMALLEST: f64 = 1.18e-38;
+    const CASES: usize = 300;
 }
 
 /// One named test per backend for every body.
@@ -88,6 +101,7 @@ on_every_backend! {
     dec::every_n_tb_agrees,
     dec::too_large_n_tb,
     dec::nan_comes_out,
+    cases::random_cases,
     decode::embed_and_last_row,
     decode::norm,
     decode::swiglu,
@@ -96,8 +110,23 @@ on_every_backend! {
     decode::greedy_sampling,
     decode::random_sampling,
     decode::time_passes,
+    record::every_launch_is_timed,
+    record::bandwidths_are_measured,
     reference::reference_directories,
     whole::small_models,
+}
+
+/// The kernels that compensate beside a product, which CUDA has in its 16-bit types.
+#[test]
+fn random_cases_on_cuda_in_float16() {
+    use decdec::backend::cuda::{Cuda, Options, Tuning};
+    if common::devices::is_under_test("cuda") {
+        let cuda = Cuda::new(0, Options::default()).unwrap();
+        cases::random_cases_on(&cuda, |matrices| {
+            let matrices: Vec<_> = matrices.iter().collect();
+            cuda.compile_ahead(&matrices, &[Tuning::default()], false, true).unwrap();
+        });
+    }
 }
 
 /// A device that is named but not built in would otherwise pass unseen.

@@ -16,7 +16,7 @@ use crate::UnderTest;
 const ORACLE_ERROR: f32 = 1.5e-2;
 
 fn directories() -> Vec<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data");
+    let default = "../shared/data";
     let dir = PathBuf::from(std::env::var("DECDEC_REFERENCE_DIR").unwrap_or_else(|_| default.into()));
     let Ok(entries) = dir.read_dir() else {
         eprintln!("skipped: no golden data");

@@ -54,12 +54,12 @@ pub(crate) fn select(x: &[f32], thresholds: &[f32], k_chunk: usize, selection: S
             Selection::Exact if x.is_nan() => f64::NEG_INFINITY,
             Selection::Exact => -f64::from(x.abs()).min(f64::MAX),
         };
-        let mut order: Vec<usize> = (0..x.len()).collect();
         // NaN's payloads count in exact selection: the larger bit pattern is preferred.
         let payload = |x: f32| if x.is_nan() && selection == Selection::Exact { x.abs().to_bits() } else { 0 };
-        order.sort_by(|&a, &b| {
-            rank(x[a]).total_cmp(&rank(x[b])).then(payload(x[b]).cmp(&payload(x[a]))).then(a.cmp(&b))
-        });
+        let mut order: Vec<(f64, u32, usize)> =
+            x.iter().enumerate().map(|(i, &x)| (rank(x), u32::MAX - payload(x), i)).collect();
+        order.sort_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+        let mut order: Vec<usize> = order.into_iter().map(|(_, _, i)| i).collect();
         order.truncate(k_chunk * x.len() / 1024);
         order.sort_unstable();
         selected.extend(order.into_iter().map(|i| (1024 * chunk + i) as u32));

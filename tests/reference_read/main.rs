@@ -24,7 +24,7 @@ use made::*;
 
 /// The `tiny-*` directories, or none, said aloud.
 fn tiny_directories() -> Vec<PathBuf> {
-    let default = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data"));
+    let default = || PathBuf::from("../shared/data");
     let root = std::env::var_os("DECDEC_REFERENCE_DIR").map_or_else(default, PathBuf::from);
     let entries = fs::read_dir(&root).into_iter().flatten().map(|entry| entry.unwrap().path());
     let mut tiny: Vec<_> = entries

@@ -3,6 +3,7 @@
 mod files;
 mod results;
 mod search;
+mod verify;
 
 use std::path::Path;
 

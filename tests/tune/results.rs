@@ -77,7 +77,7 @@ fn what_is_written_reads_back() {
     }
 
     assert!(written[6].ends_with("tuned/test_Meta-Llama-3-8B-Instruct_fp16_sqllm_3_2.5.json"), "{:?}", written[6]);
-    let read = Tuned::read(&written[7]).unwrap();
+    let read = Tuned::read(&written[7]).unwrap().remove(0);
     assert_eq!(read, outcome.tuned(&outcome.tunings[1]));
     assert_eq!((read.n_tb, read.k_chunks, read.target_slowdown), (14, [4, 4, 5, 5], 10.0));
     assert!(read.slowdown <= 10.0 && read.slowdown > 9.9);

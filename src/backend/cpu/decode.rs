@@ -241,6 +241,10 @@ impl DecodeBackend for Cpu {
         Ok(sequence.sampled[i])
     }
 
+    fn prepare(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        Ok(())
+    }
+
     fn replay(&self, _graph: &mut Option<()>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         token()
     }

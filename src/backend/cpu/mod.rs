@@ -15,6 +15,7 @@ pub use decode::Sequence;
 
 use self::codes::Codes;
 use self::kernels::Isa;
+use super::record::{ByClock, Clock};
 use super::{DeviceInfo, GemvBackend};
 use crate::dec::DecPlan;
 use crate::format::{Floats, Residual};
@@ -210,6 +211,7 @@ impl GemvBackend for Cpu {
     type Vector = Vec<f32>;
     type Matrix = Matrix;
     type Plan = DecPlan;
+    type Recorder = ByClock;
 
     fn device(&self) -> &DeviceInfo {
         &self.info
@@ -276,5 +278,9 @@ impl GemvBackend for Cpu {
         let start = Instant::now();
         work()?;
         Ok(start.elapsed())
+    }
+
+    fn recorder(&self, _: Clock) -> Result<ByClock> {
+        Ok(ByClock::default())
     }
 }

@@ -13,7 +13,8 @@ use std::{env, fs, process, ptr};
 use anyhow::{Context, Result, bail, ensure};
 
 /// Every kernel, as it stands in `kernels-cuda/`.
-const SOURCES: [(&str, &str); 8] = [
+const SOURCES: [(&str, &str); 10] = [
+    ("layers.cu", include_str!("../../../kernels-cuda/layers.cu")),
     ("gemv_anyprec.cu", include_str!("../../../kernels-cuda/gemv_anyprec.cu")),
     ("gemv_lutgemm.cu", include_str!("../../../kernels-cuda/gemv_lutgemm.cu")),
     ("gemv_dense.cu", include_str!("../../../kernels-cuda/gemv_dense.cu")),
@@ -22,10 +23,16 @@ const SOURCES: [(&str, &str); 8] = [
     ("rows.cu", include_str!("../../../kernels-cuda/rows.cu")),
     ("attend.cu", include_str!("../../../kernels-cuda/attend.cu")),
     ("sample.cu", include_str!("../../../kernels-cuda/sample.cu")),
+    ("read.cu", include_str!("../../../kernels-cuda/read.cu")),
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 4] = [
+const HEADERS: [(&str, &str); 9] = [
+    ("anyprec.cuh", include_str!("../../../kernels-cuda/anyprec.cuh")),
+    ("lutgemm.cuh", include_str!("../../../kernels-cuda/lutgemm.cuh")),
+    ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),
+    ("stream.cuh", include_str!("../../../kernels-cuda/stream.cuh")),
+    ("unit.cuh", include_str!("../../../kernels-cuda/unit.cuh")),
     ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
     ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
     ("gemv.cuh", include_str!("../../../kernels-cuda/gemv.cuh")),
@@ -285,6 +292,7 @@ mod tests {
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
         all.push(("sample.cu", split("DTYPE=0")));
+        all.push(("read.cu", split("DTYPE=0")));
         all
     }
 

@@ -1,5 +1,6 @@
 //! The driver: one device, one stream, memory that frees itself, launches. All of cudarc that decdec uses.
 
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_int, c_uint, c_void};
 use std::marker::PhantomData;
 use std::ptr;
@@ -9,6 +10,8 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail, ensure};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+
+use super::kernel::Kernel;
 
 /// A device's numbers, asked for once.
 #[derive(Debug, Clone)]
@@ -25,11 +28,30 @@ pub(super) struct Numbers {
 /// thread that opened it.
 pub(super) struct Driver {
     device: sys::CUdevice,
+    context: sys::CUcontext,
     stream: sys::CUstream,
     numbers: Numbers,
+    dry: Cell<bool>,
+    /// Names of the kernels queued, while somebody wants to know.
+    watched: RefCell<Option<Vec<String>>>,
 }
 
-fn failed(what: &str, error: DriverError) -> anyhow::Error {
+/// The device's context, for other threads.
+#[derive(Clone, Copy)]
+pub(super) struct Context(sys::CUcontext);
+
+// SAFETY: a context may be used from any thread that makes it current.
+unsafe impl Send for Context {}
+
+impl Context {
+    /// Makes it current on this thread, which the driver outlives.
+    pub(super) fn enter(self) -> Result<()> {
+        // SAFETY: the driver that lent it is alive.
+        unsafe { result::ctx::set_current(self.0) }.map_err(|e| failed("using the context", e))
+    }
+}
+
+pub(super) fn failed(what: &str, error: DriverError) -> anyhow::Error {
     let text = error.error_string().map_or_else(|_| format!("{:?}", error.0), |s| s.to_string_lossy().into_owned());
     anyhow!("cuda: {what}: {text}")
 }
@@ -94,7 +116,7 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("using the context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("creating a stream", e))?;
-        Ok(Rc::new(Self { device, stream, numbers }))
+        Ok(Rc::new(Self { device, context, stream, numbers, dry: Cell::new(false), watched: RefCell::default() }))
     }
 
     pub(super) fn numbers(&self) -> &Numbers {
@@ -103,6 +125,19 @@ impl Driver {
 
     pub(super) fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// What other threads need to speak to this device.
+    pub(super) fn context(&self) -> Context {
+        Context(self.context)
+    }
+
+    /// Runs `work` with all its launches left out.
+    pub(super) fn without_launches(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.dry.set(true);
+        let done = work();
+        self.dry.set(false);
+        done
     }
 
     /// Free and total device memory in bytes.
@@ -126,13 +161,29 @@ impl Driver {
         }
     }
 
+    /// Runs `work` and returns the names of the kernels that it queued, in order.
+    pub(super) fn watch(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<String>> {
+        self.watched.replace(Some(Vec::new()));
+        let done = work();
+        let names = self.watched.take().unwrap_or_default();
+        done.map(|()| names)
+    }
+
     /// Queues a kernel.
     pub(super) fn launch(&self, kernel: &Kernel, launch: Launch, arguments: &mut Arguments<'_>) -> Result<()> {
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        if self.dry.get() {
+            return Ok(());
+        }
+        let function = kernel.function()?;
+        let (id, value) = if launch.together {
+            (sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative: 1 })
+        } else {
+            (
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            )
         };
+        let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid.0 as c_uint,
             gridDimY: launch.grid.1 as c_uint,
@@ -144,13 +195,16 @@ impl Driver {
             hStream: self.stream,
             attrs: &mut attribute,
             // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
-            numAttrs: u32::from(self.numbers.major >= 9 && launch.overlap),
+            numAttrs: u32::from(launch.together || self.numbers.major >= 9 && launch.overlap),
         };
+        if let Some(names) = &mut *self.watched.borrow_mut() {
+            names.push(kernel.entry().to_owned());
+        }
         // SAFETY: the kernel belongs to this context, and the arguments are those of its parameter list: each
         // call site passes them in the order and with the types of the kernel's source.
-        unsafe { sys::cuLaunchKernelEx(&config, kernel.function, arguments.pointers.as_mut_ptr(), ptr::null_mut()) }
+        unsafe { sys::cuLaunchKernelEx(&config, function, arguments.pointers.as_mut_ptr(), ptr::null_mut()) }
             .result()
-            .map_err(|e| failed(&format!("launching {}", kernel.name), e))
+            .map_err(|e| failed(&format!("launching {}", kernel.entry()), e))
     }
 
     /// The device's time for what `work` queues.
@@ -273,6 +327,14 @@ impl Buffer {
             .map_err(|e| failed("copying to the device", e))
     }
 
+    /// Queues a copy of pinned `bytes` to byte `offset`; they must stay as they are until it has happened.
+    pub(super) fn receive(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        assert!(offset + bytes.len() <= self.bytes, "{} bytes at {offset} of {}", bytes.len(), self.bytes);
+        // SAFETY: the range was just checked; the caller keeps the bytes.
+        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, bytes, self.driver.stream) }
+            .map_err(|e| failed("copying to the device", e))
+    }
+
     /// Waits, then copies the first bytes over `out`.
     pub(super) fn read<T: bytemuck::Pod>(&self, out: &mut [T]) -> Result<()> {
         self.driver.wait()?;
@@ -292,62 +354,6 @@ impl Drop for Buffer {
     }
 }
 
-/// Pinned host memory that the device reads and writes in place.
-pub(super) struct Mapped {
-    driver: Rc<Driver>,
-    host: *mut u8,
-    device: u64,
-    bytes: usize,
-}
-
-impl Mapped {
-    /// `bytes` of zeros.
-    pub(super) fn new(driver: &Rc<Driver>, bytes: usize) -> Result<Self> {
-        let bytes = bytes.max(16);
-        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
-        // SAFETY: the context is current.
-        let host = unsafe { result::malloc_host(bytes, flags) }.map_err(|e| {
-            anyhow!(
-                "{:#}: {} MiB of pinned host memory wanted, raise ulimit -l, free host memory or use --residuals device",
-                failed("pinned memory", e),
-                bytes >> 20
-            )
-        })?;
-        let mut device = 0;
-        // SAFETY: `host` was just allocated with DEVICEMAP.
-        let mapped = unsafe { sys::cuMemHostGetDevicePointer_v2(&mut device, host, 0) }.result();
-        let memory = Self { driver: Rc::clone(driver), host: host.cast(), device, bytes };
-        mapped.map_err(|e| failed("mapping pinned memory", e))?;
-        // SAFETY: the range is this allocation.
-        unsafe { ptr::write_bytes(memory.host, 0, bytes) };
-        Ok(memory)
-    }
-
-    pub(super) fn pointer(&self) -> u64 {
-        self.device
-    }
-
-    pub(super) fn host(&self) -> *mut u8 {
-        self.host
-    }
-
-    /// Overwrites the first bytes; nothing that reads them may be queued.
-    pub(super) fn write<T: bytemuck::Pod>(&self, values: &[T]) {
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        assert!(bytes.len() <= self.bytes, "{} bytes of {}", bytes.len(), self.bytes);
-        // SAFETY: the range was just checked; the two do not overlap, since `host` is ours alone.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.host, bytes.len()) };
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        let _ = self.driver.wait();
-        // SAFETY: allocated by `new`, freed once.
-        let _ = unsafe { result::free_host(self.host.cast()) };
-    }
-}
-
 /// Loaded code.
 pub(super) struct Module {
     driver: Rc<Driver>,
@@ -355,20 +361,22 @@ pub(super) struct Module {
 }
 
 impl Module {
-    /// An entry point, allowed to use all of the device's shared memory.
-    pub(super) fn kernel(self: &Rc<Self>, name: &str) -> Result<Kernel> {
+    /// An entry point, allowed to use all of the device's shared memory; it lives as long as the module.
+    pub(super) fn function(&self, name: &str) -> Result<sys::CUfunction> {
         let symbol = CString::new(name)?;
         // SAFETY: the module is loaded.
         let function = unsafe { result::module::get_function(self.module, symbol) }
             .map_err(|e| failed(&format!("kernel {name}"), e))?;
-        let kernel = Kernel { _module: Rc::clone(self), name: name.to_owned(), function };
-        let used = kernel.attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let used = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+        // SAFETY: `function` lives as long as its module.
+        let used = unsafe { result::function::get_function_attribute(function, used) }
+            .map_err(|e| failed(&format!("attribute of {name}"), e))?;
         let room = self.driver.numbers.shared_per_block as i32 - used;
         let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: `function` is alive.
+        // SAFETY: as above.
         unsafe { result::function::set_function_attribute(function, limit, room) }
             .map_err(|e| failed("shared memory", e))?;
-        Ok(kernel)
+        Ok(function)
     }
 }
 
@@ -380,35 +388,22 @@ impl Drop for Module {
     }
 }
 
-/// An entry point.
-#[derive(Clone)]
-pub(super) struct Kernel {
-    _module: Rc<Module>,
-    name: String,
-    function: sys::CUfunction,
-}
-
-impl Kernel {
-    fn attribute(&self, attribute: sys::CUfunction_attribute) -> Result<i32> {
-        // SAFETY: the function lives as long as its module.
-        unsafe { result::function::get_function_attribute(self.function, attribute) }
-            .map_err(|e| failed(&format!("attribute of {}", self.name), e))
-    }
-}
-
-/// How many blocks, how large, and whether they may start while the kernel before them still runs.
+/// How many blocks, how large, and how they may start.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Launch {
     pub(super) grid: (usize, usize, usize),
     pub(super) block: usize,
     pub(super) shared: usize,
+    /// While the kernel before them still runs.
     pub(super) overlap: bool,
+    /// All blocks must be there at once, since they wait for each other; excludes `overlap`.
+    pub(super) together: bool,
 }
 
 impl Launch {
     /// `blocks` blocks of `threads` threads.
     pub(super) fn new(blocks: usize, threads: usize) -> Self {
-        Self { grid: (blocks, 1, 1), block: threads, shared: 0, overlap: true }
+        Self { grid: (blocks, 1, 1), block: threads, shared: 0, overlap: true, together: false }
     }
 }
 
@@ -462,6 +457,7 @@ pub(super) fn library(name: &str, parts: &str, package: &str) -> Result<Vec<libl
     let directories = directory.as_deref().into_iter().chain([
         "",
         "/usr/local/cuda/lib64",
+        "/usr/local/cuda/extras/CUPTI/lib64",
         "/opt/cuda/lib64",
         "/usr/lib/x86_64-linux-gnu",
         "/usr/lib64",

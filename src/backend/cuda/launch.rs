@@ -17,6 +17,10 @@ pub struct Tuning {
     pub beside_dec: (usize, usize),
     /// Warps that compensate, beside those, in the blocks that do.
     pub dec_warps: usize,
+    /// Warps that multiply where whole layers are one launch; the same and warps that compensate, where some do.
+    pub layers: usize,
+    /// See `layers`.
+    pub layers_beside_dec: (usize, usize),
     /// When the next kernel may start: 0 at once, 1 when this one's input is there, 2 when its weights are read.
     pub trigger: usize,
     /// Residual lines that a compensating thread has in flight.
@@ -25,7 +29,7 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { warps: 16, stages: 2, beside_dec: (12, 3), dec_warps: 8, trigger: 0, dec_flight: 4 }
+        Self { warps: 16, stages: 2, beside_dec: (12, 3), dec_warps: 8, layers: 16, layers_beside_dec: (12, 4), trigger: 0, dec_flight: 4 }
     }
 }
 

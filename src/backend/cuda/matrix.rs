@@ -1,13 +1,19 @@
 //! Linear layers on the device.
 
 use std::cell::RefCell;
+use std::fmt;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use half::f16;
 use rayon::prelude::*;
 
-use super::driver::{Buffer, Kernel, Mapped};
-use super::{Cuda, Dtype, Residuals, Tuning, pack};
+use super::driver::Buffer;
+use super::host::{Mapped, Registered, Sent, Staging};
+use super::kernel::Kernel;
+use super::pack::{self, Packing};
+use super::{Cuda, Dtype, Residuals, Tuning};
 use crate::dec::{BUCKETS, CHUNK, DecPlan, Selection};
 use crate::format::{Dense, LutGemm, Residual};
 use crate::weights::{Linear, Weight};
@@ -107,31 +113,83 @@ pub(super) fn plan(cuda: &Cuda, matrix: &Matrix, plan: &DecPlan) -> Result<Plan>
     })
 }
 
+/// Where the time of all uploads went.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Uploads {
+    sent: Sent,
+    /// Residuals in pinned memory, bytes, and the time until they were there, beside everything else.
+    pinned: usize,
+    pinning: Duration,
+    /// What of that was not hidden behind everything else.
+    for_pinned: Duration,
+}
+
+impl fmt::Display for Uploads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { sent, pinned, pinning, for_pinned } = self;
+        write!(
+            f,
+            "{} MiB to the device: packing {:.2} s, waiting for copies {:.2} s; {} MiB pinned in {:.2} s, of which {:.2} s \
+             were waited for",
+            sent.bytes >> 20,
+            sent.filling.as_secs_f64(),
+            sent.waiting.as_secs_f64(),
+            pinned >> 20,
+            pinning.as_secs_f64(),
+            for_pinned.as_secs_f64()
+        )
+    }
+}
+
+/// Sends a matrix to the device; its residual is copied and pinned at the same time.
 pub(super) fn upload(cuda: &Cuda, linear: &Linear<'_>) -> Result<Matrix> {
     let (in_features, out_features) = (linear.weight.in_features(), linear.weight.out_features());
-    let body = body(cuda, &linear.weight)?;
+    let context = cuda.driver.context();
+    let on_host = linear.residual.as_ref().filter(|_| cuda.options.residuals == Residuals::Host);
+    let words = on_host.map(Residual::words);
+    let (body, pinned) = thread::scope(|scope| {
+        let pinned = words.map(|words| {
+            scope.spawn(move || {
+                let start = Instant::now();
+                (Registered::copy_of(context, words), start.elapsed())
+            })
+        });
+        let body = body(cuda, &linear.weight);
+        let start = Instant::now();
+        let pinned = pinned.map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        let mut uploads = cuda.uploads.borrow_mut();
+        uploads.for_pinned += start.elapsed();
+        if let (Some(words), Some((_, time))) = (words, &pinned) {
+            uploads.pinned += size_of_val(words);
+            uploads.pinning += *time;
+        }
+        (body, pinned.map(|(registered, _)| registered))
+    });
+    let body = body?;
     let bias = linear.bias.as_ref().map(|b| Buffer::of(&cuda.driver, b)).transpose()?;
-    let residual = linear.residual.as_ref().map(|r| residual(cuda, r)).transpose()?;
+    let mut residual = None;
+    if let Some(r) = &linear.residual {
+        let words = match pinned {
+            Some(registered) => Words::Host(Mapped::adopt(&cuda.driver, registered, r.words())?),
+            None => Words::Device(sent_residual(cuda, r)?),
+        };
+        residual = Some((words, Buffer::of(&cuda.driver, &r.scales().to_f32())?));
+    }
     Ok(Matrix { in_features, out_features, body, bias, residual, kernels: RefCell::default() })
 }
 
 fn body(cuda: &Cuda, weight: &Weight<'_>) -> Result<Body> {
-    let driver = &cuda.driver;
+    let dtype = cuda.options.dtype;
     // float32, and generic kernels, take every matrix in the plain layout.
-    let plain = cuda.options.dtype == Dtype::Float32 || cuda.options.compile == 0;
+    let plain = dtype == Dtype::Float32 || cuda.options.compile == 0;
     match weight {
         Weight::AnyPrec(w) if !plain && matches!(w.bits(), 3 | 4) => {
-            let packed = pack::anyprec(w, cuda.options.dtype);
-            packed_body(cuda, Format::AnyPrec { bits: w.bits() }, &packed)
+            packed_body(cuda, Format::AnyPrec { bits: w.bits() }, &Packing::AnyPrec(w, dtype))
         }
         Weight::LutGemm(w) if !plain && tuned(w) => {
-            let packed = pack::lutgemm(w);
-            packed_body(cuda, Format::LutGemm { bits: w.bits(), group: w.group_size() }, &packed)
+            packed_body(cuda, Format::LutGemm { bits: w.bits(), group: w.group_size() }, &Packing::LutGemm(w))
         }
-        Weight::Dense(w) if !plain => {
-            let codes = Buffer::of(driver, &pack::dense(w, cuda.options.dtype))?;
-            Ok(Body::Packed { format: Format::Dense, codes, aux: Buffer::new(driver, 0)? })
-        }
+        Weight::Dense(w) if !plain => packed_body(cuda, Format::Dense, &Packing::Dense(w, dtype)),
         Weight::AnyPrec(w) => {
             let codes = pack::bytes(w.in_features(), w.out_features(), |row, out| w.codes(row, out));
             any_body(cuda, &codes, &w.lut().to_f32(), &[], w.bits(), 0, 1)
@@ -161,9 +219,39 @@ fn dense_values(cuda: &Cuda, w: &Dense<'_>) -> Vec<f32> {
     }
 }
 
-fn packed_body(cuda: &Cuda, format: Format, packed: &pack::Packed) -> Result<Body> {
-    let codes = Buffer::of(&cuda.driver, &packed.codes)?;
-    Ok(Body::Packed { format, codes, aux: Buffer::of(&cuda.driver, &packed.aux)? })
+fn packed_body(cuda: &Cuda, format: Format, packing: &Packing<'_>) -> Result<Body> {
+    let tiles = packing.tiles();
+    let codes = Buffer::new(&cuda.driver, tiles * packing.code_bytes())?;
+    let aux = Buffer::new(&cuda.driver, tiles * packing.aux_bytes())?;
+    send(cuda, &codes, packing.code_bytes(), tiles, |tile, out| packing.codes(tile, out))?;
+    if packing.aux_bytes() > 0 {
+        send(cuda, &aux, packing.aux_bytes(), tiles, |tile, out| packing.aux(tile, out))?;
+    }
+    Ok(Body::Packed { format, codes, aux })
+}
+
+/// Through the staging buffers, which the first upload allocates.
+fn send(cuda: &Cuda, to: &Buffer, piece: usize, count: usize, fill: impl Fn(usize, &mut [u8]) + Sync) -> Result<()> {
+    if cuda.staging.get().is_none() {
+        let _ = cuda.staging.set(Staging::new(&cuda.driver)?);
+    }
+    let sent = cuda.staging.get().expect("set above").send(to, piece, count, fill)?;
+    let total = &mut cuda.uploads.borrow_mut().sent;
+    total.bytes += sent.bytes;
+    total.filling += sent.filling;
+    total.waiting += sent.waiting;
+    Ok(())
+}
+
+/// A residual in device memory, a channel's line at a time.
+fn sent_residual(cuda: &Cuda, residual: &Residual<'_>) -> Result<Buffer> {
+    let words = residual.words();
+    let line = residual.out_features() / 2;
+    let to = Buffer::new(&cuda.driver, size_of_val(words))?;
+    send(cuda, &to, line, residual.in_features(), |k, out| {
+        out.copy_from_slice(&bytemuck::cast_slice(words)[k * line..(k + 1) * line]);
+    })?;
+    Ok(to)
 }
 
 fn any_body(
@@ -184,16 +272,4 @@ fn any_body(
         kind,
         group,
     })
-}
-
-fn residual(cuda: &Cuda, residual: &Residual<'_>) -> Result<(Words, Buffer)> {
-    let words = match cuda.options.residuals {
-        Residuals::Device => Words::Device(Buffer::of(&cuda.driver, residual.words())?),
-        Residuals::Host => {
-            let words = Mapped::new(&cuda.driver, residual.words().len() * 4)?;
-            words.write(residual.words());
-            Words::Host(words)
-        }
-    };
-    Ok((words, Buffer::of(&cuda.driver, &residual.scales().to_f32())?))
 }

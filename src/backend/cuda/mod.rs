@@ -1,26 +1,34 @@
 //! The CUDA backend: cudarc's driver API, kernels compiled by NVRTC for the card at hand.
 //!
-//! - `driver`: device, stream, memory, launches, graphs; `compiler`: NVRTC and the cache of compiled kernels;
-//!   `blas`: cuBLAS for prompts, where it is installed
+//! - `driver`: device, stream, memory, launches, graphs; `host`: pinned memory, and uploads through it
+//! - `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
+//! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
-//! - `memory`: what a model will take; `product`: which kernel multiplies what; the kernels are in `kernels-cuda/`
+//! - `cupti`, `recorder`: when kernels ran, for the sweep
+//! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch;
+//!   the kernels are in `kernels-cuda/`
 
 mod arguments;
 mod blas;
 pub(crate) mod compiler;
+mod cupti;
 mod driver;
+mod host;
+mod kernel;
 mod launch;
+mod layers;
 mod matrix;
 mod memory;
 mod pack;
 mod product;
+mod recorder;
 mod sequence;
 mod vector;
 
-use std::cell::RefCell;
-use std::collections::HashMap;
+use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use std::str::FromStr;
 
@@ -29,15 +37,20 @@ use anyhow::{Result, bail, ensure};
 pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
+pub use pack::packed;
+pub use recorder::CudaRecorder;
 pub use sequence::Sequence;
 pub use vector::Vector;
 
 use self::blas::Blas;
 use self::compiler::Compiler;
-use self::driver::{Arguments, Buffer, Driver, Kernel, Launch};
-use self::matrix::{Body, Format};
+use self::driver::{Arguments, Buffer, Driver, Launch};
+use self::host::Staging;
+use self::kernel::{Kernel, Kernels};
+use self::matrix::{Body, Format, Uploads};
 use self::product::Feed;
-use super::{DecodeBackend, DeviceInfo, GemvBackend, Input, Norm};
+use super::record::Clock;
+use super::{Activations, DecodeBackend, DeviceInfo, GemvBackend, Input, LayerOperands, Norm, one_by_one};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
@@ -116,10 +129,14 @@ pub struct Cuda {
     blas: Option<Blas>,
     device: DeviceInfo,
     options: Options,
-    compiler: Compiler,
-    kernels: RefCell<HashMap<String, Kernel>>,
+    compiler: Arc<Compiler>,
+    kernels: Kernels,
+    staging: OnceCell<Staging>,
+    uploads: RefCell<Uploads>,
     scratch: RefCell<[Option<Rc<Buffer>>; Scratch::ALL]>,
     retired: RefCell<Vec<Rc<Buffer>>>,
+    tables: RefCell<Vec<(Vec<u64>, Rc<Buffer>)>>,
+    stamps: RefCell<Option<Rc<Buffer>>>,
     driver: Rc<Driver>,
 }
 
@@ -136,10 +153,12 @@ pub(crate) enum Scratch {
     Ids,
     /// A selection.
     List,
+    /// Blocks that have arrived at barriers.
+    Grid,
 }
 
 impl Scratch {
-    const ALL: usize = 5;
+    const ALL: usize = 6;
 }
 
 /// The recorded operations of one token.
@@ -191,10 +210,14 @@ impl Cuda {
             blas,
             device,
             options,
-            compiler,
-            kernels: RefCell::default(),
+            compiler: Arc::new(compiler),
+            kernels: Kernels::default(),
+            staging: OnceCell::new(),
+            uploads: RefCell::default(),
             scratch: RefCell::default(),
             retired: RefCell::default(),
+            tables: RefCell::default(),
+            stamps: RefCell::default(),
             driver,
         })
     }
@@ -207,17 +230,21 @@ impl Cuda {
         self.driver.memory()
     }
 
-    /// Entry point `entry` of `file`, compiled with `defines` and the type of products.
+    /// `y += s · Σ q·x` without a base product, by `n_tb` blocks that do nothing else: for measuring compensation
+    /// alone.
+    ///
+    /// # Errors
+    /// A lost device, or a kernel that does not compile.
+    pub fn compensate_alone(&self, matrix: &Matrix, plan: &Plan, x: &Vector, y: &mut Vector) -> Result<()> {
+        y.settle();
+        self.dec(matrix, Some(plan), x.at(), y.at(), 1)
+    }
+
+    /// Entry point `entry` of `file`, with `defines` and the type of products; compiled when it is first launched.
     fn kernel(&self, file: &str, entry: &str, defines: &[String]) -> Result<Kernel> {
-        let key = format!("{entry} {}", defines.join(" "));
-        if let Some(kernel) = self.kernels.borrow().get(&key) {
-            return Ok(kernel.clone());
-        }
         let mut all = vec![format!("DTYPE={}", self.options.dtype as u8)];
         all.extend_from_slice(defines);
-        let kernel = self.driver.module(&self.compiler.cubin(file, &all)?)?.kernel(entry)?;
-        self.kernels.borrow_mut().insert(key, kernel.clone());
-        Ok(kernel)
+        Ok(self.kernels.kernel(&self.driver, &self.compiler, file, entry, all))
     }
 
     /// At least `bytes` of work space. A smaller one before it stays: recorded graphs may point to it.
@@ -245,6 +272,7 @@ impl GemvBackend for Cuda {
     type Vector = Vector;
     type Matrix = Matrix;
     type Plan = Plan;
+    type Recorder = CudaRecorder;
 
     fn device(&self) -> &DeviceInfo {
         &self.device
@@ -285,6 +313,10 @@ impl GemvBackend for Cuda {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         self.driver.time(work)
+    }
+
+    fn recorder(&self, clock: Clock) -> Result<CudaRecorder> {
+        CudaRecorder::new(clock)
     }
 }
 
@@ -362,6 +394,29 @@ impl DecodeBackend for Cuda {
         self.swiglu_product(matrix, plan, gu, h, tokens)
     }
 
+    fn layers(
+        &self,
+        sequence: &mut Sequence,
+        first: usize,
+        layers: &[LayerOperands<'_, Self>],
+        activations: &mut Activations<Self>,
+        tokens: usize,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < layers.len() {
+            let rest = &layers[done..];
+            let run = if tokens == 1 { self.run_of_layers(rest) } else { 0 };
+            if run > 0 && self.fused_layers(sequence, first + done, &rest[..run], activations)? {
+                done += run;
+            } else {
+                let run = run.max(1);
+                one_by_one(self, sequence, first + done, &rest[..run], activations, tokens)?;
+                done += run;
+            }
+        }
+        Ok(())
+    }
+
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
         sequence.advance(self, tokens)
     }
@@ -382,6 +437,18 @@ impl DecodeBackend for Cuda {
 
     fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
         sequence.sampled(self, i)
+    }
+
+    fn prepare(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.driver.wait()?;
+        let uploads = self.uploads.take();
+        tracing::debug!("{uploads}");
+        let start = Instant::now();
+        self.driver.without_launches(work)?;
+        let listed = start.elapsed();
+        let count = self.kernels.compile(&self.driver, &self.compiler)?;
+        tracing::debug!("{count} kernel files: listed in {listed:.2?}, compiled or read in {:.2?}", start.elapsed() - listed);
+        Ok(())
     }
 
     fn replay(&self, graph: &mut Option<Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {

@@ -1,13 +1,19 @@
 //! From the stored formats to what the kernels read: tiles of 16 rows, units of channels, 16 bytes per lane.
 //!
 //! The layouts are described where they are read, at the top of `kernels-cuda/gemv_*.cu`. Pure; the bytes of
-//! weights stay the same but for padding to whole tiles and units.
+//! weights stay the same but for padding to whole tiles and units. A tile is packed by itself, straight into the
+//! memory that it is sent from, so that all cores pack while earlier tiles are on their way.
 
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::backend::cuda::Dtype;
 use crate::format::{AnyPrec, Dense, Floats, LutGemm};
+use crate::weights::Weight;
 
 /// Rows of a tile.
 pub(super) const TILE: usize = 16;
@@ -18,19 +24,117 @@ pub(super) const CODE_UNIT: usize = 256;
 /// Channels of a unit of 16-bit numbers.
 pub(super) const DENSE_UNIT: usize = 64;
 
-/// Which nibble of a word holds channel 0 to 3 of rows g (first four) and g + 8 (last four).
-type Nibbles = [u32; 8];
+/// How the eight codes of a lane and product are put into a word: channels 0 to 3 of rows g and g + 8.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// One after the other, as byte permutations take them.
+    LookUp,
+    /// Pairs of channels 16 bits apart, so that two of them become integers together.
+    Integers,
+}
 
-/// Nibbles in the order in which byte permutations take them.
-const LOOK_UP: Nibbles = [0, 1, 2, 3, 4, 5, 6, 7];
+impl Order {
+    /// From four nibbles of either row, channel 0 lowest.
+    fn word(self, low: u32, high: u32) -> u32 {
+        match self {
+            Self::LookUp => low | high << 16,
+            Self::Integers => apart(low) | apart(high) << 8,
+        }
+    }
+}
 
-/// Pairs of channels 16 bits apart, so that two of them become integers together.
-const INTEGERS: Nibbles = [0, 4, 1, 5, 2, 6, 3, 7];
+/// Four nibbles, the even ones in the low half, the odd ones in the high half.
+fn apart(n: u32) -> u32 {
+    n & 0xf | n >> 4 & 0xf0 | (n & 0xf0) << 12 | (n & 0xf000) << 8
+}
 
-/// A packed matrix: codes, and what a unit needs besides them.
-pub(super) struct Packed {
-    pub(super) codes: Vec<u32>,
-    pub(super) aux: Vec<u8>,
+/// A matrix on its way into a kernel's layout. Every tile has as many bytes of codes, and of what comes with them.
+pub(super) enum Packing<'a> {
+    /// 3 or 4 bits.
+    AnyPrec(&'a AnyPrec<'a>, Dtype),
+    /// 3 or 4 bits, uniform.
+    LutGemm(&'a LutGemm<'a>),
+    /// 16-bit numbers.
+    Dense(&'a Dense<'a>, Dtype),
+}
+
+impl Packing<'_> {
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::AnyPrec(w, _) => (w.in_features(), w.out_features()),
+            Self::LutGemm(w) => (w.in_features(), w.out_features()),
+            Self::Dense(w, _) => (w.in_features, w.out_features),
+        }
+    }
+
+    /// Tiles of 16 rows.
+    pub(super) fn tiles(&self) -> usize {
+        self.shape().1.div_ceil(TILE)
+    }
+
+    /// Bytes of a tile's codes or numbers.
+    pub(super) fn code_bytes(&self) -> usize {
+        let units = self.shape().0.div_ceil(CODE_UNIT);
+        match self {
+            Self::AnyPrec(w, _) => units * unit_words(w.bits()) * 4,
+            Self::LutGemm(w) => units * unit_words(w.bits()) * 4,
+            Self::Dense(w, _) => w.in_features.div_ceil(DENSE_UNIT) * TILE * DENSE_UNIT * 2,
+        }
+    }
+
+    /// Bytes of a tile's codebooks or steps.
+    pub(super) fn aux_bytes(&self) -> usize {
+        match self {
+            Self::AnyPrec(w, _) => (TILE * 2) << w.bits(),
+            Self::LutGemm(w) => groups(w) * TILE * 8,
+            Self::Dense(..) => 0,
+        }
+    }
+
+    /// Overwrites `out` with the codes or numbers of `tile`.
+    pub(super) fn codes(&self, tile: usize, out: &mut [u8]) {
+        let (in_features, rows) = self.shape();
+        let rows = tile * TILE..rows.min((tile + 1) * TILE);
+        match self {
+            Self::AnyPrec(w, _) => {
+                codes(in_features, rows, w.bits(), Order::LookUp, |row, out| w.nibbles(row, out), out);
+            }
+            Self::LutGemm(w) => {
+                codes(in_features, rows, w.bits(), Order::Integers, |row, out| w.nibbles(row, out), out);
+            }
+            Self::Dense(w, dtype) => numbers(w, *dtype, rows, bytemuck::cast_slice_mut(out)),
+        }
+    }
+
+    /// Overwrites `out` with the codebooks or steps of `tile`.
+    pub(super) fn aux(&self, tile: usize, out: &mut [u8]) {
+        match self {
+            Self::AnyPrec(w, dtype) => codebooks(w, *dtype, tile, out),
+            Self::LutGemm(w) => steps(w, tile, bytemuck::cast_slice_mut(out)),
+            Self::Dense(..) => {}
+        }
+    }
+}
+
+/// The words that `weight` is sent to the device as, tile by tile; for measuring how long packing takes, without a device.
+///
+/// # Errors
+/// Codes that are not of 3 or 4 bits: they are sent as they are stored.
+pub fn packed(weight: &Weight<'_>, dtype: Dtype) -> Result<Vec<u32>> {
+    let packing = match weight {
+        Weight::AnyPrec(w) if matches!(w.bits(), 3 | 4) => Packing::AnyPrec(w, dtype),
+        Weight::LutGemm(w) if matches!(w.bits(), 3 | 4) => Packing::LutGemm(w),
+        Weight::Dense(w) => Packing::Dense(w, dtype),
+        _ => bail!("codes of other than 3 or 4 bits are not packed"),
+    };
+    let (codes, aux) = (packing.code_bytes(), packing.aux_bytes());
+    let mut words = vec![0u32; packing.tiles() * (codes + aux) / 4];
+    let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+    bytes.par_chunks_exact_mut(codes + aux).enumerate().for_each(|(tile, out)| {
+        packing.codes(tile, &mut out[..codes]);
+        packing.aux(tile, &mut out[codes..]);
+    });
+    Ok(words)
 }
 
 /// Words of a unit of codes.
@@ -38,56 +142,51 @@ fn unit_words(bits: usize) -> usize {
     if bits == 3 { 384 } else { 512 }
 }
 
-/// Packs codes row by row: `codes(row, out)` writes `in_features` of them.
-fn pack_codes(
+/// Packs the codes of the rows of a tile: `nibbles(row, out)` writes them eight to a word.
+fn codes(
     in_features: usize,
-    out_features: usize,
+    tile: Range<usize>,
     bits: usize,
-    nibbles: Nibbles,
-    codes: impl Fn(usize, &mut [u8]) + Sync,
-) -> Vec<u32> {
-    let units = in_features.div_ceil(CODE_UNIT);
-    let tiles = out_features.div_ceil(TILE);
-    let words = unit_words(bits);
-    let mut packed = vec![0u32; tiles * units * words];
-    packed.par_chunks_exact_mut(units * words).enumerate().for_each(|(tile, packed)| {
-        let width = units * CODE_UNIT;
-        let mut rows = vec![0u8; TILE * width];
-        for (r, row) in rows.chunks_exact_mut(width).enumerate() {
-            if tile * TILE + r < out_features {
-                codes(tile * TILE + r, &mut row[..in_features]);
-            }
-        }
-        for (u, packed) in packed.chunks_exact_mut(words).enumerate() {
-            for product in 0..16 {
-                for lane in 0..32 {
-                    let k = u * CODE_UNIT + product / 2 * 32 + lane % 4 * 8 + product % 2 * 4;
-                    let mut word = 0;
-                    for (e, &nibble) in nibbles.iter().enumerate() {
-                        let code = rows[(lane / 4 + e / 4 * 8) * width + k + e % 4];
-                        word |= u32::from(code) << (4 * nibble);
-                    }
-                    place(packed, bits, product, lane, word);
+    order: Order,
+    nibbles: impl Fn(usize, &mut [u32]),
+    out: &mut [u8],
+) {
+    let width = in_features.div_ceil(CODE_UNIT) * (CODE_UNIT / 8);
+    let mut rows = vec![0u32; TILE * width];
+    for (row, nibbles_of) in tile.zip(rows.chunks_exact_mut(width)) {
+        nibbles(row, &mut nibbles_of[..in_features / 8]);
+    }
+    let words: &mut [[u32; 4]] = bytemuck::cast_slice_mut(out);
+    for (u, unit) in words.chunks_exact_mut(unit_words(bits) / 4).enumerate() {
+        for lane in 0..32 {
+            // Products 2p and 2p + 1 are the halves of eight channels, 32 channels from pair to pair.
+            let at = |p: usize| lane / 4 * width + u * (CODE_UNIT / 8) + p * 4 + lane % 4;
+            let pair = |p: usize| {
+                let (low, high) = (rows[at(p)], rows[8 * width + at(p)]);
+                [order.word(low & 0xffff, high & 0xffff), order.word(low >> 16, high >> 16)]
+            };
+            let group = |g: usize| {
+                let ([a, b], [c, d]) = (pair(2 * g), pair(2 * g + 1));
+                [a, b, c, d]
+            };
+            if bits == 3 {
+                // Every fourth word goes into the spare bits of the three before it.
+                let groups = [0, 1, 2, 3].map(|g| spare(group(g)));
+                for v in 0..3 {
+                    unit[v * 32 + lane] = groups.map(|g| g[v]);
+                }
+            } else {
+                for g in 0..4 {
+                    unit[g * 32 + lane] = group(g);
                 }
             }
         }
-    });
-    packed
+    }
 }
 
-/// Puts the eight codes of a lane and product in their place; of every fourth 3-bit word, into spare bits.
-fn place(packed: &mut [u32], bits: usize, product: usize, lane: usize, word: u32) {
-    let at = |vector: usize, component: usize| (vector * 32 + lane) * 4 + component;
-    let (group, member) = (product / 4, product % 4);
-    if bits != 3 {
-        packed[at(group, member)] = word;
-    } else if member < 3 {
-        packed[at(member, group)] |= word;
-    } else {
-        for bit in 0..3 {
-            packed[at(bit, group)] |= (word >> bit & 0x1111_1111) << 3;
-        }
-    }
+fn spare([a, b, c, d]: [u32; 4]) -> [u32; 3] {
+    let bit = |i: u32| (d >> i & 0x1111_1111) << 3;
+    [a | bit(0), b | bit(1), c | bit(2)]
 }
 
 /// One 16-bit number.
@@ -98,79 +197,87 @@ fn narrow(value: f32, dtype: Dtype) -> u16 {
     }
 }
 
-/// AnyPrec of 3 or 4 bits; codebooks as bytes, low ones before high ones.
-pub(super) fn anyprec(w: &AnyPrec<'_>, dtype: Dtype) -> Packed {
-    let (bits, rows) = (w.bits(), w.out_features());
-    let codes = pack_codes(w.in_features(), rows, bits, LOOK_UP, |row, out| w.codes(row, out));
-    let size = 1usize << bits;
-    let mut aux = vec![0u8; rows.div_ceil(TILE) * TILE * 2 * size];
-    let mut centroids = vec![0f32; size];
-    for (row, book) in aux.chunks_exact_mut(2 * size).take(rows).enumerate() {
-        w.lut().read_f32(row * size, &mut centroids);
+/// A tile's codebooks as bytes, low ones before high ones.
+fn codebooks(w: &AnyPrec<'_>, dtype: Dtype, tile: usize, out: &mut [u8]) {
+    let size = 1usize << w.bits();
+    let mut centroids = [0f32; 16];
+    let centroids = &mut centroids[..size];
+    out.fill(0);
+    for (row, book) in (tile * TILE..w.out_features()).zip(out.chunks_exact_mut(2 * size)) {
+        w.lut().read_f32(row * size, centroids);
         for (i, &centroid) in centroids.iter().enumerate() {
             let [low, high] = narrow(centroid, dtype).to_le_bytes();
             book[i] = low;
             book[size + i] = high;
         }
     }
-    Packed { codes, aux }
+}
+
+/// Groups of a row, whole units of them.
+fn groups(w: &LutGemm<'_>) -> usize {
+    w.in_features().div_ceil(CODE_UNIT) * (CODE_UNIT / w.group_size())
+}
+
+/// A tile's steps and centres, `[groups, 16, 2]`.
+fn steps(w: &LutGemm<'_>, tile: usize, out: &mut [f32]) {
+    let (bits, rows) = (w.bits(), w.out_features());
+    let first = tile * TILE;
+    let count = TILE.min(rows - first);
+    let (mut alpha, mut q_bias) = ([0f32; TILE], [0f32; TILE]);
+    out.fill(0.0);
+    for (g, out) in out.chunks_exact_mut(TILE * 2).take(w.in_features() / w.group_size()).enumerate() {
+        w.alpha().read_f32(g * bits * rows + first, &mut alpha[..count]);
+        w.q_bias().read_f32(g * rows + first, &mut q_bias[..count]);
+        for (r, out) in out.chunks_exact_mut(2).take(count).enumerate() {
+            out[0] = 2.0 * alpha[r];
+            out[1] = q_bias[r] + alpha[r];
+        }
+    }
+}
+
+/// The 16-bit numbers of the rows of a tile in the order in which lanes take them.
+fn numbers(w: &Dense<'_>, dtype: Dtype, rows: Range<usize>, out: &mut [u16]) {
+    let width = w.in_features;
+    let mut row = vec![0u16; width.next_multiple_of(DENSE_UNIT)];
+    if rows.len() < TILE {
+        out.fill(0);
+    }
+    for (r, number) in rows.enumerate() {
+        narrow_row(w, dtype, number, &mut row[..width]);
+        for (piece, values) in row.chunks_exact(8).enumerate() {
+            let (u, p, t) = (piece / 8, piece / 4 % 2, piece % 4);
+            let at = ((u * 4 + p * 2 + r / 8) * 32 + r % 8 * 4 + t) * 8;
+            out[at..at + 8].copy_from_slice(values);
+        }
+    }
+}
+
+/// One row as bits of `dtype`; as it is if that is the type it is stored in.
+fn narrow_row(w: &Dense<'_>, dtype: Dtype, row: usize, out: &mut [u16]) {
+    let range = row * w.in_features..(row + 1) * w.in_features;
+    match (&w.values, dtype) {
+        (Floats::F16(v), Dtype::Float16) => out.copy_from_slice(v[range].reinterpret_cast()),
+        (Floats::Bf16(v), Dtype::Bfloat16) => out.copy_from_slice(v[range].reinterpret_cast()),
+        (values, _) => {
+            let mut numbers = vec![0f32; range.len()];
+            values.read_f32(range.start, &mut numbers);
+            out.iter_mut().zip(numbers).for_each(|(out, value)| *out = narrow(value, dtype));
+        }
+    }
 }
 
 /// True if the steps of every group are powers of two apart, as a uniform quantizer makes them.
 pub(super) fn is_uniform(w: &LutGemm<'_>) -> bool {
     let (rows, bits) = (w.out_features(), w.bits());
-    let alpha = w.alpha().to_f32();
-    alpha.par_chunks_exact(bits * rows).all(|group| {
-        let (first, others) = group.split_at(rows);
-        others
-            .chunks_exact(rows)
-            .enumerate()
-            .all(|(b, alphas)| alphas.iter().zip(first).all(|(a, first)| *a == first * (2u32 << b) as f32))
+    (0..w.in_features() / w.group_size()).into_par_iter().all(|g| {
+        let plane = |b: usize, out: &mut [f32]| w.alpha().read_f32((g * bits + b) * rows, out);
+        let (mut first, mut other) = (vec![0f32; rows], vec![0f32; rows]);
+        plane(0, &mut first);
+        (1..bits).all(|b| {
+            plane(b, &mut other);
+            other.iter().zip(&first).all(|(a, first)| *a == first * (1u32 << b) as f32)
+        })
     })
-}
-
-/// Uniform LUT-GEMM of 3 or 4 bits; steps and centres per tile and unit.
-pub(super) fn lutgemm(w: &LutGemm<'_>) -> Packed {
-    let (bits, rows, group) = (w.bits(), w.out_features(), w.group_size());
-    let codes = pack_codes(w.in_features(), rows, bits, INTEGERS, |row, out| w.codes(row, out));
-    let units = w.in_features().div_ceil(CODE_UNIT);
-    let groups = units * (CODE_UNIT / group);
-    let (alpha, q_bias) = (w.alpha().to_f32(), w.q_bias().to_f32());
-    let mut steps = vec![0f32; rows.div_ceil(TILE) * groups * TILE * 2];
-    steps.par_chunks_exact_mut(groups * TILE * 2).enumerate().for_each(|(tile, steps)| {
-        for (g, steps) in steps.chunks_exact_mut(TILE * 2).take(w.in_features() / group).enumerate() {
-            for (r, step) in steps.chunks_exact_mut(2).enumerate() {
-                let row = tile * TILE + r;
-                if row < rows {
-                    let first = alpha[g * bits * rows + row];
-                    step[0] = 2.0 * first;
-                    step[1] = q_bias[g * rows + row] + first;
-                }
-            }
-        }
-    });
-    Packed { codes, aux: bytemuck::cast_vec::<f32, u32>(steps).iter().flat_map(|w| w.to_le_bytes()).collect() }
-}
-
-/// 16-bit numbers in the order in which lanes take them.
-pub(super) fn dense(w: &Dense<'_>, dtype: Dtype) -> Vec<u16> {
-    let (width, rows) = (w.in_features, w.out_features);
-    let units = width.div_ceil(DENSE_UNIT);
-    let mut packed = vec![0u16; rows.div_ceil(TILE) * units * TILE * DENSE_UNIT];
-    packed.par_chunks_exact_mut(units * TILE * DENSE_UNIT).enumerate().for_each(|(tile, packed)| {
-        let mut row = vec![0f32; units * DENSE_UNIT];
-        for r in 0..TILE.min(rows - tile * TILE) {
-            w.values.read_f32((tile * TILE + r) * width, &mut row[..width]);
-            for (piece, values) in row.chunks_exact(8).enumerate() {
-                let (u, p, t) = (piece / 8, piece / 4 % 2, piece % 4);
-                let at = ((u * 4 + p * 2 + r / 8) * 32 + r % 8 * 4 + t) * 8;
-                for (to, &value) in packed[at..at + 8].iter_mut().zip(values) {
-                    *to = narrow(value, dtype);
-                }
-            }
-        }
-    });
-    packed
 }
 
 /// Codes, a byte each, `[out_features, in_features]`.
@@ -185,11 +292,11 @@ pub(super) fn by_row(values: &Floats<'_>, planes: usize, rows: usize) -> Vec<f32
     let values = values.to_f32();
     let groups = values.len() / (planes * rows);
     let mut all = vec![0f32; values.len()];
-    for (row, out) in all.chunks_exact_mut(groups * planes).enumerate() {
+    all.par_chunks_exact_mut(groups * planes).enumerate().for_each(|(row, out)| {
         for (i, out) in out.iter_mut().enumerate() {
             *out = values[i * rows + row];
         }
-    }
+    });
     all
 }
 
@@ -212,22 +319,100 @@ mod tests {
         [a, b, c, spare][m % 4] & 0x7777_7777
     }
 
+    /// The nibble of a word that holds channel 0 to 3 of rows g (first four) and g + 8 (last four).
+    const LOOK_UP: [u32; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+    const INTEGERS: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+    /// All tiles, into memory that was not zero.
+    fn packed(packing: &Packing<'_>) -> (Vec<u32>, Vec<u8>) {
+        let mut codes = vec![0xa5a5_a5a5u32; packing.tiles() * packing.code_bytes() / 4];
+        for (tile, out) in codes.chunks_exact_mut(packing.code_bytes() / 4).enumerate() {
+            packing.codes(tile, bytemuck::cast_slice_mut(out));
+        }
+        let mut aux = vec![0xa5a5_a5a5u32; packing.tiles() * packing.aux_bytes() / 4];
+        for tile in 0..packing.tiles() {
+            let bytes = packing.aux_bytes();
+            packing.aux(tile, &mut bytemuck::cast_slice_mut(&mut aux)[tile * bytes..(tile + 1) * bytes]);
+        }
+        (codes, bytemuck::cast_slice(&aux).to_vec())
+    }
+
+    fn check_codes(packing: &Packing<'_>, codes: &[u8], bits: usize, nibbles: [u32; 8]) {
+        let (in_features, out_features) = packing.shape();
+        let (packed, _) = packed(packing);
+        let units = in_features.div_ceil(CODE_UNIT);
+        // Padding too: it must be zero.
+        for row in 0..packing.tiles() * TILE {
+            for k in 0..units * CODE_UNIT {
+                let unit = &packed[(row / TILE * units + k / CODE_UNIT) * unit_words(bits)..];
+                let (c, e) = (k % CODE_UNIT, k % 4 + row % TILE / 8 * 4);
+                let (product, lane) = (c / 32 * 2 + c % 8 / 4, row % 8 * 4 + c % 32 / 8);
+                let got = unpack(unit, bits, product, lane) >> (4 * nibbles[e]) & 15;
+                let inside = row < out_features && k < in_features;
+                let want = if inside { codes[row * in_features + k] } else { 0 };
+                assert_eq!(got, u32::from(want), "row {row}, channel {k}");
+            }
+        }
+    }
+
     #[test]
     fn every_code_is_where_its_lane_looks() {
-        for (in_features, out_features, bits) in [(576, 24, 3), (576, 24, 4), (1024, 16, 3), (256, 8, 4)] {
+        for (in_features, out_features, bits) in [(576, 24, 3), (1376, 24, 4), (1024, 16, 3), (256, 8, 4), (32, 8, 3)] {
             let codes = codes(in_features, out_features, bits);
-            for nibbles in [LOOK_UP, INTEGERS] {
-                let packed = pack_codes(in_features, out_features, bits, nibbles, |row, out| {
-                    out.copy_from_slice(&codes[row * in_features..][..in_features]);
-                });
-                let units = in_features.div_ceil(CODE_UNIT);
-                for row in 0..out_features {
-                    for k in 0..in_features {
-                        let unit = &packed[(row / TILE * units + k / CODE_UNIT) * unit_words(bits)..];
-                        let (c, e) = (k % CODE_UNIT, k % 4 + row % TILE / 8 * 4);
-                        let (product, lane) = (c / 32 * 2 + c % 8 / 4, row % 8 * 4 + c % 32 / 8);
-                        let got = unpack(unit, bits, product, lane) >> (4 * nibbles[e]) & 15;
-                        assert_eq!(got, u32::from(codes[row * in_features + k]), "row {row}, channel {k}");
+            let lut: Vec<f32> = (0..out_features << bits).map(|i| i as f32 / 16.0).collect();
+            let w = AnyPrec::pack(in_features, out_features, bits, &codes, lut.clone().into()).unwrap();
+            let packing = Packing::AnyPrec(&w, Dtype::Float16);
+            check_codes(&packing, &codes, bits, LOOK_UP);
+            let (_, books) = packed(&packing);
+            for (i, &centroid) in lut.iter().enumerate() {
+                let (row, code, size) = (i >> bits, i % (1 << bits), 1 << bits);
+                let book = &books[row * 2 * size..];
+                assert_eq!(f16::from_le_bytes([book[code], book[size + code]]).to_f32(), centroid);
+            }
+            assert!(books[lut.len() * 2..].iter().all(|&b| b == 0));
+
+            let groups = in_features / 32;
+            let scale: Vec<f32> = (0..out_features * groups).map(|i| 1.0 + i as f32 / 64.0).collect();
+            let zero: Vec<f32> = (0..out_features * groups).map(|i| (i % 7) as f32).collect();
+            let w = LutGemm::from_uniform(in_features, out_features, bits, 32, &codes, &scale, &zero).unwrap();
+            check_codes(&Packing::LutGemm(&w), &codes, bits, INTEGERS);
+            let (_, steps) = packed(&Packing::LutGemm(&w));
+            let steps: Vec<f32> = bytemuck::pod_collect_to_vec(&steps);
+            let padded = in_features.next_multiple_of(CODE_UNIT) / 32;
+            for (i, step) in steps.chunks_exact(2).enumerate() {
+                let (row, g) = (i / (padded * TILE) * TILE + i % TILE, i / TILE % padded);
+                let inside = row < out_features && g < groups;
+                let step_of = |row: usize, g: usize| (scale[row * groups + g], zero[row * groups + g]);
+                let (scale, zero) = if inside { step_of(row, g) } else { (0.0, 0.0) };
+                // alpha_b is scale / 2 doubled from plane to plane; the centre is of codes counted from 2^(bits-1).
+                let centre = scale * ((1 << bits) - 1) as f32 / 2.0 - scale * zero + scale / 2.0;
+                assert_eq!(step, [scale, centre], "row {row}, group {g}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_are_where_their_lanes_look() {
+        for (width, rows) in [(72, 24), (128, 16)] {
+            let values: Vec<f32> = (0..width * rows).map(|i| (i % 2003) as f32 / 8.0).collect();
+            for dtype in [Dtype::Float16, Dtype::Bfloat16] {
+                let bits: Vec<u16> = values.iter().map(|&v| narrow(v, dtype)).collect();
+                let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+                for values in [Floats::from(values.clone()), Floats::from(halves)] {
+                    let w = Dense { in_features: width, out_features: rows, values };
+                    let packing = Packing::Dense(&w, dtype);
+                    let (packed, _) = packed(&packing);
+                    let packed: &[u16] = bytemuck::cast_slice(&packed);
+                    let units = width.div_ceil(DENSE_UNIT);
+                    for row in 0..packing.tiles() * TILE {
+                        for k in 0..units * DENSE_UNIT {
+                            let (tile, r, c) = (row / TILE, row % TILE, k % DENSE_UNIT);
+                            let lane = r % 8 * 4 + c / 8 % 4;
+                            let vector = c / 32 * 2 + r / 8;
+                            let at = (((tile * units + k / DENSE_UNIT) * 4 + vector) * 32 + lane) * 8 + c % 8;
+                            let inside = row < rows && k < width;
+                            assert_eq!(packed[at], if inside { bits[row * width + k] } else { 0 }, "row {row}, {k}");
+                        }
                     }
                 }
             }

@@ -4,7 +4,8 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::arguments::{AnyArgument, DecArgument, GemvArgument, PackedArgument};
-use super::driver::{Arguments, Kernel, Launch};
+use super::driver::{Arguments, Launch};
+use super::kernel::Kernel;
 use super::launch::{
     GemvLaunch, Tuning, dec_shared, entries, gemv_defines, gemv_launch, is_staged, shape_defines, unit,
 };
@@ -243,7 +244,7 @@ impl Cuda {
         };
         let blocks = launch.blocks.max(plan.map_or(0, |p| p.n_tb));
         let (block, shared) = ((launch.warps + dec_warps) * 32, launch.shared + dec_shared);
-        let launch = Launch { grid: (blocks, 1, 1), block, shared, overlap: true };
+        let launch = Launch { grid: (blocks, 1, 1), block, shared, ..Launch::new(1, 1) };
         self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))
     }
 
@@ -320,7 +321,7 @@ impl Cuda {
             return Ok(());
         };
         let (bias, features) = (bias.pointer(), rows as i32);
-        let launch = Launch { grid: (rows.div_ceil(256), tokens, 1), block: 256, shared: 0, overlap: true };
+        let launch = Launch { grid: (rows.div_ceil(256), tokens, 1), ..Launch::new(1, 256) };
         self.driver.launch(
             &self.kernel("rows.cu", "add_bias", &[])?,
             launch,
@@ -376,7 +377,7 @@ impl Cuda {
     }
 
     /// `y += s·Σ q·x`, token by token; `x` is staged f32.
-    fn dec(&self, matrix: &Matrix, plan: Option<&Plan>, x: u64, y: u64, tokens: usize) -> Result<()> {
+    pub(super) fn dec(&self, matrix: &Matrix, plan: Option<&Plan>, x: u64, y: u64, tokens: usize) -> Result<()> {
         let Some(plan) = plan else {
             return Ok(());
         };
@@ -385,7 +386,7 @@ impl Cuda {
         let shared = dec_shared(plan, 256, false);
         for t in 0..tokens as u64 {
             let (x, y) = (x + t * matrix.in_features as u64 * 4, y + t * matrix.out_features as u64 * 4);
-            let launch = Launch { grid: (plan.n_tb, 1, 1), block: 256, shared, overlap: true };
+            let launch = Launch { grid: (plan.n_tb, 1, 1), shared, ..Launch::new(1, 256) };
             self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument).with(&x).with(&y))?;
         }
         Ok(())

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::driver::{Arguments, Buffer, Launch, Mapped};
+use super::driver::{Arguments, Buffer, Launch};
+use super::host::Mapped;
+use super::layers::Shapes;
 use super::vector::Vector;
 use super::{Cuda, Dtype};
 use crate::config::ModelConfig;
@@ -24,14 +26,14 @@ pub struct Sequence {
     kv_heads: usize,
     head_dim: usize,
     window: usize,
-    max_seq_len: usize,
+    pub(super) max_seq_len: usize,
     layer_bytes: usize,
     keys: Buffer,   // [layers, kv_heads, max_seq_len, head_dim]
     values: Buffer, // the same
-    angles: Buffer, // f32 [max_seq_len, head_dim / 2, (cos, sin)]
+    pub(super) angles: Buffer, // f32 [max_seq_len, head_dim / 2, (cos, sin)]
     pub(super) state: Buffer,
-    parts: Buffer,
-    tickets: Buffer,
+    pub(super) parts: Buffer,
+    pub(super) tickets: Buffer,
     rules: Buffer,
     draws: Buffer,  // f32 [max_seq_len + 1]
     best: Buffer,   // u64 [SAMPLE_BLOCKS], then the ticket
@@ -115,6 +117,29 @@ impl Sequence {
         Ok(())
     }
 
+    /// Where the keys and values of a layer are.
+    pub(super) fn cache(&self, layer: usize) -> (u64, u64) {
+        let offset = (layer * self.layer_bytes) as u64;
+        (self.keys.pointer() + offset, self.values.pointer() + offset)
+    }
+
+    /// Shapes of a model of which this is a text.
+    pub(super) fn shapes(&self, hidden: usize, intermediate: usize) -> Shapes {
+        Shapes { hidden, intermediate, heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
+    }
+
+    /// The constants of `attend.cuh`.
+    pub(super) fn defines(&self, cuda: &Cuda) -> Vec<String> {
+        vec![
+            format!("HEADS={}", self.heads),
+            format!("KV_HEADS={}", self.kv_heads),
+            format!("HEAD_DIM={}", self.head_dim),
+            format!("KV={}", cuda.options.dtype as u8),
+            format!("WINDOW={}", self.window),
+            format!("SPLITS={}", cuda.splits(self.kv_heads)),
+        ]
+    }
+
     pub(super) fn attend(
         &self,
         cuda: &Cuda,
@@ -123,11 +148,12 @@ impl Sequence {
         out: &mut Vector,
         tokens: usize,
     ) -> Result<()> {
+        let (keys, values) = self.cache(layer);
         let arguments = Attend {
             qkv: qkv.at(),
             delta: qkv.delta(),
-            keys: self.keys.pointer() + (layer * self.layer_bytes) as u64,
-            values: self.values.pointer() + (layer * self.layer_bytes) as u64,
+            keys,
+            values,
             angles: self.angles.pointer(),
             state: self.state.pointer(),
             parts: self.parts.pointer(),
@@ -135,19 +161,12 @@ impl Sequence {
             out: out.at(),
             max_seq_len: self.max_seq_len as i32,
         };
-        let defines = [
-            format!("HEADS={}", self.heads),
-            format!("KV_HEADS={}", self.kv_heads),
-            format!("HEAD_DIM={}", self.head_dim),
-            format!("KV={}", cuda.options.dtype as u8),
-            format!("WINDOW={}", self.window),
-            format!("SPLITS={}", cuda.splits(self.kv_heads)),
-        ];
+        let defines = self.defines(cuda);
         let group = self.heads / self.kv_heads;
         let shared = 4 * group * (self.head_dim + 8 * (self.head_dim + 2));
         let launch = |entry: &str, grid, shared| {
             let kernel = cuda.kernel("attend.cu", entry, &defines)?;
-            let launch = Launch { grid, block: 256, shared, overlap: true };
+            let launch = Launch { grid, shared, ..Launch::new(1, 256) };
             cuda.driver.launch(&kernel, launch, &mut Arguments::new().with(&arguments))
         };
         out.settle();

@@ -192,6 +192,10 @@ impl DecodeBackend for Wgpu {
         Ok(token[0])
     }
 
+    fn prepare(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        Ok(())
+    }
+
     fn replay(&self, _graph: &mut Option<()>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         token()
     }

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use wgpu::{BindingType, BufferBindingType, BufferUsages, Features, ShaderStages};
 
 use super::kernels::{FLOATS, Kernel, UNIFORM_BYTES};
+use super::stamps::Stamps;
 use crate::backend::DeviceInfo;
 
 /// Dispatches that are queued before the device starts on them without being asked.
@@ -31,11 +32,13 @@ pub(super) struct Gpu {
     pub(super) max_binding: usize,
     /// Where the products take their input from; overwritten by each.
     pub(super) window: wgpu::Buffer, // UNIFORM_BYTES
-    device: wgpu::Device,
-    queue: wgpu::Queue,
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
     pipelines: RefCell<HashMap<PipelineKey, wgpu::ComputePipeline>>,
     pending: RefCell<Pending>,
-    clock: Option<Clock>,
+    pub(super) clock: Option<Clock>,
+    /// While a sweep wants to know when kernels ran.
+    pub(super) stamps: RefCell<Option<Stamps>>,
 }
 
 /// Commands that are recorded and not yet submitted.
@@ -47,7 +50,7 @@ struct Pending {
 
 /// Two time stamps and where they are resolved to.
 #[derive(Debug)]
-struct Clock {
+pub(super) struct Clock {
     stamps: wgpu::QuerySet,
     resolved: wgpu::Buffer,
 }
@@ -138,6 +141,7 @@ impl Gpu {
             pipelines: RefCell::default(),
             pending: RefCell::default(),
             clock,
+            stamps: RefCell::default(),
         })
     }
 
@@ -271,23 +275,28 @@ impl Gpu {
             self.wait()?;
             return Ok(start.elapsed());
         };
-        self.stamp(clock, 0);
+        self.stamp(&clock.stamps, 0);
         work()?;
-        self.stamp(clock, 1);
-        let mut pending = self.pending.borrow_mut();
-        let encoder = pending.encoder.get_or_insert_with(|| self.device.create_command_encoder(&Default::default()));
-        encoder.resolve_query_set(&clock.stamps, 0..2, &clock.resolved, 0);
-        drop(pending);
+        self.stamp(&clock.stamps, 1);
+        self.resolve(&clock.stamps, 2, &clock.resolved);
         let mut ticks = [0u64; 2];
         self.read(&clock.resolved, 0, bytemuck::cast_slice_mut(&mut ticks))?;
         let nanoseconds = ticks[1].saturating_sub(ticks[0]) as f64 * f64::from(self.queue.get_timestamp_period());
         Ok(Duration::from_nanos(nanoseconds as u64))
     }
 
-    fn stamp(&self, clock: &Clock, index: u32) {
+    /// Queues a time stamp.
+    pub(super) fn stamp(&self, stamps: &wgpu::QuerySet, index: u32) {
         let mut pending = self.pending.borrow_mut();
         let encoder = pending.encoder.get_or_insert_with(|| self.device.create_command_encoder(&Default::default()));
-        encoder.write_timestamp(&clock.stamps, index);
+        encoder.write_timestamp(stamps, index);
+    }
+
+    /// Queues a copy of the first `count` stamps.
+    pub(super) fn resolve(&self, stamps: &wgpu::QuerySet, count: u32, to: &wgpu::Buffer) {
+        let mut pending = self.pending.borrow_mut();
+        let encoder = pending.encoder.get_or_insert_with(|| self.device.create_command_encoder(&Default::default()));
+        encoder.resolve_query_set(stamps, 0..count, to, 0);
     }
 
     fn submit(&self) {

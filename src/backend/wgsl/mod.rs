@@ -10,6 +10,7 @@ mod decode;
 mod gpu;
 mod kernels;
 mod matrix;
+mod stamps;
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -20,7 +21,9 @@ pub use decode::Sequence;
 use gpu::Gpu;
 pub use gpu::adapters;
 pub use matrix::{Matrix, Plan};
+pub use stamps::WgpuRecorder;
 
+use super::record::Clock;
 use super::{DeviceInfo, GemvBackend};
 use crate::dec::DecPlan;
 use crate::weights::Linear;
@@ -81,11 +84,14 @@ impl Wgpu {
         tokens: usize,
         accumulate: bool,
     ) -> Result<()> {
+        self.gpu.mark();
         matrix.gemv(&self.gpu, x, y, tokens, accumulate);
+        self.gpu.mark();
         if let Some(plan) = plan.filter(|plan| plan.selected > 0) {
             let list = scratch(&self.gpu, &self.scratch.list, tokens * plan.selected)?;
             plan.select(&self.gpu, x, &list, tokens);
             matrix.apply(&self.gpu, plan, &list, x, y, tokens);
+            self.gpu.mark();
         }
         Ok(())
     }
@@ -95,6 +101,7 @@ impl GemvBackend for Wgpu {
     type Vector = Vector;
     type Matrix = Matrix;
     type Plan = Plan;
+    type Recorder = WgpuRecorder;
 
     fn device(&self) -> &DeviceInfo {
         &self.gpu.info
@@ -139,5 +146,9 @@ impl GemvBackend for Wgpu {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         self.gpu.time(work)
+    }
+
+    fn recorder(&self, _: Clock) -> Result<WgpuRecorder> {
+        Ok(WgpuRecorder::new(&self.gpu))
     }
 }

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Profiles and tunes random models of real shapes on an NVIDIA GPU, and measures what was promised with whole tokens.
+#
+#   scripts/gpu-tune.sh DIR                 # everything
+#   scripts/gpu-tune.sh DIR ap3 lut4        # only these: ap3 lut4 phi3 70b clocks small
+#
+# Tables, logs and pictures go to DIR; the profiles themselves, which are large, to DIR/nsys. DECDEC is the program
+# [default: cargo run]. What fails is printed, and the rest goes on.
+set -uo pipefail
+if [ $# -eq 0 ]; then sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 1; fi
+dir=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+decdec=${DECDEC:-cargo run --release --quiet --}
+what=${*:-ap3 lut4 clocks phi3 70b small}
+nsys=${NSYS_DIR:-$dir/nsys}
+failed=0
+
+# log, seconds at most, arguments: runs the program, all output to the screen and the log
+step() {
+    local log=$dir/$1.log most=$2 start=$SECONDS
+    shift 2
+    echo "\$ decdec $*" | tee "$log"
+    timeout "$most" $decdec "$@" 2>&1 | tee -a "$log"
+    local status=${PIPESTATUS[0]}
+    echo "($((SECONDS - start)) s)" | tee -a "$log"
+    if [ "$status" -ne 0 ]; then echo "FAILED with $status: $*"; failed=1; fi
+    return "$status"
+}
+
+# name, model, algorithm, bits, targets, flags of profile …
+one() {
+    local name=$1 model=$2 algo=$3 bits=$4 targets=$5
+    shift 5
+    local of="--model-name $model --algo $algo --bitwidth $bits --nsys-dir $nsys"
+    step "profile-$name" 290 profile "$name" $of --device cuda --overwrite "$@" &&
+        step "tune-$name" 200 tune "$name" $of --device cuda --target-slowdown "$targets" --verify \
+            --csv-dir "$dir" --plots-dir "$dir" --tuned-dir "$dir"
+}
+
+llama8=Meta-Llama-3-8B-Instruct
+llama70=Meta-Llama-3-70B-Instruct
+phi3=Phi-3-medium-4k-instruct
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv 2>&1 | tee "$dir/gpu.log"
+$decdec devices 2>&1 | tee -a "$dir/gpu.log"
+
+for part in $what; do
+    case $part in
+        ap3) one ap3 $llama8 sqllm 3 2.5,5,10,20 ;;
+        lut4) one lut4 $llama8 awq 4 2.5,5,10,20 --min-n-tb 8 ;;
+        phi3) one phi3 $phi3 sqllm 3 5,10 --tokens 4 --min-n-tb 16 --max-n-tb 48 --max-k-chunk 16 ;;
+        70b) one 70b $llama70 sqllm 3 10 --tokens 4 --min-n-tb 16 --max-n-tb 48 --max-k-chunk 16 ;;
+        clocks)
+            # The same few configurations by both clocks: which comes closer to whole tokens?
+            for clock in cupti events; do
+                one "$clock" $llama8 sqllm 3 5,20 --clock $clock --min-n-tb 28 --max-n-tb 34 --max-k-chunk 12
+            done
+            # What was tuned before, measured again by itself.
+            tuned=$(ls "$dir"/ap3_*_10.0.json 2>/dev/null | head -1)
+            [ -z "$tuned" ] || step profile-tuned 60 profile again --model-name $llama8 --algo sqllm --bitwidth 3 \
+                --nsys-dir "$nsys" --device cuda --overwrite --tuned "$tuned"
+            ;;
+        small)
+            # Kernels without a fast form have several launches a product; other types and selections.
+            step profile-bf16 60 profile bf16 --model-name $llama8 --algo sqllm --bitwidth 4 --fp-dtype bf16 --nsys-dir "$nsys" \
+                --device cuda --overwrite --tokens 2 --min-n-tb 16 --max-n-tb 17 --max-k-chunk 2 --selection exact
+            step profile-5bit 60 profile any --model-name $llama8 --algo sqllm --bitwidth 5 --nsys-dir "$nsys" \
+                --device cuda --overwrite --tokens 1 --min-n-tb 16 --max-n-tb 16 --max-k-chunk 2 --halve-layers
+            ;;
+        *) echo "no part $part: ap3 lut4 phi3 70b clocks small" >&2; failed=1 ;;
+    esac
+done
+
+echo
+echo "======== summary ========"
+for log in "$dir"/profile-*.log "$dir"/tune-*.log; do
+    [ -e "$log" ] || continue
+    echo "-- $(basename "$log" .log): $(grep '^(.* s)$' "$log" | tail -1)"
+    grep -E '^(device memory|host link|R_bw|configurations|tuned  )|in a graph:|until then|FAILED|^error' "$log" || true
+    # The summary table, or what stands in for it with a single target.
+    grep -E '^ *(target %|[0-9]+\.[0-9]+ )|Real slowdown|took .* again' "$log" || true
+done
+exit $failed

@@ -1,0 +1,373 @@
+//! Whole decoder layers of one token in one launch (`kernels-cuda/layers.cu`): which layers can be, and how.
+
+use std::rc::Rc;
+
+use anyhow::Result;
+
+use super::driver::{Arguments, Buffer, Launch};
+use super::kernel::Kernel;
+use super::launch::{Tuning, unit};
+use super::matrix::{Body, Format, Matrix, Plan, dec_words};
+use super::pack::TILE;
+use super::sequence::Sequence;
+use super::{Cuda, Scratch};
+use crate::backend::{Activations, LayerOperands};
+use crate::dec::CHUNK;
+
+/// Most layers of one launch: their table lies in shared memory.
+const MOST_LAYERS: usize = 40;
+
+/// Words of 8 bytes of `struct Layer`, and the bytes of it.
+const LAYER_WORDS: usize = 36;
+
+/// What a launch needs to know of a model's shapes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shapes {
+    pub(super) hidden: usize,
+    pub(super) intermediate: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+}
+
+impl Shapes {
+    /// `(in_features, out_features)` of the four projections.
+    fn products(self) -> [(usize, usize); 4] {
+        let attended = self.heads * self.head_dim;
+        let qkv = (self.heads + 2 * self.kv_heads) * self.head_dim;
+        [
+            (self.hidden, qkv),
+            (attended, self.hidden),
+            (self.hidden, 2 * self.intermediate),
+            (self.intermediate, self.hidden),
+        ]
+    }
+}
+
+/// The parts of a block's shared memory that depend on the launch, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LayersLaunch {
+    pub(super) warps: usize,
+    pub(super) stages: usize,
+    pub(super) dec_warps: usize,
+    pub(super) blocks: usize,
+    /// Input of a product, and sums of its groups; or queries and partial results of attention.
+    pub(super) xs: usize,
+    /// Partial sums of the block's rows.
+    pub(super) parts: usize,
+    /// Codebooks of the block's tiles of one matrix.
+    pub(super) books: usize,
+    pub(super) shared: usize,
+}
+
+/// The launch of layers of these shapes, if a multiprocessor has room for it: pure arithmetic.
+///
+/// `dec`: bytes that compensating warps need besides, `None` if nothing is compensated.
+pub(super) fn layers_launch(
+    format: Format,
+    shapes: Shapes,
+    tuning: Tuning,
+    dec: Option<usize>,
+    multiprocessors: usize,
+    most_shared: usize,
+) -> Option<LayersLaunch> {
+    let products = shapes.products();
+    if !products.iter().all(|&(k, rows)| k.is_multiple_of(TILE) && rows.is_multiple_of(2 * TILE)) {
+        return None;
+    }
+    let warps = if dec.is_some() { tuning.layers_beside_dec.0 } else { tuning.layers };
+    let dec_warps = if dec.is_some() { tuning.layers_beside_dec.1 } else { 0 };
+    let units = |k: usize| k.div_ceil(unit(format, k).0);
+    let halves = |k: usize| units(k) * unit(format, k).0 * 2;
+    let (narrow, wide) = (shapes.hidden.max(products[1].0), shapes.intermediate);
+    let sums = unit(format, narrow.max(wide)).2.next_multiple_of(4) * 4;
+    let in_f32 = if dec.is_some() { narrow.next_multiple_of(CHUNK) * 4 } else { 0 };
+    let xs = halves(wide).max(halves(narrow) + in_f32).max(CHUNK * 4) + sums;
+    let tiles = products.iter().enumerate().map(|(i, &(_, rows))| {
+        let together = if i == 2 { 2 } else { 1 };
+        (rows / TILE / together).div_ceil(multiprocessors) * together
+    });
+    let tiles = tiles.max()?;
+    let parts = tiles * warps * TILE * 4;
+    // Attention uses both while no product does.
+    let group = shapes.heads / shapes.kv_heads;
+    let attention = 4 * (group * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
+    let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
+    // Codebooks come once for a matrix, other formats' numbers with every unit.
+    let (books, slot) = match format {
+        Format::AnyPrec { bits } => (tiles * (32 << bits), unit(format, narrow).1 - (32 << bits)),
+        _ => (0, unit(format, narrow).1),
+    };
+    let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
+    let fixed = 256 + 128 + 16 + 2 * books + table + xs + parts + dec.unwrap_or(0);
+    let stage = warps * (slot.next_multiple_of(128) + 8);
+    let stages = most_shared.checked_sub(fixed)? / stage;
+    if stages < 2 {
+        return None;
+    }
+    let stages = stages.min(8);
+    let shared = fixed + stages * stage;
+    Some(LayersLaunch { warps, stages, dec_warps, blocks: multiprocessors, xs, parts, books, shared })
+}
+
+/// `AT_ONCE` of `layers.cu`.
+fn at_once(group: usize) -> usize {
+    [2, 3].into_iter().find(|&n| group.is_multiple_of(n)).unwrap_or(1)
+}
+
+/// `struct Layers` of `layers.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct LayersArgument {
+    layers: u64,
+    h: u64,
+    h_delta: u64,
+    o_delta: u64,
+    d_delta: u64,
+    qkv: u64,
+    qkv_delta: u64,
+    attended: u64,
+    gu: u64,
+    gu_delta: u64,
+    act: u64,
+    list: u64,
+    state: u64,
+    angles: u64,
+    parts: u64,
+    tickets: u64,
+    grid: u64,
+    stamps: u64,
+    count: i32,
+    max_seq_len: i32,
+    eps: f32,
+}
+
+/// The format that all four matrices share, if they do and it has fast kernels.
+fn format(layer: &LayerOperands<'_, Cuda>) -> Option<Format> {
+    let of = |m: &Matrix| match m.body {
+        Body::Packed { format: format @ (Format::AnyPrec { .. } | Format::LutGemm { .. }), .. } => Some(format),
+        _ => None,
+    };
+    let first = of(layer.matrices[0])?;
+    layer.matrices.iter().all(|m| of(m) == Some(first)).then_some(first)
+}
+
+impl Cuda {
+    /// How many of `layers`, from the first on, one launch takes; 0 if they have to go operation by operation.
+    pub(super) fn run_of_layers(&self, layers: &[LayerOperands<'_, Self>]) -> usize {
+        let Some(first) = layers.first() else { return 0 };
+        let wanted = format(first);
+        let plans = |layer: &LayerOperands<'_, Self>| layer.plans.map(|p| p.map(|p| (p.k_chunk, p.n_tb)));
+        let alike = |layer: &&LayerOperands<'_, Self>| {
+            format(layer) == wanted
+                && plans(layer) == plans(first)
+                && layer.norms.iter().all(|n| n.eps == first.norms[0].eps)
+        };
+        if wanted.is_none() || self.driver.numbers().major < 9 || self.options.compile == 0 {
+            return 0;
+        }
+        layers.iter().take(MOST_LAYERS).take_while(alike).count()
+    }
+
+    /// Queues `layers` as one launch; false if the device has no room for it.
+    pub(super) fn fused_layers(
+        &self,
+        sequence: &Sequence,
+        first: usize,
+        layers: &[LayerOperands<'_, Self>],
+        activations: &mut Activations<Self>,
+    ) -> Result<bool> {
+        let (Some(format), Some(operands)) = (layers.first().and_then(format), layers.first()) else {
+            return Ok(false);
+        };
+        let shapes = sequence.shapes(operands.matrices[1].out_features, operands.matrices[3].in_features);
+        let plans = operands.plans.map(|p| p.filter(|p| p.k_chunk > 0));
+        let compensates = plans.iter().any(Option::is_some);
+        let tuning = self.options.tuning;
+        let list = plans.iter().flatten().map(|p| p.list_chunks() * p.k_chunk * 8).max().unwrap_or(0);
+        let words = plans.iter().flatten().map(|p| dec_words(p.out_features)).min().unwrap_or(1);
+        let dec = compensates.then_some(list + 8 * words * (32 * tuning.layers_beside_dec.1 + 1) * 4);
+        let numbers = self.driver.numbers();
+        let launch =
+            layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
+        let Some(launch) = launch else { return Ok(false) };
+        let kernel = self.layers_kernel(format, shapes, launch, sequence, compensates, words)?;
+
+        let table = self.layer_table(sequence, first, layers)?;
+        let Activations { h, qkv, attended, gu } = activations;
+        let [o_place, d_place] = h.both_places()?;
+        let (qkv_place, gu_place) = (qkv.free_place()?, gu.free_place()?);
+        let intermediate = shapes.intermediate;
+        let argument = LayersArgument {
+            layers: table.pointer(),
+            h: h.at(),
+            h_delta: h.delta(),
+            o_delta: o_place.1,
+            d_delta: d_place.1,
+            qkv: qkv.at(),
+            qkv_delta: qkv_place.1,
+            attended: attended.at(),
+            gu: gu.at(),
+            gu_delta: gu_place.1,
+            act: self.scratch(Scratch::X, intermediate * 4)?.pointer(),
+            list: self.scratch(Scratch::List, intermediate * 8)?.pointer(),
+            state: sequence.state.pointer(),
+            angles: sequence.angles.pointer(),
+            parts: sequence.parts.pointer(),
+            tickets: sequence.tickets.pointer(),
+            grid: self.scratch(Scratch::Grid, 8)?.pointer(),
+            stamps: self.stamps.borrow().as_ref().map_or(0, |s| s.pointer()),
+            count: layers.len() as i32,
+            max_seq_len: sequence.max_seq_len as i32,
+            eps: operands.norms[0].eps,
+        };
+        let threads = 32 * (launch.warps + launch.dec_warps);
+        let launch = Launch { shared: launch.shared, overlap: false, together: true, ..Launch::new(launch.blocks, threads) };
+        self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;
+        qkv.settle();
+        attended.settle();
+        gu.settle();
+        h.settle();
+        // What o left, down has added.
+        if plans[3].is_some() {
+            h.leave(d_place.0);
+        }
+        Ok(true)
+    }
+
+    fn layers_kernel(
+        &self,
+        format: Format,
+        shapes: Shapes,
+        launch: LayersLaunch,
+        sequence: &Sequence,
+        dec: bool,
+        words: usize,
+    ) -> Result<Kernel> {
+        let mut defines = sequence.defines(self);
+        let (kind, bits, group) = match format {
+            Format::LutGemm { bits, group } => (1, bits, Some(group)),
+            Format::AnyPrec { bits } => (0, bits, None),
+            Format::Dense => anyhow::bail!("cuda: layers of full precision go operation by operation"),
+        };
+        defines.extend(group.map(|g| format!("GROUP={g}")));
+        defines.extend([
+            format!("FORMAT={kind}"),
+            format!("BITS={bits}"),
+            format!("H={}", shapes.hidden),
+            format!("I={}", shapes.intermediate),
+            format!("WARPS={}", launch.warps),
+            format!("STAGES={}", launch.stages),
+            format!("BLOCKS={}", launch.blocks),
+            format!("DEC={}", u8::from(dec)),
+            format!("DEC_WARPS={}", launch.dec_warps),
+            format!("DEC_WORDS={words}"),
+            format!("DEC_FLIGHT={}", self.options.tuning.dec_flight),
+            format!("XS={}", launch.xs),
+            format!("PARTS={}", launch.parts),
+            format!("BOOKS={}", launch.books),
+            format!("MOST_LAYERS={MOST_LAYERS}"),
+        ]);
+        self.kernel("layers.cu", "decode_layers", &defines)
+    }
+
+    /// The layers' pointers in device memory; the same ones stay where they are, since recorded graphs point to them.
+    fn layer_table(
+        &self,
+        sequence: &Sequence,
+        first: usize,
+        layers: &[LayerOperands<'_, Self>],
+    ) -> Result<Rc<Buffer>> {
+        let words: Vec<u64> =
+            layers.iter().enumerate().flat_map(|(l, layer)| layer_words(sequence, first + l, layer)).collect();
+        let mut tables = self.tables.borrow_mut();
+        if let Some((_, buffer)) = tables.iter().find(|(w, _)| *w == words) {
+            return Ok(Rc::clone(buffer));
+        }
+        let buffer = Rc::new(Buffer::of(&self.driver, &words)?);
+        tables.push((words, Rc::clone(&buffer)));
+        Ok(buffer)
+    }
+
+    /// From now on layers note when they pass their barriers, for [`Cuda::timeline`].
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn watch_layers(&mut self) -> Result<()> {
+        *self.stamps.borrow_mut() = Some(Rc::new(Buffer::new(&self.driver, STAMPS * 8)?));
+        Ok(())
+    }
+
+    /// When the last launch of layers started and passed its barriers, nanoseconds of the device's clock, in order.
+    ///
+    /// # Errors
+    /// A lost device.
+    pub fn timeline(&self) -> Result<Vec<u64>> {
+        let mut stamps = vec![0u64; STAMPS];
+        if let Some(buffer) = self.stamps.borrow().as_ref() {
+            buffer.read(&mut stamps)?;
+        }
+        stamps.retain(|&s| s > 0);
+        Ok(stamps)
+    }
+}
+
+/// Room for the stamps of one launch.
+const STAMPS: usize = MOST_LAYERS * 6 + 2;
+
+/// `struct Layer` of `layers.cu`.
+fn layer_words(sequence: &Sequence, index: usize, layer: &LayerOperands<'_, Cuda>) -> [u64; LAYER_WORDS] {
+    let mut words = [0; LAYER_WORDS];
+    for (i, (matrix, plan)) in layer.matrices.iter().zip(layer.plans).enumerate() {
+        words[i * 8..][..8].copy_from_slice(&product_words(matrix, plan.filter(|p| p.k_chunk > 0)));
+    }
+    let (keys, values) = sequence.cache(index);
+    words[32..].copy_from_slice(&[layer.norms[0].gamma.at(), layer.norms[1].gamma.at(), keys, values]);
+    words
+}
+
+/// `struct Product` of `layers.cu`.
+fn product_words(matrix: &Matrix, plan: Option<&Plan>) -> [u64; 8] {
+    let (codes, aux) = match &matrix.body {
+        Body::Packed { codes, aux, .. } => (codes.pointer(), aux.pointer()),
+        Body::Any { .. } => (0, 0),
+    };
+    let bias = matrix.bias.as_ref().map_or(0, |b| b.pointer());
+    let (residual, scales) = matrix.residual.as_ref().map_or((0, 0), |(w, s)| (w.pointer(), s.pointer()));
+    let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
+    let [edges, how_many, which] = plan.map_or([0; 3], |p| {
+        [p.edges.pointer(), pair(p.k_chunk, p.n_tb), pair(usize::from(p.exact), p.list_chunks())]
+    });
+    [codes, aux, bias, residual, scales, edges, how_many, which]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LLAMA: Shapes = Shapes { hidden: 4096, intermediate: 14336, heads: 32, kv_heads: 8, head_dim: 128 };
+
+    #[test]
+    fn shared_memory_is_used_and_not_exceeded() {
+        for (format, multiprocessors, shared) in [
+            (Format::AnyPrec { bits: 3 }, 132, 232_448),
+            (Format::AnyPrec { bits: 4 }, 132, 232_448),
+            (Format::LutGemm { bits: 4, group: 32 }, 132, 232_448),
+            (Format::AnyPrec { bits: 3 }, 170, 101_376),
+        ] {
+            for dec in [None, Some(9000)] {
+                let launch = layers_launch(format, LLAMA, Tuning::default(), dec, multiprocessors, shared).unwrap();
+                assert!(launch.shared <= shared && launch.stages >= 2, "{launch:?}");
+                assert!(launch.stages == 8 || launch.shared + launch.warps * 3000 > shared, "{launch:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn too_little_room_is_said() {
+        let small = layers_launch(Format::AnyPrec { bits: 3 }, LLAMA, Tuning::default(), None, 20, 101_376);
+        assert_eq!(small, None, "90 tiles of partial sums do not fit");
+        let odd = Shapes { intermediate: 1000, ..LLAMA };
+        assert_eq!(layers_launch(Format::AnyPrec { bits: 3 }, odd, Tuning::default(), None, 132, 232_448), None);
+    }
+}

@@ -1,0 +1,39 @@
+//! Bandwidths where a backend has no way of its own to measure them.
+
+use anyhow::{Result, ensure};
+
+use crate::backend::GemvBackend;
+use crate::backend::record::Bandwidths;
+
+/// What [`by_products`] times: how long each takes and how many bytes it moves.
+pub struct Products<'a> {
+    /// Queues base products that read `base_bytes` of weights.
+    pub base: &'a mut dyn FnMut() -> Result<()>,
+    /// Bytes of weights.
+    pub base_bytes: usize,
+    /// Queues the same products with compensation that reads `residual_bytes`.
+    pub compensated: &'a mut dyn FnMut() -> Result<()>,
+    /// Bytes of residuals.
+    pub residual_bytes: usize,
+}
+
+/// Bandwidths as the products themselves reach them: weights per base time, residuals per time that heavy
+/// compensation adds. The least of five times each.
+///
+/// Where compensation adds nothing that can be measured, the host link counts as fast as device memory.
+///
+/// # Errors
+/// What the device says.
+pub fn by_products<B: GemvBackend>(backend: &B, products: Products<'_>) -> Result<Bandwidths> {
+    let Products { base, base_bytes, compensated, residual_bytes } = products;
+    let mut best = [f64::INFINITY; 2];
+    for _ in 0..5 {
+        best[0] = best[0].min(backend.time(base)?.as_secs_f64());
+        best[1] = best[1].min(backend.time(compensated)?.as_secs_f64());
+    }
+    ensure!(best[0] > 0.0, "the clock of {} stands still: base products took no time", backend.device().id);
+    let device_memory = base_bytes as f64 / best[0];
+    let added = best[1] - best[0];
+    let host_link = if added > 0.0 { (residual_bytes as f64 / added).min(device_memory) } else { device_memory };
+    Ok(Bandwidths { device_memory, host_link })
+}

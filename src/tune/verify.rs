@@ -1,0 +1,156 @@
+//! Whether the promise holds: real tokens at the chosen values, and another search where it does not.
+//!
+//! The search adds up the four projections of a layer. A token has more: attention, norms, the head, which
+//! compensation does not slow down, and sums that a compensated layer passes on, which it does. Only whole tokens
+//! say what comes of it.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use super::report::per_cent;
+use super::search::{Choice, Timings, median};
+use super::{Outcome, Tuning};
+use crate::backend::DecodeBackend;
+use crate::dec::Selection;
+use crate::generate::{Request, generate};
+use crate::model::{Compensation, LayerCompensation, Model, State};
+use crate::sampling::Sampling;
+
+/// Tokens that are not counted: the first ones compile, allocate and record.
+const WARM: usize = 12;
+
+/// Searches before compensation is given up for a target.
+const SEARCHES: usize = 8;
+
+/// How tokens are measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Verification {
+    /// Tokens counted in each text.
+    pub tokens: usize,
+    /// Texts without and with compensation in turn, so that a drifting clock moves both.
+    pub rounds: usize,
+    /// How channels are selected.
+    pub selection: Selection,
+}
+
+/// What real tokens took.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verified {
+    /// Real slowdown of a token, per cent; at most the target. 0 where nothing is compensated in the end.
+    pub slowdown: f64,
+    /// A token without compensation, ms.
+    pub base_ms: f64,
+    /// A token at the chosen values, ms.
+    pub tuned_ms: f64,
+    /// What came of choices that were too slow, before this one: `k_chunk` of the four modules, real slowdown.
+    pub missed: Vec<([usize; 4], f64)>,
+}
+
+impl Verification {
+    /// Tokens of a text that are not counted: its prompt, and those before it has got under way.
+    pub const OVERHEAD: usize = 1 + WARM;
+
+    /// The longest text that is made.
+    pub fn max_seq_len(&self) -> usize {
+        Self::OVERHEAD + self.tokens
+    }
+}
+
+/// Measures whole tokens of `model` at every target's values; where they are slower than the target, searches
+/// again with a target that is lower by as much, until one holds.
+///
+/// # Errors
+/// No tokens or rounds, another device or model than the one profiled, what the device says.
+pub fn verify<B: DecodeBackend>(outcome: &mut Outcome, model: &mut Model<'_, B>, how: &Verification) -> Result<()> {
+    ensure!(how.tokens > 0 && how.rounds > 0, "0 tokens or rounds were to be measured, at least 1 is needed");
+    let widths = model.bit_widths();
+    let bits = *widths.first().context("a full-precision model has nothing to compensate")?;
+    for tuning in &outcome.tunings {
+        outcome.tuned(tuning).check(model.backend().device(), outcome.shapes, bits)?;
+    }
+    let mut state = model.state(how.max_seq_len())?;
+    let timings = &outcome.timings;
+    let mut measure = |choice: &Choice| measure(model, &mut state, how, choice);
+    outcome.tunings.iter_mut().try_for_each(|tuning| hold(timings, tuning, &mut measure))
+}
+
+/// Searches until `measure` (milliseconds of a token without and with compensation) says that `tuning` holds.
+///
+/// # Errors
+/// What `measure` says.
+pub fn hold(
+    timings: &Timings,
+    tuning: &mut Tuning,
+    measure: &mut dyn FnMut(&Choice) -> Result<(f64, f64)>,
+) -> Result<()> {
+    let base = timings.base_us();
+    let mut missed = Vec::new();
+    loop {
+        let choice = tuning.found.fine.clone();
+        let (base_ms, tuned_ms) = measure(&choice)?;
+        let slowdown = if choice.sum_k() == 0 { 0.0 } else { (tuned_ms / base_ms - 1.0) * 100.0 };
+        let expected = (choice.us() / base - 1.0) * 100.0;
+        tracing::info!(
+            "target {} %: n_tb {}, k_chunk {:?}: layer {expected:.2} %, token {slowdown:.2} % ({base_ms:.4} to {tuned_ms:.4} ms)",
+            per_cent(tuning.target),
+            choice.n_tb,
+            choice.k_chunks(),
+        );
+        if slowdown <= tuning.target {
+            tuning.verified = Some(Verified { slowdown, base_ms, tuned_ms, missed });
+            return Ok(());
+        }
+        missed.push((choice.k_chunks(), slowdown));
+        // As much less as was too much, and a little more, so that the same choice does not fit again.
+        let less = expected.min(tuning.target) * (tuning.target / slowdown) - 0.02;
+        let budget = base * (1.0 + less / 100.0);
+        let next = timings.search(budget);
+        let same = next.fine.k_chunks() == choice.k_chunks() && next.fine.n_tb == choice.n_tb;
+        // Below the base nothing fits: a search there compensates nothing.
+        let budget = if same || less < 0.0 || missed.len() >= SEARCHES { 0.0 } else { budget };
+        tuning.found = timings.search(budget);
+        tuning.exhaustive = tuning.exhaustive.is_some().then(|| timings.exhaustive(budget));
+    }
+}
+
+/// Milliseconds of a token without and with compensation: medians over the rounds.
+fn measure<B: DecodeBackend>(
+    model: &mut Model<'_, B>,
+    state: &mut State<B>,
+    how: &Verification,
+    choice: &Choice,
+) -> Result<(f64, f64)> {
+    let own = LayerCompensation { n_tb: choice.n_tb, k_chunks: choice.k_chunks() };
+    let compensation = Compensation { by_bits: vec![own], selection: how.selection };
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..how.rounds {
+        for (times, compensation) in times.iter_mut().zip([None, Some(&compensation)]) {
+            model.compensate(compensation)?;
+            times.push(token_ms(model, state, how.tokens)?);
+        }
+    }
+    let [base, tuned] = &mut times;
+    Ok((median(base), median(tuned)))
+}
+
+/// The mean time of `tokens` tokens of a text, after it has got under way.
+fn token_ms<B: DecodeBackend>(model: &Model<'_, B>, state: &mut State<B>, tokens: usize) -> Result<f64> {
+    let prompt = [model.config().bos_token_id.unwrap_or(0)];
+    let request = Request {
+        prompt: &prompt,
+        max_new_tokens: WARM + tokens,
+        sampling: Sampling::GREEDY,
+        seed: 0,
+        stop_ids: &[],
+        compensate_prompt: false,
+    };
+    let mut arrived = Vec::with_capacity(request.max_new_tokens);
+    generate(model, state, &request, |_| {
+        arrived.push(Instant::now());
+        Ok(ControlFlow::Continue(()))
+    })?;
+    ensure!(arrived.len() == WARM + tokens, "the text ended after {} of {} tokens", arrived.len(), WARM + tokens);
+    Ok((arrived[WARM + tokens - 1] - arrived[WARM - 1]).as_secs_f64() * 1e3 / tokens as f64)
+}

@@ -1,0 +1,116 @@
+//! From a card that nobody has seen to a text at the promised slowdown.
+
+use std::fs;
+use std::path::Path;
+
+use predicates::boolean::PredicateBooleanExt;
+
+use super::{Command, Workshop, contains, decdec, refuses};
+
+/// `decdec profile` or `decdec tune` of the workshop's checkpoint, with all files in the workshop.
+fn about(shop: &Workshop, command: &str, prefix: &str, more: &[&str]) -> Command {
+    let mut line = decdec();
+    line.current_dir(shop.dir.path()).args([command, prefix, "--checkpoint-path", "checkpoint", "--device", "cpu"]);
+    line.args(more);
+    line
+}
+
+/// A few values of a sweep; of 64 channels one is compensated from `k_chunk` 16 on.
+const SWEEP: [&str; 8] = ["--tokens", "2", "--min-n-tb", "1", "--max-n-tb", "2", "--max-k-chunk", "20"];
+
+const STEM: &str = "run_checkpoint_fp16_sqllm_3";
+
+#[test]
+fn two_commands_and_generate_takes_what_they_found() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    about(&shop, "profile", "run", &SWEEP).assert().success().stdout(contains("times from host clock"));
+    // Again: what is there is kept.
+    about(&shop, "profile", "run", &SWEEP).assert().success().stdout(contains("kept"));
+    let tune = |more: &[&str]| about(&shop, "tune", "run", more);
+    tune(&["--target-slowdown", "1000,5", "--verify", "--verify-tokens", "20"])
+        .assert()
+        .success()
+        .stdout(contains("Real slowdown of a token : ").and(contains("real slowdown %")));
+    let file = shop.path("tuned").join(format!("{STEM}_1000.0.json"));
+    let tuned: serde_json::Value = serde_json::from_str(&fs::read_to_string(&file).expect("written")).expect("JSON");
+    assert!(tuned["real_slowdown"].as_f64().expect("a number") <= 1000.0, "{tuned}");
+    assert_eq!(tuned["k_chunks"], serde_json::json!([20, 20, 20, 20]));
+
+    let used = contains(", k_chunk [20, 20, 20, 20], as ");
+    let file = file.to_str().expect("text");
+    shop.generate(&checkpoint, &["--tuned", file, "--device", "cpu"]).assert().success().stderr(used.clone());
+    // What was found, measured again by itself.
+    let again = ["--tuned", file, "--tokens", "2"];
+    about(&shop, "profile", "again", &again).assert().success().stdout(
+        contains("k_chunk          : 20 to 20")
+            .and(contains("k_chunk [20, 20, 20, 20]: layer ").and(contains("(when tuned "))),
+    );
+    refuses(about(&shop, "profile", "again", &["--tuned", file, "--max-k-chunk", "3"]), &["cannot be used with"]);
+
+    // In the checkpoint, beside what was tuned on another device, it is found by itself.
+    let other = serde_json::json!([{ "device": { "id": "cuda:0", "name": "Another Card", "driver": "" } }]);
+    let mut all = vec![tuned.clone()];
+    all[0]["device"] = other[0]["device"].clone();
+    all[0]["k_chunks"] = serde_json::json!([1, 1, 1, 1]);
+    fs::write(checkpoint.join("tuned.json"), serde_json::to_vec(&all).expect("JSON")).expect("written");
+    shop.generate(&checkpoint, &["--device", "cpu"])
+        .assert()
+        .success()
+        .stderr(contains("left aside: tuned on Another Card"));
+    for _ in 0..2 {
+        tune(&["--target-slowdown", "1000", "--save"]).assert().success().stderr(contains("tuned.json"));
+    }
+    let saved = fs::read_to_string(checkpoint.join("tuned.json")).expect("there");
+    assert_eq!(serde_json::from_str::<Vec<serde_json::Value>>(&saved).expect("a list").len(), 2, "{saved}");
+    shop.generate(&checkpoint, &["--device", "cpu"]).assert().success().stderr(used);
+    refuses(tune(&["--target-slowdown", "5,10", "--save"]), &["--save keeps one result, but 2 targets"]);
+}
+
+#[test]
+fn mistakes_of_the_manual_get_a_hint() {
+    let shop = Workshop::new();
+    shop.checkpoint();
+    refuses(about(&shop, "tune", "run", &["--", "target_slowdown", "2.5"]), &["write --target-slowdown"]);
+    refuses(
+        about(&shop, "tune", "run", &["--target_slowdown", "5"]),
+        &["run decdec profile with the same names first"],
+    );
+    refuses(about(&shop, "tune", "run", &[]), &["no target", "2.5"]);
+    refuses(about(&shop, "profile", "run", &["--algo", "awq"]), &["--algo is awq", "sqllm"]);
+    refuses(about(&shop, "profile", "run", &["--bitwidth", "4"]), &["4", "3"]);
+    refuses(about(&shop, "profile", "a/b", &[]), &["becomes part of a file name"]);
+    refuses(about(&shop, "profile", "run", &["--nsys-path", "/no/nsys"]), &["--nsys-path is the program nsys"]);
+    refuses(about(&shop, "profile", "run", &["--clock", "sundial"]), &["sundial", "auto, cupti or events"]);
+}
+
+/// A stand-in for `nsys` runs the program as it is told, and "exports" what the program itself recorded, with every
+/// kernel twice as long.
+#[test]
+fn the_program_runs_itself_under_nsys() {
+    use std::os::unix::fs::PermissionsExt;
+    let shop = Workshop::new();
+    shop.checkpoint();
+    let staging = shop.path("nsys").join(format!("{STEM}.nsys"));
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = --version ] && {{ echo 'Nsight Systems 2099.1'; exit 0; }}\necho \"$@\" > '{}'\n\
+         while [ \"$1\" != --output ]; do shift; done\nout=\"$2\"; shift 2\n\"$@\" || exit 1\n\
+         cp '{}' \"$out.sqlite\"\n",
+        shop.path("arguments").display(),
+        staging.join(format!("{STEM}.sqlite")).display(),
+    );
+    let nsys = shop.path("fake-nsys");
+    fs::write(&nsys, script).expect("written");
+    fs::set_permissions(&nsys, fs::Permissions::from_mode(0o755)).expect("a program");
+    let flags = [&SWEEP[..], &["--nsys_path", nsys.to_str().expect("text")]].concat();
+    about(&shop, "profile", "run", &flags).assert().success().stdout(contains(format!("{STEM}.sqlite")));
+    let arguments = fs::read_to_string(shop.path("arguments")).expect("the stand-in ran");
+    assert!(arguments.contains("--cuda-graph-trace=node --export=sqlite"), "{arguments}");
+    assert!(!arguments.contains("--nsys_path") && arguments.contains("--clock once"), "{arguments}");
+    assert!(!Path::new(&staging).exists(), "nothing is left behind");
+    let db = rusqlite::Connection::open(shop.path("nsys").join(format!("{STEM}.sqlite"))).expect("a database");
+    let clock = "SELECT value FROM META_DATA_CAPTURE WHERE name = 'DECDEC_CLOCK'";
+    let clock: String = db.query_row(clock, [], |row| row.get(0)).expect("the clock");
+    assert_eq!(clock, "Nsight Systems 2099.1");
+    about(&shop, "tune", "run", &["--target-slowdown", "5"]).assert().success().stdout(contains("Best n_tb"));
+}

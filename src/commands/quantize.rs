@@ -1,6 +1,9 @@
 //! `decdec quantize`
 
-use anyhow::{Result, ensure};
+use std::path::Path;
+
+use anyhow::{Result, bail, ensure};
+use decdec::config::{ModelConfig, Projection};
 use decdec::quantize::{Calibration, Interrupted, Options, Refine, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::Tokenizer;
@@ -17,7 +20,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         bits: args.bitwidth,
         group_size: args.group_size,
         awq: !args.no_awq,
-        refine: refine(args)?,
+        refine: refine(args, source.config())?,
         calibration: calibration(args, &source)?,
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
         overwrite: args.overwrite,
@@ -63,7 +66,7 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn refine(args: &QuantizeArgs) -> Result<Refine> {
+fn refine(args: &QuantizeArgs, config: &ModelConfig) -> Result<Refine> {
     let chosen = args.for_k_chunks.is_some() || args.for_tuned.is_some();
     ensure!(
         !chosen || args.refine == RefineArg::Compensated,
@@ -72,10 +75,30 @@ fn refine(args: &QuantizeArgs) -> Result<Refine> {
     Ok(match (args.refine, &args.for_k_chunks, &args.for_tuned) {
         (RefineArg::None, ..) => Refine::None,
         (RefineArg::Output, ..) => Refine::Output,
-        (RefineArg::Compensated, _, Some(path)) => Refine::Compensated { k_chunks: Tuned::read(path)?.k_chunks },
+        (RefineArg::Compensated, _, Some(path)) => Refine::Compensated { k_chunks: tuned(path, args, config)? },
         (RefineArg::Compensated, Some(k), None) => Refine::Compensated { k_chunks: std::array::from_fn(|i| k[i]) },
         (RefineArg::Compensated, None, None) => Refine::DEFAULT,
     })
+}
+
+/// What was tuned for this model and width; of several devices, the first.
+fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[usize; 4]> {
+    let shapes = Projection::ALL.map(|p| config.shape(p));
+    let (low, high) = (args.bitwidth.low(), args.bitwidth.high());
+    let all = Tuned::read(path)?;
+    let fits = |tuned: &&Tuned| tuned.shapes == shapes && (low..=high).contains(&tuned.bits);
+    match all.iter().find(fits) {
+        Some(tuned) => Ok(tuned.k_chunks),
+        None => bail!(
+            "{} was tuned for {} at {} bits with projections {:?}, {} bits and {shapes:?} are expected: give this model's \
+             own file or --for-k-chunks",
+            path.display(),
+            all[0].model,
+            all[0].bits,
+            all[0].shapes,
+            args.bitwidth
+        ),
+    }
 }
 
 fn calibration(args: &QuantizeArgs, source: &Source) -> Result<Calibration> {

@@ -151,12 +151,32 @@ pub(crate) struct QuantizeArgs {
     /// Plain rounding instead of AWQ's scale and clipping search, in lutgemm
     #[arg(long, alias = "no_awq")]
     pub(crate) no_awq: bool,
+    /// What codes are fitted to: every weight by itself, a projection's output, or its output beside compensation
+    #[arg(long, value_enum, default_value_t = RefineArg::Compensated)]
+    pub(crate) refine: RefineArg,
+    /// For --refine compensated: channels that will be compensated per 1024, for qkv, o, gu, d [default: 8 8 8 8]
+    #[arg(long, alias = "for_k_chunks", num_args = 4, value_name = "K")]
+    pub(crate) for_k_chunks: Option<Vec<usize>>,
+    /// The same from what decdec tune found
+    #[arg(long, alias = "for_tuned", value_name = "FILE", conflicts_with = "for_k_chunks")]
+    pub(crate) for_tuned: Option<PathBuf>,
     /// Print sizes and time estimates, write nothing
     #[arg(long, alias = "dry_run")]
     pub(crate) dry_run: bool,
     /// Replace the checkpoint that is there
     #[arg(long)]
     pub(crate) overwrite: bool,
+}
+
+/// What codes are fitted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RefineArg {
+    /// Every weight by itself
+    None,
+    /// What a projection puts out
+    Output,
+    /// What a projection puts out beside compensation
+    Compensated,
 }
 
 /// Where residuals wait on a GPU.

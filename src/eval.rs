@@ -22,6 +22,16 @@ pub struct Evaluation {
     /// Share of tokens where both find the same token most likely.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top1_agreement: Option<f64>,
+    /// Perplexity of the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_perplexity: Option<f64>,
+    /// Perplexity of the same model without compensation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_perplexity: Option<f64>,
+    /// Share of the log-perplexity lost to quantization that compensation gives back: 1 where it is as good as the
+    /// source, below 0 where it is worse than none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recovered: Option<f64>,
 }
 
 /// Windows of `seq_len` tokens: `tokens[w · seq_len ..][.. seq_len]` for every `w` of `windows`.
@@ -43,7 +53,8 @@ pub fn windows(tokens: &[u32], seq_len: usize, windows: Range<usize>) -> Result<
 }
 
 /// Perplexity over `windows`, each read from an empty context, every token of them compensated as the model
-/// says; with a `source`, also how far the two stray. `done` hears of every window and may end it all.
+/// says; with a `source`, also how far the two stray, and how much of what was lost compensation gives back (for
+/// which the windows are read once more without it). `done` hears of every window and may end it all.
 pub fn perplexity<B: DecodeBackend>(
     model: &Model<'_, B>,
     source: Option<&Model<'_, B>>,
@@ -51,32 +62,49 @@ pub fn perplexity<B: DecodeBackend>(
     mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Evaluation> {
     let seq_len = windows.first().map_or(0, |w| w.len());
-    let mut reader = Reader::new(model, seq_len)?;
-    let mut source = source.map(|source| Reader::new(source, seq_len)).transpose()?;
-    let mut sums = Sums::default();
+    let vocab = model.config().vocab_size;
+    let mut reader = Reader::new(model, seq_len, true)?;
+    let mut source = source.map(|source| Reader::new(source, seq_len, true)).transpose()?;
+    let mut base = match source.is_some() && model.is_compensated() {
+        true => Some(Reader::new(model, seq_len, false)?),
+        false => None,
+    };
+    let (mut sums, mut source_sums, mut base_sums) = (Sums::default(), Sums::default(), Sums::default());
     for (w, window) in windows.iter().enumerate() {
-        reader.begin()?;
+        for reader in [Some(&mut reader), base.as_mut()].into_iter().flatten() {
+            reader.begin()?;
+        }
         if let Some(source) = &mut source {
             source.begin()?;
         }
         let step = reader.state.max_tokens();
         for first in (0..seq_len).step_by(step) {
             let tokens = &window[first..(first + step).min(seq_len)];
-            let logits = reader.read(tokens)?;
-            let source_logits = source.as_mut().map(|source| source.read(tokens)).transpose()?;
             // The last token of a window has nothing to predict.
             let targets = &window[first + 1..(first + step + 1).min(seq_len)];
-            sums.add(logits, source_logits, targets, model.config().vocab_size);
+            let logits = reader.read(tokens)?;
+            let source_logits = source.as_mut().map(|source| source.read(tokens)).transpose()?;
+            if let Some(logits) = source_logits {
+                source_sums.add(logits, None, targets, vocab);
+            }
+            sums.add(logits, source_logits, targets, vocab);
+            if let Some(base) = &mut base {
+                base_sums.add(base.read(tokens)?, None, targets, vocab);
+            }
         }
         done(w + 1)?;
     }
     let n = sums.predictions as f64;
+    let (ours, theirs, alone) = (sums.nll / n, source_sums.nll / n, base_sums.nll / n);
     let compared = source.is_some();
     Ok(Evaluation {
-        perplexity: (sums.nll / n).exp(),
+        perplexity: ours.exp(),
         predictions: sums.predictions,
         kl_divergence: compared.then_some(sums.kl / n),
         top1_agreement: compared.then_some(sums.agree / n),
+        source_perplexity: compared.then_some(theirs.exp()),
+        base_perplexity: base.is_some().then_some(alone.exp()),
+        recovered: (base.is_some() && alone != theirs).then(|| (alone - ours) / (alone - theirs)),
     })
 }
 
@@ -86,13 +114,14 @@ struct Reader<'m, 'b, B: DecodeBackend> {
     state: State<B>,
     logits: B::Vector, // [max_tokens, vocab_size]
     host: Vec<f32>,    // likewise
+    compensated: bool,
 }
 
 impl<'m, 'b, B: DecodeBackend> Reader<'m, 'b, B> {
-    fn new(model: &'m Model<'b, B>, seq_len: usize) -> Result<Self> {
+    fn new(model: &'m Model<'b, B>, seq_len: usize, compensated: bool) -> Result<Self> {
         let state = model.state(seq_len)?;
         let len = state.max_tokens() * model.config().vocab_size;
-        Ok(Self { model, state, logits: model.backend().vector(len)?, host: vec![0.0; len] })
+        Ok(Self { model, state, logits: model.backend().vector(len)?, host: vec![0.0; len], compensated })
     }
 
     fn begin(&mut self) -> Result<()> {
@@ -100,7 +129,7 @@ impl<'m, 'b, B: DecodeBackend> Reader<'m, 'b, B> {
     }
 
     fn read(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        self.model.logits(&mut self.state, tokens, true, &mut self.logits)?;
+        self.model.logits(&mut self.state, tokens, self.compensated, &mut self.logits)?;
         let host = &mut self.host[..tokens.len() * self.model.config().vocab_size];
         self.model.backend().read(&self.logits, host)?;
         Ok(host)

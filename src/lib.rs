@@ -26,7 +26,7 @@
 //! | [`checkpoint`] | our directory: open, validate, map, write |
 //! | [`open`], [`convert`](mod@convert) | from a path to whichever of these it is, and from that to our directory |
 //! | [`config`], [`weights`] | what a model is, and where its numbers come from |
-//! | [`mod@quantize`] | calibration, codebooks, AWQ, mixed precision, residuals: source to checkpoint |
+//! | [`mod@quantize`] | calibration, codebooks, AWQ, refinement, mixed precision, residuals: source to checkpoint |
 //! | [`dec`] | which channels are compensated, and the plan that says how; pure |
 //! | [`backend`] | the contract with devices, and its implementations |
 //! | [`model`] | a decoder on a device: weights, state, forward |

@@ -154,6 +154,11 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         Ok(())
     }
 
+    /// True if any projection is compensated.
+    pub fn is_compensated(&self) -> bool {
+        self.layers.iter().any(|layer| layer.projections.iter().any(|p| p.plan.is_some()))
+    }
+
     /// Room for one text of at most `max_seq_len` tokens.
     ///
     /// # Errors

@@ -8,10 +8,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
+use decdec::backend::cpu::Cpu;
 use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
 use decdec::config::{ModelConfig, Projection};
+use decdec::dec::Selection;
+use decdec::eval;
 use decdec::format::Dense;
-use decdec::quantize::{Calibration, Interrupted, Options, Report, ResidualOptions, estimate, quantize, residuals};
+use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::quantize::{
+    Calibration, Interrupted, Options, Refine, Report, ResidualOptions, estimate, quantize, residuals,
+};
 use decdec::source::simulated::Simulated;
 use decdec::weights::{Linear, ModelWeights};
 use indicatif::ProgressBar;
@@ -23,7 +29,8 @@ fn options(backend: WeightFormat, bits: f64) -> Options {
         bits: BitWidth::try_from(bits).unwrap(),
         group_size: None,
         awq: true,
-        calibration: text(4),
+        refine: Refine::Compensated { k_chunks: [64; 4] },
+        calibration: text(6),
         source: "random".into(),
         overwrite: false,
     }
@@ -70,9 +77,10 @@ fn more_bits_lose_less_and_residuals_hold_what_was_lost() {
         let mut before = f64::INFINITY;
         for bits in [2.0, 3.0, 4.0, 8.0] {
             let out = dir.path().join(format!("{backend}-{bits}"));
-            // Without AWQ: its scaled matrices are not those of the model.
-            let report = make(&model, &Options { awq: false, ..options(backend, bits) }, &out).unwrap();
-            assert_eq!((report.bits, report.tokens), (vec![bits as u32; 2], 96));
+            // Without AWQ: its scaled matrices are not those of the model; every weight by itself, as it is judged here.
+            let plain = Options { awq: false, refine: Refine::None, ..options(backend, bits) };
+            let report = make(&model, &plain, &out).unwrap();
+            assert_eq!((report.bits, report.tokens), (vec![bits as u32; 2], 144));
             let checkpoint = Checkpoint::open(&out).unwrap();
             assert_eq!(checkpoint.manifest(), &report.manifest);
             assert_eq!(checkpoint.manifest().group_size, (backend == WeightFormat::LutGemm).then_some(64));
@@ -112,6 +120,39 @@ fn awq_scales_what_it_stores() {
         let scale = model.norms[0].0[k] / input[k];
         let restored = (row[k] + residual[k]) / scale;
         assert!((restored - original[k]).abs() < 0.05 * largest, "channel {k}: {restored}, {}", original[k]);
+    }
+}
+
+/// Mean divergence from the model of what was quantized, over windows that calibration did not see.
+fn divergence(model: &SmallModel, checkpoint: &Path, k_chunk: usize) -> f64 {
+    let cpu = Cpu::new();
+    let source = Model::load(&cpu, model, |_| ()).unwrap();
+    let mut quantized = Model::load(&cpu, &Checkpoint::open(checkpoint).unwrap(), |_| ()).unwrap();
+    let own = LayerCompensation { n_tb: 1, k_chunks: [k_chunk; 4] };
+    let compensation = Compensation { by_bits: vec![own], selection: Selection::Exact };
+    quantized.compensate(Some(&compensation)).unwrap();
+    let tokens: Vec<u32> = (200..400u32).map(|i| i * 37 % 89).collect();
+    let windows = eval::windows(&tokens, 24, 0..8).unwrap();
+    eval::perplexity(&quantized, Some(&source), &windows, |_| Ok(())).unwrap().kl_divergence.unwrap()
+}
+
+#[test]
+fn refining_brings_the_model_nearer_to_its_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(8, 3, false);
+    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+        let with = |name: &str, refine| {
+            let out = dir.path().join(format!("{backend}-{name}"));
+            make(&model, &Options { refine, ..options(backend, 3.0) }, &out).unwrap();
+            [0, 64].map(|k_chunk| divergence(&model, &out, k_chunk))
+        };
+        let plain = with("none", Refine::None);
+        let output = with("output", Refine::Output);
+        let compensated = with("compensated", Refine::Compensated { k_chunks: [64; 4] });
+        let seen = format!("{backend}: {plain:?} none, {output:?} output, {compensated:?} compensated");
+        assert!(output[0] < plain[0], "without compensation: {seen}");
+        assert!(compensated[1] < plain[1] && compensated[0] < plain[0], "compensated: {seen}");
+        assert!(plain[1] < plain[0], "compensation helps: {seen}");
     }
 }
 
@@ -379,6 +420,8 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     refused(Options { group_size: Some(48), ..lutgemm.clone() }, &["48", "64 or 32"]);
     let ap = options(WeightFormat::AnyPrec, 3.0);
     refused(Options { group_size: Some(64), ..ap.clone() }, &["lutgemm"]);
+    let refine = Refine::Compensated { k_chunks: [8, 8, 1025, 8] };
+    refused(Options { refine, ..ap.clone() }, &["--for-k-chunks", "1025", "1024"]);
     let text = |tokens, seq_len, samples| Options {
         calibration: Calibration::Text { tokens: vec![1; tokens], seq_len, samples, name: "t".into() },
         ..ap.clone()

@@ -35,6 +35,15 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     if let (Some(kl), Some(agreement)) = (evaluation.kl_divergence, evaluation.top1_agreement) {
         println!("KL divergence {kl:.5} nats, top-1 agreement {:.2} %", 100.0 * agreement);
     }
+    if let Some(source) = evaluation.source_perplexity {
+        println!("source: perplexity {source:.3}");
+    }
+    if let (Some(base), Some(recovered)) = (evaluation.base_perplexity, evaluation.recovered) {
+        println!(
+            "without compensation: perplexity {base:.3}; compensation recovers {:.1} % of the lost log-perplexity",
+            100.0 * recovered
+        );
+    }
     Ok(())
 }
 

@@ -1,13 +1,16 @@
 //! `decdec quantize`
 
-use anyhow::Result;
-use decdec::config::ModelConfig;
-use decdec::quantize::{Calibration, Options, estimate, quantize};
+use std::path::Path;
+
+use anyhow::{Result, bail, ensure};
+use decdec::config::{ModelConfig, Projection};
+use decdec::quantize::{Calibration, Options, Refine, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
+use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 
-use crate::cli::{CalibrationArgs, QuantizeArgs};
+use crate::cli::{CalibrationArgs, QuantizeArgs, RefineArg};
 
 /// Runs the command.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
@@ -17,6 +20,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         bits: args.bitwidth,
         group_size: args.group_size,
         awq: !args.no_awq,
+        refine: refine(args, source.config())?,
         calibration: calibration(&args.calibration, source.texts(), source.config())?,
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
         overwrite: args.overwrite,
@@ -54,6 +58,41 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     table.add_row(["time on this machine".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
     println!("{table}");
     Ok(())
+}
+
+fn refine(args: &QuantizeArgs, config: &ModelConfig) -> Result<Refine> {
+    let chosen = args.for_k_chunks.is_some() || args.for_tuned.is_some();
+    ensure!(
+        !chosen || args.refine == RefineArg::Compensated,
+        "--for-k-chunks and --for-tuned are for --refine compensated, leave them out or choose that"
+    );
+    Ok(match (args.refine, &args.for_k_chunks, &args.for_tuned) {
+        (RefineArg::None, ..) => Refine::None,
+        (RefineArg::Output, ..) => Refine::Output,
+        (RefineArg::Compensated, _, Some(path)) => Refine::Compensated { k_chunks: tuned(path, args, config)? },
+        (RefineArg::Compensated, Some(k), None) => Refine::Compensated { k_chunks: std::array::from_fn(|i| k[i]) },
+        (RefineArg::Compensated, None, None) => Refine::DEFAULT,
+    })
+}
+
+/// What was tuned for this model and width; of several devices, the first.
+fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[usize; 4]> {
+    let shapes = Projection::ALL.map(|p| config.shape(p));
+    let (low, high) = (args.bitwidth.low(), args.bitwidth.high());
+    let all = Tuned::read(path)?;
+    let fits = |tuned: &&Tuned| tuned.shapes == shapes && (low..=high).contains(&tuned.bits);
+    match all.iter().find(fits) {
+        Some(tuned) => Ok(tuned.k_chunks),
+        None => bail!(
+            "{} was tuned for {} at {} bits with projections {:?}, {} bits and {shapes:?} are expected: give this model's \
+             own file or --for-k-chunks",
+            path.display(),
+            all[0].model,
+            all[0].bits,
+            all[0].shapes,
+            args.bitwidth
+        ),
+    }
 }
 
 /// The text that the flags ask for, in the model's tokens.

@@ -45,13 +45,27 @@ impl<'a> Residual<'a> {
     /// # Errors
     /// Shapes that do not tile, or a value that is not finite.
     pub fn quantize(in_features: usize, out_features: usize, residual: &[f32]) -> Result<Residual<'static>> {
+        Self::quantize_weighted(in_features, out_features, residual, &vec![1.0; in_features])
+    }
+
+    /// The same where an error in channel `k` counts `importance[k]` times its square.
+    ///
+    /// # Errors
+    /// As [`Residual::quantize`]; `importance` is not `in_features` long.
+    pub fn quantize_weighted(
+        in_features: usize,
+        out_features: usize,
+        residual: &[f32],
+        importance: &[f32],
+    ) -> Result<Residual<'static>> {
         super::ensure_shape(in_features, out_features)?;
         let want = in_features * out_features;
         ensure!(residual.len() == want, "residual: {} values, {want} expected", residual.len());
+        ensure!(importance.len() == in_features, "residual: {} weights, {in_features} expected", importance.len());
         if let Some(i) = residual.iter().position(|r| !r.is_finite()) {
             anyhow::bail!("residual: {} in row {}, finite values are expected", residual[i], i / in_features);
         }
-        let scales: Vec<f16> = residual.par_chunks_exact(in_features).map(row_scale).collect();
+        let scales: Vec<f16> = residual.par_chunks_exact(in_features).map(|row| row_scale(row, importance)).collect();
         let mut words = vec![0u32; in_features * (out_features / 8)];
         words.par_chunks_exact_mut(out_features / 8).enumerate().for_each(|(k, words)| {
             for (c, word) in words.iter_mut().enumerate() {
@@ -109,8 +123,8 @@ fn nibble(value: f32, scale: f32) -> i32 {
     if scale == 0.0 { 0 } else { (value / scale).round_ties_even().clamp(-7.0, 7.0) as i32 }
 }
 
-/// The stored scale with the least squared error over a row.
-fn row_scale(row: &[f32]) -> f16 {
+/// The stored scale with the least squared error over a row, weighted.
+fn row_scale(row: &[f32], importance: &[f32]) -> f16 {
     let max = row.iter().fold(0f32, |m, r| m.max(r.abs()));
     let mut best = (f32::INFINITY, f16::ZERO);
     for j in 1..=CANDIDATES {
@@ -119,7 +133,7 @@ fn row_scale(row: &[f32]) -> f16 {
         if scale == 0.0 || !scale.is_finite() {
             continue;
         }
-        let error = squared_error(row, scale);
+        let error = squared_error(row, importance, scale);
         if error < best.0 {
             best = (error, stored);
         }
@@ -127,18 +141,40 @@ fn row_scale(row: &[f32]) -> f16 {
     best.1
 }
 
-/// Σ (r − q·scale)² with the nearest `q`. Eight sums side by side, and rounding by an addition, let it vectorize:
+/// Σ h·(r − q·scale)² with the nearest `q`. Eight sums side by side, and rounding by an addition, let it vectorize:
 /// this runs once for every candidate and weight.
-fn squared_error(row: &[f32], scale: f32) -> f32 {
+fn squared_error(row: &[f32], importance: &[f32], scale: f32) -> f32 {
     /// 1.5 · 2^23: a sum with it has no bits left behind the point, and ties go to even.
     const WHOLE: f32 = 12_582_912.0;
     let inverse = 1.0 / scale;
     let mut sums = [0f32; 8];
-    for row in row.chunks_exact(8) {
-        for (sum, &r) in sums.iter_mut().zip(row) {
+    for (row, importance) in row.chunks_exact(8).zip(importance.chunks_exact(8)) {
+        for ((sum, &r), &h) in sums.iter_mut().zip(row).zip(importance) {
             let q = ((r * inverse).clamp(-7.0, 7.0) + WHOLE) - WHOLE;
-            *sum += (r - q * scale) * (r - q * scale);
+            *sum += h * (r - q * scale) * (r - q * scale);
         }
     }
     sums.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_follow_the_channels_that_count() {
+        // One channel is eight times as large as the others, and does not count.
+        let row: Vec<f32> = (0..32).map(|k| if k == 5 { 8.0 } else { 0.3 + 0.02 * k as f32 }).collect();
+        let residual = row.repeat(8);
+        let importance: Vec<f32> = (0..32).map(|k| if k == 5 { 0.0 } else { 1.0 }).collect();
+        let error = |quantized: &Residual<'_>| -> f32 {
+            let mut got = vec![0.0; 32];
+            quantized.row(3, &mut got);
+            (0..32).map(|k| importance[k] * (row[k] - got[k]).powi(2)).sum()
+        };
+        let plain = error(&Residual::quantize(32, 8, &residual).unwrap());
+        let weighted = error(&Residual::quantize_weighted(32, 8, &residual, &importance).unwrap());
+        assert!(weighted < 0.2 * plain, "{weighted}, {plain}");
+        assert!(Residual::quantize_weighted(32, 8, &residual, &importance[1..]).is_err());
+    }
 }

@@ -14,6 +14,8 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::forward::{Affine, Inputs, Layer, Strided, multiply, product};
+use super::gram::Hessian;
+use super::refine::{self, Effort, Groups};
 use crate::config::{ModelConfig, Projection};
 use crate::format::LutGemm;
 use crate::weights::Weight;
@@ -172,7 +174,12 @@ impl Grid {
     fn over((min, max): (f32, f32), bits: usize) -> Self {
         let last_code = ((1u32 << bits) - 1) as f32;
         let half_step = f16::from_f32((max - min) / last_code / 2.0).max(f16::MIN_POSITIVE_SUBNORMAL);
-        let centre = f16::from_f32(min / 2.0 + max / 2.0);
+        Self::new(f16::from_f32(min / 2.0 + max / 2.0), half_step, bits)
+    }
+
+    /// `2^bits` values around `centre`, `2 · half_step` apart.
+    fn new(centre: f16, half_step: f16, bits: usize) -> Self {
+        let last_code = ((1u32 << bits) - 1) as f32;
         let step = 2.0 * half_step.to_f32();
         Self { centre, step, first: centre.to_f32() - half_step.to_f32() * last_code, last_code }
     }
@@ -198,10 +205,36 @@ pub(crate) fn quantize(
     linear: &Affine,
     bits: usize,
     group_size: usize,
-    inputs: Option<&Vec<f32>>,
+    inputs: Option<&[f32]>,
 ) -> Result<Weight<'static>> {
-    let (depth, rows) = (linear.in_features, linear.out_features);
-    let groups = depth / group_size;
+    let grids = grids(linear, bits, group_size, inputs);
+    let codes = codes(linear, group_size, &grids);
+    pack(linear, bits, group_size, &codes, &grids)
+}
+
+/// The same against a whole Hessian: codes and grids of [`quantize`] are where [`refine`] begins.
+pub(crate) fn refined(
+    linear: &Affine,
+    bits: usize,
+    group_size: usize,
+    inputs: Option<&[f32]>,
+    hessian: &Hessian,
+    effort: Effort,
+) -> Result<Weight<'static>> {
+    let mut grids = grids(linear, bits, group_size, inputs);
+    let mut codes = codes(linear, group_size, &grids);
+    let mut parameters: Vec<f32> = grids.iter().flat_map(|g| [g.centre.to_f32(), g.step / 2.0]).collect();
+    let groups = Groups { bits, group_size, groups: linear.in_features / group_size };
+    refine::refine(&groups, hessian, &linear.weight, &mut codes, &mut parameters, effort);
+    for (grid, parameters) in grids.iter_mut().zip(parameters.chunks_exact(2)) {
+        *grid = Grid::new(f16::from_f32(parameters[0]), f16::from_f32(parameters[1]), bits);
+    }
+    pack(linear, bits, group_size, &codes, &grids)
+}
+
+/// The grid of every group, `[out_features, in_features / group_size]`.
+fn grids(linear: &Affine, bits: usize, group_size: usize, inputs: Option<&[f32]>) -> Vec<Grid> {
+    let (rows, groups) = (linear.out_features, linear.in_features / group_size);
     let by_group: Vec<Vec<Grid>> = (0..groups)
         .into_par_iter()
         .map(|g| match inputs {
@@ -211,18 +244,27 @@ pub(crate) fn quantize(
             }
         })
         .collect();
-    let mut codes = vec![0; rows * depth];
-    codes.par_chunks_exact_mut(depth).enumerate().for_each(|(row, codes)| {
-        let groups = codes.chunks_exact_mut(group_size).zip(linear.row(row).chunks_exact(group_size));
-        for ((codes, weights), grids) in groups.zip(&by_group) {
-            codes.iter_mut().zip(weights).for_each(|(code, &w)| *code = grids[row].code(w));
-        }
+    (0..rows * groups).map(|i| by_group[i % groups][i / groups]).collect()
+}
+
+/// The nearest codes, `[out_features, in_features]`.
+fn codes(linear: &Affine, group_size: usize, grids: &[Grid]) -> Vec<u8> {
+    let mut codes = vec![0; linear.weight.len()];
+    let groups = codes.par_chunks_exact_mut(group_size).zip(linear.weight.par_chunks_exact(group_size)).zip(grids);
+    groups.for_each(|((codes, weights), grid)| {
+        codes.iter_mut().zip(weights).for_each(|(code, &w)| *code = grid.code(w));
     });
-    let per_row = |f: fn(&Grid) -> f32| (0..rows * groups).map(|i| f(&by_group[i % groups][i / groups])).collect();
-    let (steps, zeros): (Vec<f32>, Vec<f32>) = (per_row(|grid| grid.step), per_row(Grid::zero));
-    let exact = LutGemm::from_uniform(depth, rows, bits, group_size, &codes, &steps, &zeros)?;
+    codes
+}
+
+fn pack(linear: &Affine, bits: usize, group_size: usize, codes: &[u8], grids: &[Grid]) -> Result<Weight<'static>> {
+    let (depth, rows) = (linear.in_features, linear.out_features);
+    let groups = depth / group_size;
+    let steps: Vec<f32> = grids.iter().map(|grid| grid.step).collect();
+    let zeros: Vec<f32> = grids.iter().map(Grid::zero).collect();
+    let exact = LutGemm::from_uniform(depth, rows, bits, group_size, codes, &steps, &zeros)?;
     // Both conversions only undo what f32 arithmetic added: the grids were made of these very f16 numbers.
-    let centres: Vec<f16> = by_group.iter().flatten().map(|grid| grid.centre).collect();
+    let centres: Vec<f16> = (0..groups * rows).map(|i| grids[i % rows * groups + i / rows].centre).collect();
     let alphas: Vec<f16> = exact.alpha().to_f16().into_owned();
     let binary = exact.binary().to_vec().into();
     Ok(Weight::LutGemm(LutGemm::new(depth, rows, bits, group_size, binary, alphas.into(), centres.into())?))

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 
 use super::calibrate;
 use super::forward::{Affine, product};
-use super::{Calibration, Options, awq, finish, mixed, plan, sample, sqllm};
+use super::refine::Effort;
+use super::{Calibration, Options, Refine, awq, finish, fit, mixed, plan, sample, sqllm};
 use crate::checkpoint::{Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
 
@@ -81,8 +82,13 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     let inputs = copies * 4 * tokens * shapes.iter().map(|s| s.0).sum::<usize>();
     let layer = copies * 4 * sample::layer_weights(config);
     let largest = shapes.iter().map(|s| s.0 * s.1).max().unwrap_or(0);
-    // What was lost in f32, codes as bytes, codes and residual packed; or, in the forward pass, one batch.
-    let matrix = largest * 6;
+    // What was lost in f32, codes as bytes, codes and residual packed, and where codes are refined what they begin
+    // with; or, in the forward pass, one batch.
+    let refined = options.refine != Refine::None;
+    let matrix = largest * if refined { 7 } else { 6 };
+    // The Hessian, a softened copy, and what is taken off it.
+    let widest = shapes.iter().map(|s| s.0).max().unwrap_or(0);
+    let matrix = matrix + if refined { 3 * 4 * widest * widest } else { 0 };
     let batch =
         4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
     // The finished projections wait for each other, with about a byte for every weight.
@@ -105,6 +111,9 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     }
     let widths = if manifest.bits.is_mixed() { 2.0 } else { 1.0 };
     seconds += widths * layers * weights * sample.quantize(options, manifest)?;
+    if options.refine != Refine::None {
+        seconds += widths * layers * sample.product()? * fit_products(config, options, texts * seq_len);
+    }
     let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;
     if manifest.bits.is_mixed() {
@@ -113,6 +122,23 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
         seconds += passes as f64 * per_token + layers * (mixed_texts * tokens) as f64 * head;
     }
     Ok(Duration::from_secs_f64(seconds))
+}
+
+/// Multiply-adds of refining one layer: for each projection of `m` rows and `n` channels, `T·n²` for the Hessian of
+/// `T` tokens and, with [`fit::EFFORT`]'s `r` rounds of `s` steps, `(r·(s + 1) + s + 3)·m·n²` for parameters and codes;
+/// the rows on which amplitudes are tried count like others.
+fn fit_products(config: &ModelConfig, options: &Options, tokens: usize) -> f64 {
+    let Effort { rounds, steps } = fit::EFFORT;
+    let passes = (rounds * (steps + 1) + steps + 3) as f64;
+    let products = |projection: Projection| {
+        let (n, m) = config.shape(projection);
+        let tried = match options.refine {
+            Refine::Compensated { .. } => fit::AMPLITUDES.len() * fit::AMPLITUDE_ROWS.min(m),
+            _ => 0,
+        };
+        (tokens as f64 + passes * (m + tried) as f64) * (n * n) as f64
+    };
+    Projection::ALL.map(products).iter().sum()
 }
 
 /// A small matrix and what may enter it.
@@ -153,7 +179,7 @@ impl Sample {
     /// Seconds to quantize a weight, AWQ's search included.
     fn quantize(&self, options: &Options, manifest: &Manifest) -> Result<f64> {
         let bits = manifest.bits.high() as usize;
-        let awq = options.awq.then_some(&self.x);
+        let awq = options.awq.then_some(&self.x[..]);
         let seconds = fastest(|| {
             let weight = match manifest.group_size {
                 None => sqllm::quantize(&self.linear, bits, &calibrate::energy(&self.x, CHANNELS))?,
@@ -164,7 +190,7 @@ impl Sample {
                     awq::quantize(&self.linear, bits, GROUP, awq)?
                 }
             };
-            finish(&self.linear, &self.x, weight).map(drop)
+            finish(&self.linear, &self.x, weight, &[1.0; CHANNELS]).map(drop)
         })?;
         Ok(seconds / (CHANNELS * ROWS) as f64)
     }

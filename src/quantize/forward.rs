@@ -22,7 +22,7 @@ pub(crate) struct Affine {
 }
 
 impl Affine {
-    fn new(linear: &Linear<'_>) -> Self {
+    pub(crate) fn new(linear: &Linear<'_>) -> Self {
         let (in_features, out_features) = (linear.weight.in_features(), linear.weight.out_features());
         let mut weight = vec![0.0; in_features * out_features];
         let rows = weight.par_chunks_exact_mut(in_features).enumerate();
@@ -158,7 +158,7 @@ pub(crate) fn norm(h: &[f32], gamma: &[f32], eps: f32) -> Vec<f32> {
 }
 
 /// `silu(gate) ⊙ up`, `[tokens, intermediate]` from `[tokens, gate then up]`.
-fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
+pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len() / 2];
     let rows = out.par_chunks_exact_mut(intermediate).zip(gate_up.par_chunks_exact(2 * intermediate));
     rows.for_each(|(out, gate_up)| {
@@ -172,7 +172,13 @@ fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
 
 /// Rotates queries and keys of `qkv`, appends keys and values to `cache`, and returns causal attention,
 /// `[texts, tokens, num_heads · head_dim]`.
-fn attend(config: &ModelConfig, rope: &Rope, cache: &mut KvCache, texts: usize, qkv: &mut [f32]) -> Vec<f32> {
+pub(crate) fn attend(
+    config: &ModelConfig,
+    rope: &Rope,
+    cache: &mut KvCache,
+    texts: usize,
+    qkv: &mut [f32],
+) -> Vec<f32> {
     let (d, heads) = (config.head_dim, config.num_heads);
     let (q_dim, kv_dim) = (heads * d, config.num_kv_heads * d);
     let width = q_dim + 2 * kv_dim;
@@ -264,7 +270,7 @@ fn add(y: &mut [f32], x: &[f32]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
 }
 
-fn add_parallel(y: &mut [f32], x: &[f32]) {
+pub(crate) fn add_parallel(y: &mut [f32], x: &[f32]) {
     y.par_chunks_mut(1 << 14).zip(x.par_chunks(1 << 14)).for_each(|(y, x)| add(y, x));
 }
 
@@ -303,6 +309,33 @@ pub(crate) fn multiply(
     y: &mut [f32],
     parallelism: gemm::Parallelism,
 ) {
+    general_product([m, n, depth], scale, a, b, y, false, parallelism);
+}
+
+/// The same, added to `y`.
+#[allow(clippy::too_many_arguments, reason = "a matrix product: three sizes, a factor, three matrices")]
+pub(crate) fn accumulate(
+    m: usize,
+    n: usize,
+    depth: usize,
+    scale: f32,
+    a: Strided<'_>,
+    b: Strided<'_>,
+    y: &mut [f32],
+    parallelism: gemm::Parallelism,
+) {
+    general_product([m, n, depth], scale, a, b, y, true, parallelism);
+}
+
+fn general_product(
+    [m, n, depth]: [usize; 3],
+    scale: f32,
+    a: Strided<'_>,
+    b: Strided<'_>,
+    y: &mut [f32],
+    add: bool,
+    parallelism: gemm::Parallelism,
+) {
     if m == 0 || n == 0 {
         return;
     }
@@ -311,6 +344,7 @@ pub(crate) fn multiply(
     b.assert_holds(depth, n);
     let stride = |s: usize| s as isize;
     let (a_data, b_data) = (a.values.as_ptr(), b.values.as_ptr());
+    let keep = if add { 1.0 } else { 0.0 };
     // SAFETY: the assertions above keep every element that the strides and sizes reach inside its slice, and `y`,
     // borrowed mutably, overlaps neither operand.
     unsafe {
@@ -321,14 +355,14 @@ pub(crate) fn multiply(
             y.as_mut_ptr(),
             1,
             stride(n),
-            false,
+            add,
             a_data,
             stride(a.column),
             stride(a.row),
             b_data,
             stride(b.column),
             stride(b.row),
-            0.0,
+            keep,
             scale,
             false,
             false,

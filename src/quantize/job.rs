@@ -169,7 +169,9 @@ pub(super) fn key(source: &dyn ModelWeights, manifest: &Manifest, options: &Opti
         hash.bytes(bytemuck::cast_slice(tokens));
     }
     let manifest = serde_json::to_string(manifest)?;
-    Ok(format!("{}\n{manifest}\nawq {}\n{config:?}\n{:016x}\n", env!("CARGO_PKG_VERSION"), options.awq, hash.0))
+    let version = env!("CARGO_PKG_VERSION");
+    let Options { awq, refine, .. } = options;
+    Ok(format!("{version}\n{manifest}\nawq {awq}\nrefine {refine:?}\n{config:?}\n{:016x}\n", hash.0))
 }
 
 /// A quantized model in a few words: what tells it from others of its shapes.

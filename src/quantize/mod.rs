@@ -3,13 +3,19 @@
 //! Calibration texts go through the layers in full precision. What enters a layer's projections says which
 //! channels matter; the layer is quantized, what that lost is quantized to 4 bits, and both go to disk before
 //! the next layer is read. Memory holds one layer in f32, the texts' activations, and a few copies of one matrix.
+//!
+//! Each weight's best code by itself is only where quantization begins: codes, and what they stand for, are then
+//! fitted to what a projection puts out beside the compensation that will be there ([`Refine`]).
 
 mod awq;
 mod calibrate;
 mod estimate;
+mod fit;
 mod forward;
+mod gram;
 mod job;
 mod mixed;
+mod refine;
 mod residuals;
 mod sample;
 mod sqllm;
@@ -25,12 +31,14 @@ use rayon::prelude::*;
 
 use crate::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized, WeightFormat};
 use crate::config::{ModelConfig, Projection};
+use crate::dec::CHUNK;
 use crate::format::lutgemm::ensure_group_size;
 use crate::format::{Dense, Floats, Residual};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use estimate::{Estimate, estimate};
+use fit::Fit;
 use forward::{Affine, Inputs, Layer};
 use job::Job;
 pub(crate) use job::fingerprint;
@@ -47,12 +55,42 @@ pub struct Options {
     pub group_size: Option<usize>,
     /// For [`WeightFormat::LutGemm`]: AWQ's scales and clipping; without, plain rounding.
     pub awq: bool,
+    /// What codes are fitted to.
+    pub refine: Refine,
     /// What the model reads while it is watched.
     pub calibration: Calibration,
     /// What the model was made from, for the record.
     pub source: String,
     /// Replace an existing checkpoint.
     pub overwrite: bool,
+}
+
+/// What codes, and the weights that they stand for, are fitted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refine {
+    /// The weights, each by itself.
+    None,
+    /// What a projection puts out.
+    Output,
+    /// What a projection puts out once it is compensated.
+    Compensated {
+        /// Channels of 1024 that will be compensated, for qkv, o, gate-up and down.
+        k_chunks: [usize; 4],
+    },
+}
+
+impl Refine {
+    /// For `k_chunk` 8 everywhere.
+    pub const DEFAULT: Self = Self::Compensated { k_chunks: [8; 4] };
+
+    /// For the record.
+    fn describe(self) -> String {
+        match self {
+            Self::None => String::new(),
+            Self::Output => ", refined for no compensation".into(),
+            Self::Compensated { k_chunks: [qkv, o, gu, d] } => format!(", refined for k_chunk {qkv} {o} {gu} {d}"),
+        }
+    }
 }
 
 /// Where calibration tokens come from.
@@ -207,6 +245,11 @@ fn style() -> Result<ProgressStyle> {
 /// Checks the options against the model and settles what they leave open.
 fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
     options.calibration.validate(config)?;
+    if let Refine::Compensated { k_chunks } = options.refine {
+        for k in k_chunks {
+            ensure!(k <= CHUNK, "--for-k-chunks has {k}, 0 to {CHUNK} are allowed");
+        }
+    }
     for projection in Projection::ALL {
         let (inputs, outputs) = config.shape(projection);
         ensure!(
@@ -229,7 +272,7 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
         group_size,
         residual_bits: 4,
         source: options.source.clone(),
-        calibration: options.calibration.describe(),
+        calibration: format!("{}{}", options.calibration.describe(), options.refine.describe()),
     })
 }
 
@@ -264,26 +307,38 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
     let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
         ensure_running(job.stop)?;
         let (linear, x) = (layer.linear(projection), &inputs[projection.index()]);
+        if let Some(fit) = Fit::new(job, bits, projection) {
+            return fit.quantize(linear, x);
+        }
         let weight = match group_size {
             None => sqllm::quantize(linear, bits, &calibrate::energy(x, linear.in_features))?,
-            Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(x))?,
+            Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(&x[..]))?,
         };
-        finish(linear, x, weight)
+        finish(linear, x, weight, &vec![1.0; linear.in_features])
     });
     Ok(((layer.input_norm.clone(), layer.post_norm.clone()), [qkv?, o?, gate_up?, down?]))
 }
 
-/// Adds what compensation needs: the residual against what is stored, the thresholds of what comes in.
-fn finish<'a>(linear: &Affine, x: &[f32], weight: Weight<'a>) -> Result<Linear<'a>> {
-    let (inputs, outputs) = (linear.in_features, linear.out_features);
-    let mut lost = vec![0.0; inputs * outputs];
-    lost.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, lost)| {
+/// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in.
+fn finish<'a>(linear: &Affine, x: &[f32], weight: Weight<'a>, importance: &[f32]) -> Result<Linear<'a>> {
+    let residual = Some(residual(linear, &weight, importance)?);
+    let thresholds = Some(Cow::Owned(calibrate::thresholds(x, linear.in_features)));
+    Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
+}
+
+/// What `weight` lost of `linear`, in 4 bits; an error in channel `k` counts `importance[k]` times its square.
+fn residual(linear: &Affine, weight: &Weight<'_>, importance: &[f32]) -> Result<Residual<'static>> {
+    Residual::quantize_weighted(linear.in_features, linear.out_features, &lost(linear, weight), importance)
+}
+
+/// `linear − weight`, `[out_features, in_features]`.
+fn lost(linear: &Affine, weight: &Weight<'_>) -> Vec<f32> {
+    let mut lost = vec![0.0; linear.weight.len()];
+    lost.par_chunks_exact_mut(linear.in_features).enumerate().for_each(|(row, lost)| {
         weight.row(row, lost);
         lost.iter_mut().zip(linear.row(row)).for_each(|(lost, w)| *lost = w - *lost);
     });
-    let residual = Some(Residual::quantize(inputs, outputs, &lost)?);
-    let thresholds = Some(Cow::Owned(calibrate::thresholds(x, inputs)));
-    Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
+    lost
 }
 
 /// What stays as it is. Single precision becomes half precision where that does not overflow.

@@ -20,7 +20,7 @@ use rayon::prelude::*;
 
 use super::forward::{Inputs, Layer};
 use super::job::{self, Job, Made};
-use super::{Calibration, Norms, Options, Report, awq, ensure_running, finish, style};
+use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{ModelConfig, Projection};
 use crate::tokenizer::TextFiles;
@@ -70,6 +70,7 @@ pub fn residuals(
         bits: manifest.bits,
         group_size: manifest.group_size,
         awq: false,
+        refine: Refine::None,
         calibration: options.calibration.clone(),
         source: options.source.clone(),
         overwrite: options.overwrite,
@@ -148,7 +149,7 @@ fn complete<'a>(
     let finished = linears.into_iter().zip(&layer.linears).zip(inputs.iter()).map(|((quantized, linear), x)| {
         ensure_running(stop)?;
         let Linear { weight, bias, .. } = quantized;
-        Ok(Linear { bias, ..finish(linear, x, weight)? })
+        Ok(Linear { bias, ..finish(linear, x, weight, &vec![1.0; linear.in_features])? })
     });
     let finished: Vec<_> = finished.collect::<Result<_>>()?;
     let finished = finished.try_into().ok().context("four projections")?;

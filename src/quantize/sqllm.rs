@@ -11,6 +11,8 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::forward::Affine;
+use super::gram::Hessian;
+use super::refine::{self, Codebook, Effort};
 use crate::format::AnyPrec;
 use crate::weights::Weight;
 
@@ -26,6 +28,25 @@ pub(crate) fn quantize(linear: &Affine, bits: usize, importance: &[f32]) -> Resu
     let mut lut = vec![f16::ZERO; outputs << bits];
     let rows = codes.par_chunks_exact_mut(inputs).zip(lut.par_chunks_exact_mut(1 << bits)).enumerate();
     rows.for_each(|(row, (codes, lut))| quantize_row(linear.row(row), importance, codes, lut));
+    Ok(Weight::AnyPrec(AnyPrec::pack(inputs, outputs, bits, &codes, lut.into())?))
+}
+
+/// The same against a whole Hessian: codes and codebooks of [`quantize`] are where [`refine`] begins.
+pub(crate) fn refined(linear: &Affine, bits: usize, hessian: &Hessian, effort: Effort) -> Result<Weight<'static>> {
+    let (inputs, outputs) = (linear.in_features, linear.out_features);
+    let importance: Vec<f32> = hessian.diagonal().collect();
+    let mut codes = vec![0; inputs * outputs];
+    let mut lut = vec![0.0; outputs << bits];
+    let rows = codes.par_chunks_exact_mut(inputs).zip(lut.par_chunks_exact_mut(1 << bits)).enumerate();
+    rows.for_each_init(
+        || vec![f16::ZERO; 1 << bits],
+        |halves, (row, (codes, lut))| {
+            quantize_row(linear.row(row), &importance, codes, halves);
+            lut.iter_mut().zip(halves).for_each(|(c, half)| *c = half.to_f32());
+        },
+    );
+    refine::refine(&Codebook { bits }, hessian, &linear.weight, &mut codes, &mut lut, effort);
+    let lut: Vec<f16> = lut.into_iter().map(f16::from_f32).collect();
     Ok(Weight::AnyPrec(AnyPrec::pack(inputs, outputs, bits, &codes, lut.into())?))
 }
 

@@ -351,6 +351,15 @@ fn eval_and_inspect_and_completions() {
         let flags = ["--windows", "0..3", "--compare", source_text, "--k-chunks", k, k, k, k];
         read(eval(&checkpoint, &flags))["kl_divergence"].as_f64().expect("a number")
     };
+    let gained = read(eval(
+        &checkpoint,
+        &["--windows", "0..3", "--compare", source_text, "--k-chunks", "1024", "1024", "1024", "1024"],
+    ));
+    let number = |name: &str| gained[name].as_f64().expect("a number").ln();
+    let share =
+        (number("base_perplexity") - number("perplexity")) / (number("base_perplexity") - number("source_perplexity"));
+    assert!((gained["recovered"].as_f64().expect("a number") - share).abs() < 1e-9, "{gained}");
+    assert_eq!(itself["recovered"], serde_json::Value::Null, "nothing was lost");
     assert!(kl("1024") < kl("0") && kl("0") > 0.0, "compensation brings the source closer: {} {}", kl("1024"), kl("0"));
     refuses(eval(&checkpoint, &["--windows", "90..99"]), &["90..99", "the text has"]);
 

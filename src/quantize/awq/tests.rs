@@ -116,8 +116,8 @@ fn searching_is_better_than_rounding() {
     for projection in Projection::ALL {
         let i = projection.index();
         let rounded = quantize(plain.linear(projection), 3, 32, None).unwrap();
-        let clipped = quantize(plain.linear(projection), 3, 32, Some(&inputs[i])).unwrap();
-        let both = quantize(scaled.linear(projection), 3, 32, Some(&scaled_inputs[i])).unwrap();
+        let clipped = quantize(plain.linear(projection), 3, 32, Some(&inputs[i][..])).unwrap();
+        let both = quantize(scaled.linear(projection), 3, 32, Some(&scaled_inputs[i][..])).unwrap();
         let error = |weight| output_error(plain.linear(projection), weight, &inputs[i]);
         assert!(error(&clipped) < error(&rounded), "{projection}");
         let both = output_error(scaled.linear(projection), &both, &scaled_inputs[i]);
@@ -146,7 +146,7 @@ fn rounding_hits_the_nearest_of_what_is_stored() {
 #[test]
 fn a_flat_group_is_kept() {
     let linear = Affine { in_features: 32, out_features: 8, weight: vec![0.25; 256], bias: None };
-    let weight = quantize(&linear, 3, 32, Some(&numbers(4, 320, 1.0))).unwrap();
+    let weight = quantize(&linear, 3, 32, Some(&numbers(4, 320, 1.0)[..])).unwrap();
     let mut row = vec![0.0; 32];
     weight.row(5, &mut row);
     assert!(largest_difference(&row, &[0.25; 32]) < 1e-6, "{row:?}");

@@ -48,7 +48,7 @@ struct Args {
     #[arg(long)]
     ops: Option<usize>,
     /// Warps of the layers' launch that multiply, without and beside compensation, and that compensate.
-    #[arg(long, value_delimiter = ',', default_value = "16,12,4")]
+    #[arg(long, value_delimiter = ',', default_value = "16,16,4")]
     warps: Vec<usize>,
     /// Only so many layers of the model, for work on kernels.
     #[arg(long)]

@@ -299,6 +299,15 @@ mod tests {
         }
         all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=2047 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));
         all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=0 SPLITS=16 HEADS=64 KV_HEADS=8 HEAD_DIM=128")));
+        for (bits, format) in [(3, "FORMAT=0"), (4, "FORMAT=0"), (3, "FORMAT=1 GROUP=128"), (4, "FORMAT=1 GROUP=128")] {
+            for dec in [0, 1] {
+                let books = if format == "FORMAT=0" { 14 * (32 << bits) } else { 0 };
+                let sizes = format!("XS=46080 PARTS=14336 BOOKS={books} MOST_LAYERS=40 WARPS=16 STAGES=3 BLOCKS=132");
+                let model = "H=4096 I=14336 HEADS=32 KV_HEADS=8 HEAD_DIM=128 KV=0 WINDOW=0 SPLITS=16 DTYPE=0";
+                let rest = format!("DEC={dec} DEC_WARPS=4 DEC_WORDS=2 BITS={bits}");
+                all.push(("layers.cu", split(&format!("{format} {model} {sizes} {rest}"))));
+            }
+        }
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
         all.push(("sample.cu", split("DTYPE=0")));
@@ -321,7 +330,9 @@ mod tests {
                 let (_, log) = compiler.compile(file, &text(file).unwrap(), defines).unwrap();
                 assert!(log.contains("bytes stack frame"), "no resource report for {file}: {log}");
                 // Choosing a token runs once per token, in one block: 72 bytes of stack do not show there.
-                let hot = *file != "sample.cu";
+                // Beside compensation, layers keep some addresses on the stack from phase to phase, not in the loops.
+                let phases = *file == "layers.cu" && defines.iter().any(|d| d == "DEC=1");
+                let hot = *file != "sample.cu" && !phases;
                 for line in log.lines().filter(|line| hot && line.contains("bytes stack frame")) {
                     // NVRTC 12.8 spills 16 bytes where 13.0 does not (sm_120, SmolLM2's LUT-GEMM): said, not refused.
                     let most = if compiler.version.0 < 13 { 16 } else { 0 };

@@ -35,7 +35,7 @@ impl Default for Tuning {
             beside_dec: (12, 3),
             dec_warps: 8,
             layers: 16,
-            layers_beside_dec: (12, 4),
+            layers_beside_dec: (16, 4),
             trigger: 0,
             dec_flight: 4,
         }

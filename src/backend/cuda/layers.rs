@@ -60,7 +60,8 @@ pub(super) struct LayersLaunch {
     pub(super) shared: usize,
 }
 
-/// The launch of layers of these shapes, if a multiprocessor has room for it: pure arithmetic.
+/// The launch of layers of these shapes, with fewer warps where a multiprocessor has little room, if it has room for
+/// any: pure arithmetic.
 ///
 /// `dec`: bytes that compensating warps need besides, `None` if nothing is compensated.
 pub(super) fn layers_launch(
@@ -71,11 +72,24 @@ pub(super) fn layers_launch(
     multiprocessors: usize,
     most_shared: usize,
 ) -> Option<LayersLaunch> {
+    let warps = if dec.is_some() { tuning.layers_beside_dec.0 } else { tuning.layers };
+    [warps, warps * 3 / 4, warps / 2]
+        .into_iter()
+        .find_map(|warps| launch_of_warps(format, shapes, tuning, (warps, dec), multiprocessors, most_shared))
+}
+
+fn launch_of_warps(
+    format: Format,
+    shapes: Shapes,
+    tuning: Tuning,
+    (warps, dec): (usize, Option<usize>),
+    multiprocessors: usize,
+    most_shared: usize,
+) -> Option<LayersLaunch> {
     let products = shapes.products();
     if !products.iter().all(|&(k, rows)| k.is_multiple_of(TILE) && rows.is_multiple_of(2 * TILE)) {
         return None;
     }
-    let warps = if dec.is_some() { tuning.layers_beside_dec.0 } else { tuning.layers };
     let dec_warps = if dec.is_some() { tuning.layers_beside_dec.1 } else { 0 };
     let units = |k: usize| k.div_ceil(unit(format, k).0);
     let halves = |k: usize| units(k) * unit(format, k).0 * 2;
@@ -343,17 +357,19 @@ mod tests {
 
     #[test]
     fn shared_memory_is_used_and_not_exceeded() {
-        for (format, multiprocessors, shared) in [
-            (Format::AnyPrec { bits: 3 }, 132, 232_448),
-            (Format::AnyPrec { bits: 4 }, 132, 232_448),
-            (Format::LutGemm { bits: 4, group: 32 }, 132, 232_448),
-            (Format::AnyPrec { bits: 3 }, 170, 101_376),
+        for (format, multiprocessors, shared, dec) in [
+            (Format::AnyPrec { bits: 3 }, 132, 232_448, None),
+            (Format::AnyPrec { bits: 3 }, 132, 232_448, Some(9000)),
+            (Format::AnyPrec { bits: 4 }, 132, 232_448, Some(9000)),
+            (Format::LutGemm { bits: 4, group: 32 }, 132, 232_448, None),
+            (Format::AnyPrec { bits: 3 }, 170, 101_376, None),
         ] {
-            for dec in [None, Some(9000)] {
-                let launch = layers_launch(format, LLAMA, Tuning::default(), dec, multiprocessors, shared).unwrap();
-                assert!(launch.shared <= shared && launch.stages >= 2, "{launch:?}");
-                assert!(launch.stages == 8 || launch.shared + launch.warps * 3000 > shared, "{launch:?}");
-            }
+            let launch = layers_launch(format, LLAMA, Tuning::default(), dec, multiprocessors, shared);
+            let launch = launch.unwrap_or_else(|| panic!("no room for {format:?} in {shared}"));
+            assert!(launch.shared <= shared && launch.stages >= 2, "{launch:?}");
+            // One more stage would not have fitted.
+            let stage = launch.warps * (512 * 4 + 32768 / 32 + 8);
+            assert!(launch.stages == 8 || launch.shared + stage > shared, "{launch:?}");
         }
     }
 

@@ -188,7 +188,7 @@ fn bus_id(ordinal: usize) -> Result<CString> {
 }
 
 fn cublas_version() -> Result<String> {
-    let libraries = driver::library("libcublas", "libcublasLt.so", "nvidia-cublas")?;
+    let libraries = super::library::open("libcublas", "libcublasLt.so", "nvidia-cublas")?;
     let part = |which: c_int| -> Result<c_int> {
         let mut value = 0;
         // SAFETY: the type is that of cublas_api.h, unchanged from CUDA 12 to 13; writes one integer.
@@ -210,7 +210,7 @@ fn cupti_at_work() -> Result<String> {
 }
 
 fn cupti_version() -> Result<String> {
-    let libraries = driver::library("libcupti", "", "nvidia-cuda-cupti")?;
+    let libraries = super::library::open("libcupti", "", "nvidia-cuda-cupti")?;
     let mut version = 0;
     // SAFETY: the type is that of cupti_version.h; writes one integer.
     let status = unsafe {

@@ -314,16 +314,23 @@ fn survives_kills(times: u32, old: &Path, make: &dyn Fn(&Path) -> std::process::
 
 #[cfg(unix)]
 #[test]
-fn a_killed_quantize_leaves_the_old_or_the_new() {
+fn a_killed_quantize_or_convert_leaves_the_old_or_the_new() {
     let shop = Workshop::new();
     let old = shop.checkpoint();
-    survives_kills(24, &old, &|out| {
+    let command = |name: &str, from: &Path, out: &Path| {
         let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
-        command.arg("quantize").arg(shop.path("small.gguf")).arg("--out").arg(out).arg("--overwrite");
-        command.args(["--backend", "lutgemm", "--bitwidth", "3.5", "--seq-len", "16", "--samples", "4"]);
-        command.stderr(std::process::Stdio::null());
+        command.arg(name).arg(from).arg("--out").arg(out).arg("--overwrite").stderr(std::process::Stdio::null());
         command
-    });
+    };
+    let quantize = |out: &Path| {
+        let mut command = command("quantize", &shop.path("small.gguf"), out);
+        command.args(["--backend", "lutgemm", "--bitwidth", "3.5", "--seq-len", "16", "--samples", "4"]);
+        command
+    };
+    survives_kills(24, &old, &quantize);
+    let other = shop.path("other");
+    assert!(quantize(&other).status().expect("runs").success());
+    survives_kills(24, &old, &|out| command("convert", &other, out));
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn main() -> Result<()> {
 /// What each part of a layer took in the last token, a mean over the layers.
 fn timeline(cuda: &Cuda, layers: usize, k_chunks: [usize; 4]) -> Result<()> {
     let stamps = cuda.timeline()?;
-    let gated = k_chunks[2] > 0;
+    let gated = k_chunks[2] > 0 || k_chunks[3] > 0;
     let parts: &[&str] =
         if gated { &["qkv", "attend", "o", "gu", "gate", "d"] } else { &["qkv", "attend", "o", "gu", "d"] };
     let layers = (stamps.len().saturating_sub(1) / parts.len()).min(layers);

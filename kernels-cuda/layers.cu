@@ -139,8 +139,7 @@ constexpr int ROUTES = (Stream<4, Table>::BYTES + 127) / 128 * 128; // Route [4]
 constexpr int TABLE = ROUTES + 256;                                 // Layer [MOST_LAYERS]
 constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
-constexpr int COPIES = PART + PARTS;                                // f32 [DEC_WARPS, CHUNK]
-constexpr int LIST = COPIES + DEC_WARPS * CHUNK * 4;                // what compensate() needs
+constexpr int LIST = PART + PARTS;                                  // what compensate() needs
 
 #define CHUNKED(k) (((k) + CHUNK - 1) / CHUNK * CHUNK)
 
@@ -247,12 +246,6 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
 }
 
 #if DEC
-// Four activations between gate-up and down.
-__device__ __forceinline__ float4 act_at(const u16* act, int k) {
-    uint2 w = __ldcg((const uint2*)(act + k));
-    return make_float4(widen((u16)w.x), widen((u16)(w.x >> 16)), widen((u16)w.y), widen((u16)(w.y >> 16)));
-}
-
 // One block per chunk: activations between gate-up and down, compensation added; also f32, for the selection among them.
 __device__ __forceinline__ void gate(const Layers& g, const float* delta, float* chunk) {
     int first = blockIdx.x * CHUNK;
@@ -286,7 +279,7 @@ __device__ __forceinline__ void compensate_layers(const Layers& g, const Layer* 
 #pragma unroll 1
         for (int op = 0; op < 4; op++) {
             const Product& p = products[op];
-            bool gated = products[GU].k_chunk > 0;
+            bool gated = products[GU].k_chunk > 0 || products[D].k_chunk > 0;
             if (op == D && gated && blockIdx.x < CHUNKED(I) / CHUNK) {
                 All::sync();
                 if (p.k_chunk > 0 && threadIdx.x / 32 == WARPS) select_gated(p, shared_address(shared + X), g.list);
@@ -297,13 +290,8 @@ __device__ __forceinline__ void compensate_layers(const Layers& g, const Layer* 
             All::sync();
             if (own) {
                 float* out = op == QKV ? g.qkv_delta : op == O ? g.o_delta : op == GU ? g.gu_delta : g.d_delta;
-                if (op == D && !gated)
-                    compensate<Compensating, DEC_WORDS, false>(
-                        dec_of(p, op), edge, blockIdx.x, shared + LIST, out, nullptr,
-                        copied<Compensating>(shared + COPIES, [&](int k) { return act_at(g.act, k); }));
-                else
-                    compensate<Compensating, DEC_WORDS, false>(dec_of(p, op), edge, blockIdx.x, shared + LIST, out,
-                                                               op == D ? g.list : nullptr, InPlace{xf});
+                compensate<Compensating, DEC_WORDS, false>(dec_of(p, op), edge, blockIdx.x, shared + LIST, out,
+                                                           op == D ? g.list : nullptr, InPlace{xf});
             }
             if (op < D || l + 1 < g.count) grid.sync();
         }
@@ -356,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
     for (int l = 0; l < g.count; l++) {
         const Layer& layer = table[l];
         const Product* p = layer.products;
-        bool gated = DEC && p[GU].k_chunk > 0;
+        bool gated = DEC && (p[GU].k_chunk > 0 || p[D].k_chunk > 0);
         int kv = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
 
         stage<H, true>(g.h, pending, layer.norms[0], g.eps, scratch, xs, group_sums, xf);

@@ -200,8 +200,7 @@ impl Cuda {
         let tuning = self.options.tuning;
         let list = plans.iter().flatten().map(|p| p.list_chunks() * p.k_chunk * 8).max().unwrap_or(0);
         let words = plans.iter().flatten().map(|p| dec_words(p.out_features)).min().unwrap_or(1);
-        let warps = tuning.layers_beside_dec.1;
-        let dec = compensates.then_some(warps * CHUNK * 4 + list + 8 * words * (32 * warps + 1) * 4);
+        let dec = compensates.then_some(list + 8 * words * (32 * tuning.layers_beside_dec.1 + 1) * 4);
         let numbers = self.driver.numbers();
         let launch = layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
         let Some(launch) = launch else { return Ok(false) };

@@ -86,10 +86,10 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         let final_norm = norm(weights.final_norm()?)?;
         let mut layers = Vec::with_capacity(config.num_layers);
         for l in 0..config.num_layers {
-            let (input, post) = weights.layer_norms(l)?;
+            let (input, post) = weights.layer_norms(l).with_context(|| format!("layer {l}, norms"))?;
             let [qkv, o, gu, d] = Projection::ALL.map(|p| {
-                let linear = weights.projection(l, p)?;
-                Projected::upload(backend, &linear).with_context(|| format!("layer {l}, {p}"))
+                let linear = weights.projection(l, p);
+                linear.and_then(|linear| Projected::upload(backend, &linear)).with_context(|| format!("layer {l}, {p}"))
             });
             let projections = [qkv?, o?, gu?, d?];
             layers.push(Layer { input_norm: norm(input)?, post_norm: norm(post)?, projections, bits: weights.bits(l) });

@@ -270,7 +270,7 @@ fn an_interrupted_job_ends_in_the_same_files() {
 fn interrupted_residuals_end_in_the_same_files() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(11, 4, false);
-    let options = Options { awq: false, ..options(WeightFormat::LutGemm, 3.0) };
+    let options = Options { awq: false, refine: Refine::None, ..options(WeightFormat::LutGemm, 3.0) };
     let [whole, out] = ["whole", "out"].map(|name| dir.path().join(name));
     make(&model, &options, &whole).unwrap();
     let quantized = Checkpoint::open(&whole).unwrap();
@@ -301,11 +301,11 @@ fn residuals_for_a_pair_are_those_that_quantizing_makes() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(8, 3, true);
     for (backend, bits) in [(WeightFormat::AnyPrec, 3.0), (WeightFormat::AnyPrec, 3.5), (WeightFormat::LutGemm, 4.0)] {
-        let options = Options { awq: false, ..options(backend, bits) };
+        let options = Options { awq: false, refine: Refine::None, ..options(backend, bits) };
         let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(format!("{name}-{backend}-{bits}")));
         make(&model, &options, &whole).unwrap();
         let report = complete(&model, &whole, &options, &pair).unwrap();
-        assert_eq!((report.tokens, report.bits.len()), (96, 3));
+        assert_eq!((report.tokens, report.bits.len()), (144, 3));
         assert_eq!(contents(&pair), contents(&whole), "{backend} {bits}");
     }
     // Another original leaves other residuals, one of other shapes is refused.
@@ -348,7 +348,7 @@ fn a_quantization_that_was_simulated_is_recovered() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(12, 2, true);
     let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(name));
-    let options = options(WeightFormat::AnyPrec, 4.0);
+    let options = Options { refine: Refine::None, ..options(WeightFormat::AnyPrec, 4.0) };
     make(&model, &options, &whole).unwrap();
     let checkpoint = Checkpoint::open(&whole).unwrap();
     let recovered = Simulated::recover(Box::new(simulated(&model, &checkpoint))).unwrap();

@@ -35,7 +35,7 @@ fn converting_a_checkpoint_changes_nothing() {
 #[test]
 fn residuals_are_made_for_a_pair() {
     let shop = Workshop::new();
-    let checkpoint = shop.checkpoint();
+    let checkpoint = shop.plain_checkpoint();
     let calibration = ["--seq-len", "16", "--samples", "4"];
     let mut command = decdec();
     command.arg("residuals").arg("--original").arg(shop.path("small.gguf")).arg("--quantized").arg(&checkpoint);

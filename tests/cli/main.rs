@@ -49,6 +49,12 @@ impl Workshop {
         self.path("checkpoint")
     }
 
+    /// The same, every weight by itself: nothing of it depends on what is measured of the calibration text.
+    fn plain_checkpoint(&self) -> PathBuf {
+        self.quantize("plain", &["--refine", "none"]).assert().success();
+        self.path("plain")
+    }
+
     fn generate(&self, checkpoint: &Path, more: &[&str]) -> Command {
         let mut command = decdec();
         command.arg("generate").arg("--checkpoint-path").arg(checkpoint).args(["--max-new-tokens", "4"]).args(more);
@@ -336,7 +342,7 @@ fn a_killed_quantize_or_convert_leaves_the_old_or_the_new() {
 #[test]
 fn eval_and_inspect_and_completions() {
     let shop = Workshop::new();
-    let checkpoint = shop.checkpoint();
+    let checkpoint = shop.plain_checkpoint();
     std::fs::write(shop.path("text.txt"), "ab ba abab bbaa ".repeat(40)).expect("written");
     let eval = |path: &Path, more: &[&str]| {
         let mut command = decdec();

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 
 use cuda_common::{Noise, cuda, options};
 use decdec::backend::cpu::Cpu;
-use decdec::backend::cuda::{Dtype, Residuals};
+use decdec::backend::cuda::{Dtype, Options, Residuals, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{Architecture, ModelConfig, RopeScaling};
 use decdec::dec::Selection;
@@ -152,7 +152,8 @@ fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks:
 /// operations one by one.
 #[test]
 fn layers_in_one_launch_are_close_to_the_cpu() {
-    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let tuning = Tuning { layers_always: true, ..Tuning::default() };
+    let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
     let small = |window, kv_heads| ModelConfig { intermediate_size: 1184, num_heads: 6, ..small(window, kv_heads) };
     for (window, kv_heads, bits, format) in [
         (None, 2, 3, RandomFormat::AnyPrec),

@@ -21,6 +21,8 @@ pub struct Tuning {
     pub layers: usize,
     /// See `layers`.
     pub layers_beside_dec: (usize, usize),
+    /// Whole layers in one launch wherever that is possible, not only where it was measured to pay.
+    pub layers_always: bool,
     /// When the next kernel may start: 0 at once, 1 when this one's input is there, 2 when its weights are read.
     pub trigger: usize,
     /// Residual lines that a compensating thread has in flight.
@@ -36,6 +38,7 @@ impl Default for Tuning {
             dec_warps: 8,
             layers: 16,
             layers_beside_dec: (16, 4),
+            layers_always: false,
             trigger: 0,
             dec_flight: 4,
         }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Coverage-guided fuzzing of the readers with libFuzzer, on the stable compiler: LLVM's coverage pass needs no
 # nightly, and the sanitizers that do are for unsafe code, of which the readers have none but the memory map.
-#   scripts/fuzz.sh [TARGET|all] [SECONDS]
+#   scripts/fuzz.sh [TARGET|all] [SECONDS]     SECONDS of processor time for each target, in rounds of a minute
 # Findings land in target/fuzz/findings, what it learned in target/fuzz/corpus; `scripts/fuzz.sh build` only builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,15 +17,27 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
     cargo build --release --manifest-path tests/fuzz/Cargo.toml --target-dir target/fuzz --target "$host"
 if [ "$targets" = build ]; then exit; fi
 
+# Processor seconds of the children that have ended: a busy machine does not shorten a run.
+# A subshell would count its own.
+used() {
+    times >"target/fuzz/times-$target"
+    used=$(awk 'NR == 2 { split($1, m, /[ms]/); print int(60 * m[1] + m[2]) }' "target/fuzz/times-$target")
+}
+
 mkdir -p target/fuzz/findings
 for target in $targets; do
     mkdir -p "target/fuzz/corpus/$target"
-    echo "== $target, $seconds s"
+    echo "== $target, $seconds s of processor"
     inputs=("target/fuzz/corpus/$target" "tests/fuzz/corpus/$target")
     [ -d "tests/fuzz/findings/$target" ] && inputs+=("tests/fuzz/findings/$target")
-    # One thread: what one input allocates is not mixed up with what another does.
-    DECDEC_FUZZ_TARGET=$target RAYON_NUM_THREADS=1 "target/fuzz/$host/release/fuzz" \
-        "${inputs[@]}" \
-        -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=16384 \
-        -artifact_prefix="target/fuzz/findings/$target-" -print_final_stats=1 -verbosity=1
+    used && before=$used
+    while [ $((used - before)) -lt "$seconds" ]; do
+        # One thread: what one input allocates is not mixed up with what another does.
+        DECDEC_FUZZ_TARGET=$target RAYON_NUM_THREADS=1 "target/fuzz/$host/release/fuzz" \
+            "${inputs[@]}" \
+            -max_total_time=60 -timeout=10 -rss_limit_mb=1024 -max_len=16384 \
+            -artifact_prefix="target/fuzz/findings/$target-" -print_final_stats=1 -verbosity=1
+        used
+    done
+    echo "== $target took $((used - before)) s of processor"
 done

@@ -47,9 +47,9 @@ struct Args {
     /// Instead: what each operation of a token takes, at this position.
     #[arg(long)]
     ops: Option<usize>,
-    /// Warps of the layers' launch that multiply, without and beside compensation, and that compensate.
-    #[arg(long, value_delimiter = ',', default_value = "16,16,4")]
-    warps: Vec<usize>,
+    /// Warps of a block of the layers' launch.
+    #[arg(long, default_value_t = 16)]
+    warps: usize,
     /// Only so many layers of the model, for work on kernels.
     #[arg(long)]
     layers: Option<usize>,
@@ -66,8 +66,7 @@ fn main() -> Result<()> {
     let mut config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
     config.num_layers = args.layers.unwrap_or(config.num_layers);
     let start = Instant::now();
-    let &[layers, beside, dec_warps] = args.warps.as_slice() else { anyhow::bail!("--warps takes three numbers") };
-    let tuning = Tuning { layers, layers_beside_dec: (beside, dec_warps), ..Tuning::default() };
+    let tuning = Tuning { layers: args.warps, ..Tuning::default() };
     let mut cuda =
         Cuda::new(0, Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, tuning })?;
     if args.timeline {
@@ -130,7 +129,7 @@ fn main() -> Result<()> {
                         1e3 / made.decode_per_second()
                     );
                     if args.timeline {
-                        timeline(&cuda, model.config().num_layers, k_chunks)?;
+                        timeline(&cuda, model.config().num_layers)?;
                     }
                 }
             }
@@ -140,11 +139,9 @@ fn main() -> Result<()> {
 }
 
 /// What each part of a layer took in the last token, a mean over the layers.
-fn timeline(cuda: &Cuda, layers: usize, k_chunks: [usize; 4]) -> Result<()> {
+fn timeline(cuda: &Cuda, layers: usize) -> Result<()> {
     let stamps = cuda.timeline()?;
-    let gated = k_chunks[2] > 0 || k_chunks[3] > 0;
-    let parts: &[&str] =
-        if gated { &["qkv", "attend", "o", "gu", "gate", "d"] } else { &["qkv", "attend", "o", "gu", "d"] };
+    let parts = ["qkv", "attend", "o", "gu", "d"];
     let layers = (stamps.len().saturating_sub(1) / parts.len()).min(layers);
     for (i, part) in parts.iter().enumerate() {
         let took: u64 = (0..layers).map(|l| stamps[l * parts.len() + i + 1] - stamps[l * parts.len() + i]).sum();

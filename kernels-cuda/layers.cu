@@ -6,41 +6,36 @@
 //
 //   layers     [count], in device memory: matrices as in anyprec.cuh (FORMAT 0) or lutgemm.cuh (FORMAT 1)
 //   h          f32 [H]; what stands in h_delta on entry (or null) belongs to it, in d_delta on exit if k_chunk of d > 0
-//   qkv, attended, gu and the deltas beside them   f32, overwritten
-//   act        [I] 16-bit numbers of DTYPE;  list  the selection for d
-//   grid       u32 [2]: blocks that have arrived at barriers since the model was loaded, and how many when the last
-//              launch ended
+//   qkv, attended and the deltas beside them   f32, overwritten
+//   act        [I] 16-bit numbers of DTYPE;  act32  the same in f32, where d is compensated
+//   grid       u32 [4]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
+//              ended; the same of blocks that have compensated gate-up
 //   stamps     null, or u64: the device's nanoseconds at the start and after every barrier
 //
 // Weights stream past the barriers (stream.cuh), so memory is busy while blocks wait for each other. A barrier costs
-// about as much as a kernel boundary, but what was fetched stays fetched. Compensating warps run beside the others in
-// the first n_tb blocks and leave their sums in a vector of their own, which whoever reads the product adds.
+// about as much as a kernel boundary, but what was fetched stays fetched. Of a compensated product the last n_tb blocks
+// multiply nothing: they select, fetch, and leave their sums in a vector of their own, which whoever reads the product
+// adds. Rows come in tiles, so a few blocks less often multiply as fast (H100: 128 of 132 for Llama-3-8B's shapes).
 //
-// Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16.
-// Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1), DEC_WARPS,
-// DEC_WORDS; shared memory's parts in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.
+// Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16; WARPS of 4.
+// Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1); shared memory's parts
+// in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.
 #if FORMAT == 0
 #include "anyprec.cuh"
 #else
 #include "lutgemm.cuh"
 #endif
 
-#include "dec.cuh"
 #include "stream.cuh"
+#include "stripe.cuh"
 
 #define THREADS (32 * WARPS)
-#if DEC
-#define ALL_THREADS (THREADS + 32 * DEC_WARPS)
-#else
-#define ALL_THREADS THREADS
-#endif
 #define ATTEND_THREADS THREADS
 #define AT_ONCE (HEADS / KV_HEADS % 2 == 0 ? 2 : HEADS / KV_HEADS % 3 == 0 ? 3 : 1)
 #define FLIGHT 2
 #include "attend.cuh"
 
-typedef Team<0, THREADS, 1> Base;
-typedef Team<0, ALL_THREADS, 0> All;
+typedef Team<0, THREADS, 0> All;
 
 enum { QKV, O, GU, D };
 constexpr int A = HEADS * HEAD_DIM;
@@ -77,10 +72,9 @@ struct Layers {
     float* qkv;
     float* qkv_delta;
     float* attended;
-    float* gu;
+    float* act32;
     float* gu_delta;
     u16* act;
-    Salient* list;
     const State* state;
     const float2* angles;
     float* parts;
@@ -153,11 +147,11 @@ __device__ __forceinline__ void group_sum(float* group_sums, int channel, float 
 #endif
 }
 
-// The input of a product of K channels, normalized if there is a γ, to 16-bit numbers in xs, and f32 in xf if DEC.
+// The input of a product of K channels, normalized if there is a γ, to 16-bit numbers in xs.
 template <int K, bool NORM>
 __device__ __forceinline__ void stage(const float* x, const float* delta, const float* gamma, float eps, float* scratch,
-                                      u16* xs, float* group_sums, float* xf) {
-    constexpr int PADDED = UNITS_OF(K) * UNIT, STEPS = (CHUNKED(K) / 4 + THREADS - 1) / THREADS;
+                                      u16* xs, float* group_sums) {
+    constexpr int PADDED = UNITS_OF(K) * UNIT, STEPS = (PADDED / 4 + THREADS - 1) / THREADS;
     int t = this_thread();
     float4 v[STEPS], w[STEPS];
     float sum = 0;
@@ -170,7 +164,7 @@ __device__ __forceinline__ void stage(const float* x, const float* delta, const 
     if (NORM) {
 #pragma unroll
         for (int s = 0; s < STEPS; s++) sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
-        float scale = 1.0f / sqrtf(team_sum<Base>(sum, scratch) / K + eps);
+        float scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / K + eps);
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
             v[s] = make_float4(v[s].x * scale * w[s].x, v[s].y * scale * w[s].y, v[s].z * scale * w[s].z,
@@ -185,7 +179,6 @@ __device__ __forceinline__ void stage(const float* x, const float* delta, const 
             *(uint2*)(xs + k) = make_uint2(lo, hi);
             group_sum<4>(group_sums, k, in_group);
         }
-        if (DEC && k < CHUNKED(K)) *(float4*)(xf + k) = v[s];
     }
 }
 
@@ -232,74 +225,94 @@ __device__ __forceinline__ void finish(const Route& r, const float* parts, const
     }
 }
 
-// Rows of gate and up: silu(gate)·up, or both as they are.
-__device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const float* bias, u16* act, float* gu) {
-    for (int i = this_thread(); i < (r.end - r.begin) * 8; i += THREADS) {
-        int pair = i / 16, row = r.begin * 8 + i;
-        float gate = total(parts, 2 * pair, i % 16), up = total(parts, 2 * pair + 1, i % 16);
-        if (bias) gate += bias[row], up += bias[I + row];
-        if (gu)
-            gu[row] = gate, gu[I + row] = up;
-        else
-            act[row] = narrow(silu(gate) * up);
+// Waits until as many blocks as `target` says have compensated gate-up; whole warps call.
+__device__ __forceinline__ void wait_for_compensation(const u32* ready, u32 target) {
+    if (this_thread() % 32 == 0) {
+        u32 now;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(ready) : "memory");
+        } while ((int)(now - target) < 0);
     }
+    __syncwarp();
 }
 
-#if DEC
-// One block per chunk: activations between gate-up and down, compensation added; also f32, for the selection among them.
-__device__ __forceinline__ void gate(const Layers& g, const float* delta, float* chunk) {
-    int first = blockIdx.x * CHUNK;
-    for (int i = 2 * this_thread(); i < CHUNK; i += 2 * THREADS) {
-        float2 v = make_float2(0, 0);
-        if (first + i < I) {
-            v.x = silu(load1(g.gu, delta, first + i)) * load1(g.gu, delta, I + first + i);
-            v.y = silu(load1(g.gu, delta, first + i + 1)) * load1(g.gu, delta, I + first + i + 1);
-            *(u32*)(g.act + first + i) = narrow2(v.x, v.y);
+// Rows of gate and up: silu(gate)·up. A compensation has been waited for by `wait`, and is fetched, before the block's
+// other warps are waited for.
+template <class Wait>
+__device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const float* bias, const float* delta,
+                                             u16* act, float* act32, Wait wait) {
+    constexpr int STEPS = (PARTS / (4 * WARPS * 2) + THREADS - 1) / THREADS;
+    int rows = (r.end - r.begin) * 8, first = r.begin * 8;
+    float gate[STEPS] = {}, up[STEPS] = {};
+    if (delta && this_thread() / 32 * 32 < rows) {
+        wait();
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            int i = s * THREADS + this_thread();
+            if (i < rows) gate[s] = __ldcg(delta + first + i), up[s] = __ldcg(delta + I + first + i);
         }
-        *(float2*)(chunk + i) = v;
     }
-}
-
-// One warp's share of d's selection, among what gate() left.
-__device__ __forceinline__ void select_gated(const Product& d, u32 chunk, Salient* list) {
-    int edge = d.edges[threadIdx.x % 32];
-    Dec dec = dec_of(d, D);
-    int quota = chunk_quota(dec, blockIdx.x);
-    if (quota > 0)
-        select_chunk(InPlace{chunk}(0, CHUNK), blockIdx.x * CHUNK, quota, dec, edge, list + blockIdx.x * d.k_chunk);
-}
-
-// The other warps' way through the layers: the same barriers, and compensation between them.
-__device__ __forceinline__ void compensate_layers(const Layers& g, const Layer* table, Grid& grid, char* shared) {
-    typedef Team<THREADS, 32 * DEC_WARPS, 2> Compensating;
-    u32 xf = shared_address(shared + X + UNITS_OF(H > A ? H : A) * UNIT * 2);
-#pragma unroll 1
-    for (int l = 0; l < g.count; l++) {
-        const Product* products = table[l].products;
-#pragma unroll 1
-        for (int op = 0; op < 4; op++) {
-            const Product& p = products[op];
-            bool gated = products[GU].k_chunk > 0 || products[D].k_chunk > 0;
-            if (op == D && gated && blockIdx.x < CHUNKED(I) / CHUNK) {
-                All::sync();
-                if (p.k_chunk > 0 && threadIdx.x / 32 == WARPS) select_gated(p, shared_address(shared + X), g.list);
-            }
-            if (op == O || (op == D && gated)) grid.sync();
-            bool own = p.k_chunk > 0 && blockIdx.x < p.n_tb;
-            int edge = own ? p.edges[threadIdx.x % 32] : 0;
-            All::sync();
-            if (own) {
-                float* out = op == QKV ? g.qkv_delta : op == O ? g.o_delta : op == GU ? g.gu_delta : g.d_delta;
-                compensate<Compensating, DEC_WORDS, false>(dec_of(p, op), edge, blockIdx.x, shared + LIST, out,
-                                                           op == D ? g.list : nullptr, InPlace{xf});
-            }
-            if (op < D || l + 1 < g.count) grid.sync();
+    All::sync();
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = s * THREADS + this_thread(), row = first + i;
+        if (i < rows) {
+            gate[s] += total(parts, i / 16 * 2, i % 16), up[s] += total(parts, i / 16 * 2 + 1, i % 16);
+            if (bias) gate[s] += bias[row], up[s] += bias[I + row];
+            float v = silu(gate[s]) * up[s];
+            act[row] = narrow(v);
+            if (act32) act32[row] = v;
         }
     }
 }
-#endif
 
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const __grid_constant__ Layers g) {
+// The compensation of a product of K channels by the last n_tb blocks: which of them this one is, or less than 0.
+__device__ __forceinline__ int compensating(const Product& p) {
+    return DEC && p.k_chunk > 0 ? (int)blockIdx.x - (BLOCKS - p.n_tb) : -1;
+}
+
+// x is normalized if there is a γ. `edge` is this lane's edge of the buckets, fetched before the barrier.
+template <int K, bool NORM>
+__device__ __forceinline__ void compensate_product(const Product& p, int op, int edge, const float* x,
+                                                   const float* delta, const float* gamma, float eps, float* scratch,
+                                                   char* shared, float* out) {
+    constexpr int GROUPS = THREADS / SELECTORS;
+    Dec dec = dec_of(p, op);
+    int first = this_thread() / SELECTORS * CHUNK + this_thread() % SELECTORS * 8;
+    Eights raw = eights<K>(x, delta, first), weights;
+    if (NORM) weights = eights<K>(gamma, nullptr, first);
+    float scale = 1;
+    if (NORM) {
+        float sum = raw.squares();
+        for (int k = first + GROUPS * CHUNK; k < K; k += GROUPS * CHUNK) sum += eights<K>(x, delta, k).squares();
+        scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / K + eps);
+    }
+    Salient* list = (Salient*)(shared + LIST);
+    u32* counts = (u32*)(shared + X);
+#pragma unroll 1
+    for (int k = first; k < CHUNKED(K); k += GROUPS * CHUNK) {
+        Eights v = raw;
+        raw = eights<K>(x, delta, k + GROUPS * CHUNK);
+        if (NORM) {
+            v.scale(scale, weights);
+            weights = eights<K>(gamma, nullptr, k + GROUPS * CHUNK);
+        }
+        select_together(v, k, dec, edge, counts + this_thread() / SELECTORS * COUNTS, list + k / CHUNK * p.k_chunk);
+    }
+    All::sync();
+    add_stripe<All>(dec, compensating(p), list, (float*)(shared + X), out);
+}
+
+// The multiplying blocks' part of a matrix: tiles shared out among the first `blocks`.
+__device__ __forceinline__ Route route_of(int op, int blocks) {
+    int tiles = (rows_of(op) + 15) / 16, step = op == GU ? 2 : 1, b = blockIdx.x;
+    tiles /= step;
+    if (b >= blocks) return Route{0, 0, UNITS_OF(width_of(op)), 0};
+    return Route{(int)((long long)tiles * b / blocks) * step, (int)((long long)tiles * (b + 1) / blocks) * step,
+                 UNITS_OF(width_of(op)), op == GU ? tiles : 0};
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Layers g) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(1024) char shared[];
     Route* routes = (Route*)(shared + ROUTES);
@@ -309,50 +322,47 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
     u16* xs = (u16*)(shared + X);
     float* parts = (float*)(shared + PART);
 
-    for (int i = threadIdx.x; i < g.count * (int)sizeof(Layer) / 8; i += ALL_THREADS)
+    for (int i = threadIdx.x; i < g.count * (int)sizeof(Layer) / 8; i += THREADS)
         ((u64*)table)[i] = ((const u64*)g.layers)[i];
     if (threadIdx.x < 32) Stream<4, Table>::init(shared_address(shared));
+    All::sync();
     if (threadIdx.x < 4) {
-        int op = threadIdx.x, tiles = (rows_of(op) + 15) / 16, step = op == GU ? 2 : 1;
-        tiles /= step;
-        routes[op] = Route{(int)((long long)tiles * blockIdx.x / BLOCKS) * step,
-                           (int)((long long)tiles * (blockIdx.x + 1) / BLOCKS) * step, UNITS_OF(width_of(op)),
-                           op == GU ? tiles : 0};
+        const Product& p = table[0].products[threadIdx.x];
+        routes[threadIdx.x] = route_of(threadIdx.x, BLOCKS - (DEC && p.k_chunk > 0 ? p.n_tb : 0));
     }
     All::sync();
 
-#if DEC
-    if (threadIdx.x >= THREADS) {
-        wait_for_previous();
-        Grid grid{g.grid, 0, nullptr, 0};
-        compensate_layers(g, table, grid, shared);
-        return;
-    }
-#endif
     Stream<4, Table> stream(Table{table}, routes, 4 * g.count, shared_address(shared));
     wait_for_previous();
     Grid grid{g.grid, __ldcg(g.grid + 1), g.stamps, 0};
+    u32 compensated = __ldcg(g.grid + 3);
     int position = __ldcg(&g.state->position);
     grid.stamp();
 
     constexpr int WIDEST = H > A ? H : A;
-    float* xf = (float*)(shared + X + UNITS_OF(WIDEST) * UNIT * 2);
     // Sums of groups end where the inputs do.
     float* group_sums = (float*)(shared + X + XS) - UNITS_OF(WIDEST > I ? WIDEST : I) * GROUP_SUMS;
     const float* pending = g.h_delta;
+    // This lane's edge of the buckets of the next product, if this block compensates it.
+    auto edge_of = [](const Product& p) { return compensating(p) >= 0 ? p.edges[this_thread() % 32] : 0; };
+    int edge = edge_of(table[0].products[QKV]);
 #pragma unroll 1
     for (int l = 0; l < g.count; l++) {
         const Layer& layer = table[l];
         const Product* p = layer.products;
-        bool gated = DEC && (p[GU].k_chunk > 0 || p[D].k_chunk > 0);
         int kv = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
 
-        stage<H, true>(g.h, pending, layer.norms[0], g.eps, scratch, xs, group_sums, xf);
-        clear<UNITS_OF(H)>(routes[QKV], parts);
-        All::sync();
-        stream.multiply<UNITS_OF(H)>(4 * l + QKV, routes[QKV], shared, xs, group_sums, parts);
-        Base::sync();
-        finish(routes[QKV], parts, p[QKV].bias, g.qkv, nullptr, false);
+        if (compensating(p[QKV]) >= 0) {
+            compensate_product<H, true>(p[QKV], QKV, edge, g.h, pending, layer.norms[0], g.eps, scratch, shared, g.qkv_delta);
+            stream.skip(4 * l + QKV);
+        } else {
+            stage<H, true>(g.h, pending, layer.norms[0], g.eps, scratch, xs, group_sums);
+            clear<UNITS_OF(H)>(routes[QKV], parts);
+            All::sync();
+            stream.multiply<UNITS_OF(H)>(4 * l + QKV, routes[QKV], shared, xs, group_sums, parts);
+            All::sync();
+            finish(routes[QKV], parts, p[QKV].bias, g.qkv, nullptr, false);
+        }
         Span span(position);
         if (split < span.splits) {
             prefetch(layer.keys, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
@@ -363,47 +373,66 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const
         if (split < SPLITS) {
             Attend a{g.qkv, DEC && p[QKV].k_chunk > 0 ? g.qkv_delta : nullptr, layer.keys, layer.values, g.angles,
                      g.state, g.parts, g.tickets, g.attended, g.max_seq_len};
-            attend_token<Base>(a, (float*)(shared + X), ticket, kv, split, position);
+            attend_token<All>(a, (float*)(shared + X), ticket, kv, split, position);
         }
+        edge = edge_of(p[O]);
         grid.sync();
 
-        stage<A, false>(g.attended, nullptr, nullptr, 0, scratch, xs, group_sums, xf);
-        clear<UNITS_OF(A)>(routes[O], parts);
-        All::sync();
-        stream.multiply<UNITS_OF(A)>(4 * l + O, routes[O], shared, xs, group_sums, parts);
-        Base::sync();
-        finish(routes[O], parts, p[O].bias, g.h, pending, true);
+        if (compensating(p[O]) >= 0) {
+            compensate_product<A, false>(p[O], O, edge, g.attended, nullptr, nullptr, 0, scratch, shared, g.o_delta);
+            stream.skip(4 * l + O);
+        } else {
+            stage<A, false>(g.attended, nullptr, nullptr, 0, scratch, xs, group_sums);
+            clear<UNITS_OF(A)>(routes[O], parts);
+            All::sync();
+            stream.multiply<UNITS_OF(A)>(4 * l + O, routes[O], shared, xs, group_sums, parts);
+            All::sync();
+            finish(routes[O], parts, p[O].bias, g.h, pending, true);
+        }
         pending = DEC && p[O].k_chunk > 0 ? g.o_delta : nullptr;
+        edge = edge_of(p[GU]);
         grid.sync();
 
-        stage<H, true>(g.h, pending, layer.norms[1], g.eps, scratch, xs, group_sums, xf);
-        clear<UNITS_OF(H)>(routes[GU], parts);
-        All::sync();
-        stream.multiply<UNITS_OF(H)>(4 * l + GU, routes[GU], shared, xs, group_sums, parts);
-        Base::sync();
-        finish_pairs(routes[GU], parts, p[GU].bias, g.act, gated ? g.gu : nullptr);
-        grid.sync();
-
-#if DEC
-        if (gated) {
-            if (blockIdx.x < CHUNKED(I) / CHUNK) {
-                gate(g, p[GU].k_chunk > 0 ? g.gu_delta : nullptr, (float*)(shared + X));
-                All::sync();
+        bool gu_compensated = DEC && p[GU].k_chunk > 0;
+        if (gu_compensated) compensated += p[GU].n_tb;
+        if (compensating(p[GU]) >= 0) {
+            compensate_product<H, true>(p[GU], GU, edge, g.h, pending, layer.norms[1], g.eps, scratch, shared, g.gu_delta);
+            // The block's last barrier was passed after its last row.
+            if (threadIdx.x == 0) {
+                __threadfence();
+                asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(g.grid + 2) : "memory");
             }
+            stream.skip(4 * l + GU);
+        } else {
+            stage<H, true>(g.h, pending, layer.norms[1], g.eps, scratch, xs, group_sums);
+            clear<UNITS_OF(H)>(routes[GU], parts);
+            All::sync();
+            stream.multiply<UNITS_OF(H)>(4 * l + GU, routes[GU], shared, xs, group_sums, parts);
+            finish_pairs(routes[GU], parts, p[GU].bias, gu_compensated ? g.gu_delta : nullptr, g.act,
+                         DEC && p[D].k_chunk > 0 ? g.act32 : nullptr,
+                         [&] { wait_for_compensation(g.grid + 2, compensated); });
+        }
+        edge = edge_of(p[D]);
+        grid.sync();
+
+        if (compensating(p[D]) >= 0) {
+            compensate_product<I, false>(p[D], D, edge, g.act32, nullptr, nullptr, 0, scratch, shared, g.d_delta);
+            stream.skip(4 * l + D);
+        } else {
+            stage_act(g.act, xs, group_sums);
+            clear<UNITS_OF(I)>(routes[D], parts);
+            All::sync();
+            stream.multiply<UNITS_OF(I)>(4 * l + D, routes[D], shared, xs, group_sums, parts);
+            All::sync();
+            finish(routes[D], parts, p[D].bias, g.h, pending, true);
+        }
+        pending = DEC && p[D].k_chunk > 0 ? g.d_delta : nullptr;
+        if (l + 1 < g.count) {
+            edge = edge_of(table[l + 1].products[QKV]);
             grid.sync();
         }
-#endif
-
-        stage_act(g.act, xs, group_sums);
-        clear<UNITS_OF(I)>(routes[D], parts);
-        All::sync();
-        stream.multiply<UNITS_OF(I)>(4 * l + D, routes[D], shared, xs, group_sums, parts);
-        Base::sync();
-        finish(routes[D], parts, p[D].bias, g.h, pending, true);
-        pending = DEC && p[D].k_chunk > 0 ? g.d_delta : nullptr;
-        if (l + 1 < g.count) grid.sync();
     }
     grid.stamp();
-    if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target;
+    if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target, g.grid[3] = compensated;
 #endif
 }

@@ -126,6 +126,11 @@ struct Stream {
         if (s >= route.end) next_matrix();
     }
 
+    // Matrix m has no part for this block: its phase of the codebooks ends all the same.
+    __device__ __forceinline__ void skip(int m) {
+        if (this_thread() == 0) ask_books(m + 1);
+    }
+
     // Multiplies this warp's part of matrix m. parts [tiles, WARPS, 16].
     template <int UNITS>
     __device__ __forceinline__ void multiply(int m, const Route& r, const char* shared, const u16* xs,

@@ -35,6 +35,7 @@ const HEADERS: [(&str, &str); 9] = [
     ("unit.cuh", include_str!("../../../kernels-cuda/unit.cuh")),
     ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
     ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
+    ("stripe.cuh", include_str!("../../../kernels-cuda/stripe.cuh")),
     ("gemv.cuh", include_str!("../../../kernels-cuda/gemv.cuh")),
     ("dequant.cuh", include_str!("../../../kernels-cuda/dequant.cuh")),
 ];

@@ -17,10 +17,8 @@ pub struct Tuning {
     pub beside_dec: (usize, usize),
     /// Warps that compensate, beside those, in the blocks that do.
     pub dec_warps: usize,
-    /// Warps that multiply where whole layers are one launch; the same and warps that compensate, where some do.
+    /// Warps of a block where whole layers are one launch.
     pub layers: usize,
-    /// See `layers`.
-    pub layers_beside_dec: (usize, usize),
     /// Whole layers in one launch wherever that is possible, not only where it was measured to pay.
     pub layers_always: bool,
     /// When the next kernel may start: 0 at once, 1 when this one's input is there, 2 when its weights are read.
@@ -37,7 +35,6 @@ impl Default for Tuning {
             beside_dec: (12, 3),
             dec_warps: 8,
             layers: 16,
-            layers_beside_dec: (16, 4),
             layers_always: false,
             trigger: 0,
             dec_flight: 4,

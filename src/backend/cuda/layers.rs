@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::driver::{Arguments, Buffer, Launch};
 use super::kernel::Kernel;
 use super::launch::{Tuning, unit};
-use super::matrix::{Body, Format, Matrix, Plan, dec_words};
+use super::matrix::{Body, Format, Matrix, Plan};
 use super::pack::TILE;
 use super::sequence::Sequence;
 use super::{Cuda, Scratch};
@@ -53,7 +53,6 @@ impl Shapes {
 pub(super) struct LayersLaunch {
     pub(super) warps: usize,
     pub(super) stages: usize,
-    pub(super) dec_warps: usize,
     pub(super) blocks: usize,
     /// Input of a product, and sums of its groups; or queries and partial results of attention.
     pub(super) xs: usize,
@@ -67,17 +66,18 @@ pub(super) struct LayersLaunch {
 /// The launch of layers of these shapes, if a multiprocessor has room for it and it pays; where it need not pay, with
 /// fewer warps where there is little room. Pure arithmetic.
 ///
-/// `dec`: bytes that compensating warps need besides, `None` if nothing is compensated.
+/// `dec`: bytes of the longest selection, and the blocks that compensate instead of multiplying, of each product;
+/// `None` if nothing is compensated.
 pub(super) fn layers_launch(
     format: Format,
     shapes: Shapes,
     tuning: Tuning,
-    dec: Option<usize>,
+    dec: Option<(usize, [usize; 4])>,
     multiprocessors: usize,
     most_shared: usize,
 ) -> Option<LayersLaunch> {
-    let warps = if dec.is_some() { tuning.layers_beside_dec.0 } else { tuning.layers };
-    let of = |warps| launch_of_warps(format, shapes, tuning, (warps, dec), multiprocessors, most_shared);
+    let warps = tuning.layers;
+    let of = |warps| launch_of_warps(format, shapes, (warps, dec), multiprocessors, most_shared);
     if tuning.layers_always {
         return [warps, warps * 3 / 4, warps / 2].into_iter().find_map(of);
     }
@@ -91,8 +91,7 @@ pub(super) fn layers_launch(
 fn launch_of_warps(
     format: Format,
     shapes: Shapes,
-    tuning: Tuning,
-    (warps, dec): (usize, Option<usize>),
+    (warps, dec): (usize, Option<(usize, [usize; 4])>),
     multiprocessors: usize,
     most_shared: usize,
 ) -> Option<LayersLaunch> {
@@ -100,16 +99,21 @@ fn launch_of_warps(
     if !products.iter().all(|&(k, rows)| k.is_multiple_of(TILE) && rows.is_multiple_of(2 * TILE)) {
         return None;
     }
-    let dec_warps = if dec.is_some() { tuning.layers_beside_dec.1 } else { 0 };
+    let (list, n_tbs) = dec.unwrap_or_default();
+    // Selection goes by four warps together, and a block at least has to multiply.
+    if !warps.is_multiple_of(4) || n_tbs.iter().any(|&n| n >= multiprocessors) {
+        return None;
+    }
     let units = |k: usize| k.div_ceil(unit(format, k).0);
     let halves = |k: usize| units(k) * unit(format, k).0 * 2;
     let (narrow, wide) = (shapes.hidden.max(products[1].0), shapes.intermediate);
     let sums = unit(format, narrow.max(wide)).2.next_multiple_of(4) * 4;
-    let in_f32 = if dec.is_some() { narrow.next_multiple_of(CHUNK) * 4 } else { 0 };
-    let xs = halves(wide).max(halves(narrow) + in_f32).max(CHUNK * 4) + sums;
+    // In compensating blocks, sums of a stripe lie here.
+    let stripe = if dec.is_some() { 16 * 4 * (32 * warps + 1) } else { 0 };
+    let xs = (halves(wide).max(halves(narrow)).max(stripe) + sums).next_multiple_of(16);
     let tiles = products.iter().enumerate().map(|(i, &(_, rows))| {
         let together = if i == 2 { 2 } else { 1 };
-        (rows / TILE / together).div_ceil(multiprocessors) * together
+        (rows / TILE / together).div_ceil(multiprocessors - n_tbs[i]) * together
     });
     let tiles = tiles.max()?;
     let parts = tiles * warps * TILE * 4;
@@ -123,7 +127,7 @@ fn launch_of_warps(
         _ => (0, unit(format, narrow).1),
     };
     let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
-    let fixed = 256 + 128 + 16 + 2 * books + table + xs + parts + dec.unwrap_or(0);
+    let fixed = 256 + 128 + 16 + 2 * books + table + xs + parts + list;
     let stage = warps * (slot.next_multiple_of(128) + 8);
     let stages = most_shared.checked_sub(fixed)? / stage;
     if stages < 2 {
@@ -131,7 +135,7 @@ fn launch_of_warps(
     }
     let stages = stages.min(8);
     let shared = fixed + stages * stage;
-    Some(LayersLaunch { warps, stages, dec_warps, blocks: multiprocessors, xs, parts, books, shared })
+    Some(LayersLaunch { warps, stages, blocks: multiprocessors, xs, parts, books, shared })
 }
 
 /// `AT_ONCE` of `layers.cu`.
@@ -151,10 +155,9 @@ struct LayersArgument {
     qkv: u64,
     qkv_delta: u64,
     attended: u64,
-    gu: u64,
+    act32: u64,
     gu_delta: u64,
     act: u64,
-    list: u64,
     state: u64,
     angles: u64,
     parts: u64,
@@ -208,13 +211,13 @@ impl Cuda {
         let plans = operands.plans.map(|p| p.filter(|p| p.k_chunk > 0));
         let compensates = plans.iter().any(Option::is_some);
         let tuning = self.options.tuning;
-        let list = plans.iter().flatten().map(|p| p.list_chunks() * p.k_chunk * 8).max().unwrap_or(0);
-        let words = plans.iter().flatten().map(|p| dec_words(p.out_features)).min().unwrap_or(1);
-        let dec = compensates.then_some(list + 8 * words * (32 * tuning.layers_beside_dec.1 + 1) * 4);
+        let list = |p: &Plan| p.in_features.div_ceil(CHUNK) * p.k_chunk * 8;
+        let longest = plans.iter().flatten().map(|p| list(p)).max().unwrap_or(0).next_multiple_of(16);
+        let dec = compensates.then_some((longest, plans.map(|p| p.map_or(0, |p| p.n_tb))));
         let numbers = self.driver.numbers();
         let launch = layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
         let Some(launch) = launch else { return Ok(false) };
-        let kernel = self.layers_kernel(format, shapes, launch, sequence, compensates, words)?;
+        let kernel = self.layers_kernel(format, shapes, launch, sequence, compensates)?;
 
         let table = self.layer_table(sequence, first, layers)?;
         let Activations { h, qkv, attended, gu } = activations;
@@ -230,21 +233,20 @@ impl Cuda {
             qkv: qkv.at(),
             qkv_delta: qkv_place.1,
             attended: attended.at(),
-            gu: gu.at(),
+            act32: gu.at(),
             gu_delta: gu_place.1,
             act: self.scratch(Scratch::X, intermediate * 4)?.pointer(),
-            list: self.scratch(Scratch::List, intermediate * 8)?.pointer(),
             state: sequence.state.pointer(),
             angles: sequence.angles.pointer(),
             parts: sequence.parts.pointer(),
             tickets: sequence.tickets.pointer(),
-            grid: self.scratch(Scratch::Grid, 8)?.pointer(),
+            grid: self.scratch(Scratch::Grid, 16)?.pointer(),
             stamps: self.stamps.borrow().as_ref().map_or(0, |s| s.pointer()),
             count: layers.len() as i32,
             max_seq_len: sequence.max_seq_len as i32,
             eps: operands.norms[0].eps,
         };
-        let threads = 32 * (launch.warps + launch.dec_warps);
+        let threads = 32 * launch.warps;
         let launch =
             Launch { shared: launch.shared, overlap: false, together: true, ..Launch::new(launch.blocks, threads) };
         self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;
@@ -266,7 +268,6 @@ impl Cuda {
         launch: LayersLaunch,
         sequence: &Sequence,
         dec: bool,
-        words: usize,
     ) -> Result<Kernel> {
         let mut defines = sequence.defines(self);
         let (kind, bits, group) = match format {
@@ -284,9 +285,6 @@ impl Cuda {
             format!("STAGES={}", launch.stages),
             format!("BLOCKS={}", launch.blocks),
             format!("DEC={}", u8::from(dec)),
-            format!("DEC_WARPS={}", launch.dec_warps),
-            format!("DEC_WORDS={words}"),
-            format!("DEC_FLIGHT={}", self.options.tuning.dec_flight),
             format!("XS={}", launch.xs),
             format!("PARTS={}", launch.parts),
             format!("BOOKS={}", launch.books),
@@ -370,8 +368,8 @@ mod tests {
         let always = Tuning { layers_always: true, ..Tuning::default() };
         for (format, multiprocessors, shared, dec) in [
             (Format::AnyPrec { bits: 3 }, 132, 232_448, None),
-            (Format::AnyPrec { bits: 3 }, 132, 232_448, Some(9000)),
-            (Format::AnyPrec { bits: 4 }, 132, 232_448, Some(9000)),
+            (Format::AnyPrec { bits: 3 }, 132, 232_448, Some((9000, [4; 4]))),
+            (Format::AnyPrec { bits: 4 }, 132, 232_448, Some((9000, [4; 4]))),
             (Format::LutGemm { bits: 4, group: 32 }, 132, 232_448, None),
             (Format::AnyPrec { bits: 3 }, 170, 101_376, None),
         ] {
@@ -389,7 +387,7 @@ mod tests {
         let pays =
             |format, shapes, dec, shared| layers_launch(format, shapes, Tuning::default(), dec, 132, shared).is_some();
         for bits in [3, 4] {
-            for dec in [None, Some(9000)] {
+            for dec in [None, Some((9000, [4; 4]))] {
                 assert!(pays(Format::AnyPrec { bits }, LLAMA, dec, 232_448), "{bits} bits, {dec:?}");
                 assert!(pays(Format::LutGemm { bits, group: 128 }, LLAMA, dec, 232_448), "{bits} bits, {dec:?}");
             }
@@ -399,6 +397,7 @@ mod tests {
         let phi = Shapes { hidden: 5120, intermediate: 17920, heads: 40, kv_heads: 10, head_dim: 128 };
         assert!(!pays(three, large, None, 232_448) && !pays(three, phi, None, 232_448));
         assert!(!pays(three, LLAMA, None, 101_376), "a small ring");
+        assert!(!pays(three, LLAMA, Some((9000, [0, 0, 132, 0])), 232_448), "no block would multiply");
     }
 
     #[test]

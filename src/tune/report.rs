@@ -20,10 +20,7 @@ impl fmt::Display for Outcome {
             writeln!(f)?;
             f.write_str(&self.one(tuning))?;
         }
-        if self.tunings.len() > 1 {
-            writeln!(f, "\n{}", self.summary())?;
-        }
-        Ok(())
+        writeln!(f, "\n{}", self.summary())
     }
 }
 
@@ -84,7 +81,7 @@ impl Outcome {
     }
 
     /// One row per target.
-    fn summary(&self) -> TextTable {
+    pub fn summary(&self) -> TextTable {
         let mut table = TextTable::new();
         table.load_style(presets::UTF8_HORIZONTAL_ONLY);
         let mut head = vec!["target %", "slowdown %", "layer us", "n_tb", "k_chunk per module", "sum"];

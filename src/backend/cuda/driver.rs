@@ -127,6 +127,11 @@ impl Driver {
         self.stream
     }
 
+    /// Context and stream, as other libraries of CUDA's take them.
+    pub(super) fn handles(&self) -> (*mut c_void, *mut c_void) {
+        (self.context.cast(), self.stream.cast())
+    }
+
     /// What other threads need to speak to this device.
     pub(super) fn context(&self) -> Context {
         Context(self.context)

@@ -91,7 +91,7 @@ impl Job for Verify<'_> {
     }
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
-        let mut model = super::load(backend, self.weights)?;
+        let mut model = super::load(backend, self.weights, 16)?;
         tune::verify(self.outcome, &mut model, &self.how)
     }
 }

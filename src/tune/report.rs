@@ -20,7 +20,10 @@ impl fmt::Display for Outcome {
             writeln!(f)?;
             f.write_str(&self.one(tuning))?;
         }
-        writeln!(f, "\n{}", self.summary())
+        if self.tunings.len() > 1 || self.tunings.iter().any(|tuning| tuning.verified.is_some()) {
+            writeln!(f, "\n{}", self.summary())?;
+        }
+        Ok(())
     }
 }
 

@@ -419,6 +419,10 @@ impl DecodeBackend for Cuda {
         Ok(())
     }
 
+    fn layer_stamps(&self) -> Result<Vec<u64>> {
+        self.timeline()
+    }
+
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
         sequence.advance(self, tokens)
     }

@@ -68,8 +68,10 @@ fn main() -> Result<()> {
     let start = Instant::now();
     let &[layers, beside, dec_warps] = args.warps.as_slice() else { anyhow::bail!("--warps takes three numbers") };
     let tuning = Tuning { layers, layers_beside_dec: (beside, dec_warps), ..Tuning::default() };
-    let mut cuda =
-        Cuda::new(0, Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, tuning })?;
+    let mut cuda = Cuda::new(
+        0,
+        Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, tuning, ..Options::default() },
+    )?;
     if args.timeline {
         cuda.watch_layers()?;
     }

@@ -120,7 +120,8 @@ pub fn measure<B: DecodeBackend>(
     }
     let measured = recorder.bandwidths(model.backend())?;
     let fastest = || {
-        let device_memory = parts[1..6].iter().map(|p| p.bytes as f64 / p.us * 1e6).fold(1.0, f64::max);
+        let weights = parts.iter().filter(|p| !matches!(p.name, "embed" | "attend") && p.us > 0.0);
+        let device_memory = weights.map(|p| p.bytes as f64 / p.us * 1e6).fold(1.0, f64::max);
         Bandwidths { device_memory, host_link: device_memory }
     };
     let bandwidths = measured.unwrap_or_else(fastest);

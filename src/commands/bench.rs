@@ -98,20 +98,20 @@ fn print(timeline: &Timeline) {
     table.set_header([
         "part",
         "times",
-        "MB",
-        "MB over link",
+        "kB",
+        "kB over link",
         "floor us",
         "by itself us",
         "of floor",
         "in one launch us",
     ]);
     for p in parts {
-        let mb = |bytes: usize| format!("{:.2}", bytes as f64 / 1e6);
+        let kb = |bytes: usize| format!("{:.1}", bytes as f64 / 1e3);
         table.add_row([
             p.name.to_owned(),
             p.count.to_string(),
-            mb(p.bytes),
-            mb(p.host_bytes),
+            kb(p.bytes),
+            kb(p.host_bytes),
             format!("{:.1}", p.floor_us),
             format!("{:.1}", p.us),
             format!("{:.2}", p.floor_us / p.us.max(1e-3)),

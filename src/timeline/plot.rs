@@ -25,11 +25,11 @@ pub fn draw(timeline: &Timeline, title: &str, path: &Path) -> Result<()> {
 fn bars(timeline: &Timeline, title: &str, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     crate::tune::use_bundled_font();
     let count = timeline.parts.len();
-    let root = BitMapBackend::new(path, (900, 90 + 44 * count as u32 + 60)).into_drawing_area();
+    let root = BitMapBackend::new(path, (1100, 90 + 44 * count as u32 + 60)).into_drawing_area();
     root.fill(&WHITE)?;
     let text = |size: u32| ("sans-serif", size).into_font().color(&INK);
     let (head, body) = root.split_vertically(70);
-    head.draw(&Text::new(title.to_owned(), (14, 8), ("sans-serif", 19, FontStyle::Bold).into_font().color(&INK)))?;
+    head.draw(&Text::new(title.to_owned(), (14, 8), ("sans-serif", 17, FontStyle::Bold).into_font().color(&INK)))?;
     let keys = [("least time of its bytes", FLOOR), ("by itself", APART), ("in one launch", FUSED)];
     for (i, (name, color)) in keys.into_iter().enumerate() {
         let left = 14 + 230 * i as i32;

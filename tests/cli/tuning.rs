@@ -146,7 +146,7 @@ fn bench_says_where_a_token_goes() {
     }
     let whole = number(&out, "operation by operation");
     assert!((sum - whole).abs() < 1.0, "parts of {sum} us, a token of {whole}: {out}");
-    assert!(number(&out, "floor") <= whole, "{out}");
+    assert!(number(&out, "token: floor") <= whole, "{out}");
     assert!(out.contains("head 16 bits") && out.contains("tokens/s"), "{out}");
     let picture = fs::read(shop.path("timeline.png")).expect("written");
     assert!(picture.starts_with(b"\x89PNG") && picture.len() > 5000, "{} bytes", picture.len());

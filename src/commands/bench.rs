@@ -73,6 +73,7 @@ impl Job for Bench<'_> {
 fn tokens_per_second<B: DecodeBackend>(model: &Model<'_, B>, args: &BenchArgs) -> Result<f64> {
     let mut state = model.state(args.context + args.tokens)?;
     let prompt = vec![model.config().bos_token_id.unwrap_or(0); args.context];
+    model.prepare(&mut state, args.context, false)?;
     let mut rate = 0.0;
     for max_new_tokens in [args.tokens.min(8), args.tokens] {
         let request = Request {

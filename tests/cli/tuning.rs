@@ -124,10 +124,10 @@ fn bench_says_where_a_token_goes() {
     let bench = |more: &[&str]| {
         let mut line = decdec();
         line.current_dir(shop.dir.path()).args(["bench", "--checkpoint-path", checkpoint, "--device", "cpu"]);
-        line.args(["--tokens", "8", "--context", "5"]).args(more);
+        line.args(["--tokens", "8"]).args(more);
         line
     };
-    let out = bench(&["--timeline", "--picture", "timeline.png"]).assert().success();
+    let out = bench(&["--context", "5", "--timeline", "--picture", "timeline.png"]).assert().success();
     let out = String::from_utf8(out.get_output().stdout.clone()).expect("text");
     let number = |line: &str, after: &str| -> f64 {
         let rest = line.split(after).nth(1).unwrap_or_else(|| panic!("{after} in {out}"));

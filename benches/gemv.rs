@@ -1,7 +1,7 @@
 //! Products of one token: microseconds, bytes, fraction of the memory's floor; with compensation, what it adds.
 //!
 //! `cargo bench --bench gemv -- [--model NAME] [--bits 3,4] [--format ap,lutgemm] [--k-chunk 0,4,8] [--n-tb 8,16]
-//! [--sweep] [--residuals host|device]`
+//! [--sweep] [--residuals host|device] [--multiprocessors 20]`
 //!
 //! Weights are rotated past the second-level cache, the products of one rotation are one graph, and the median of
 //! many replays is taken by the device's clock.
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use decdec::backend::cuda::{Cuda, Matrix, Options, Residuals, Tuning};
+use decdec::backend::cuda::{Cuda, Matrix, Occupied, Options, Residuals, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend, Norm};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
@@ -43,6 +43,9 @@ struct Args {
     /// Device memory bandwidth that the floor is counted with, TB/s.
     #[arg(long, default_value_t = 3.07)]
     bandwidth: f64,
+    /// As a card with so many multiprocessors would: launches are made for them, and the others are held.
+    #[arg(long)]
+    multiprocessors: Option<usize>,
     /// Cargo passes this.
     #[arg(long, hide = true)]
     bench: bool,
@@ -58,7 +61,10 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
     let selection = if args.exact { Selection::Exact } else { Selection::Bucket };
-    let mut cuda = Cuda::new(0, Options { residuals: args.residuals, ..Options::default() })?;
+    let mut cuda = Cuda::new(
+        0,
+        Options { residuals: args.residuals, multiprocessors: args.multiprocessors, ..Options::default() },
+    )?;
     println!("# {} {}, decdec {}", cuda.device().name, cuda.device().driver, env!("CARGO_PKG_VERSION"));
     println!("# {}", std::env::args().skip(1).collect::<Vec<_>>().join(" "));
     println!("format,bits,module,in,out,n_tb,k_chunk,us,GB/s,floor,slowdown,tuning");
@@ -167,6 +173,8 @@ impl Io {
         for _ in 0..5 {
             cuda.replay(&mut graph, &mut rotation)?;
         }
+        // From here on nothing is allocated: that would wait for the blocks that hold the rest.
+        let occupied = cuda.occupy_rest(Duration::from_secs(5))?;
         let repeats = (2000 / matrices.len()).clamp(3, 40);
         let mut times = Vec::new();
         for _ in 0..9 {
@@ -178,6 +186,7 @@ impl Io {
             })?;
             times.push(time.as_secs_f64() * 1e6 / (repeats * matrices.len()) as f64);
         }
+        occupied.iter().try_for_each(Occupied::check)?;
         times.sort_by(f64::total_cmp);
         Ok(times[times.len() / 2])
     }

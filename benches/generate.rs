@@ -67,8 +67,10 @@ fn main() -> Result<()> {
     config.num_layers = args.layers.unwrap_or(config.num_layers);
     let start = Instant::now();
     let tuning = Tuning { layers: args.warps, ..Tuning::default() };
-    let mut cuda =
-        Cuda::new(0, Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, tuning })?;
+    let mut cuda = Cuda::new(
+        0,
+        Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, tuning, ..Options::default() },
+    )?;
     if args.timeline {
         cuda.watch_layers()?;
     }

@@ -21,21 +21,29 @@ step() {
     local log=$dir/$1.log most=$2 start=$SECONDS
     shift 2
     echo "\$ decdec $*" | tee "$log"
-    timeout "$most" $decdec "$@" 2>&1 | tee -a "$log"
+    timeout -k 5 "$most" $decdec "$@" 2>&1 | tee -a "$log"
     local status=${PIPESTATUS[0]}
     echo "($((SECONDS - start)) s)" | tee -a "$log"
-    if [ "$status" -ne 0 ]; then echo "FAILED with $status: $*"; failed=1; fi
+    if [ "$status" -ne 0 ]; then echo "FAILED with $status (124: over $most s): $*" | tee -a "$log"; failed=1; fi
     return "$status"
 }
 
-# name, model, algorithm, bits, targets, flags of profile …
+# name, model, algorithm, bits, targets, tokens of a verified text, flags of profile …; at most four minutes
 one() {
-    local name=$1 model=$2 algo=$3 bits=$4 targets=$5
-    shift 5
+    local name=$1 model=$2 algo=$3 bits=$4 targets=$5 tokens=$6
+    shift 6
     local of="--model-name $model --algo $algo --bitwidth $bits --nsys-dir $nsys"
-    step "profile-$name" 290 profile "$name" $of --device cuda --overwrite "$@" &&
-        step "tune-$name" 200 tune "$name" $of --device cuda --target-slowdown "$targets" --verify \
-            --csv-dir "$dir" --plots-dir "$dir" --tuned-dir "$dir"
+    step "profile-$name" 90 profile "$name" $of --device cuda --overwrite "$@" &&
+        step "tune-$name" 145 tune "$name" $of --device cuda --target-slowdown "$targets" --verify \
+            --verify-tokens "$tokens" --csv-dir "$dir" --plots-dir "$dir" --tuned-dir "$dir"
+}
+
+# The last table of a log, each row behind the log's name: after verification it has the real slowdown.
+table() {
+    awk -v name="$(basename "$1" .log)" '
+        /target %/ { count = 0; head = $0 }
+        /^ *[0-9]+\.[0-9]+ .*, / { rows[++count] = $0 }
+        END { if (head) printf "%-14s %s\n", "", head; for (i = 1; i <= count; i++) printf "%-14s %s\n", name, rows[i] }' "$1"
 }
 
 llama8=Meta-Llama-3-8B-Instruct
@@ -46,14 +54,16 @@ $decdec devices 2>&1 | tee -a "$dir/gpu.log"
 
 for part in $what; do
     case $part in
-        ap3) one ap3 $llama8 sqllm 3 2.5,5,10,20 ;;
-        lut4) one lut4 $llama8 awq 4 2.5,5,10,20 --min-n-tb 8 ;;
-        phi3) one phi3 $phi3 sqllm 3 5,10 --tokens 4 --min-n-tb 16 --max-n-tb 48 --max-k-chunk 16 ;;
-        70b) one 70b $llama70 sqllm 3 10 --tokens 4 --min-n-tb 16 --max-n-tb 48 --max-k-chunk 16 ;;
+        # Few n_tb, of the better half of a full sweep. Targets at which little or nothing is compensated, and ones at
+        # which something must be.
+        ap3) one ap3 $llama8 sqllm 3 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 24 --max-n-tb 34 --max-k-chunk 16 ;;
+        lut4) one lut4 $llama8 awq 4 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 24 --max-n-tb 34 --max-k-chunk 16 ;;
+        phi3) one phi3 $phi3 sqllm 3 10,20,40 60 --tokens 2 --halve-layers --min-n-tb 24 --max-n-tb 40 --max-k-chunk 12 ;;
+        70b) one 70b $llama70 sqllm 3 10,20,40 24 --tokens 2 --halve-layers --min-n-tb 24 --max-n-tb 40 --max-k-chunk 12 ;;
         clocks)
             # The same few configurations by both clocks: which comes closer to whole tokens?
             for clock in cupti events; do
-                one "$clock" $llama8 sqllm 3 5,20 --clock $clock --min-n-tb 28 --max-n-tb 34 --max-k-chunk 12
+                one "$clock" $llama8 sqllm 3 5,20 100 --clock $clock --min-n-tb 28 --max-n-tb 34 --max-k-chunk 12
             done
             # What was tuned before, measured again by itself.
             tuned=$(ls "$dir"/ap3_*_10.0.json 2>/dev/null | head -1)
@@ -77,7 +87,11 @@ for log in "$dir"/profile-*.log "$dir"/tune-*.log; do
     [ -e "$log" ] || continue
     echo "-- $(basename "$log" .log): $(grep '^(.* s)$' "$log" | tail -1)"
     grep -E '^(device memory|host link|R_bw|configurations|tuned  )|in a graph:|until then|FAILED|^error' "$log" || true
-    # The summary table, or what stands in for it with a single target.
-    grep -E '^ *(target %|[0-9]+\.[0-9]+ )|Real slowdown|took .* again' "$log" || true
+    grep -E 'took .* again' "$log" || true
+done
+echo
+echo "======== model and format; predicted (slowdown) and real slowdown ========"
+for log in "$dir"/tune-*.log; do
+    [ -e "$log" ] && table "$log"
 done
 exit $failed

@@ -2,6 +2,7 @@
 //!
 //! Flags that users of the reference know are accepted in their spelling too (`--max_new_tokens`).
 
+mod bench;
 mod convert;
 mod flags;
 
@@ -15,6 +16,7 @@ use decdec::dec::Selection;
 use decdec::nsys::{Algo, Precision};
 use decdec::profile::Clock;
 
+pub(crate) use bench::BenchArgs;
 pub(crate) use convert::{CalibrationArgs, ConvertArgs, ResidualsArgs};
 
 /// What the list of commands does not say: in which order they come.
@@ -62,6 +64,8 @@ pub(crate) enum Command {
     /// Measure how good a model is: eval perplexity
     #[command(subcommand)]
     Eval(EvalCommand),
+    /// Measure how fast whole tokens are, and with --timeline where their time goes
+    Bench(BenchArgs),
     /// Measure every useful n_tb and k_chunk on this device
     Profile(ProfileArgs),
     /// Find n_tb and k_chunk for a slowdown, from a profile
@@ -213,6 +217,9 @@ pub(crate) struct RunArgs {
     /// How channels are found
     #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]
     pub(crate) selection: SelectionArg,
+    /// Bits of the head: 16 as it is stored, 8 or 4 rounded while loading, which moves fewer bytes for each token
+    #[arg(long, alias = "head_bits", value_name = "BITS", default_value_t = 16, value_parser = bench::parse_head_bits)]
+    pub(crate) head_bits: usize,
 }
 
 impl RunArgs {

@@ -32,6 +32,7 @@
 //! | [`model`] | a decoder on a device: weights, state, forward |
 //! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
 //! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
+//! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
@@ -56,6 +57,7 @@ pub mod quantize;
 pub mod random;
 pub mod sampling;
 pub mod source;
+pub mod timeline;
 pub mod tokenizer;
 pub mod tune;
 pub mod weights;

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Residuals(args) => commands::convert::residuals(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval(EvalCommand::Perplexity(args)) => commands::eval::perplexity(args),
+        Command::Bench(args) => commands::bench::run(args),
         Command::Profile(args) => commands::profile::run(args),
         Command::Tune(args) => commands::tune::run(args),
         Command::Inspect(args) => commands::inspect::run(args),

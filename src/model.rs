@@ -1,5 +1,7 @@
 //! A decoder on a device: weights, the state of one text, and the forward pass. Generic over the backend.
 
+mod operations;
+
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::backend::{Activations, DecodeBackend, Input, LayerOperands, Norm};
@@ -8,6 +10,8 @@ use crate::dec::{DecPlan, Selection};
 use crate::format::Dense;
 use crate::sampling::Sampling;
 use crate::weights::{Linear, ModelWeights, Weight};
+
+pub use operations::Operation;
 
 /// How the layers of one bit width are compensated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,11 +77,29 @@ pub struct State<B: DecodeBackend> {
 
 impl<'b, B: DecodeBackend> Model<'b, B> {
     /// Uploads all tensors; `loaded` hears of every layer.
-    pub fn load(backend: &'b B, weights: &dyn ModelWeights, mut loaded: impl FnMut(usize)) -> Result<Self> {
+    pub fn load(backend: &'b B, weights: &dyn ModelWeights, loaded: impl FnMut(usize)) -> Result<Self> {
+        Self::load_with_head(backend, weights, None, loaded)
+    }
+
+    /// The same with another head `[vocab_size, hidden_size]`, such as one of fewer bits, in place of the model's own.
+    pub fn load_with_head(
+        backend: &'b B,
+        weights: &dyn ModelWeights,
+        head: Option<Weight<'_>>,
+        mut loaded: impl FnMut(usize),
+    ) -> Result<Self> {
         let config = weights.config().clone();
         let table = |dense: Dense<'_>| backend.matrix(&Linear::plain(Weight::Dense(dense)));
         let embedding = table(weights.embedding()?)?;
-        let head = weights.head()?.map(table).transpose()?;
+        let head = match head {
+            Some(head) => {
+                let (inputs, rows) = (head.in_features(), head.out_features());
+                let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+                ensure!((inputs, rows) == (hidden, vocab), "a head of {rows} x {inputs}, {vocab} x {hidden} is needed");
+                Some(backend.matrix(&Linear::plain(head))?)
+            }
+            None => weights.head()?.map(table).transpose()?,
+        };
         let norm = |gamma: Vec<f32>| -> Result<_> {
             let mut vector = backend.vector(gamma.len())?;
             backend.write(&gamma, &mut vector)?;

@@ -37,6 +37,15 @@ impl Weight<'_> {
         }
     }
 
+    /// Bytes as stored.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(w) => w.values.bytes(),
+            Self::AnyPrec(w) => w.bytes(),
+            Self::LutGemm(w) => w.bytes(),
+        }
+    }
+
     /// Row `row`, dequantized, written over `out` (`in_features` long).
     pub fn row(&self, row: usize, out: &mut [f32]) {
         match self {

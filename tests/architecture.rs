@@ -11,7 +11,7 @@ const DOORS: [(&str, &[&str]); 8] = [
     ("tokenizers", &["tokenizer"]),
     ("minijinja", &["tokenizer"]),
     ("clap", &["cli", "main.rs"]),
-    ("plotters", &["tune"]),
+    ("plotters", &["tune", "timeline/plot.rs"]),
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

@@ -53,5 +53,9 @@ pub const TWINS: &[Twin] = &[
     cuda_only("add_bias", "after a library's product; the WGSL products add it themselves"),
     cuda_only("copy_row", "a row may await its compensation; in WGSL it is a copy of the queue"),
     cuda_only("read", "measures bandwidth; in WGSL the products measure it"),
+    cuda_only(
+        "occupy",
+        "holds multiprocessors, to measure as a smaller card would; the WGSL reference is not measured",
+    ),
     cuda_only("advance", "a replayed token reads its position from the device; in WGSL the host counts"),
 ];

@@ -222,6 +222,12 @@ pub trait DecodeBackend: GemvBackend {
         one_by_one(self, sequence, first, layers, activations, tokens)
     }
 
+    /// When the last fused launch of layers, if this backend has one and watches it, began and went on from one part of
+    /// a layer to the next: nanoseconds, ascending; `qkv`, `attend`, `o`, `gu`, (`gate` where it is compensated,) `d`.
+    fn layer_stamps(&self) -> Result<Vec<u64>> {
+        Ok(Vec::new())
+    }
+
     /// The text grows by the `tokens` that all layers have attended to.
     fn advance(&self, sequence: &mut Self::Sequence, tokens: usize) -> Result<()>;
 

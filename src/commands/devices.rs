@@ -33,11 +33,13 @@ pub(crate) struct Target<'a> {
     pub(crate) dtype: Option<DtypeArg>,
     pub(crate) residuals: ResidualsArg,
     pub(crate) compile: u8,
+    /// Fused launches note when they pass from one part of a layer to the next.
+    pub(crate) watch: bool,
 }
 
 impl Default for Target<'_> {
     fn default() -> Self {
-        Self { device: "auto", dtype: None, residuals: ResidualsArg::Host, compile: 2 }
+        Self { device: "auto", dtype: None, residuals: ResidualsArg::Host, compile: 2, watch: false }
     }
 }
 
@@ -48,7 +50,7 @@ impl Default for Target<'_> {
 pub(crate) fn on_device<J: Job>(target: &Target<'_>, job: J) -> Result<J::Output> {
     let (kind, index) = parse(target.device)?;
     match kind {
-        "auto" => match Cuda::new(0, options(target)) {
+        "auto" => match cuda_device(0, target) {
             Ok(backend) => on_cuda(&backend, job),
             Err(error) => {
                 tracing::info!("running on cpu ({error:#})");
@@ -60,7 +62,7 @@ pub(crate) fn on_device<J: Job>(target: &Target<'_>, job: J) -> Result<J::Output
             note_dtype("cpu", target.dtype);
             job.run(&Cpu::new())
         }
-        "cuda" => on_cuda(&Cuda::new(index.unwrap_or(0), options(target))?, job),
+        "cuda" => on_cuda(&cuda_device(index.unwrap_or(0), target)?, job),
         #[cfg(feature = "reference-wgpu")]
         "wgpu" => {
             note_dtype("wgpu", target.dtype);
@@ -70,6 +72,14 @@ pub(crate) fn on_device<J: Job>(target: &Target<'_>, job: J) -> Result<J::Output
         "wgpu" => bail!("this program was built without wgpu, build it with --features reference-wgpu"),
         _ => bail!("no device '{}', auto, cpu, wgpu[:N] and cuda[:N] are known", target.device),
     }
+}
+
+fn cuda_device(index: usize, target: &Target<'_>) -> Result<Cuda> {
+    let mut cuda = Cuda::new(index, options(target))?;
+    if target.watch {
+        cuda.watch_layers()?;
+    }
+    Ok(cuda)
 }
 
 fn options(target: &Target<'_>) -> cuda::Options {

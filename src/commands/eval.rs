@@ -62,10 +62,10 @@ impl Job for Perplexity<'_> {
     }
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Evaluation> {
-        let mut model = super::load(backend, self.opened.weights())?;
+        let mut model = super::load(backend, self.opened.weights(), self.args.run.head_bits)?;
         let compensation = super::compensation(&model, &self.args.path, &self.args.run)?;
         model.compensate(compensation.as_ref())?;
-        let source = self.source.map(|source| super::load(backend, source.weights())).transpose()?;
+        let source = self.source.map(|source| super::load(backend, source.weights(), 16)).transpose()?;
         let bar = super::progress(self.windows.len(), "reading");
         let interrupted = super::interrupt_flag()?;
         let evaluation = eval::perplexity(&model, source.as_ref(), self.windows, |done| {

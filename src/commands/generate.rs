@@ -7,8 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::DecodeBackend;
-use decdec::checkpoint::WeightFormat;
-use decdec::config::ModelConfig;
 use decdec::generate::{Finish, Generated, Request, generate};
 use decdec::model::{Compensation, Model, State};
 use decdec::open::Opened;
@@ -49,20 +47,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
 
 /// The model at `--checkpoint-path`, or one of random numbers.
 fn open(args: &GenerateArgs) -> Result<Opened> {
-    let path = args.checkpoint_path.to_string_lossy();
-    let Some(seed) = path.strip_prefix("random:") else {
-        return Opened::open(&args.checkpoint_path, args.bitwidth, args.compat_scale_order);
-    };
-    let seed = seed.parse().with_context(|| format!("{path}: a number is expected after random:"))?;
-    let (Some(name), Some(backend), Some(bits)) = (&args.model_name, args.backend, args.bitwidth) else {
-        bail!("random weights need --model-name, --backend and --bitwidth");
-    };
-    let presets = ModelConfig::PRESETS.join(", ");
-    let config = ModelConfig::preset(name).with_context(|| format!("--model-name is {name}, {presets} are known"))?;
-    ensure!(!bits.is_mixed(), "--bitwidth is {bits}, random weights have the same bits in every layer");
-    let format: WeightFormat = backend.into();
-    let weights = super::random(config, format == WeightFormat::LutGemm, bits.low() as usize, seed)?;
-    Ok(Opened::random(weights, format, bits, name))
+    let named = (args.model_name.as_deref(), args.backend, args.bitwidth);
+    super::open(&args.checkpoint_path, named, args.compat_scale_order)
 }
 
 fn sampling(args: &GenerateArgs) -> Result<Sampling> {
@@ -117,7 +103,7 @@ impl Job for Generation<'_> {
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
         let args = self.args;
         let opened = Instant::now();
-        let mut model = super::load(backend, self.opened.weights())?;
+        let mut model = super::load(backend, self.opened.weights(), args.run.head_bits)?;
         let compensation = super::compensation(&model, &args.checkpoint_path, &args.run)?;
         model.compensate(compensation.as_ref())?;
         let mut state = model.state(self.max_seq_len())?;

@@ -1,5 +1,6 @@
 //! One file for each command: arguments in, library calls, results out.
 
+pub(crate) mod bench;
 pub(crate) mod convert;
 pub(crate) mod devices;
 pub(crate) mod doctor;
@@ -16,15 +17,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::{DecodeBackend, DeviceInfo};
+use decdec::checkpoint::{BitWidth, WeightFormat};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::open::Opened;
 use decdec::random::{RandomFormat, RandomWeights};
 use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::cli::RunArgs;
+use crate::cli::{BackendArg, RunArgs};
 
 /// `n_tb` and `k_chunk` where neither the user nor a tuned file says otherwise.
 const DEFAULT_COMPENSATION: LayerCompensation = LayerCompensation { n_tb: 8, k_chunks: [8; 4] };
@@ -74,10 +77,15 @@ pub(crate) fn progress(len: usize, what: &'static str) -> ProgressBar {
     ProgressBar::new(len as u64).with_style(style).with_message(what)
 }
 
-/// Uploads a model layer by layer, with a bar.
-pub(crate) fn load<'b, B: DecodeBackend>(backend: &'b B, weights: &dyn ModelWeights) -> Result<Model<'b, B>> {
+/// Uploads a model layer by layer, with a bar; its head quantized if that is to have less than 16 bits.
+pub(crate) fn load<'b, B: DecodeBackend>(
+    backend: &'b B,
+    weights: &dyn ModelWeights,
+    head_bits: usize,
+) -> Result<Model<'b, B>> {
+    let head = (head_bits < 16).then(|| decdec::quantize::head(weights, head_bits)).transpose()?;
     let bar = progress(weights.config().num_layers, "loading");
-    let model = Model::load(backend, weights, |layers| bar.set_position(layers as u64))?;
+    let model = Model::load_with_head(backend, weights, head, |layers| bar.set_position(layers as u64))?;
     bar.finish_and_clear();
     Ok(model)
 }
@@ -179,6 +187,28 @@ fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<L
         k_chunks: std::array::from_fn(|p| k_chunks[(4 * i + p) % k_chunks.len()]),
     };
     Ok((0..n_tbs.len().max(k_chunks.len() / 4)).map(set).collect())
+}
+
+/// The model at `path`, or for `random:SEED` one of random numbers with the shapes of the named preset.
+pub(crate) fn open(
+    path: &Path,
+    (name, backend, bits): (Option<&str>, Option<BackendArg>, Option<BitWidth>),
+    compat_scale_order: bool,
+) -> Result<Opened> {
+    let text = path.to_string_lossy();
+    let Some(seed) = text.strip_prefix("random:") else {
+        return Opened::open(path, bits, compat_scale_order);
+    };
+    let seed = seed.parse().with_context(|| format!("{text}: a number is expected after random:"))?;
+    let (Some(name), Some(backend), Some(bits)) = (name, backend, bits) else {
+        bail!("random weights need --model-name, --backend and --bitwidth");
+    };
+    let presets = ModelConfig::PRESETS.join(", ");
+    let config = ModelConfig::preset(name).with_context(|| format!("--model-name is {name}, {presets} are known"))?;
+    ensure!(!bits.is_mixed(), "--bitwidth is {bits}, random weights have the same bits in every layer");
+    let format: WeightFormat = backend.into();
+    let weights = random(config, format == WeightFormat::LutGemm, bits.low() as usize, seed)?;
+    Ok(Opened::random(weights, format, bits, name))
 }
 
 /// A random model of `config`'s shapes; lutgemm's groups are the largest that divide.

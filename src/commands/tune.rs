@@ -47,7 +47,11 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
         targets: args.target_slowdown.clone(),
         exhaustive: args.exhaustive,
     })?;
+    let to = Directories { csv: args.csv_dir.clone(), plots: args.plots_dir.clone(), tuned: args.tuned_dir.clone() };
     if args.verify {
+        // Whole tokens of a large model take minutes, and may be ended from outside: what was found stays.
+        outcome.write(&to)?;
+        println!("found, to be verified:\n{}", outcome.summary());
         let named = Named::resolve(name)?;
         let context = named.weights.get().config().max_position_embeddings;
         let tokens = args.verify_tokens.min(context.saturating_sub(Verification::OVERHEAD));
@@ -55,7 +59,6 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
         let target = target(&args.device, name.fp_dtype);
         on_device(&target, Verify { weights: named.weights.get(), outcome: &mut outcome, how })?;
     }
-    let to = Directories { csv: args.csv_dir.clone(), plots: args.plots_dir.clone(), tuned: args.tuned_dir.clone() };
     let written = outcome.write(&to)?;
     print!("{outcome}");
     for path in written {
@@ -88,7 +91,7 @@ impl Job for Verify<'_> {
     }
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
-        let mut model = super::load(backend, self.weights)?;
+        let mut model = super::load(backend, self.weights, 16)?;
         tune::verify(self.outcome, &mut model, &self.how)
     }
 }

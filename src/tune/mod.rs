@@ -24,6 +24,7 @@ use crate::nsys::{self, Capture, Identity};
 
 use search::{Choice, Found, Timings};
 
+pub(crate) use plot::use_bundled_font;
 pub use table::{Sample, Table};
 pub use tuned::{Device, Tuned};
 pub use verify::{Verification, Verified, hold, verify};

@@ -267,7 +267,7 @@ fn last_k(curve: &Curve) -> f64 {
 }
 
 /// The font comes with the program: servers often have none.
-fn use_bundled_font() {
+pub(crate) fn use_bundled_font() {
     static REGISTER: Once = Once::new();
     REGISTER.call_once(|| {
         let regular = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());

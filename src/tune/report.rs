@@ -20,7 +20,7 @@ impl fmt::Display for Outcome {
             writeln!(f)?;
             f.write_str(&self.one(tuning))?;
         }
-        if self.tunings.len() > 1 {
+        if self.tunings.len() > 1 || self.tunings.iter().any(|tuning| tuning.verified.is_some()) {
             writeln!(f, "\n{}", self.summary())?;
         }
         Ok(())
@@ -84,7 +84,7 @@ impl Outcome {
     }
 
     /// One row per target.
-    fn summary(&self) -> TextTable {
+    pub fn summary(&self) -> TextTable {
         let mut table = TextTable::new();
         table.load_style(presets::UTF8_HORIZONTAL_ONLY);
         let mut head = vec!["target %", "slowdown %", "layer us", "n_tb", "k_chunk per module", "sum"];

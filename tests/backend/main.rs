@@ -120,6 +120,7 @@ on_every_backend! {
     reference::reference_directories,
     families::every_family,
     whole::small_models,
+    whole::small_heads,
 }
 
 /// The kernels that compensate beside a product, which CUDA has in its 16-bit types.

@@ -1,12 +1,15 @@
 //! A whole small model: logits and greedy tokens against the f64 forward pass.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
-use decdec::format::Dense;
+use decdec::format::{Dense, Floats};
 use decdec::model::{Compensation, Model};
+use decdec::quantize;
 use decdec::sampling::Sampling;
-use decdec::weights::{Linear, ModelWeights};
+use decdec::weights::{Linear, ModelWeights, Weight};
 
 use crate::UnderTest;
 use crate::common::{self, Stored, oracle};
@@ -60,8 +63,50 @@ impl ModelWeights for Quantized {
     }
 }
 
+/// A model with the numbers of another head.
+struct WithHead<'a> {
+    weights: &'a dyn ModelWeights,
+    head: Vec<f32>,
+}
+
+impl ModelWeights for WithHead<'_> {
+    fn config(&self) -> &ModelConfig {
+        self.weights.config()
+    }
+
+    fn embedding(&self) -> Result<Dense<'_>> {
+        self.weights.embedding()
+    }
+
+    fn head(&self) -> Result<Option<Dense<'_>>> {
+        let (in_features, out_features) = (self.config().hidden_size, self.config().vocab_size);
+        Ok(Some(Dense { in_features, out_features, values: Floats::F32(Cow::Borrowed(&self.head)) }))
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        self.weights.final_norm()
+    }
+
+    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.weights.layer_norms(layer)
+    }
+
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+        self.weights.projection(layer, projection)
+    }
+
+    fn bits(&self, layer: usize) -> Option<u32> {
+        self.weights.bits(layer)
+    }
+}
+
 fn check<B: UnderTest>(backend: &B, weights: &dyn ModelWeights, compensated: bool) {
-    let mut model = Model::load(backend, weights, |_| ()).unwrap();
+    check_with_head(backend, weights, None, compensated);
+}
+
+/// `head` is what the device multiplies by; `weights` have the same numbers.
+fn check_with_head<B: UnderTest>(backend: &B, weights: &dyn ModelWeights, head: Option<Weight<'_>>, compensated: bool) {
+    let mut model = Model::load_with_head(backend, weights, head, |_| ()).unwrap();
     if compensated {
         model.compensate(Some(&Compensation::uniform(4, 1024, Selection::Bucket))).unwrap();
     }
@@ -109,4 +154,28 @@ pub(crate) fn small_models<B: UnderTest>(backend: &B) {
         check(backend, &quantized, false);
         check(backend, &quantized, true);
     }
+}
+
+/// Heads of 8 and 4 bits, of tied and untied models: what a device computes is what the rounded head says, and that
+/// is near the logits of the head as it was.
+pub(crate) fn small_heads<B: UnderTest>(backend: &B) {
+    for (tied, bits, near) in [(false, 8, 0.02), (true, 8, 0.02), (false, 4, 0.3), (true, 4, 0.3)] {
+        let model = SmallModel::new(6, 1, false);
+        let other: Vec<f32> = model.embedding.iter().rev().copied().collect();
+        let untied = WithHead { weights: &model, head: other };
+        let weights: &dyn ModelWeights = if tied { &model } else { &untied };
+        let rounded = quantize::head(weights, bits).unwrap();
+        let mut head = vec![0.0; rounded.in_features() * rounded.out_features()];
+        head.chunks_exact_mut(rounded.in_features()).enumerate().for_each(|(row, out)| rounded.row(row, out));
+        let same = WithHead { weights: &model, head };
+        let text = [5, 42, 79, 20];
+        let before = oracle::forward(weights, &text, false).concat();
+        let after = oracle::forward(&same, &text, false).concat();
+        let norm = |values: Vec<f64>| values.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let moved = norm(before.iter().zip(&after).map(|(a, b)| a - b).collect()) / norm(before);
+        assert!(moved > 0.0 && moved < near, "{bits} bits move the logits by {moved}, below {near} is expected");
+        check_with_head(backend, &same, Some(rounded), false);
+    }
+    let error = quantize::head(&SmallModel::new(6, 1, false), 5).unwrap_err().to_string();
+    assert!(error.contains("5 bits") && error.contains("8 and 4"), "{error}");
 }

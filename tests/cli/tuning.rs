@@ -114,3 +114,45 @@ fn the_program_runs_itself_under_nsys() {
     assert_eq!(clock, "Nsight Systems 2099.1");
     about(&shop, "tune", "run", &["--target-slowdown", "5"]).assert().success().stdout(contains("Best n_tb"));
 }
+
+/// The table has every part, its times add up to about the token, and the picture is one.
+#[test]
+fn bench_says_where_a_token_goes() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let checkpoint = checkpoint.to_str().expect("text");
+    let bench = |more: &[&str]| {
+        let mut line = decdec();
+        line.current_dir(shop.dir.path()).args(["bench", "--checkpoint-path", checkpoint, "--device", "cpu"]);
+        line.args(["--tokens", "8"]).args(more);
+        line
+    };
+    let out = bench(&["--context", "5", "--timeline", "--picture", "timeline.png"]).assert().success();
+    let out = String::from_utf8(out.get_output().stdout.clone()).expect("text");
+    let number = |line: &str, after: &str| -> f64 {
+        let rest = line.split(after).nth(1).unwrap_or_else(|| panic!("{after} in {out}"));
+        rest.trim().split(' ').next().and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{after} in {out}"))
+    };
+    let mut sum = 0.0;
+    for part in ["embed", "qkv", "attend", "o", "gu", "d", "advance", "head", "sample"] {
+        let cells: Vec<_> = out
+            .lines()
+            .map(|line| line.split(['│', '┆']).map(str::trim).filter(|cell| !cell.is_empty()).collect::<Vec<_>>())
+            .find(|cells| cells.first() == Some(&part))
+            .unwrap_or_else(|| panic!("{part} in {out}"));
+        sum += cells[5].parse::<f64>().expect("a time");
+        let bytes: f64 = cells[2].parse().expect("bytes");
+        assert_eq!(bytes > 0.0, !["advance", "sample"].contains(&part), "{part}: {out}");
+    }
+    let whole = number(&out, "operation by operation");
+    assert!((sum - whole).abs() < 1.0, "parts of {sum} us, a token of {whole}: {out}");
+    assert!(number(&out, "token: floor") <= whole, "{out}");
+    assert!(out.contains("head 16 bits") && out.contains("tokens/s"), "{out}");
+    let picture = fs::read(shop.path("timeline.png")).expect("written");
+    assert!(picture.starts_with(b"\x89PNG") && picture.len() > 5000, "{} bytes", picture.len());
+    bench(&[]).assert().success().stdout(contains("head 16 bits").and(contains("by itself us").not()));
+    // A vocabulary of 300 does not go into whole words of eight rows.
+    refuses(bench(&["--head-bits", "8"]), &["quantizing the head", "300", "a multiple of 8"]);
+    refuses(bench(&["--head-bits", "5"]), &["5", "16, 8 and 4 are allowed"]);
+    refuses(bench(&["--context", "0"]), &["--context is 0", "at least 1"]);
+}

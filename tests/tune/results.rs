@@ -50,6 +50,24 @@ fn several_targets_end_in_one_table() {
     assert!(report.contains("Exhaustive layer time"), "{report}");
 }
 
+/// Of a 70B model, with one target: tokens were measured, so the table tells prediction and reality apart.
+#[test]
+fn one_verified_target_has_a_table_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let shapes = [(8192, 10_240), (8192, 8192), (8192, 57_344), (28_672, 8192)];
+    let timings = Synthetic::manual().timings();
+    write(dir.path(), &Synthetic::manual().kernels());
+    let mut outcome = tuned(dir.path(), &[10.0]);
+    outcome.shapes = shapes;
+    assert!(!outcome.to_string().contains("real slowdown %"));
+    let base = timings.base_us();
+    tune::hold(&timings, &mut outcome.tunings[0], &mut |choice| Ok((12.8, 12.8 * choice.us() / base))).unwrap();
+    let report = outcome.to_string();
+    let table: Vec<_> = report.lines().rev().take(4).collect();
+    assert!(table.iter().any(|line| line.contains("target %") && line.contains("real slowdown %")), "{report}");
+    assert!(table.iter().any(|line| line.contains("10.0") && line.contains("4, 4, 5, 5")), "{report}");
+}
+
 #[test]
 fn what_is_written_reads_back() {
     let dir = tempfile::tempdir().unwrap();

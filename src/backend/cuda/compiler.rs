@@ -13,7 +13,7 @@ use std::{env, fs, process, ptr};
 use anyhow::{Context, Result, bail, ensure};
 
 /// Every kernel, as it stands in `kernels-cuda/`.
-const SOURCES: [(&str, &str); 10] = [
+const SOURCES: [(&str, &str); 11] = [
     ("layers.cu", include_str!("../../../kernels-cuda/layers.cu")),
     ("gemv_anyprec.cu", include_str!("../../../kernels-cuda/gemv_anyprec.cu")),
     ("gemv_lutgemm.cu", include_str!("../../../kernels-cuda/gemv_lutgemm.cu")),
@@ -23,6 +23,7 @@ const SOURCES: [(&str, &str); 10] = [
     ("rows.cu", include_str!("../../../kernels-cuda/rows.cu")),
     ("attend.cu", include_str!("../../../kernels-cuda/attend.cu")),
     ("sample.cu", include_str!("../../../kernels-cuda/sample.cu")),
+    ("occupy.cu", include_str!("../../../kernels-cuda/occupy.cu")),
     ("read.cu", include_str!("../../../kernels-cuda/read.cu")),
 ];
 
@@ -313,6 +314,7 @@ mod tests {
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
         all.push(("sample.cu", split("DTYPE=0")));
         all.push(("read.cu", split("DTYPE=0")));
+        all.push(("occupy.cu", split("DTYPE=0")));
         all
     }
 

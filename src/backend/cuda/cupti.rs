@@ -54,6 +54,8 @@ struct Api {
     disable: unsafe extern "C" fn(c_int) -> Status,
     flush: unsafe extern "C" fn(u32) -> Status,
     dropped: unsafe extern "C" fn(*mut c_void, u32, *mut usize) -> Status,
+    context_id: unsafe extern "C" fn(*mut c_void, *mut u32) -> Status,
+    stream_id: unsafe extern "C" fn(*mut c_void, *mut c_void, u8, *mut u32) -> Status,
     text: unsafe extern "C" fn(Status, *mut *const c_char) -> Status,
 }
 
@@ -61,6 +63,24 @@ struct Api {
 pub(super) struct Cupti {
     api: Api,
     version: u32,
+}
+
+/// One stream, as CUPTI counts: it records the kernels of the whole process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Owner {
+    context_id: u32,
+    stream_id: u32,
+}
+
+impl Owner {
+    /// The records of this stream; all of them where none is, since what a graph runs may be counted elsewhere.
+    fn keep(self, mut records: Vec<KernelRecord>) -> Vec<KernelRecord> {
+        let own = |r: &KernelRecord| (r.context_id, r.stream_id) == (self.context_id, self.stream_id);
+        if records.iter().any(own) {
+            records.retain(own);
+        }
+        records
+    }
 }
 
 /// What CUPTI has delivered and nobody has taken, and how to read its buffers.
@@ -98,6 +118,8 @@ impl Cupti {
                 disable: *library.get(b"cuptiActivityDisable\0")?,
                 flush: *library.get(b"cuptiActivityFlushAll\0")?,
                 dropped: *library.get(b"cuptiActivityGetNumDroppedRecords\0")?,
+                context_id: *library.get(b"cuptiGetContextId\0")?,
+                stream_id: *library.get(b"cuptiGetStreamIdEx\0")?,
                 text: *library.get(b"cuptiGetResultString\0")?,
             };
             lock().1 = Some(next);
@@ -127,11 +149,32 @@ impl Cupti {
         self.check(if on { "starting to record" } else { "ending to record" }, status)
     }
 
-    /// All kernels that ran since this was called last, in the order of their starts. Nothing may be running.
+    /// What CUPTI calls a stream and its context, given by the driver's handles.
+    ///
+    /// # Errors
+    /// Handles that are none.
+    pub(super) fn owner(&self, (context, stream): (*mut c_void, *mut c_void)) -> Result<Owner> {
+        let (mut context_id, mut stream_id) = (0, 0);
+        // SAFETY: CUPTI checks both handles and writes one number each; 0: streams are not per thread.
+        let statuses = unsafe {
+            [(self.api.context_id)(context, &mut context_id), (self.api.stream_id)(context, stream, 0, &mut stream_id)]
+        };
+        statuses.into_iter().try_for_each(|status| self.check("numbering the stream", status))?;
+        Ok(Owner { context_id, stream_id })
+    }
+
+    /// The kernels of `owner` that ran since this was called last, in the order of their starts. None of its own may
+    /// be running; what others in this process run is left out.
     ///
     /// # Errors
     /// CUPTI lost some.
-    pub(super) fn take(&self) -> Result<Vec<KernelRecord>> {
+    pub(super) fn take(&self, owner: Owner) -> Result<Vec<KernelRecord>> {
+        let mut records = owner.keep(self.flush()?);
+        records.sort_by_key(|record| (record.start_ns, record.end_ns));
+        Ok(records)
+    }
+
+    fn flush(&self) -> Result<Vec<KernelRecord>> {
         // SAFETY: takes a flag; the callbacks run inside this call or on CUPTI's thread.
         let status = unsafe { (self.api.flush)(FORCED) };
         self.check("fetching records", status)?;
@@ -139,9 +182,7 @@ impl Cupti {
         // SAFETY: writes one number; null asks for records of no context in particular.
         unsafe { (self.api.dropped)(ptr::null_mut(), 0, &mut lost) };
         ensure!(lost == 0, "cuda: CUPTI lost {lost} records: take the profile again");
-        let mut records = std::mem::take(&mut lock().0);
-        records.sort_by_key(|record| (record.start_ns, record.end_ns));
-        Ok(records)
+        Ok(std::mem::take(&mut lock().0))
     }
 
     fn check(&self, what: &str, status: Status) -> Result<()> {
@@ -166,7 +207,7 @@ impl Cupti {
 impl Drop for Cupti {
     fn drop(&mut self) {
         let _ = self.enable(false);
-        let _ = self.take();
+        let _ = self.flush();
         IN_USE.store(false, Ordering::SeqCst);
     }
 }
@@ -305,6 +346,21 @@ mod tests {
             .output()
             .expect("a C compiler, which SQLite needs too");
         assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    }
+
+    /// Of a process that uses the card on other streams and in other contexts, too.
+    #[test]
+    fn only_the_own_stream_is_kept() {
+        let record = |context_id, stream_id, start_ns| KernelRecord {
+            context_id,
+            stream_id,
+            start_ns,
+            ..KernelRecord::default()
+        };
+        let records = vec![record(1, 7, 10), record(1, 8, 11), record(2, 7, 12), record(1, 7, 13)];
+        let kept = Owner { context_id: 1, stream_id: 7 }.keep(records.clone());
+        assert_eq!(kept.iter().map(|r| r.start_ns).collect::<Vec<_>>(), [10, 13]);
+        assert_eq!(Owner { context_id: 1, stream_id: 9 }.keep(records).len(), 4, "nothing is known to be ours");
     }
 
     /// A record as CUPTI lays it out, through the callbacks.

@@ -20,13 +20,17 @@ pub(super) struct Numbers {
     pub(super) driver: i32,
     pub(super) major: i32,
     pub(super) minor: i32,
+    /// Those that launches are made for.
     pub(super) multiprocessors: usize,
+    /// Those that there are.
+    pub(super) all_multiprocessors: usize,
     pub(super) shared_per_block: usize,
 }
 
 /// One device and the one stream that everything is queued on. Single-threaded: its context is current on the
 /// thread that opened it.
 pub(super) struct Driver {
+    ordinal: usize,
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -95,12 +99,14 @@ impl Driver {
         let mut driver = 0;
         // SAFETY: writes one integer.
         unsafe { sys::cuDriverGetVersion(&mut driver) }.result().map_err(|e| failed("driver version", e))?;
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let numbers = Numbers {
             name: result::device::get_name(device).map_err(|e| failed("name", e))?,
             driver,
             major: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             minor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            multiprocessors,
+            all_multiprocessors: multiprocessors,
             shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         };
         ensure!(
@@ -116,7 +122,34 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("using the context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("creating a stream", e))?;
-        Ok(Rc::new(Self { device, context, stream, numbers, dry: Cell::new(false), watched: RefCell::default() }))
+        Ok(Rc::new(Self {
+            ordinal,
+            device,
+            context,
+            stream,
+            numbers,
+            dry: Cell::new(false),
+            watched: RefCell::default(),
+        }))
+    }
+
+    /// The same device as if it had `most` multiprocessors.
+    ///
+    /// # Errors
+    /// None, or more than there are.
+    pub(super) fn limited(self: Rc<Self>, most: usize) -> Result<Rc<Self>> {
+        let all = self.numbers.all_multiprocessors;
+        ensure!((1..=all).contains(&most), "{most} multiprocessors are to be used, 1 to {all} are allowed");
+        let mut driver = Self::open(self.ordinal)?;
+        if let Some(driver) = Rc::get_mut(&mut driver) {
+            driver.numbers.multiprocessors = most;
+        }
+        Ok(driver)
+    }
+
+    /// The same device with a stream of its own.
+    pub(super) fn beside(&self) -> Result<Rc<Self>> {
+        Self::open(self.ordinal)
     }
 
     pub(super) fn numbers(&self) -> &Numbers {
@@ -125,6 +158,11 @@ impl Driver {
 
     pub(super) fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// Context and stream, as other libraries of CUDA's take them.
+    pub(super) fn handles(&self) -> (*mut c_void, *mut c_void) {
+        (self.context.cast(), self.stream.cast())
     }
 
     /// What other threads need to speak to this device.

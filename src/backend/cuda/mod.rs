@@ -5,7 +5,7 @@
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
 //! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
-//! - `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch;
+//! - `occupy`: holds multiprocessors, so that fewer are left; `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch;
 //!   the kernels are in `kernels-cuda/`
 
 mod arguments;
@@ -21,6 +21,7 @@ mod layers;
 mod library;
 mod matrix;
 mod memory;
+mod occupy;
 mod pack;
 mod product;
 mod recorder;
@@ -39,6 +40,7 @@ use anyhow::{Result, bail, ensure};
 pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
+pub use occupy::Occupied;
 pub use pack::packed;
 pub use recorder::CudaRecorder;
 pub use sequence::Sequence;
@@ -117,11 +119,20 @@ pub struct Options {
     pub compile: u8,
     /// Launch parameters of the products.
     pub tuning: Tuning,
+    /// Launches are made for so many multiprocessors, in place of all that there are: to see what a smaller card does,
+    /// with [`Cuda::occupy_rest`].
+    pub multiprocessors: Option<usize>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { dtype: Dtype::Float16, residuals: Residuals::Host, compile: 2, tuning: Tuning::default() }
+        Self {
+            dtype: Dtype::Float16,
+            residuals: Residuals::Host,
+            compile: 2,
+            tuning: Tuning::default(),
+            multiprocessors: None,
+        }
     }
 }
 
@@ -199,7 +210,10 @@ impl Cuda {
     /// What is missing (driver, GPU, NVRTC) or too old, and how to get it.
     pub fn new(ordinal: usize, options: Options) -> Result<Self> {
         ensure!(options.compile <= 2, "--compile is {}, 0 to 2 are allowed", options.compile);
-        let driver = Driver::open(ordinal)?;
+        let mut driver = Driver::open(ordinal)?;
+        if let Some(most) = options.multiprocessors {
+            driver = driver.limited(most)?;
+        }
         let numbers = driver.numbers();
         let architecture = format!("sm_{}{}", numbers.major, numbers.minor);
         let compiler = Compiler::open(&architecture, compiler::cache_directory())?;
@@ -417,6 +431,10 @@ impl DecodeBackend for Cuda {
             }
         }
         Ok(())
+    }
+
+    fn layer_stamps(&self) -> Result<Vec<u64>> {
+        self.timeline()
     }
 
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {

@@ -101,6 +101,7 @@ impl Recorder<Cuda> for CudaRecorder {
             }
             How::Cupti { cupti, recording } => {
                 run(cuda, &all, launch)?;
+                let owner = cupti.owner(cuda.driver.handles())?;
                 if !*recording {
                     if kinds.len() >= COMPARED {
                         let (graph, _) = capture(cuda, &all, launch)?;
@@ -117,10 +118,10 @@ impl Recorder<Cuda> for CudaRecorder {
                 let (graph, names) = capture(cuda, &all, launch)?;
                 graph.launch()?;
                 cuda.driver.wait()?;
-                cupti.take()?;
+                cupti.take(owner)?;
                 graph.launch()?;
                 cuda.driver.wait()?;
-                let kernels = cupti.take()?;
+                let kernels = cupti.take(owner)?;
                 if !*recording {
                     cupti.enable(false)?;
                 }

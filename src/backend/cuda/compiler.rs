@@ -28,7 +28,7 @@ const SOURCES: [(&str, &str); 11] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 9] = [
+const HEADERS: [(&str, &str); 10] = [
     ("anyprec.cuh", include_str!("../../../kernels-cuda/anyprec.cuh")),
     ("lutgemm.cuh", include_str!("../../../kernels-cuda/lutgemm.cuh")),
     ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),

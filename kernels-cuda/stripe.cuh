@@ -179,6 +179,7 @@ __device__ __forceinline__ void add_stripe(const Dec& dec, int block, const Sali
         // Teams are added in order, one thread per row.
         for (int r = tid; r < width * 16; r += N) {
             float sum = 0;
+#pragma unroll 8
             for (int s = 0; s < teams; s++) sum += sums[r % 16 * (N + 1) + s * width + r / 16];
             out[row0 + r] = (r == tid ? own_scale : dec.scales[row0 + r]) * sum;
         }

@@ -56,10 +56,10 @@ for part in $what; do
     case $part in
         # Few n_tb, of the better half of a full sweep. Targets at which little or nothing is compensated, and ones at
         # which something must be.
-        ap3) one ap3 $llama8 sqllm 3 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 24 --max-n-tb 34 --max-k-chunk 16 ;;
-        lut4) one lut4 $llama8 awq 4 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 24 --max-n-tb 34 --max-k-chunk 16 ;;
-        phi3) one phi3 $phi3 sqllm 3 10,20,40 60 --tokens 2 --halve-layers --min-n-tb 24 --max-n-tb 40 --max-k-chunk 12 ;;
-        70b) one 70b $llama70 sqllm 3 10,20,40 24 --tokens 2 --halve-layers --min-n-tb 24 --max-n-tb 40 --max-k-chunk 12 ;;
+        ap3) one ap3 $llama8 sqllm 3 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 15 --max-n-tb 17 --max-k-chunk 16 ;;
+        lut4) one lut4 $llama8 awq 4 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 15 --max-n-tb 17 --max-k-chunk 16 ;;
+        phi3) one phi3 $phi3 sqllm 3 10,20,40 60 --tokens 2 --halve-layers --min-n-tb 16 --max-n-tb 33 --max-k-chunk 12 ;;
+        70b) one 70b $llama70 sqllm 3 10,20,40 24 --tokens 2 --halve-layers --min-n-tb 16 --max-n-tb 33 --max-k-chunk 12 ;;
         clocks)
             # The same few configurations by both clocks: which comes closer to whole tokens?
             for clock in cupti events; do

@@ -133,7 +133,7 @@ constexpr int ROUTES = (Stream<4, Table>::BYTES + 127) / 128 * 128; // Route [4]
 constexpr int TABLE = ROUTES + 256;                                 // Layer [MOST_LAYERS]
 constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
-constexpr int LIST = PART + PARTS;                                  // what compensate() needs
+constexpr int LIST = PART + PARTS;                                  // the selection
 
 #define CHUNKED(k) (((k) + CHUNK - 1) / CHUNK * CHUNK)
 

@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(32) occupy(volatile u32* end, volat
     arrived[blockIdx.x] = 1;
     __threadfence_system();
     do {
-        __nanosleep(2000);
+        __nanosleep(100000);
         asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
     } while (*end == 0 && now - start < most_ns);
 }

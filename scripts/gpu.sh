@@ -46,8 +46,11 @@ step() {
 }
 
 tests() {
-    for name in cuda_kernels backend golden cuda_decode cuda_faults backend_wgsl reference_read smollm2; do
-        step "$name" "$bin/$name" --nocapture
+    # Recording a graph does not go with other work on the card in the same process.
+    step backend "$bin/backend" --nocapture --skip every_launch_is_timed
+    step backend-clock "$bin/backend" --nocapture --test-threads 1 every_launch_is_timed
+    for name in cuda_kernels golden cuda_decode cuda_faults backend_wgsl reference_read smollm2; do
+        step "$name" "$bin/$name" --nocapture --test-threads 1
     done
     # Residuals in memory that the driver allocates, as where ordinary memory cannot be pinned.
     DECDEC_PINNED=alloc step pinned-by-driver "$bin/cuda_kernels" --nocapture the_residual_product_alone

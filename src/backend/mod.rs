@@ -223,7 +223,7 @@ pub trait DecodeBackend: GemvBackend {
     }
 
     /// When the last fused launch of layers, if this backend has one and watches it, began and went on from one part of
-    /// a layer to the next: nanoseconds, ascending; `qkv`, `attend`, `o`, `gu`, (`gate` where it is compensated,) `d`.
+    /// a layer to the next: nanoseconds, ascending; `qkv`, `attend`, `o`, `gu`, `d`.
     fn layer_stamps(&self) -> Result<Vec<u64>> {
         Ok(Vec::new())
     }

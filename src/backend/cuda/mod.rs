@@ -5,8 +5,8 @@
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
 //! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
-//! - `occupy`: holds multiprocessors, so that fewer are left; `memory`: what a model will take; `product`: which kernel multiplies what; `layers`: whole layers in one launch;
-//!   the kernels are in `kernels-cuda/`
+//! - `occupy`: holds multiprocessors, so that fewer are left; `memory`: what a model will take
+//! - `product`: which kernel multiplies what; `layers`: whole layers in one launch; the kernels are in `kernels-cuda/`
 
 mod arguments;
 mod blas;

@@ -99,6 +99,15 @@ impl Rope {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
+
+    /// Undoes [`Rope::rotate`].
+    pub(crate) fn rotate_back(&self, head: &mut [f32], position: usize) {
+        let (low, high) = head.split_at_mut(self.half);
+        let angles = &self.angles[position * self.half..][..self.half];
+        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+            (*a, *b) = (*a * cos + *b * sin, *b * cos - *a * sin);
+        }
+    }
 }
 
 /// Keys and values of one layer for several texts of equal length.

@@ -8,6 +8,7 @@
 //! fitted to what a projection puts out beside the compensation that will be there ([`Refine`]).
 
 mod awq;
+mod backward;
 mod calibrate;
 mod estimate;
 mod fit;
@@ -16,6 +17,7 @@ mod gram;
 mod head;
 mod job;
 mod mixed;
+mod polish;
 mod refine;
 mod residuals;
 mod sample;
@@ -232,6 +234,12 @@ pub fn quantize(
         true => mixed::choose(&job, &ids)?,
         false => (vec![manifest.bits.low(); config.num_layers], Vec::new()),
     };
+    if std::env::var_os("P_STOP").is_some() {
+        return Err(Interrupted.into());
+    }
+    if options.refine != Refine::None && manifest.group_size.is_none() && std::env::var_os("P_SKIP").is_none() {
+        polish::polish(&job, &ids, &bits)?;
+    }
     progress.set_message("writing");
     let rest = unquantized(source)?;
     writer.finish(config, &manifest, &bits, &rest, texts)?;

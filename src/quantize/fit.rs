@@ -104,12 +104,16 @@ impl<'a> Fit<'a> {
 /// What an error in a channel of the residual costs: its energy where it is taken, and some of it elsewhere, for
 /// those who compensate more than was planned. All alike where nothing is planned.
 fn importance(x: &[f32], channels: usize, taken: &Taken) -> Vec<f32> {
-    if !taken.any() {
-        return vec![1.0; channels];
+    weigh(&taken.energy(x, channels), &calibrate::energy(x, channels))
+}
+
+/// The same from the channels' energies where they are taken, and over all.
+pub(super) fn weigh(taken: &[f32], all: &[f32]) -> Vec<f32> {
+    if taken.iter().all(|&t| t == 0.0) {
+        return vec![1.0; all.len()];
     }
-    let all = calibrate::energy(x, channels);
-    let mean = all.iter().sum::<f32>() / channels as f32;
-    taken.energy(x, channels).iter().zip(&all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
+    let mean = all.iter().sum::<f32>() / all.len() as f32;
+    taken.iter().zip(all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
 }
 
 /// Every so manieth row, `count` of them or all.

@@ -63,6 +63,7 @@ pub(super) fn polish(job: &Job<'_>, ids: &[u32], bits: &[u32]) -> Result<()> {
     let mut parameters = (0..config.num_layers).map(|i| read(job, i, bits[i])).collect::<Result<Vec<_>>>()?;
     let mut first: Vec<Parameters> = parameters.iter().map(zeros).collect();
     let mut second = first.clone();
+    let mut energies: Vec<[Vec<f32>; 4]> = vec![Default::default(); config.num_layers];
     let hidden = config.hidden_size;
     let batch = env("P_BATCH", 1.0) as usize;
     let epochs = env("P_EPOCHS", 1.0);
@@ -88,6 +89,15 @@ pub(super) fn polish(job: &Job<'_>, ids: &[u32], bits: &[u32]) -> Result<()> {
             let (layer, codes) = live(job, index, bits[index], &parameters[index], k_chunks)?;
             let mut h = entered.pop().context("one for each layer")?;
             let trace: Trace = layer.forward(config, &rope, count, &mut h)?;
+            if step + texts / batch >= steps {
+                for (i, energy) in energies[index].iter_mut().enumerate() {
+                    let n = layer.layer.linears[i].in_features;
+                    energy.resize(2 * n, 0.0);
+                    let taken = trace.taken[i].energy(&trace.x[i], n);
+                    let all = super::calibrate::energy(&trace.x[i], n);
+                    energy.iter_mut().zip(taken.iter().chain(&all)).for_each(|(e, x)| *e += x);
+                }
+            }
             let gradients = layer.backward(config, &rope, count, trace, &mut d);
             let mut slopes = slopes(&gradients, &codes, bits[index] as usize, &layer.layer);
             let (p, m, v) = (&mut parameters[index], &mut first[index], &mut second[index]);
@@ -99,7 +109,7 @@ pub(super) fn polish(job: &Job<'_>, ids: &[u32], bits: &[u32]) -> Result<()> {
         eprintln!("step {step} loss {loss:.5} {:?}", start.elapsed());
     }
     for (index, parameters) in parameters.iter().enumerate() {
-        write(job, index, bits[index], parameters)?;
+        write(job, index, bits[index], parameters, &energies[index])?;
     }
     Ok(())
 }
@@ -249,7 +259,7 @@ fn divergence(head: &Dense<'_>, final_norm: &[f32], eps: f32, truth: &[f32], h: 
     (total / tokens as f64, d)
 }
 
-fn write(job: &Job<'_>, index: usize, bits: u32, parameters: &Parameters) -> Result<()> {
+fn write(job: &Job<'_>, index: usize, bits: u32, parameters: &Parameters, energies: &[Vec<f32>; 4]) -> Result<()> {
     let config = job.source.config();
     let file = job.writer.layer(index, bits)?;
     let mut linears = Vec::new();
@@ -266,7 +276,8 @@ fn write(job: &Job<'_>, index: usize, bits: u32, parameters: &Parameters) -> Res
         let luts: Vec<f16> = luts.into_iter().map(f16::from_f32).collect();
         let weight = Weight::AnyPrec(AnyPrec::pack(n, m, bits as usize, &codes, luts.into())?);
         let affine = Affine::new(&job.source.projection(index, projection)?);
-        let importance = importance(linear.thresholds.as_deref().context("thresholds")?, n);
+        let (taken, all) = energies[i].split_at(n);
+        let importance = super::fit::weigh(taken, all);
         let residual: Residual<'static> = super::residual(&affine, &weight, &importance)?;
         let thresholds = linear.thresholds.as_deref().map(|t| Cow::Owned(t.to_vec()));
         let bias = affine.bias.clone().map(Cow::Owned);
@@ -276,8 +287,4 @@ fn write(job: &Job<'_>, index: usize, bits: u32, parameters: &Parameters) -> Res
     drop(file);
     let [input, post] = parameters.norms.clone();
     job.writer.write_layer(index, bits, &(input, post), &linears)
-}
-
-fn importance(_: &[f32], n: usize) -> Vec<f32> {
-    vec![1.0; n]
 }

@@ -6,7 +6,9 @@
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::forward::{Affine, Inputs, KvCache, Layer, Rope, Strided, add_parallel, attend, multiply, norm, swiglu};
+use super::forward::{
+    Affine, Inputs, KvCache, Layer, Rope, Strided, accumulate, add_parallel, attend, multiply, norm, softmax, swiglu,
+};
 use super::gram::Taken;
 use crate::config::{ModelConfig, Projection};
 
@@ -30,13 +32,6 @@ pub(crate) struct Trace {
     gate_up: Vec<f32>, // [tokens, gate then up]
     pub(crate) x: Inputs,
     pub(crate) taken: [Taken; 4],
-}
-
-/// Derivatives by what a layer is made of.
-#[derive(Debug)]
-pub(crate) struct Gradients {
-    pub(crate) weights: [Vec<f32>; 4], // each [out_features, in_features]
-    pub(crate) norms: [Vec<f32>; 2],   // each [hidden_size]
 }
 
 impl Compensated {
@@ -76,7 +71,8 @@ impl Compensated {
         Ok((y, taken))
     }
 
-    /// Turns `d`, the derivative by what comes out, into that by what entered.
+    /// Turns `d`, the derivative by what comes out, into that by what entered, and returns those by the stored
+    /// weights, each `[out_features, in_features]`.
     pub(crate) fn backward(
         &self,
         config: &ModelConfig,
@@ -84,19 +80,19 @@ impl Compensated {
         texts: usize,
         trace: Trace,
         d: &mut [f32],
-    ) -> Gradients {
+    ) -> [Vec<f32>; 4] {
         let Trace { h, middle, qkv, gate_up, x: [x_qkv, x_o, x_gate_up, x_down], taken } = trace;
         let [taken_qkv, taken_o, taken_gate_up, taken_down] = taken;
         let eps = config.rms_norm_eps;
         let (d_down, w_down) = self.derive(Projection::Down, x_down, &taken_down, d);
         let d_gate_up = swiglu_back(&gate_up, &d_down, config.intermediate_size);
         let (d_x, w_gate_up) = self.derive(Projection::GateUp, x_gate_up, &taken_gate_up, &d_gate_up);
-        let post = norm_back(&middle, &self.layer.post_norm, eps, &d_x, d);
+        norm_back(&middle, &self.layer.post_norm, eps, &d_x, d);
         let (d_o, w_o) = self.derive(Projection::O, x_o, &taken_o, d);
         let d_qkv = attend_back(config, rope, texts, &qkv, &d_o);
         let (d_x, w_qkv) = self.derive(Projection::Qkv, x_qkv, &taken_qkv, &d_qkv);
-        let input = norm_back(&h, &self.layer.input_norm, eps, &d_x, d);
-        Gradients { weights: [w_qkv, w_o, w_gate_up, w_down], norms: [input, post] }
+        norm_back(&h, &self.layer.input_norm, eps, &d_x, d);
+        [w_qkv, w_o, w_gate_up, w_down]
     }
 
     /// Derivatives by what entered a projection and by its stored weights, from those by what came out, `d`.
@@ -122,33 +118,20 @@ impl Compensated {
     }
 }
 
-/// Adds to `d` the derivative by `h` of its RMSNorm, from that by what the norm puts out, and returns that by γ.
-pub(crate) fn norm_back(h: &[f32], gamma: &[f32], eps: f32, d_out: &[f32], d: &mut [f32]) -> Vec<f32> {
+/// Adds to `d` the derivative by `h` of its RMSNorm, from that by what the norm puts out.
+pub(crate) fn norm_back(h: &[f32], gamma: &[f32], eps: f32, d_out: &[f32], d: &mut [f32]) {
     let n = gamma.len();
-    let parts: Vec<Vec<f32>> = d
-        .par_chunks_mut(SUM_TOKENS * n)
-        .zip(h.par_chunks(SUM_TOKENS * n))
-        .zip(d_out.par_chunks(SUM_TOKENS * n))
-        .map(|((d, h), d_out)| {
-            let mut by_gamma = vec![0.0; n];
-            for ((d, h), d_out) in d.chunks_exact_mut(n).zip(h.chunks_exact(n)).zip(d_out.chunks_exact(n)) {
-                let squares: f32 = h.iter().map(|x| x * x).sum();
-                let scale = 1.0 / (squares / n as f32 + eps).sqrt();
-                let along: f32 = h.iter().zip(gamma).zip(d_out).map(|((h, g), d)| h * g * d).sum();
-                let shrink = along * scale.powi(3) / n as f32;
-                for k in 0..n {
-                    d[k] += scale * gamma[k] * d_out[k] - shrink * h[k];
-                    by_gamma[k] += d_out[k] * h[k] * scale;
-                }
-            }
-            by_gamma
-        })
-        .collect();
-    (0..n).map(|k| parts.iter().map(|p| p[k]).sum()).collect()
+    let rows = d.par_chunks_exact_mut(n).zip(h.par_chunks_exact(n)).zip(d_out.par_chunks_exact(n));
+    rows.for_each(|((d, h), d_out)| {
+        let squares: f32 = h.iter().map(|x| x * x).sum();
+        let scale = 1.0 / (squares / n as f32 + eps).sqrt();
+        let along: f32 = h.iter().zip(gamma).zip(d_out).map(|((h, g), d)| h * g * d).sum();
+        let shrink = along * scale.powi(3) / n as f32;
+        for (((d, h), gamma), d_out) in d.iter_mut().zip(h).zip(gamma).zip(d_out) {
+            *d += scale * gamma * d_out - shrink * h;
+        }
+    });
 }
-
-/// Tokens summed up by one thread; fixed, so that sums do not depend on the number of threads.
-const SUM_TOKENS: usize = 256;
 
 /// The derivative by gate and up, from that by `silu(gate) ⊙ up`.
 fn swiglu_back(gate_up: &[f32], d: &[f32], intermediate: usize) -> Vec<f32> {
@@ -227,7 +210,7 @@ fn head_back(
     for (t, (row, d_row)) in scores.chunks_exact_mut(tokens).zip(d_scores.chunks_exact_mut(tokens)).enumerate() {
         let start = config.sliding_window.map_or(0, |window| (t + 1).saturating_sub(window));
         let seen = start..t + 1;
-        super::forward::softmax(&mut row[seen.clone()]);
+        softmax(&mut row[seen.clone()]);
         let mean: f32 = row[seen.clone()].iter().zip(&d_row[seen.clone()]).map(|(p, d)| p * d).sum();
         row[..start].fill(0.0);
         row[t + 1..].fill(0.0);
@@ -236,8 +219,8 @@ fn head_back(
     let scores = Strided { values: &scores, row: tokens, column: 1 };
     let d_scores = Strided { values: &d_scores, row: tokens, column: 1 };
     multiply(tokens, d, tokens, scale, d_scores, keys, d_queries, one);
-    super::forward::accumulate(tokens, d, tokens, scale, across(d_scores), queries, d_keys, one);
-    super::forward::accumulate(tokens, d, tokens, 1.0, across(scores), d_out, d_values, one);
+    accumulate(tokens, d, tokens, scale, across(d_scores), queries, d_keys, one);
+    accumulate(tokens, d, tokens, 1.0, across(scores), d_out, d_values, one);
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 
 use super::calibrate::Activations;
 use super::forward::{Inputs, Layer, Rope};
-use super::{Calibration, Norms, Options, mixed, sample};
+use super::{Calibration, Norms, Options, Refine, mixed, polish, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
 use crate::config::Projection;
 use crate::weights::{Linear, ModelWeights};
@@ -16,6 +16,9 @@ use crate::weights::{Linear, ModelWeights};
 const TOKENS: &str = "tokens.bin";
 /// File of the activations before the next layer: its index as u64, then f32, all little-endian.
 const ACTIVATIONS: &str = "activations.bin";
+
+/// File of the bits chosen for every layer.
+const CHOSEN: &str = "chosen.json";
 
 /// Quantizing a layer takes about as long as this many tokens through it, whatever its size.
 const LAYER_WORK: u64 = 8192;
@@ -38,7 +41,23 @@ impl Job<'_> {
     pub(super) fn work(&self) -> u64 {
         let layers = self.source.config().num_layers as u64;
         let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
-        self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed
+        let learning = if self.learns() { polish::PASSES * layers * self.tokens() } else { 0 };
+        self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed + learning
+    }
+
+    /// True if codebooks are learned when all layers are quantized.
+    pub(super) fn learns(&self) -> bool {
+        self.options.refine != Refine::None && self.manifest.group_size.is_none()
+    }
+
+    /// Bits of every layer, for mixed widths, and what they were chosen by; chosen before any layer is written anew.
+    pub(super) fn chosen(&self, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)> {
+        if let Some(chosen) = self.writer.read_file(CHOSEN).and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            return Ok(chosen);
+        }
+        let chosen = mixed::choose(self, ids)?;
+        self.writer.write_file(CHOSEN, &serde_json::to_vec(&chosen)?)?;
+        Ok(chosen)
     }
 
     /// Length of the progress bar while every layer is made once, whatever its width.

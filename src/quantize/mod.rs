@@ -5,7 +5,8 @@
 //! the next layer is read. Memory holds one layer in f32, the texts' activations, and a few copies of one matrix.
 //!
 //! Each weight's best code by itself is only where quantization begins: codes, and what they stand for, are then
-//! fitted to what a projection puts out beside the compensation that will be there ([`Refine`]).
+//! fitted to what a projection puts out beside the compensation that will be there ([`Refine`]), and in the end, all
+//! layers together, to what full precision says.
 
 mod awq;
 mod backward;
@@ -231,13 +232,10 @@ pub fn quantize(
     let ids = job.calibration()?;
     job.layers(&ids)?;
     let (bits, divergences) = match manifest.bits.is_mixed() {
-        true => mixed::choose(&job, &ids)?,
+        true => job.chosen(&ids)?,
         false => (vec![manifest.bits.low(); config.num_layers], Vec::new()),
     };
-    if std::env::var_os("P_STOP").is_some() {
-        return Err(Interrupted.into());
-    }
-    if options.refine != Refine::None && manifest.group_size.is_none() && std::env::var_os("P_SKIP").is_none() {
+    if job.learns() {
         polish::polish(&job, &ids, &bits)?;
     }
     progress.set_message("writing");

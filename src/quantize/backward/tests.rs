@@ -87,7 +87,7 @@ fn derivatives_are_those_of_the_forward_pass() {
             }));
             h[i] = old;
         }
-        for (p, gradient) in gradients.weights.iter().enumerate() {
+        for (p, gradient) in gradients.iter().enumerate() {
             for i in (0..gradient.len()).step_by(gradient.len() / 37) {
                 let (n, m) = (layer.layer.linears[p].in_features, layer.layer.linears[p].out_features);
                 let (row, k) = (i / n, i % n);
@@ -101,17 +101,6 @@ fn derivatives_are_those_of_the_forward_pass() {
                 (layer.layer.linears[p].weight[i], layer.lost[p][k * m + row]) = (old, old_lost);
             }
         }
-        for k in (0..config.hidden_size).step_by(5) {
-            for (i, gradient) in gradients.norms.iter().enumerate() {
-                let old = [layer.layer.input_norm[k], layer.layer.post_norm[k]][i];
-                compared += usize::from(agree(&format!("norm {i}, channel {k}"), gradient[k], |step| {
-                    let norms = [&mut layer.layer.input_norm, &mut layer.layer.post_norm];
-                    norms.into_iter().nth(i).unwrap()[k] = old + step;
-                    value(&layer, &config, &h, &by)
-                }));
-                [&mut layer.layer.input_norm, &mut layer.layer.post_norm].into_iter().nth(i).unwrap()[k] = old;
-            }
-        }
-        assert!(compared > 140, "{compared} derivatives compared");
+        assert!(compared > 120, "{compared} derivatives compared");
     }
 }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::calibrate;
 use super::forward::{Affine, product};
 use super::refine::Effort;
-use super::{Calibration, Options, Refine, awq, finish, fit, mixed, plan, sample, sqllm};
+use super::{Calibration, Options, Refine, awq, finish, fit, mixed, plan, polish, sample, sqllm};
 use crate::checkpoint::{Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
 
@@ -93,7 +93,27 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
         4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
     // The finished projections wait for each other, with about a byte for every weight.
     let finished = sample::layer_weights(config);
-    residual_stream + inputs + layer + finished + matrix.max(batch)
+    let quantizing = residual_stream + inputs + layer + finished + matrix.max(batch);
+    if learns(options, manifest) { quantizing.max(learning_memory(config, options, manifest)) } else { quantizing }
+}
+
+/// True if codebooks are learned in the end.
+fn learns(options: &Options, manifest: &Manifest) -> bool {
+    options.refine != Refine::None && manifest.group_size.is_none()
+}
+
+/// What full precision says, what entered every layer, codebooks with two means, and one layer four times over (codes,
+/// weights, what was lost, derivatives) with what its tokens leave on the way; or the logits.
+fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
+    let seq_len = options.calibration.seq_len();
+    let texts = options.calibration.samples() + config.num_layers;
+    let shapes = Projection::ALL.map(|p| config.shape(p));
+    let rows: usize = shapes.iter().map(|s| s.1).sum();
+    let codebooks = 3 * 4 * config.num_layers * (rows << manifest.bits.high());
+    let layer = (1 + 4 + 4 + 4) * sample::layer_weights(config);
+    let tokens = 2 * 4 * seq_len * shapes.iter().map(|s| s.0 + s.1).sum::<usize>();
+    let logits = 2 * 4 * polish::HEAD_TOKENS.min(seq_len) * config.vocab_size;
+    4 * texts * seq_len * config.hidden_size + codebooks + (layer + tokens).max(logits)
 }
 
 fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {
@@ -113,6 +133,10 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     seconds += widths * layers * weights * sample.quantize(options, manifest)?;
     if options.refine != Refine::None {
         seconds += widths * layers * sample.product()? * fit_products(config, options, texts * seq_len);
+    }
+    if learns(options, manifest) {
+        // The head speaks for both models, and its derivative goes back through it.
+        seconds += (texts * seq_len) as f64 * (polish::PASSES as f64 * layers * per_token + 3.0 * head);
     }
     let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;

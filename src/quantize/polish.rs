@@ -166,7 +166,8 @@ fn follow(
     let (n, p) = (learned.all.len(), grid.parameters());
     // Means that begin at 0 are too small at first.
     let [first, second] = MEMORY.map(|memory| (memory, 1.0 - memory.powi(step as i32 + 1)));
-    let rows = learned.codebook.par_chunks_exact_mut(p).zip(codes.par_chunks_exact(n).zip(gradient.par_chunks_exact(n)));
+    let rows =
+        learned.codebook.par_chunks_exact_mut(p).zip(codes.par_chunks_exact(n).zip(gradient.par_chunks_exact(n)));
     let means = means.0.par_chunks_exact_mut(p).zip(means.1.par_chunks_exact_mut(p));
     rows.zip(means).for_each(|((codebook, (codes, gradient)), (mean, square))| {
         let mut slope = vec![0.0; p];

@@ -136,7 +136,7 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     }
     if learns(options, manifest) {
         // The head speaks for both models, and its derivative goes back through it.
-        seconds += (texts * seq_len) as f64 * (polish::PASSES as f64 * layers * per_token + 3.0 * head);
+        seconds += (texts * seq_len) as f64 * (polish::PASSES as f64 * layers * per_token + 4.5 * head);
     }
     let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;

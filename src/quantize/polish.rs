@@ -28,7 +28,7 @@ use crate::weights::{Linear, Weight};
 const LEARNED: &str = "codebooks.bin";
 /// A step moves centroids by about this share of the codebook's root mean square, divided by how many there are:
 /// the more there are, the less lies between them.
-const RATE: f32 = 0.024;
+const RATE: f32 = 0.0288;
 /// The rate grows over so many steps, and then falls to 0.
 const WARMUP: f32 = 3.0;
 /// Adam's memory for the gradient and its square.
@@ -39,8 +39,9 @@ const TILE: usize = 32;
 pub(super) const HEAD_TOKENS: usize = 256;
 /// Rows of the head that are converted to f32 at once.
 const HEAD_ROWS: usize = 4096;
-/// A token takes about as long as so many that only pass: once in full precision, once up, three times down.
-pub(super) const PASSES: u64 = 5;
+/// A token takes about as long as so many that only pass: once in full precision, and one and a half times once up and
+/// three times down.
+pub(super) const PASSES: u64 = 7;
 
 /// What is learned about one projection.
 #[derive(Debug, Clone, Default)]
@@ -120,9 +121,10 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
         .iter()
         .map(|l| l.each_ref().map(|l| Means(vec![0.0; l.codebook.len()], vec![0.0; l.codebook.len()])))
         .collect();
-    let steps = ids.len() / seq_len;
+    // The first half of the text comes twice.
+    let steps = (ids.len() / seq_len * 3).div_ceil(2);
     let windows = ids.chunks_exact(seq_len).zip(truth.h.chunks_exact(seq_len * config.hidden_size));
-    for (step, (ids, truth)) in windows.enumerate() {
+    for (step, (ids, truth)) in windows.cycle().take(steps).enumerate() {
         let mut h = Activations::embed(&embedding, ids, seq_len)?.h;
         let mut entered = Vec::with_capacity(bits.len());
         for (index, (learned, &bits)) in learned.iter().zip(bits).enumerate() {
@@ -291,4 +293,68 @@ fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resu
         anyhow::Ok(Linear { weight, bias: original.bias.map(Cow::Owned), residual: Some(residual), thresholds })
     });
     job.writer.write_layer(index, bits, &file.norms(config)?, &[qkv?, o?, gate_up?, down?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling;
+
+    const N: usize = 32;
+    const VOCAB: usize = HEAD_ROWS + 5;
+    const TOKENS: usize = HEAD_TOKENS + 3;
+
+    fn numbers(seed: u64, len: usize) -> Vec<f32> {
+        sampling::draws(seed, len).iter().map(|x| 2.0 * x - 1.0).collect()
+    }
+
+    #[test]
+    fn the_derivative_of_the_divergence_is_that_of_differences() {
+        let head = Dense { in_features: N, out_features: VOCAB, values: numbers(1, N * VOCAB).into() };
+        let gamma: Vec<f32> = numbers(2, N).iter().map(|g| 1.0 + g / 2.0).collect();
+        let (truth, mut h) = (numbers(3, TOKENS * N), numbers(4, TOKENS * N));
+        let (loss, d) = divergence(&head, &gamma, 1e-5, &truth, &h);
+        assert!(loss > 0.1 && divergence(&head, &gamma, 1e-5, &truth, &truth).0.abs() < 1e-6);
+        // Along the derivative; in its last token alone, behind the last whole block.
+        for from in [0, (TOKENS - 1) * N] {
+            let steepest: f64 = d[from..].iter().map(|d| f64::from(*d).powi(2)).sum();
+            let step = 1e-3 / steepest.sqrt() as f32;
+            let old = h.clone();
+            let mut at = |step: f32| {
+                h.copy_from_slice(&old);
+                h[from..].iter_mut().zip(&d[from..]).for_each(|(h, d)| *h += step * d);
+                divergence(&head, &gamma, 1e-5, &truth, &h).0
+            };
+            let slope = (at(step) - at(-step)) / f64::from(2.0 * step);
+            h.copy_from_slice(&old);
+            assert!((slope - steepest).abs() < 2e-2 * steepest, "from {from}: {slope}, {steepest} expected");
+        }
+    }
+
+    #[test]
+    fn a_codebook_goes_against_the_derivative_of_its_weights() {
+        let grid = Codebook { bits: 2 };
+        let codes = [0, 1, 2, 3, 0, 1, 2, 3].repeat(4);
+        let mut gradient = vec![0.0; 32];
+        (gradient[1], gradient[5], gradient[2]) = (3.0, -1.0, -0.5);
+        let codebook = vec![-1.0, -0.25, 0.25, 1.0];
+        let mut learned = Learned { codebook: codebook.clone(), taken: vec![0.0; 32], all: vec![0.0; 32] };
+        let mut means = Means(vec![0.0; 4], vec![0.0; 4]);
+        follow(&grid, &mut learned, &mut means, &codes, &gradient, RATE, 0);
+        let moved: Vec<f32> = learned.codebook.iter().zip(&codebook).map(|(now, before)| now - before).collect();
+        let step = RATE / 4.0 * (2.125f32 / 4.0).sqrt();
+        assert!((moved[1] + step).abs() < 1e-3 * step && (moved[2] - step).abs() < 1e-3 * step, "{moved:?}, {step}");
+        assert_eq!((moved[0], moved[3]), (0.0, 0.0), "nothing pulls at these");
+    }
+
+    #[test]
+    fn what_was_lost_is_kept_by_channel() {
+        let original = Affine { in_features: 64, out_features: 8, weight: numbers(5, 512), bias: None };
+        let weight = numbers(6, 512);
+        let lost = difference(&original, &weight);
+        for (i, lost) in lost.iter().enumerate() {
+            let at = i % 8 * 64 + i / 8;
+            assert_eq!(*lost, original.weight[at] - weight[at], "channel {}, row {}", i / 8, i % 8);
+        }
+    }
 }

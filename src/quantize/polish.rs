@@ -33,7 +33,7 @@ const RATE: f32 = 0.0288;
 const WARMUP: f32 = 3.0;
 /// Adam's memory for the gradient and its square.
 const MEMORY: [f32; 2] = [0.9, 0.95];
-/// Channels that are transposed together.
+/// Channels and rows that are transposed together.
 const TILE: usize = 32;
 /// Tokens whose logits are in memory at once.
 pub(super) const HEAD_TOKENS: usize = 256;
@@ -190,22 +190,27 @@ fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resul
         Refine::Compensated { k_chunks } => k_chunks,
         Refine::None | Refine::Output => [0; 4],
     };
-    let mut layer = Layer::collect(file.norms(config)?, |projection| job.source.projection(index, projection))?;
     let grid = Codebook { bits: bits as usize };
-    let mut codes: [Vec<u8>; 4] = Default::default();
-    let mut lost: [Vec<f32>; 4] = Default::default();
-    for projection in Projection::ALL {
-        let i = projection.index();
-        let (original, n) = (&mut layer.linears[i], learned[i].all.len());
-        codes[i] = self::codes(anyprec(&file.projection(projection, config, None)?)?);
-        let mut weight = vec![0.0; original.weight.len()];
-        let rows = weight.par_chunks_exact_mut(n).zip(codes[i].par_chunks_exact(n));
-        let rows = rows.zip(learned[i].codebook.par_chunks_exact(grid.parameters()));
+    // All four at once: some sources take them out of their blocks on one core.
+    let each = Projection::ALL.into_par_iter().zip(learned).map(|(projection, learned)| {
+        let mut linear = Affine::new(&job.source.projection(index, projection)?);
+        let codes = self::codes(anyprec(&file.projection(projection, config, None)?)?);
+        let mut weight = vec![0.0; codes.len()];
+        let n = linear.in_features;
+        let rows = weight.par_chunks_exact_mut(n).zip(codes.par_chunks_exact(n));
+        let rows = rows.zip(learned.codebook.par_chunks_exact(grid.parameters()));
         rows.for_each(|((weight, codes), codebook)| grid.weights(codebook, codes, weight));
-        lost[i] = difference(original, &weight);
-        original.weight = weight;
-    }
-    Ok((Compensated { layer, lost, k_chunks }, codes))
+        let lost = difference(&linear, &weight);
+        linear.weight = weight;
+        Ok((linear, lost, codes))
+    });
+    let each: Vec<_> = each.collect::<Result<_>>()?;
+    let [(qkv, qkv_lost, qkv_codes), (o, o_lost, o_codes), (gu, gu_lost, gu_codes), (d, d_lost, d_codes)] =
+        each.try_into().ok().context("four projections")?;
+    let (input_norm, post_norm) = file.norms(config)?;
+    let layer = Layer { input_norm, post_norm, linears: [qkv, o, gu, d] };
+    let lost = [qkv_lost, o_lost, gu_lost, d_lost];
+    Ok((Compensated { layer, lost, k_chunks }, [qkv_codes, o_codes, gu_codes, d_codes]))
 }
 
 /// `[out_features, in_features]`
@@ -221,10 +226,12 @@ fn difference(original: &Affine, weight: &[f32]) -> Vec<f32> {
     let (n, m) = (original.in_features, original.out_features);
     let mut lost = vec![0.0; n * m];
     lost.par_chunks_mut(TILE * m).enumerate().for_each(|(tile, lost)| {
-        for row in 0..m {
-            let at = row * n + tile * TILE;
-            for k in 0..lost.len() / m {
-                lost[k * m + row] = original.weight[at + k] - weight[at + k];
+        for first in (0..m).step_by(TILE) {
+            for (k, line) in lost.chunks_exact_mut(m).enumerate() {
+                for (row, lost) in line.iter_mut().enumerate().skip(first).take(TILE) {
+                    let at = row * n + tile * TILE + k;
+                    *lost = original.weight[at] - weight[at];
+                }
             }
         }
     });

@@ -124,39 +124,46 @@ struct Stage {
     }
 };
 
-// A warp's way through the units of its block: unit `index` of the matrix, which is `unit` of `tile`.
-struct Cursor {
-    int index, tile, unit;
-    bool fresh; // the warp's first unit of this tile
+// What a warp asks for next: units WARPS apart, of tile after tile.
+struct Ahead {
+    const char* codes; // this lane's
+    int aux;           // of the unit, or of the tile: its index
+    int left, unit;    // units to come; of the tile
+    bool fresh;        // the warp's first unit of this tile
 
-    __device__ __forceinline__ Cursor(int begin, int warp)
-        : index(begin * UNITS + warp), tile(begin + warp / UNITS), unit(warp % UNITS), fresh(true) {}
+    __device__ __forceinline__ Ahead(const Gemv& g, int begin, int end, int warp) {
+        int first = begin * UNITS + warp;
+        codes = (const char*)(g.codes + threadIdx.x % 32) + (long long)first * (VECTORS * 512);
+        aux = AUX_PER_UNIT ? first : begin + warp / UNITS;
+        left = (max((end - begin) * UNITS - warp, 0) + WARPS - 1) / WARPS;
+        unit = warp % UNITS;
+        fresh = true;
+    }
 
-    __device__ __forceinline__ void step() {
-        int before = tile;
-        index += WARPS;
-        tile += WARPS / UNITS, unit += WARPS % UNITS;
-        if (unit >= UNITS) unit -= UNITS, tile++;
-        fresh = tile != before;
+    // Asks for a unit's codes and, where they change, what comes with them.
+    __device__ __forceinline__ void request(const Gemv& g, u32 slot) {
+        if (left > 0) {
+#pragma unroll
+            for (int v = 0; v < VECTORS; v++) copy_async(slot + v * 512, codes + v * 512);
+            if (AUX_BYTES > 0 && (AUX_PER_UNIT || fresh)) {
+                int lane = threadIdx.x % 32;
+                const char* from = g.aux + lane * 16 + (long long)aux * AUX_BYTES;
+#pragma unroll
+                for (int i = 0; i < AUX_BYTES; i += 512)
+                    if (AUX_BYTES - i >= 512 || lane * 16 < AUX_BYTES - i) copy_async(slot + VECTORS * 512 + i, from + i);
+            }
+        }
+        copy_async_commit();
+        left--;
+        codes += WARPS * VECTORS * 512;
+        if (AUX_PER_UNIT) aux += WARPS;
+        if (AUX_BYTES == 0 || AUX_PER_UNIT) return;
+        bool wraps = unit + WARPS % UNITS >= UNITS;
+        unit += wraps ? WARPS % UNITS - UNITS : WARPS % UNITS;
+        aux += WARPS / UNITS + wraps;
+        fresh = WARPS >= UNITS || wraps;
     }
 };
-
-// Asks for a unit's codes and, where they change, what comes with them.
-__device__ __forceinline__ void request(const Gemv& g, const Cursor& at, int end, u32 slot) {
-    if (at.index < end) {
-        int lane = threadIdx.x % 32;
-        const char* from = (const char*)(g.codes + lane) + (long long)at.index * (VECTORS * 512);
-#pragma unroll
-        for (int v = 0; v < VECTORS; v++) copy_async(slot + v * 512, from + v * 512);
-        if (AUX_BYTES > 0 && (AUX_PER_UNIT || at.fresh)) {
-            const char* aux = g.aux + lane * 16 + (long long)(AUX_PER_UNIT ? at.index : at.tile) * AUX_BYTES;
-#pragma unroll
-            for (int i = 0; i < AUX_BYTES; i += 512)
-                if (AUX_BYTES - i >= 512 || lane * 16 < AUX_BYTES - i) copy_async(slot + VECTORS * 512 + i, aux + i);
-        }
-    }
-    copy_async_commit();
-}
 
 __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, char* shared) {
     int warp = threadIdx.x / 32;
@@ -170,13 +177,9 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     float* parts = (float*)((char*)(group_sums + SUMS) + WARPS * STAGES * STAGE_BYTES);
     u32 slots = shared_address(ring) + threadIdx.x % 32 * 16;
 
-    Cursor at(begin, warp), ahead(begin, warp);
-    int last = end * UNITS;
+    Ahead ahead(g, begin, end, warp);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) {
-        request(g, ahead, last, slots + s * STAGE_BYTES);
-        ahead.step();
-    }
+    for (int s = 0; s < STAGES - 1; s++) ahead.request(g, slots + s * STAGE_BYTES);
     if (TRIGGER == 0) let_next_start();
     if (UNITS < WARPS)
         for (int i = threadIdx.x; i < (end - begin) * WARPS * 16; i += THREADS) parts[i] = 0;
@@ -200,24 +203,24 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     });
     Base::sync();
 
-    Unit unit;
-    float* part = parts + warp * 16;
-    int slot = 0, next = STAGES - 1;
-    for (; at.index < last; at.step()) {
+    Unit sums;
+    int tile = warp / UNITS, unit = warp % UNITS, slot = 0, next = STAGES - 1;
+    bool fresh = true;
+#pragma unroll 1
+    while (tile < end - begin) {
         copy_async_wait<STAGES - 2>();
         __syncwarp();
-        request(g, ahead, last, slots + next * STAGE_BYTES);
-        ahead.step();
+        ahead.request(g, slots + next * STAGE_BYTES);
         const uint4* stage = (const uint4*)(ring + slot * STAGE_BYTES);
-        if (at.fresh) {
-            unit.begin(stage + VECTORS * 32);
-            part = parts + ((at.tile - begin) * WARPS + warp) * 16;
-        }
-        unit.add(stage, xs + at.unit * UNIT, group_sums + at.unit * GROUP_SUMS);
+        if (fresh) sums.begin(stage + VECTORS * 32);
+        sums.add(stage, xs + unit * UNIT, group_sums + unit * GROUP_SUMS);
         next = slot;
         slot = slot == STAGES - 1 ? 0 : slot + 1;
         // The warp's last unit of a tile.
-        if (at.unit + WARPS >= UNITS) unit.store(part);
+        if (unit + WARPS >= UNITS) sums.store(parts + (tile * WARPS + warp) * 16);
+        fresh = WARPS >= UNITS || unit + WARPS % UNITS >= UNITS;
+        tile += WARPS / UNITS, unit += WARPS % UNITS;
+        if (unit >= UNITS) unit -= UNITS, tile++;
     }
     if (TRIGGER == 2) let_next_start();
     Base::sync();
@@ -228,7 +231,7 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += parts[(r / 16 * WARPS + w) * 16 + r % 16];
-        if (row == own) {
+        if (r == threadIdx.x) {
             sum += added;
         } else {
             float other = g.add ? load1(g.y, g.y_delta, row) : 0.0f;

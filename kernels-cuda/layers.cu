@@ -86,10 +86,21 @@ struct Layers {
     float eps;
 };
 
+// Matrices of a layer as they stream by: QKV and O, then gate and up apart, then down.
+enum { GATE = GU, UP, DOWN, MATRICES };
+
 struct Table {
     const Layer* layers;
-    __device__ __forceinline__ const char* codes(int m) const { return layers[m / 4].products[m % 4].codes; }
-    __device__ __forceinline__ const char* aux(int m) const { return layers[m / 4].products[m % 4].aux; }
+    __device__ __forceinline__ const char* codes(int m) const {
+        return product(m).codes + (m % MATRICES == UP ? (u64)(I / 16) * UNITS_OF(H) * (VECTORS * 512) : 0);
+    }
+    __device__ __forceinline__ const char* aux(int m) const {
+        int tiles = m % MATRICES == UP ? I / 16 : 0;
+        return product(m).aux + (u64)tiles * (AUX_PER_UNIT ? UNITS_OF(H) : 1) * AUX_BYTES;
+    }
+    __device__ __forceinline__ const Product& product(int m) const {
+        return layers[m / MATRICES].products[m % MATRICES - (m % MATRICES >= UP)];
+    }
 };
 
 __device__ __forceinline__ Dec dec_of(const Product& p, int op) {
@@ -129,7 +140,7 @@ struct Grid {
 };
 
 // Shared memory, in order; the ring comes first.
-constexpr int ROUTES = (Stream<4, Table>::BYTES + 127) / 128 * 128; // Route [4], scratch floats, the ticket
+constexpr int ROUTES = (Stream<MATRICES, Table>::BYTES + 127) / 128 * 128; // Route [MATRICES], scratch floats, the ticket
 constexpr int TABLE = ROUTES + 256;                                 // Layer [MOST_LAYERS]
 constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
@@ -202,9 +213,9 @@ __device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_
 
 // Where tiles have fewer units than there are warps, some leave nothing.
 template <int UNITS>
-__device__ __forceinline__ void clear(const Route& r, float* parts) {
+__device__ __forceinline__ void clear(const Route& r, int matrices, float* parts) {
     if (UNITS < WARPS)
-        for (int i = this_thread(); i < (r.end - r.begin) * WARPS * 16; i += THREADS) parts[i] = 0;
+        for (int i = this_thread(); i < matrices * (r.end - r.begin) * WARPS * 16; i += THREADS) parts[i] = 0;
 }
 
 __device__ __forceinline__ float total(const float* parts, int tile, int r) {
@@ -242,7 +253,7 @@ template <class Wait>
 __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const float* bias, const float* delta,
                                              u16* act, float* act32, Wait wait) {
     constexpr int STEPS = (PARTS / (4 * WARPS * 2) + THREADS - 1) / THREADS;
-    int rows = (r.end - r.begin) * 8, first = r.begin * 8;
+    int tiles = r.end - r.begin, rows = tiles * 16, first = r.begin * 16;
     float gate[STEPS] = {}, up[STEPS] = {};
     if (delta && this_thread() / 32 * 32 < rows) {
         wait();
@@ -257,7 +268,7 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
     for (int s = 0; s < STEPS; s++) {
         int i = s * THREADS + this_thread(), row = first + i;
         if (i < rows) {
-            gate[s] += total(parts, i / 16 * 2, i % 16), up[s] += total(parts, i / 16 * 2 + 1, i % 16);
+            gate[s] += total(parts, i / 16, i % 16), up[s] += total(parts, tiles + i / 16, i % 16);
             if (bias) gate[s] += bias[row], up[s] += bias[I + row];
             float v = silu(gate[s]) * up[s];
             act[row] = narrow(v);
@@ -303,13 +314,11 @@ __device__ __forceinline__ void compensate_product(const Product& p, int op, int
     add_stripe<All>(dec, compensating(p), list, (float*)(shared + X), out);
 }
 
-// The multiplying blocks' part of a matrix: tiles shared out among the first `blocks`.
+// The multiplying blocks' part of a matrix: tiles shared out among the first `blocks`. Gate and up are shared out alike.
 __device__ __forceinline__ Route route_of(int op, int blocks) {
-    int tiles = (rows_of(op) + 15) / 16, step = op == GU ? 2 : 1, b = blockIdx.x;
-    tiles /= step;
-    if (b >= blocks) return Route{0, 0, UNITS_OF(width_of(op)), 0};
-    return Route{(int)((long long)tiles * b / blocks) * step, (int)((long long)tiles * (b + 1) / blocks) * step,
-                 UNITS_OF(width_of(op)), op == GU ? tiles : 0};
+    int tiles = rows_of(op) / (op == GU ? 32 : 16), b = blockIdx.x;
+    if (b >= blocks) return Route{0, 0, UNITS_OF(width_of(op))};
+    return Route{tiles * b / blocks, tiles * (b + 1) / blocks, UNITS_OF(width_of(op))};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Layers g) {
@@ -324,15 +333,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
 
     for (int i = threadIdx.x; i < g.count * (int)sizeof(Layer) / 8; i += THREADS)
         ((u64*)table)[i] = ((const u64*)g.layers)[i];
-    if (threadIdx.x < 32) Stream<4, Table>::init(shared_address(shared));
+    if (threadIdx.x < 32) Stream<MATRICES, Table>::init(shared_address(shared));
     All::sync();
-    if (threadIdx.x < 4) {
-        const Product& p = table[0].products[threadIdx.x];
-        routes[threadIdx.x] = route_of(threadIdx.x, BLOCKS - (DEC && p.k_chunk > 0 ? p.n_tb : 0));
+    if (threadIdx.x < MATRICES) {
+        int op = threadIdx.x - (threadIdx.x >= UP);
+        const Product& p = table[0].products[op];
+        routes[threadIdx.x] = route_of(op, BLOCKS - (DEC && p.k_chunk > 0 ? p.n_tb : 0));
     }
     All::sync();
 
-    Stream<4, Table> stream(Table{table}, routes, 4 * g.count, shared_address(shared));
+    Stream<MATRICES, Table> stream(Table{table}, routes, MATRICES * g.count, shared_address(shared));
     wait_for_previous();
     Grid grid{g.grid, __ldcg(g.grid + 1), g.stamps, 0};
     u32 compensated = __ldcg(g.grid + 3);
@@ -354,12 +364,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
 
         if (compensating(p[QKV]) >= 0) {
             compensate_product<H, true>(p[QKV], QKV, edge, g.h, pending, layer.norms[0], g.eps, scratch, shared, g.qkv_delta);
-            stream.skip(4 * l + QKV);
+            stream.skip(MATRICES * l + QKV);
         } else {
             stage<H, true>(g.h, pending, layer.norms[0], g.eps, scratch, xs, group_sums);
-            clear<UNITS_OF(H)>(routes[QKV], parts);
+            clear<UNITS_OF(H)>(routes[QKV], 1, parts);
             All::sync();
-            stream.multiply<UNITS_OF(H)>(4 * l + QKV, routes[QKV], shared, xs, group_sums, parts);
+            stream.multiply<UNITS_OF(H)>(MATRICES * l + QKV, routes[QKV], shared, xs, group_sums, parts);
             All::sync();
             finish(routes[QKV], parts, p[QKV].bias, g.qkv, nullptr, false);
         }
@@ -380,12 +390,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
 
         if (compensating(p[O]) >= 0) {
             compensate_product<A, false>(p[O], O, edge, g.attended, nullptr, nullptr, 0, scratch, shared, g.o_delta);
-            stream.skip(4 * l + O);
+            stream.skip(MATRICES * l + O);
         } else {
             stage<A, false>(g.attended, nullptr, nullptr, 0, scratch, xs, group_sums);
-            clear<UNITS_OF(A)>(routes[O], parts);
+            clear<UNITS_OF(A)>(routes[O], 1, parts);
             All::sync();
-            stream.multiply<UNITS_OF(A)>(4 * l + O, routes[O], shared, xs, group_sums, parts);
+            stream.multiply<UNITS_OF(A)>(MATRICES * l + O, routes[O], shared, xs, group_sums, parts);
             All::sync();
             finish(routes[O], parts, p[O].bias, g.h, pending, true);
         }
@@ -402,13 +412,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
                 __threadfence();
                 asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(g.grid + 2) : "memory");
             }
-            stream.skip(4 * l + GU);
+            stream.skip(MATRICES * l + GATE);
+            stream.skip(MATRICES * l + UP);
         } else {
             stage<H, true>(g.h, pending, layer.norms[1], g.eps, scratch, xs, group_sums);
-            clear<UNITS_OF(H)>(routes[GU], parts);
+            clear<UNITS_OF(H)>(routes[GATE], 2, parts);
             All::sync();
-            stream.multiply<UNITS_OF(H)>(4 * l + GU, routes[GU], shared, xs, group_sums, parts);
-            finish_pairs(routes[GU], parts, p[GU].bias, gu_compensated ? g.gu_delta : nullptr, g.act,
+            int half = (routes[GATE].end - routes[GATE].begin) * WARPS * 16;
+#pragma unroll 1
+            for (int i = 0; i < 2; i++)
+                stream.multiply<UNITS_OF(H)>(MATRICES * l + GATE + i, routes[GATE], shared, xs, group_sums, parts + i * half);
+            finish_pairs(routes[GATE], parts, p[GU].bias, gu_compensated ? g.gu_delta : nullptr, g.act,
                          DEC && p[D].k_chunk > 0 ? g.act32 : nullptr,
                          [&] { wait_for_compensation(g.grid + 2, compensated); });
         }
@@ -417,14 +431,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
 
         if (compensating(p[D]) >= 0) {
             compensate_product<I, false>(p[D], D, edge, g.act32, nullptr, nullptr, 0, scratch, shared, g.d_delta);
-            stream.skip(4 * l + D);
+            stream.skip(MATRICES * l + DOWN);
         } else {
             stage_act(g.act, xs, group_sums);
-            clear<UNITS_OF(I)>(routes[D], parts);
+            clear<UNITS_OF(I)>(routes[DOWN], 1, parts);
             All::sync();
-            stream.multiply<UNITS_OF(I)>(4 * l + D, routes[D], shared, xs, group_sums, parts);
+            stream.multiply<UNITS_OF(I)>(MATRICES * l + DOWN, routes[DOWN], shared, xs, group_sums, parts);
             All::sync();
-            finish(routes[D], parts, p[D].bias, g.h, pending, true);
+            finish(routes[DOWN], parts, p[D].bias, g.h, pending, true);
         }
         pending = DEC && p[D].k_chunk > 0 ? g.d_delta : nullptr;
         if (l + 1 < g.count) {

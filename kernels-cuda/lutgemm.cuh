@@ -7,7 +7,8 @@
 //          hold channels (0, 1) and (2, 3) of row g, then of row g + 8
 //   aux    f32 [tiles, units, 256 / GROUP, 16 rows, (step, centre)]
 //
-// Codes become small integers (exact in either type) by or-ing them into the mantissa of 1024 (or 128).
+// Codes become small integers (exact in either type) by or-ing them into the mantissa of 1024 (or 128); where it has
+// room for them four bits higher, they come out sixteen times as large, which the subtraction takes back for nothing.
 // Matrices whose alphas are not powers of two apart go through gemv_any.cu.
 #pragma once
 #if BITS == 3
@@ -23,16 +24,29 @@
 #include "common.cuh"
 
 #define MASK (0x00010001u * ((1 << BITS) - 1))
-// 1024 and −(1024 + 2^(BITS−1)) in f16, 128 and −(128 + 2^(BITS−1)) in bf16, twice each.
+#define MIDDLE (1 << (BITS - 1))
+// 1024 in f16, 128 in bf16, twice.
 #define BASE (DTYPE == 1 ? 0x43004300u : 0x64006400u)
-#define MINUS_BASE (DTYPE == 1 ? (BITS == 3 ? 0xc304c304u : 0xc308c308u) : (BITS == 3 ? 0xe404e404u : 0xe408e408u))
-#define ONE (DTYPE == 1 ? 0x3f803f80u : 0x3c003c00u)
 
-__device__ __forceinline__ u32 integers(u32 codes) { return fma2(and_or(codes, MASK, BASE), ONE, MINUS_BASE); }
+// Codes at bit 0 of each half, less 2^(BITS−1).
+__device__ __forceinline__ u32 integers(u32 codes) {
+    constexpr u32 one = DTYPE == 1 ? 0x3f80 : 0x3c00;
+    constexpr u32 minus = (DTYPE == 1 ? 0xc300 : 0xe400) + MIDDLE; // −(128 or 1024 + 2^(BITS−1))
+    return fma2(and_or(codes, MASK, BASE), one * 0x10001u, minus * 0x10001u);
+}
+
+// Codes at bit 4 of each half, less 2^(BITS−1).
+__device__ __forceinline__ u32 higher_integers(u32 codes) {
+    if (DTYPE == 1 && BITS == 4) return integers(codes >> 4);
+    constexpr u32 sixteenth = DTYPE == 1 ? 0x3d80 : 0x2c00;
+    constexpr u32 minus = DTYPE == 1 ? 0xc140 : 0xd400 + 16 * MIDDLE; // −(8 + 4), −(64 + 2^(BITS−1))
+    return fma2(and_or(codes, MASK << 4, BASE), sixteenth * 0x10001u, minus * 0x10001u);
+}
 
 __device__ __forceinline__ void integers(u32 codes, u32* a) {
-    a[0] = integers(codes), a[2] = integers(codes >> 4);
-    a[1] = integers(codes >> 8), a[3] = integers(codes >> 12);
+    u32 upper = codes >> 8;
+    a[0] = integers(codes), a[2] = higher_integers(codes);
+    a[1] = integers(upper), a[3] = higher_integers(upper);
 }
 
 // Nothing comes with the codes that their operands need.

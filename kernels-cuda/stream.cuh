@@ -2,21 +2,19 @@
 // ring of shared memory by the bulk copy engine (compute capability 9.0). The stream does not stop where a matrix
 // ends: while a block waits for activations, the ring fills with what it will multiply next.
 //
-// Slot s of warp w is full when its mbarrier's phase ends. Only the warp itself refills it, after its last read.
+// A slot is full when the phase of its mbarrier, which lies behind it, ends. Only its warp refills it, after its last read.
 #pragma once
 #include "unit.cuh"
 
-// A unit in the ring: its codes, and what comes with each unit.
-#define SLOT (((AUX_PER_UNIT ? STAGE_BYTES : VECTORS * 512) + 127) / 128 * 128)
+// A unit in the ring: its codes, and what comes with each unit; then its mbarrier.
+#define BODY (AUX_PER_UNIT ? STAGE_BYTES : VECTORS * 512)
+#define SLOT (BODY + 16)
 
-// A matrix on its way: which part of it this block multiplies, in tiles in the order of use.
+// A matrix on its way: which of its tiles this block multiplies.
 struct Route {
-    int begin, end; // tiles
-    int units;      // of a tile
-    int half;       // tiles of gate, where tiles of gate and up take turns; else 0
+    int begin, end;
+    int units; // of a tile
 };
-
-__device__ __forceinline__ int tile_at(int s, int half) { return half ? (s & 1) * half + (s >> 1) : s; }
 
 __device__ __forceinline__ void barrier_init(u32 barrier) {
     asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
@@ -49,81 +47,82 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
         : "memory");
 }
 
-// Where a warp's stream is: `Table` says where the matrices are (codes(m), aux(m)), routes[m % ROUTES] which part.
+// Where a warp's stream is: `Table` says where the matrices are (codes(m), aux(m)), routes[m % ROUTES] which part. A
+// warp's next unit lies WARPS further on.
 //
-// Shared memory from `rings` on: slots [WARPS, STAGES], the block's codebooks of two matrices in turn [2, BOOKS bytes]
-// (where a tile has some), mbarriers [WARPS, STAGES] and [2].
+// Shared memory from `rings` on: slots [WARPS, STAGES], the block's codebooks of three matrices in turn [3, BOOKS bytes]
+// (where a tile has some; while one is multiplied, some warps may still be at the one before, and the next one's are on
+// their way), their mbarriers [3].
 template <int ROUTES, class Table>
 struct Stream {
-    static constexpr int BARRIERS = WARPS * STAGES * SLOT + 2 * BOOKS;
-    static constexpr int BYTES = BARRIERS + (WARPS * STAGES + 2) * 8;
+    static constexpr int BARRIERS = WARPS * STAGES * SLOT + 3 * BOOKS;
+    static constexpr int BYTES = BARRIERS + 3 * 8;
 
     const Route* routes;
     Table table;
     u32 rings;
     int matrices;
-    // The next unit to be asked for; lane 0 alone knows.
-    int matrix, s, unit;
-    Route route;
+    // The next unit to be asked for, and how many are left of the matrix; lane 0 alone knows.
+    int matrix, left;
     const char* codes;
-    // The next one to be used.
-    int slot;
-    u32 phase;
+    const char* aux;
+    // The slot to be used next, in bytes from `rings`.
+    u32 at, phase;
 
     // Before anything else, by one warp; all wait for it.
     static __device__ __forceinline__ void init(u32 rings) {
-        for (int i = threadIdx.x % 32; i < WARPS * STAGES + 2; i += 32) barrier_init(rings + BARRIERS + i * 8);
+        int lane = threadIdx.x % 32;
+        for (int i = lane; i < WARPS * STAGES; i += 32) barrier_init(rings + i * SLOT + BODY);
+        if (lane < 3) barrier_init(rings + BARRIERS + lane * 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
 
     __device__ __forceinline__ Stream(Table table, const Route* routes, int matrices, u32 rings)
-        : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), slot(0), phase(0) {
+        : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), left(0),
+          at(threadIdx.x / 32 * (STAGES * SLOT)), phase(0) {
         if (threadIdx.x % 32 == 0) {
             next_matrix();
             if (threadIdx.x == 0) ask_books(0);
 #pragma unroll 1
-            for (int i = 0; i < STAGES; i++) ask(i);
+            for (int i = 0; i < STAGES; i++) ask(rings + at + i * SLOT);
         }
     }
 
-    __device__ __forceinline__ u32 full(int warp, int slot) const { return rings + BARRIERS + (warp * STAGES + slot) * 8; }
-
     // On to the first unit of the next matrix in which this warp has any.
     __device__ __forceinline__ void next_matrix() {
-        do {
-            if (++matrix >= matrices) return;
-            route = routes[(u32)matrix % ROUTES];
-            u32 warp = threadIdx.x / 32;
-            s = route.begin + warp / (u32)route.units, unit = warp % (u32)route.units;
-        } while (s >= route.end);
-        codes = table.codes(matrix);
+        while (left == 0 && ++matrix < matrices) {
+            Route r = routes[(u32)matrix % ROUTES];
+            int warp = this_thread() / 32;
+            left = (max((r.end - r.begin) * r.units - warp, 0) + WARPS - 1) / WARPS;
+            u32 first = r.begin * r.units + warp;
+            codes = table.codes(matrix) + (u64)first * (VECTORS * 512);
+            if (AUX_PER_UNIT) aux = table.aux(matrix) + (u64)first * AUX_BYTES;
+        }
     }
 
-    // Asks for the codebooks of this block's tiles: those of gate, then those of up, where they take turns.
+    // Asks for the codebooks of this block's tiles.
     __device__ __forceinline__ void ask_books(int m) {
         if (AUX_PER_UNIT || AUX_BYTES == 0 || m >= matrices) return;
         Route r = routes[(u32)m % ROUTES];
-        u32 barrier = rings + BARRIERS + (WARPS * STAGES + (m & 1)) * 8, to = rings + WARPS * STAGES * SLOT + (m & 1) * BOOKS;
-        int parts = r.half ? 2 : 1, first = r.begin / parts, bytes = (r.end - r.begin) / parts * AUX_BYTES;
+        u32 barrier = rings + BARRIERS + (u32)m % 3 * 8, to = rings + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
+        int bytes = (r.end - r.begin) * AUX_BYTES;
         // A block without tiles of this matrix ends the phase all the same.
-        barrier_expect(barrier, parts * bytes);
-        if (bytes == 0) return;
-        bulk_copy(to, table.aux(m) + first * AUX_BYTES, bytes, barrier);
-        if (r.half) bulk_copy(to + bytes, table.aux(m) + (r.half + first) * AUX_BYTES, bytes, barrier);
+        barrier_expect(barrier, bytes);
+        if (bytes > 0) bulk_copy(to, table.aux(m) + r.begin * AUX_BYTES, bytes, barrier);
     }
 
     // Asks for the next unit of the stream.
-    __device__ __forceinline__ void ask(int to) {
-        if (matrix >= matrices) return;
-        u32 index = tile_at(s, route.half) * route.units + unit, warp = threadIdx.x / 32;
-        u32 barrier = full(warp, to), at = rings + (warp * STAGES + to) * SLOT;
-        barrier_expect(barrier, VECTORS * 512 + (AUX_PER_UNIT ? AUX_BYTES : 0));
-        bulk_copy(at, codes + (u64)index * (VECTORS * 512), VECTORS * 512, barrier);
-        if (AUX_PER_UNIT) bulk_copy(at + VECTORS * 512, table.aux(matrix) + (u64)index * AUX_BYTES, AUX_BYTES, barrier);
-        unit += WARPS;
-        while (unit >= route.units) unit -= route.units, s++;
-        if (s >= route.end) next_matrix();
+    __device__ __forceinline__ void ask(u32 to) {
+        if (left == 0) return;
+        barrier_expect(to + BODY, BODY);
+        bulk_copy(to, codes, VECTORS * 512, to + BODY);
+        codes += WARPS * VECTORS * 512;
+        if (AUX_PER_UNIT) {
+            bulk_copy(to + VECTORS * 512, aux, AUX_BYTES, to + BODY);
+            aux += WARPS * AUX_BYTES;
+        }
+        if (--left == 0) next_matrix();
     }
 
     // Matrix m has no part for this block: its phase of the codebooks ends all the same.
@@ -135,34 +134,29 @@ struct Stream {
     template <int UNITS>
     __device__ __forceinline__ void multiply(int m, const Route& r, const char* shared, const u16* xs,
                                              const float* group_sums, float* parts) {
-        int t = this_thread(), warp = t / 32;
-        int begin = r.begin, end = r.end, half = r.half;
-        int at = begin + warp / UNITS, u = warp % UNITS;
-        const char* own = shared + warp * STAGES * SLOT;
-        const char* books = shared + WARPS * STAGES * SLOT + (m & 1) * BOOKS;
+        int t = this_thread(), warp = t / 32, tiles = r.end - r.begin;
+        int tile = warp / UNITS, u = warp % UNITS;
+        const char* books = shared + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
         if (t == 0) ask_books(m + 1);
-        if (!AUX_PER_UNIT && AUX_BYTES > 0 && at < end)
-            barrier_wait(rings + BARRIERS + (WARPS * STAGES + (m & 1)) * 8, m >> 1 & 1);
+        if (!AUX_PER_UNIT && AUX_BYTES > 0 && tile < tiles)
+            barrier_wait(rings + BARRIERS + (u32)m % 3 * 8, (u32)m / 3 & 1);
         bool first = true;
         Unit sums;
 #pragma unroll 1
-        while (at < end) {
-            barrier_wait(full(warp, slot), phase);
-            const uint4* stage = (const uint4*)(own + slot * SLOT);
-            if (first) {
-                int book = half ? (at & 1) * ((end - begin) / 2) + (at - begin) / 2 : at - begin;
-                sums.begin((const uint4*)(books + book * AUX_BYTES));
-            }
-            sums.add(stage, xs + u * UNIT, group_sums + u * GROUP_SUMS);
+        while (tile < tiles) {
+            barrier_wait(rings + at + BODY, phase);
+            if (first) sums.begin((const uint4*)(books + tile * AUX_BYTES));
+            sums.add((const uint4*)(shared + at), xs + u * UNIT, group_sums + u * GROUP_SUMS);
             __syncwarp();
-            if (t % 32 == 0) ask(slot);
-            if (++slot == STAGES) slot = 0, phase ^= 1;
+            if (t % 32 == 0) ask(rings + at);
+            at += SLOT;
+            if (at == (warp + 1) * (STAGES * SLOT)) at -= STAGES * SLOT, phase ^= 1;
             // The warp's last unit of a tile.
-            if (u + WARPS >= UNITS) sums.store(parts + ((at - begin) * WARPS + warp) * 16);
-            int before = at;
-            at += WARPS / UNITS, u += WARPS % UNITS;
-            if (u >= UNITS) u -= UNITS, at++;
-            first = at != before;
+            if (u + WARPS >= UNITS) sums.store(parts + (tile * WARPS + warp) * 16);
+            int before = tile;
+            tile += WARPS / UNITS, u += WARPS % UNITS;
+            if (u >= UNITS) u -= UNITS, tile++;
+            first = tile != before;
         }
     }
 };

@@ -111,24 +111,27 @@ fn launch_of_warps(
     // In compensating blocks, sums of a stripe lie here.
     let stripe = if dec.is_some() { 16 * 4 * (32 * warps + 1) } else { 0 };
     let xs = (halves(wide).max(halves(narrow)).max(stripe) + sums).next_multiple_of(16);
-    let tiles = products.iter().enumerate().map(|(i, &(_, rows))| {
-        let together = if i == 2 { 2 } else { 1 };
-        (rows / TILE / together).div_ceil(multiprocessors - n_tbs[i]) * together
-    });
-    let tiles = tiles.max()?;
-    let parts = tiles * warps * TILE * 4;
+    // Gate and up stream apart and are summed up together.
+    let most_tiles = |sums: bool| {
+        let each = products.iter().enumerate().map(|(i, &(_, rows))| {
+            let matrices = if i == 2 { 2 } else { 1 };
+            (rows / TILE / matrices).div_ceil(multiprocessors - n_tbs[i]) * if sums { matrices } else { 1 }
+        });
+        each.max().unwrap_or(0)
+    };
+    let parts = most_tiles(true) * warps * TILE * 4;
     // Attention uses both while no product does.
     let group = shapes.heads / shapes.kv_heads;
     let attention = 4 * (group * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
     let (books, slot) = match format {
-        Format::AnyPrec { bits } => (tiles * (32 << bits), unit(format, narrow).1 - (32 << bits)),
+        Format::AnyPrec { bits } => (most_tiles(false) * (32 << bits), unit(format, narrow).1 - (32 << bits)),
         _ => (0, unit(format, narrow).1),
     };
     let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
-    let fixed = 256 + 128 + 16 + 2 * books + table + xs + parts + list;
-    let stage = warps * (slot.next_multiple_of(128) + 8);
+    let fixed = 256 + 128 + 24 + 3 * books + table + xs + parts + list;
+    let stage = warps * (slot + 16);
     let stages = most_shared.checked_sub(fixed)? / stage;
     if stages < 2 {
         return None;
@@ -377,7 +380,7 @@ mod tests {
             let launch = launch.unwrap_or_else(|| panic!("no room for {format:?} in {shared}"));
             assert!(launch.shared <= shared && launch.stages >= 2, "{launch:?}");
             // One more stage would not have fitted.
-            let stage = launch.warps * (512 * 4 + 32768 / 32 + 8);
+            let stage = launch.warps * (512 * 4 + 32768 / 32 + 16);
             assert!(launch.stages == 8 || launch.shared + stage > shared, "{launch:?}");
         }
     }

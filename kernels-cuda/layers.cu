@@ -7,6 +7,7 @@
 //   layers     [count], in device memory: matrices as in anyprec.cuh (FORMAT 0) or lutgemm.cuh (FORMAT 1)
 //   h          f32 [H]; what stands in h_delta on entry (or null) belongs to it, in d_delta on exit if k_chunk of d > 0
 //   qkv, attended and the deltas beside them   f32, overwritten
+//   rest       f32 [H], overwritten: of down, what a block has of tiles that began in the block before
 //   act        [I] 16-bit numbers of DTYPE;  act32  the same in f32, where d is compensated
 //   grid       u32 [4]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
 //              ended; the same of blocks that have compensated gate-up
@@ -69,6 +70,7 @@ struct Layers {
     const float* h_delta;
     float* o_delta;
     float* d_delta;
+    float* rest;
     float* qkv;
     float* qkv_delta;
     float* attended;
@@ -159,8 +161,8 @@ __device__ __forceinline__ void group_sum(float* group_sums, int channel, float 
 }
 
 // The input of a product of K channels, normalized if there is a γ, to 16-bit numbers in xs.
-template <int K, bool NORM>
-__device__ __forceinline__ void stage(const float* x, const float* delta, const float* gamma, float eps, float* scratch,
+template <int K, bool NORM, class Delta>
+__device__ __forceinline__ void stage(const float* x, const Delta& delta, const float* gamma, float eps, float* scratch,
                                       u16* xs, float* group_sums) {
     constexpr int PADDED = UNITS_OF(K) * UNIT, STEPS = (PADDED / 4 + THREADS - 1) / THREADS;
     int t = this_thread();
@@ -211,11 +213,11 @@ __device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_
     }
 }
 
-// Where tiles have fewer units than there are warps, some leave nothing.
-template <int UNITS>
+// Where a tile has fewer units here than there are warps, some leave nothing.
+template <int UNITS, bool ANYWHERE>
 __device__ __forceinline__ void clear(const Route& r, int matrices, float* parts) {
-    if (UNITS < WARPS)
-        for (int i = this_thread(); i < matrices * (r.end - r.begin) * WARPS * 16; i += THREADS) parts[i] = 0;
+    if (UNITS < WARPS || ANYWHERE)
+        for (int i = this_thread(); i < matrices * r.tiles * WARPS * 16; i += THREADS) parts[i] = 0;
 }
 
 __device__ __forceinline__ float total(const float* parts, int tile, int r) {
@@ -225,11 +227,17 @@ __device__ __forceinline__ float total(const float* parts, int tile, int r) {
     return sum;
 }
 
-// Rows of a finished product: y[row] = v, or y[row] + y_delta[row] + v.
+// Rows of a finished product: y[row] = v, or y[row] + y_delta[row] + v. Rows of a tile that began in the block before
+// go to `rest`.
+template <class Delta>
 __device__ __forceinline__ void finish(const Route& r, const float* parts, const float* bias, float* y,
-                                       const float* y_delta, bool add) {
-    for (int i = this_thread(); i < (r.end - r.begin) * 16; i += THREADS) {
-        int row = r.begin * 16 + i;
+                                       const Delta& y_delta, bool add, float* rest) {
+    for (int i = this_thread(); i < r.tiles * 16; i += THREADS) {
+        int row = r.first_tile * 16 + i;
+        if (rest && i < 16 && r.offset > 0) {
+            rest[row] = total(parts, 0, i);
+            continue;
+        }
         float before = add ? load1(y, y_delta, row) : 0.0f;
         if (bias) before += bias[row];
         y[row] = total(parts, i / 16, i % 16) + before;
@@ -253,7 +261,7 @@ template <class Wait>
 __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const float* bias, const float* delta,
                                              u16* act, float* act32, Wait wait) {
     constexpr int STEPS = (PARTS / (4 * WARPS * 2) + THREADS - 1) / THREADS;
-    int tiles = r.end - r.begin, rows = tiles * 16, first = r.begin * 16;
+    int tiles = r.tiles, rows = tiles * 16, first = r.first_tile * 16;
     float gate[STEPS] = {}, up[STEPS] = {};
     if (delta && this_thread() / 32 * 32 < rows) {
         wait();
@@ -283,9 +291,9 @@ __device__ __forceinline__ int compensating(const Product& p) {
 }
 
 // x is normalized if there is a γ. `edge` is this lane's edge of the buckets, fetched before the barrier.
-template <int K, bool NORM>
+template <int K, bool NORM, class Delta>
 __device__ __forceinline__ void compensate_product(const Product& p, int op, int edge, const float* x,
-                                                   const float* delta, const float* gamma, float eps, float* scratch,
+                                                   const Delta& delta, const float* gamma, float eps, float* scratch,
                                                    char* shared, float* out) {
     constexpr int GROUPS = THREADS / SELECTORS;
     Dec dec = dec_of(p, op);
@@ -314,11 +322,20 @@ __device__ __forceinline__ void compensate_product(const Product& p, int op, int
     add_stripe<All>(dec, compensating(p), list, (float*)(shared + X), out);
 }
 
-// The multiplying blocks' part of a matrix: tiles shared out among the first `blocks`. Gate and up are shared out alike.
-__device__ __forceinline__ Route route_of(int op, int blocks) {
-    int tiles = rows_of(op) / (op == GU ? 32 : 16), b = blockIdx.x;
-    if (b >= blocks) return Route{0, 0, UNITS_OF(width_of(op))};
-    return Route{tiles * b / blocks, tiles * (b + 1) / blocks, UNITS_OF(width_of(op))};
+// Whether down's tiles may begin in one block and end in the next. Fewer than all blocks multiply when it is compensated:
+// of Llama-3-8B's 256 tiles some of 116 blocks would have three, half as much again as the rest.
+__device__ __forceinline__ bool divides(const Product& down) {
+    return DEC && down.k_chunk > 0 && BLOCKS - down.n_tb <= H / 16;
+}
+
+// The multiplying blocks' part of a matrix: tiles shared out among the first `blocks`, gate and up alike.
+__device__ __forceinline__ Route route_of(int op, const Product& p) {
+    int blocks = BLOCKS - (DEC && p.k_chunk > 0 ? p.n_tb : 0), units = UNITS_OF(width_of(op)), b = blockIdx.x;
+    int pieces = rows_of(op) / (op == GU ? 32 : 16), piece = units;
+    if (op == D && divides(p)) pieces *= units, piece = 1;
+    if (b >= blocks) return Route{0, 0, 0, 0, 0};
+    int begin = pieces * b / blocks * piece, end = pieces * (b + 1) / blocks * piece;
+    return Route{begin, end, begin / units, (end + units - 1) / units - begin / units, begin % units};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Layers g) {
@@ -337,8 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
     All::sync();
     if (threadIdx.x < MATRICES) {
         int op = threadIdx.x - (threadIdx.x >= UP);
-        const Product& p = table[0].products[op];
-        routes[threadIdx.x] = route_of(op, BLOCKS - (DEC && p.k_chunk > 0 ? p.n_tb : 0));
+        routes[threadIdx.x] = route_of(op, table[0].products[op]);
     }
     All::sync();
 
@@ -352,7 +368,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
     constexpr int WIDEST = H > A ? H : A;
     // Sums of groups end where the inputs do.
     float* group_sums = (float*)(shared + X + XS) - UNITS_OF(WIDEST > I ? WIDEST : I) * GROUP_SUMS;
-    const float* pending = g.h_delta;
+    bool divided = divides(table[0].products[D]);
+    int own = blockIdx.x * THREADS + this_thread();
+    if (divided)
+        for (int i = own; i < H; i += BLOCKS * THREADS) g.rest[i] = 0;
+    Beside pending{g.h_delta, nullptr};
     // This lane's edge of the buckets of the next product, if this block compensates it.
     auto edge_of = [](const Product& p) { return compensating(p) >= 0 ? p.edges[this_thread() % 32] : 0; };
     int edge = edge_of(table[0].products[QKV]);
@@ -367,11 +387,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
             stream.skip(MATRICES * l + QKV);
         } else {
             stage<H, true>(g.h, pending, layer.norms[0], g.eps, scratch, xs, group_sums);
-            clear<UNITS_OF(H)>(routes[QKV], 1, parts);
+            clear<UNITS_OF(H), false>(routes[QKV], 1, parts);
             All::sync();
-            stream.multiply<UNITS_OF(H)>(MATRICES * l + QKV, routes[QKV], shared, xs, group_sums, parts);
+            stream.multiply<UNITS_OF(H), false>(MATRICES * l + QKV, routes[QKV], shared, xs, group_sums, parts);
             All::sync();
-            finish(routes[QKV], parts, p[QKV].bias, g.qkv, nullptr, false);
+            finish(routes[QKV], parts, p[QKV].bias, g.qkv, (const float*)nullptr, false, nullptr);
         }
         Span span(position);
         if (split < span.splits) {
@@ -389,17 +409,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
         grid.sync();
 
         if (compensating(p[O]) >= 0) {
-            compensate_product<A, false>(p[O], O, edge, g.attended, nullptr, nullptr, 0, scratch, shared, g.o_delta);
+            compensate_product<A, false>(p[O], O, edge, g.attended, (const float*)nullptr, nullptr, 0, scratch, shared, g.o_delta);
             stream.skip(MATRICES * l + O);
         } else {
-            stage<A, false>(g.attended, nullptr, nullptr, 0, scratch, xs, group_sums);
-            clear<UNITS_OF(A)>(routes[O], 1, parts);
+            stage<A, false>(g.attended, (const float*)nullptr, nullptr, 0, scratch, xs, group_sums);
+            clear<UNITS_OF(A), false>(routes[O], 1, parts);
             All::sync();
-            stream.multiply<UNITS_OF(A)>(MATRICES * l + O, routes[O], shared, xs, group_sums, parts);
+            stream.multiply<UNITS_OF(A), false>(MATRICES * l + O, routes[O], shared, xs, group_sums, parts);
             All::sync();
-            finish(routes[O], parts, p[O].bias, g.h, pending, true);
+            finish(routes[O], parts, p[O].bias, g.h, pending, true, nullptr);
         }
-        pending = DEC && p[O].k_chunk > 0 ? g.o_delta : nullptr;
+        pending = Beside{DEC && p[O].k_chunk > 0 ? g.o_delta : nullptr, nullptr};
         edge = edge_of(p[GU]);
         grid.sync();
 
@@ -416,12 +436,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
             stream.skip(MATRICES * l + UP);
         } else {
             stage<H, true>(g.h, pending, layer.norms[1], g.eps, scratch, xs, group_sums);
-            clear<UNITS_OF(H)>(routes[GATE], 2, parts);
+            clear<UNITS_OF(H), false>(routes[GATE], 2, parts);
             All::sync();
-            int half = (routes[GATE].end - routes[GATE].begin) * WARPS * 16;
+            int half = routes[GATE].tiles * WARPS * 16;
 #pragma unroll 1
             for (int i = 0; i < 2; i++)
-                stream.multiply<UNITS_OF(H)>(MATRICES * l + GATE + i, routes[GATE], shared, xs, group_sums, parts + i * half);
+                stream.multiply<UNITS_OF(H), false>(MATRICES * l + GATE + i, routes[GATE], shared, xs, group_sums, parts + i * half);
             finish_pairs(routes[GATE], parts, p[GU].bias, gu_compensated ? g.gu_delta : nullptr, g.act,
                          DEC && p[D].k_chunk > 0 ? g.act32 : nullptr,
                          [&] { wait_for_compensation(g.grid + 2, compensated); });
@@ -430,23 +450,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
         grid.sync();
 
         if (compensating(p[D]) >= 0) {
-            compensate_product<I, false>(p[D], D, edge, g.act32, nullptr, nullptr, 0, scratch, shared, g.d_delta);
+            compensate_product<I, false>(p[D], D, edge, g.act32, (const float*)nullptr, nullptr, 0, scratch, shared, g.d_delta);
             stream.skip(MATRICES * l + DOWN);
         } else {
             stage_act(g.act, xs, group_sums);
-            clear<UNITS_OF(I)>(routes[DOWN], 1, parts);
+            clear<UNITS_OF(I), DEC>(routes[DOWN], 1, parts);
             All::sync();
-            stream.multiply<UNITS_OF(I)>(MATRICES * l + DOWN, routes[DOWN], shared, xs, group_sums, parts);
+            stream.multiply<UNITS_OF(I), DEC>(MATRICES * l + DOWN, routes[DOWN], shared, xs, group_sums, parts);
             All::sync();
-            finish(routes[DOWN], parts, p[D].bias, g.h, pending, true);
+            finish(routes[DOWN], parts, p[D].bias, g.h, pending, true, divided ? g.rest : nullptr);
         }
-        pending = DEC && p[D].k_chunk > 0 ? g.d_delta : nullptr;
+        pending = Beside{DEC && p[D].k_chunk > 0 ? g.d_delta : nullptr, divided ? g.rest : nullptr};
         if (l + 1 < g.count) {
             edge = edge_of(table[l + 1].products[QKV]);
             grid.sync();
         }
     }
-    grid.stamp();
+    if (divided) {
+        grid.sync();
+        for (int i = own; i < H; i += BLOCKS * THREADS) g.h[i] = load1(g.h, g.rest, i);
+    } else {
+        grid.stamp();
+    }
     if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target, g.grid[3] = compensated;
 #endif
 }

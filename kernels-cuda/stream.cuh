@@ -6,14 +6,20 @@
 #pragma once
 #include "unit.cuh"
 
+#ifndef FURTHER
+#define FURTHER 6
+#endif
+#define ASKING (FURTHER > 0 ? 2 : 1)
+
 // A unit in the ring: its codes, and what comes with each unit; then its mbarrier.
 #define BODY (AUX_PER_UNIT ? STAGE_BYTES : VECTORS * 512)
 #define SLOT (BODY + 16)
 
-// A matrix on its way: which of its tiles this block multiplies.
+// A matrix on its way: which of its units, tile after tile, this block multiplies.
 struct Route {
     int begin, end;
-    int units; // of a tile
+    int first_tile, tiles; // of which the block has units
+    int offset;            // of its first unit in its tile
 };
 
 __device__ __forceinline__ void barrier_init(u32 barrier) {
@@ -47,6 +53,11 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
         : "memory");
 }
 
+// Brings what will be copied into the second-level cache.
+__device__ __forceinline__ void bulk_prefetch(const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // Where a warp's stream is: `Table` says where the matrices are (codes(m), aux(m)), routes[m % ROUTES] which part. A
 // warp's next unit lies WARPS further on.
 //
@@ -62,7 +73,8 @@ struct Stream {
     Table table;
     u32 rings;
     int matrices;
-    // The next unit to be asked for, and how many are left of the matrix; lane 0 alone knows.
+    // The next unit to be asked for, and how many are left of the matrix: lane 0's, for the ring, and lane 1's, FURTHER
+    // units ahead of it, for the second-level cache.
     int matrix, left;
     const char* codes;
     const char* aux;
@@ -81,12 +93,21 @@ struct Stream {
     __device__ __forceinline__ Stream(Table table, const Route* routes, int matrices, u32 rings)
         : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), left(0),
           at(threadIdx.x / 32 * (STAGES * SLOT)), phase(0) {
-        if (threadIdx.x % 32 == 0) {
+        int lane = threadIdx.x % 32;
+        if (lane < ASKING) {
             next_matrix();
             if (threadIdx.x == 0) ask_books(0);
 #pragma unroll 1
-            for (int i = 0; i < STAGES; i++) ask(rings + at + i * SLOT);
+            for (int i = 0; i < STAGES; i++) ask(rings + at + i * SLOT, lane == 0, false);
+#pragma unroll 1
+            for (int i = 0; i < FURTHER; i++)
+                if (lane == 1) ask(0, false, true);
         }
+    }
+
+    // How many of a block's units are a warp's.
+    static __device__ __forceinline__ int share(const Route& r, int warp) {
+        return (max(r.end - r.begin - warp, 0) + WARPS - 1) / WARPS;
     }
 
     // On to the first unit of the next matrix in which this warp has any.
@@ -94,8 +115,8 @@ struct Stream {
         while (left == 0 && ++matrix < matrices) {
             Route r = routes[(u32)matrix % ROUTES];
             int warp = this_thread() / 32;
-            left = (max((r.end - r.begin) * r.units - warp, 0) + WARPS - 1) / WARPS;
-            u32 first = r.begin * r.units + warp;
+            left = share(r, warp);
+            u32 first = r.begin + warp;
             codes = table.codes(matrix) + (u64)first * (VECTORS * 512);
             if (AUX_PER_UNIT) aux = table.aux(matrix) + (u64)first * AUX_BYTES;
         }
@@ -106,22 +127,25 @@ struct Stream {
         if (AUX_PER_UNIT || AUX_BYTES == 0 || m >= matrices) return;
         Route r = routes[(u32)m % ROUTES];
         u32 barrier = rings + BARRIERS + (u32)m % 3 * 8, to = rings + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
-        int bytes = (r.end - r.begin) * AUX_BYTES;
+        int bytes = r.tiles * AUX_BYTES;
         // A block without tiles of this matrix ends the phase all the same.
         barrier_expect(barrier, bytes);
-        if (bytes > 0) bulk_copy(to, table.aux(m) + r.begin * AUX_BYTES, bytes, barrier);
+        if (bytes > 0) bulk_copy(to, table.aux(m) + r.first_tile * AUX_BYTES, bytes, barrier);
     }
 
     // Asks for the next unit of the stream.
-    __device__ __forceinline__ void ask(u32 to) {
+    __device__ __forceinline__ void ask(u32 to, bool copies, bool prefetches) {
         if (left == 0) return;
-        barrier_expect(to + BODY, BODY);
-        bulk_copy(to, codes, VECTORS * 512, to + BODY);
-        codes += WARPS * VECTORS * 512;
-        if (AUX_PER_UNIT) {
-            bulk_copy(to + VECTORS * 512, aux, AUX_BYTES, to + BODY);
-            aux += WARPS * AUX_BYTES;
+        if (copies) {
+            barrier_expect(to + BODY, BODY);
+            bulk_copy(to, codes, VECTORS * 512, to + BODY);
+            if (AUX_PER_UNIT) bulk_copy(to + VECTORS * 512, aux, AUX_BYTES, to + BODY);
+        } else if (prefetches) {
+            bulk_prefetch(codes, VECTORS * 512);
+            if (AUX_PER_UNIT) bulk_prefetch(aux, AUX_BYTES);
         }
+        codes += WARPS * VECTORS * 512;
+        if (AUX_PER_UNIT) aux += WARPS * AUX_BYTES;
         if (--left == 0) next_matrix();
     }
 
@@ -130,29 +154,30 @@ struct Stream {
         if (this_thread() == 0) ask_books(m + 1);
     }
 
-    // Multiplies this warp's part of matrix m. parts [tiles, WARPS, 16].
-    template <int UNITS>
+    // Multiplies this warp's part of matrix m; unless ANYWHERE, the route begins with a tile. parts [tiles, WARPS, 16].
+    template <int UNITS, bool ANYWHERE>
     __device__ __forceinline__ void multiply(int m, const Route& r, const char* shared, const u16* xs,
                                              const float* group_sums, float* parts) {
-        int t = this_thread(), warp = t / 32, tiles = r.end - r.begin;
-        int tile = warp / UNITS, u = warp % UNITS;
+        int t = this_thread(), warp = t / 32, count = share(r, warp);
+        int first_unit = warp + (ANYWHERE ? r.offset : 0), tile = first_unit / UNITS, u = first_unit % UNITS;
         const char* books = shared + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
         if (t == 0) ask_books(m + 1);
-        if (!AUX_PER_UNIT && AUX_BYTES > 0 && tile < tiles)
+        if (!AUX_PER_UNIT && AUX_BYTES > 0 && count > 0)
             barrier_wait(rings + BARRIERS + (u32)m % 3 * 8, (u32)m / 3 & 1);
         bool first = true;
         Unit sums;
 #pragma unroll 1
-        while (tile < tiles) {
+        while (count > 0) {
             barrier_wait(rings + at + BODY, phase);
             if (first) sums.begin((const uint4*)(books + tile * AUX_BYTES));
             sums.add((const uint4*)(shared + at), xs + u * UNIT, group_sums + u * GROUP_SUMS);
             __syncwarp();
-            if (t % 32 == 0) ask(rings + at);
+            if (t % 32 < ASKING) ask(rings + at, t % 32 == 0, true);
             at += SLOT;
             if (at == (warp + 1) * (STAGES * SLOT)) at -= STAGES * SLOT, phase ^= 1;
+            count--;
             // The warp's last unit of a tile.
-            if (u + WARPS >= UNITS) sums.store(parts + (tile * WARPS + warp) * 16);
+            if (u + WARPS >= UNITS || (ANYWHERE && count == 0)) sums.store(parts + (tile * WARPS + warp) * 16);
             int before = tile;
             tile += WARPS / UNITS, u += WARPS % UNITS;
             if (u >= UNITS) u -= UNITS, tile++;

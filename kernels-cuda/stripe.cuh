@@ -29,8 +29,8 @@ struct Eights {
 };
 
 // Channels k to k + 7 of a vector of LEN; zeros past its end.
-template <int LEN>
-__device__ __forceinline__ Eights eights(const float* x, const float* delta, int k) {
+template <int LEN, class Delta>
+__device__ __forceinline__ Eights eights(const float* x, const Delta& delta, int k) {
     if (k >= LEN) return Eights{make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
     return Eights{load4(x, delta, k), load4(x, delta, k + 4)};
 }

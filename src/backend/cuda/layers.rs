@@ -115,7 +115,9 @@ fn launch_of_warps(
     let most_tiles = |sums: bool| {
         let each = products.iter().enumerate().map(|(i, &(_, rows))| {
             let matrices = if i == 2 { 2 } else { 1 };
-            (rows / TILE / matrices).div_ceil(multiprocessors - n_tbs[i]) * if sums { matrices } else { 1 }
+            // Down's tiles may begin in one block and end in the next.
+            let cut = usize::from(i == 3 && n_tbs[i] > 0);
+            (rows / TILE / matrices).div_ceil(multiprocessors - n_tbs[i]) * if sums { matrices } else { 1 } + cut
         });
         each.max().unwrap_or(0)
     };
@@ -155,6 +157,7 @@ struct LayersArgument {
     h_delta: u64,
     o_delta: u64,
     d_delta: u64,
+    rest: u64,
     qkv: u64,
     qkv_delta: u64,
     attended: u64,
@@ -233,6 +236,7 @@ impl Cuda {
             h_delta: h.delta(),
             o_delta: o_place.1,
             d_delta: d_place.1,
+            rest: self.scratch(Scratch::Rest, shapes.hidden * 4)?.pointer(),
             qkv: qkv.at(),
             qkv_delta: qkv_place.1,
             attended: attended.at(),

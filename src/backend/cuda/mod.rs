@@ -168,10 +168,12 @@ pub(crate) enum Scratch {
     List,
     /// Blocks that have arrived at barriers.
     Grid,
+    /// Of down, what blocks have of tiles that began in others, f32.
+    Rest,
 }
 
 impl Scratch {
-    const ALL: usize = 6;
+    const ALL: usize = 7;
 }
 
 /// The recorded operations of one token.

@@ -68,7 +68,7 @@ fn main() -> Result<()> {
     println!("# {} {}, decdec {}", cuda.device().name, cuda.device().driver, env!("CARGO_PKG_VERSION"));
     println!("# {}", std::env::args().skip(1).collect::<Vec<_>>().join(" "));
     println!("format,bits,module,in,out,n_tb,k_chunk,us,GB/s,floor,slowdown,tuning");
-    let tunings = if args.sweep { sweep() } else { vec![Tuning::default()] };
+    let tunings = if args.sweep { sweep(args.k_chunk.iter().any(|&k| k > 0)) } else { vec![Tuning::default()] };
     for format in &args.format {
         for &bits in &args.bits {
             for projection in Projection::ALL {
@@ -134,10 +134,10 @@ fn brief(t: Tuning) -> String {
     format!("w{} s{} d{} t{} f{}", t.warps, t.stages, t.dec_warps, t.trigger, t.dec_flight)
 }
 
-fn sweep() -> Vec<Tuning> {
+fn sweep(compensates: bool) -> Vec<Tuning> {
     let mut all = Vec::new();
-    for (warps, stages) in [(16, 2), (12, 3), (20, 2), (24, 2)] {
-        for (dec_warps, dec_flight) in [(8, 4), (8, 8), (4, 8), (12, 4)] {
+    for (warps, stages) in [(12, 3), (14, 3), (16, 2), (16, 3), (20, 2), (24, 2), (28, 2), (32, 2)] {
+        for &(dec_warps, dec_flight) in if compensates { &[(8, 4), (8, 8), (4, 8), (12, 4)][..] } else { &[(8, 4)] } {
             all.push(Tuning {
                 warps,
                 stages,

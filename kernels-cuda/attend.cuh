@@ -250,6 +250,12 @@ __device__ __forceinline__ void attend_share(const Attend& g, float* queries, in
     }
 }
 
+__device__ __forceinline__ u32 add_ticket(u32* tickets) {
+    u32 ticket;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(tickets) : "memory");
+    return ticket;
+}
+
 // The positions that one token attends to, and how they are shared out.
 struct Span {
     int first, length, splits;
@@ -300,12 +306,11 @@ __device__ __forceinline__ void attend_token(const Attend& g, float* queries, u3
     attend_share<T>(g, queries, kv, begin, end, splits == 1 ? out : nullptr, parts + split * HEAD_GROUP * (HEAD_DIM + 2));
     if (splits == 1) return;
 
-    __threadfence();
+    // What the block has written is there for whoever takes a later ticket.
     T::sync();
-    if (threadIdx.x == 0) *ticket = atomicAdd(g.tickets + kv, 1);
+    if (threadIdx.x == 0) *ticket = add_ticket(g.tickets + kv);
     T::sync();
     if (*ticket != splits - 1) return;
-    __threadfence();
     if (threadIdx.x == 0) g.tickets[kv] = 0;
     for (int i = this_thread(); i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
         int h = i / HEAD_DIM, d = i % HEAD_DIM;

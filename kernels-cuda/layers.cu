@@ -9,8 +9,9 @@
 //   qkv, attended and the deltas beside them   f32, overwritten
 //   rest       f32 [H], overwritten: of down, what a block has of tiles that began in the block before
 //   act        [I] 16-bit numbers of DTYPE;  act32  the same in f32, where d is compensated
-//   grid       u32 [4]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
-//              ended; the same of blocks that have compensated gate-up
+//   list       [channels of the longest selection], overwritten
+//   grid       u32 [6]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
+//              ended; the same of blocks that have compensated gate-up, and of those that have selected a part
 //   stamps     null, or u64: the device's nanoseconds at the start and after every barrier
 //
 // Weights stream past the barriers (stream.cuh), so memory is busy while blocks wait for each other. A barrier costs
@@ -77,6 +78,7 @@ struct Layers {
     float* act32;
     float* gu_delta;
     u16* act;
+    Salient* list;
     const State* state;
     const float2* angles;
     float* parts;
@@ -134,7 +136,8 @@ struct Grid {
             do {
                 asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
             } while ((int)(now - target) < 0);
-            __threadfence();
+            // Not __threadfence(), which waits for what a block still fetches from the host as well.
+            asm volatile("fence.acq_rel.gpu;" ::: "memory");
         }
         All::sync();
         stamp();
@@ -147,8 +150,6 @@ constexpr int TABLE = ROUTES + 256;                                 // Layer [MO
 constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
 constexpr int LIST = PART + PARTS;                                  // the selection
-
-#define CHUNKED(k) (((k) + CHUNK - 1) / CHUNK * CHUNK)
 
 // Sums of x per group of weights, if the format wants them: lanes hold N consecutive channels each.
 template <int N>
@@ -285,6 +286,32 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
     }
 }
 
+// Where blocks that compensate the same product put their parts of a long selection together. Of every such product in
+// order, `target` is how many blocks have put theirs there then.
+struct Exchange {
+    Salient* list;
+    u32* arrived;
+    u32 target;
+
+    __device__ __forceinline__ void meet() const {
+        All::sync();
+        if (threadIdx.x == 0) {
+            u32 now;
+            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+            do {
+                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+            } while ((int)(now - target) < 0);
+        }
+        All::sync();
+    }
+
+    // The next product, of K channels.
+    template <int K>
+    __device__ __forceinline__ void next(const Product& p) {
+        if (DEC && (K + CHUNK - 1) / CHUNK > THREADS / SELECTORS && p.k_chunk > 0) target += p.n_tb;
+    }
+};
+
 // The compensation of a product of K channels by the last n_tb blocks: which of them this one is, or less than 0.
 __device__ __forceinline__ int compensating(const Product& p) {
     return DEC && p.k_chunk > 0 ? (int)blockIdx.x - (BLOCKS - p.n_tb) : -1;
@@ -294,32 +321,40 @@ __device__ __forceinline__ int compensating(const Product& p) {
 template <int K, bool NORM, class Delta>
 __device__ __forceinline__ void compensate_product(const Product& p, int op, int edge, const float* x,
                                                    const Delta& delta, const float* gamma, float eps, float* scratch,
-                                                   char* shared, float* out) {
-    constexpr int GROUPS = THREADS / SELECTORS;
+                                                   char* shared, const Exchange& exchange, float* out) {
+    constexpr int GROUPS = THREADS / SELECTORS, CHUNKS = (K + CHUNK - 1) / CHUNK;
     Dec dec = dec_of(p, op);
-    int first = this_thread() / SELECTORS * CHUNK + this_thread() % SELECTORS * 8;
-    Eights raw = eights<K>(x, delta, first), weights;
-    if (NORM) weights = eights<K>(gamma, nullptr, first);
-    float scale = 1;
-    if (NORM) {
-        float sum = raw.squares();
-        for (int k = first + GROUPS * CHUNK; k < K; k += GROUPS * CHUNK) sum += eights<K>(x, delta, k).squares();
-        scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / K + eps);
-    }
+    int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8, block = compensating(p);
     Salient* list = (Salient*)(shared + LIST);
-    u32* counts = (u32*)(shared + X);
-#pragma unroll 1
-    for (int k = first; k < CHUNKED(K); k += GROUPS * CHUNK) {
-        Eights v = raw;
-        raw = eights<K>(x, delta, k + GROUPS * CHUNK);
+    u32* counts = (u32*)(shared + X) + group * COUNTS;
+    if constexpr (CHUNKS <= GROUPS) {
+        // Every block selects everything: that takes no longer than a part.
+        int k = group * CHUNK + lane;
+        Eights v = eights<K>(x, delta, k), weights;
         if (NORM) {
-            v.scale(scale, weights);
-            weights = eights<K>(gamma, nullptr, k + GROUPS * CHUNK);
+            weights = eights<K>(gamma, nullptr, k);
+            v.scale(1.0f / sqrtf(team_sum<All>(v.squares(), scratch) / K + eps), weights);
         }
-        select_together(v, k, dec, edge, counts + this_thread() / SELECTORS * COUNTS, list + k / CHUNK * p.k_chunk);
+        if (group < CHUNKS) select_together(v, k, dec, edge, counts, list + group * p.k_chunk);
+    } else {
+        float scale = 1;
+        if (NORM) {
+            float sum = 0;
+            for (int k = group * CHUNK + lane; k < K; k += GROUPS * CHUNK) sum += eights<K>(x, delta, k).squares();
+            scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / K + eps);
+        }
+        for (int c = block + group * p.n_tb; c < CHUNKS; c += GROUPS * p.n_tb) {
+            int k = c * CHUNK + lane;
+            Eights v = eights<K>(x, delta, k);
+            if (NORM) v.scale(scale, eights<K>(gamma, nullptr, k));
+            select_together(v, k, dec, edge, counts, exchange.list + c * p.k_chunk);
+        }
+        exchange.meet();
+        int n = (CHUNKS - 1) * p.k_chunk + chunk_quota(dec, CHUNKS - 1);
+        for (int i = this_thread(); i < n; i += THREADS) ((u64*)list)[i] = __ldcg((const u64*)exchange.list + i);
     }
     All::sync();
-    add_stripe<All>(dec, compensating(p), list, (float*)(shared + X), out);
+    add_stripe<All>(dec, block, list, (float*)(shared + X), out);
 }
 
 // Whether down's tiles may begin in one block and end in the next. Fewer than all blocks multiply when it is compensated:
@@ -362,6 +397,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
     wait_for_previous();
     Grid grid{g.grid, __ldcg(g.grid + 1), g.stamps, 0};
     u32 compensated = __ldcg(g.grid + 3);
+    Exchange exchange{g.list, g.grid + 4, __ldcg(g.grid + 5)};
     int position = __ldcg(&g.state->position);
     grid.stamp();
 
@@ -382,8 +418,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
         const Product* p = layer.products;
         int kv = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
 
+        exchange.next<H>(p[QKV]);
         if (compensating(p[QKV]) >= 0) {
-            compensate_product<H, true>(p[QKV], QKV, edge, g.h, pending, layer.norms[0], g.eps, scratch, shared, g.qkv_delta);
+            compensate_product<H, true>(p[QKV], QKV, edge, g.h, pending, layer.norms[0], g.eps, scratch, shared,
+                                    exchange, g.qkv_delta);
             stream.skip(MATRICES * l + QKV);
         } else {
             stage<H, true>(g.h, pending, layer.norms[0], g.eps, scratch, xs, group_sums);
@@ -408,8 +446,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
         edge = edge_of(p[O]);
         grid.sync();
 
+        exchange.next<A>(p[O]);
         if (compensating(p[O]) >= 0) {
-            compensate_product<A, false>(p[O], O, edge, g.attended, (const float*)nullptr, nullptr, 0, scratch, shared, g.o_delta);
+            compensate_product<A, false>(p[O], O, edge, g.attended, (const float*)nullptr, nullptr, 0, scratch, shared,
+                                    exchange, g.o_delta);
             stream.skip(MATRICES * l + O);
         } else {
             stage<A, false>(g.attended, (const float*)nullptr, nullptr, 0, scratch, xs, group_sums);
@@ -425,13 +465,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
 
         bool gu_compensated = DEC && p[GU].k_chunk > 0;
         if (gu_compensated) compensated += p[GU].n_tb;
+        exchange.next<H>(p[GU]);
         if (compensating(p[GU]) >= 0) {
-            compensate_product<H, true>(p[GU], GU, edge, g.h, pending, layer.norms[1], g.eps, scratch, shared, g.gu_delta);
+            compensate_product<H, true>(p[GU], GU, edge, g.h, pending, layer.norms[1], g.eps, scratch, shared,
+                                    exchange, g.gu_delta);
             // The block's last barrier was passed after its last row.
-            if (threadIdx.x == 0) {
-                __threadfence();
+            if (threadIdx.x == 0)
                 asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(g.grid + 2) : "memory");
-            }
             stream.skip(MATRICES * l + GATE);
             stream.skip(MATRICES * l + UP);
         } else {
@@ -449,8 +489,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
         edge = edge_of(p[D]);
         grid.sync();
 
+        exchange.next<I>(p[D]);
         if (compensating(p[D]) >= 0) {
-            compensate_product<I, false>(p[D], D, edge, g.act32, (const float*)nullptr, nullptr, 0, scratch, shared, g.d_delta);
+            compensate_product<I, false>(p[D], D, edge, g.act32, (const float*)nullptr, nullptr, 0, scratch, shared,
+                                    exchange, g.d_delta);
             stream.skip(MATRICES * l + DOWN);
         } else {
             stage_act(g.act, xs, group_sums);
@@ -472,6 +514,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
     } else {
         grid.stamp();
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target, g.grid[3] = compensated;
+    if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target, g.grid[3] = compensated, g.grid[5] = exchange.target;
 #endif
 }

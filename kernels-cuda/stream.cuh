@@ -6,11 +6,6 @@
 #pragma once
 #include "unit.cuh"
 
-#ifndef FURTHER
-#define FURTHER 6
-#endif
-#define ASKING (FURTHER > 0 ? 2 : 1)
-
 // A unit in the ring: its codes, and what comes with each unit; then its mbarrier.
 #define BODY (AUX_PER_UNIT ? STAGE_BYTES : VECTORS * 512)
 #define SLOT (BODY + 16)
@@ -53,11 +48,6 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
         : "memory");
 }
 
-// Brings what will be copied into the second-level cache.
-__device__ __forceinline__ void bulk_prefetch(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // Where a warp's stream is: `Table` says where the matrices are (codes(m), aux(m)), routes[m % ROUTES] which part. A
 // warp's next unit lies WARPS further on.
 //
@@ -73,8 +63,7 @@ struct Stream {
     Table table;
     u32 rings;
     int matrices;
-    // The next unit to be asked for, and how many are left of the matrix: lane 0's, for the ring, and lane 1's, FURTHER
-    // units ahead of it, for the second-level cache.
+    // The next unit to be asked for, and how many are left of the matrix; lane 0 alone knows.
     int matrix, left;
     const char* codes;
     const char* aux;
@@ -93,15 +82,11 @@ struct Stream {
     __device__ __forceinline__ Stream(Table table, const Route* routes, int matrices, u32 rings)
         : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), left(0),
           at(threadIdx.x / 32 * (STAGES * SLOT)), phase(0) {
-        int lane = threadIdx.x % 32;
-        if (lane < ASKING) {
+        if (threadIdx.x % 32 == 0) {
             next_matrix();
             if (threadIdx.x == 0) ask_books(0);
 #pragma unroll 1
-            for (int i = 0; i < STAGES; i++) ask(rings + at + i * SLOT, lane == 0, false);
-#pragma unroll 1
-            for (int i = 0; i < FURTHER; i++)
-                if (lane == 1) ask(0, false, true);
+            for (int i = 0; i < STAGES; i++) ask(rings + at + i * SLOT);
         }
     }
 
@@ -134,18 +119,15 @@ struct Stream {
     }
 
     // Asks for the next unit of the stream.
-    __device__ __forceinline__ void ask(u32 to, bool copies, bool prefetches) {
+    __device__ __forceinline__ void ask(u32 to) {
         if (left == 0) return;
-        if (copies) {
-            barrier_expect(to + BODY, BODY);
-            bulk_copy(to, codes, VECTORS * 512, to + BODY);
-            if (AUX_PER_UNIT) bulk_copy(to + VECTORS * 512, aux, AUX_BYTES, to + BODY);
-        } else if (prefetches) {
-            bulk_prefetch(codes, VECTORS * 512);
-            if (AUX_PER_UNIT) bulk_prefetch(aux, AUX_BYTES);
-        }
+        barrier_expect(to + BODY, BODY);
+        bulk_copy(to, codes, VECTORS * 512, to + BODY);
         codes += WARPS * VECTORS * 512;
-        if (AUX_PER_UNIT) aux += WARPS * AUX_BYTES;
+        if (AUX_PER_UNIT) {
+            bulk_copy(to + VECTORS * 512, aux, AUX_BYTES, to + BODY);
+            aux += WARPS * AUX_BYTES;
+        }
         if (--left == 0) next_matrix();
     }
 
@@ -172,7 +154,7 @@ struct Stream {
             if (first) sums.begin((const uint4*)(books + tile * AUX_BYTES));
             sums.add((const uint4*)(shared + at), xs + u * UNIT, group_sums + u * GROUP_SUMS);
             __syncwarp();
-            if (t % 32 < ASKING) ask(rings + at, t % 32 == 0, true);
+            if (t % 32 == 0) ask(rings + at);
             at += SLOT;
             if (at == (warp + 1) * (STAGES * SLOT)) at -= STAGES * SLOT, phase ^= 1;
             count--;

@@ -1,6 +1,6 @@
 //! The CUDA backend: cudarc's driver API, kernels compiled by NVRTC for the card at hand.
 //!
-//! - `driver`: device, stream, memory, launches, graphs; `host`: pinned memory, and uploads through it
+//! - `driver`: device, stream, memory, launches; `graph`: launches recorded once; `host`: pinned memory, and uploads through it
 //! - `library`: NVIDIA's libraries, opened at run time; `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
@@ -14,6 +14,7 @@ pub(crate) mod compiler;
 mod cupti;
 pub mod doctor;
 mod driver;
+mod graph;
 mod host;
 mod kernel;
 mod launch;
@@ -180,7 +181,7 @@ pub struct Graph(Recorded);
 enum Recorded {
     /// Ran once, so that everything is compiled and allocated; not yet recorded.
     Warm,
-    Ready(driver::Graph),
+    Ready(graph::Graph),
 }
 
 /// What `decdec devices` lists: one entry per GPU.

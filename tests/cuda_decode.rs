@@ -149,34 +149,52 @@ fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks:
     all
 }
 
+/// Sliding window, key-value heads, bits and format of a model whose layers go in one launch.
+type LayersCase = (Option<usize>, usize, usize, RandomFormat);
+
+/// Layers in one launch against the CPU, with each of `k_chunks`; again, and without compensation.
+fn layers_against_cpu(cuda: &Cuda, (window, kv_heads, bits, format): LayersCase, k_chunks: &[[usize; 4]], count: u32) {
+    let weights = RandomWeights::new(small(window, kv_heads), format, bits, 5).unwrap();
+    for &k_chunks in k_chunks {
+        let want = step_logits(&Cpu::new(), &weights, k_chunks, count);
+        let got = step_logits(cuda, &weights, k_chunks, count);
+        let far = distance(&got, &want);
+        let most = if k_chunks == [0; 4] { 5e-3 } else { 2e-2 };
+        let what = format!("{format:?} {bits} bits, window {window:?}, {kv_heads} kv heads, {k_chunks:?}");
+        eprintln!("{what}: {far:.2e}");
+        assert!(far < most, "{what}: logits {far} apart, {most} allowed");
+        assert_eq!(got, step_logits(cuda, &weights, k_chunks, count), "{what}: another time, other logits");
+        if k_chunks != [0; 4] {
+            let plain = distance(&step_logits(cuda, &weights, [0; 4], count), &want);
+            assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
+        }
+    }
+}
+
 /// Layers in one launch, with every combination of compensated projections, against the CPU and against the
 /// operations one by one.
 #[test]
 fn layers_in_one_launch_are_close_to_the_cpu() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
-    let small = |window, kv_heads| ModelConfig { intermediate_size: 1184, num_heads: 6, ..small(window, kv_heads) };
-    for (window, kv_heads, bits, format) in [
+    for case in [
         (None, 2, 3, RandomFormat::AnyPrec),
         (Some(20), 3, 4, RandomFormat::AnyPrec),
         (None, 6, 3, RandomFormat::LutGemm { group_size: 32 }),
         (None, 1, 4, RandomFormat::LutGemm { group_size: 32 }),
     ] {
-        let weights = RandomWeights::new(small(window, kv_heads), format, bits, 5).unwrap();
-        for k_chunks in [[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]] {
-            let want = step_logits(&Cpu::new(), &weights, k_chunks, 70);
-            let got = step_logits(&cuda, &weights, k_chunks, 70);
-            let far = distance(&got, &want);
-            let most = if k_chunks == [0; 4] { 5e-3 } else { 2e-2 };
-            let what = format!("{format:?} {bits} bits, window {window:?}, {kv_heads} kv heads, {k_chunks:?}");
-            eprintln!("{what}: {far:.2e}");
-            assert!(far < most, "{what}: logits {far} apart, {most} allowed");
-            assert_eq!(got, step_logits(&cuda, &weights, k_chunks, 70), "{what}: another time, other logits");
-            if k_chunks != [0; 4] {
-                let plain = distance(&step_logits(&cuda, &weights, [0; 4], 70), &want);
-                assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
-            }
-        }
+        layers_against_cpu(&cuda, case, &[[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]], 70);
+    }
+}
+
+/// The same in a few tokens on a few multiprocessors, which have more tiles each: what a sanitizer has the time for.
+#[test]
+fn a_few_layers_in_one_launch() {
+    let tuning = Tuning { layers_always: true, ..Tuning::default() };
+    let few = Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) };
+    let Some(cuda) = cuda(few) else { return };
+    for case in [(None, 2, 3, RandomFormat::AnyPrec), (None, 6, 4, RandomFormat::LutGemm { group_size: 32 })] {
+        layers_against_cpu(&cuda, case, &[[0; 4], [32; 4]], 4);
     }
 }
 

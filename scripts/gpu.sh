@@ -68,6 +68,8 @@ sanitizer() {
             "$bin/cuda_kernels" --test-threads 1 "${kernels[@]}"
         DECDEC_TEST_DEVICES=cuda DECDEC_TEST_CASES=60 step "$tool-cases" "$sanitizer" --tool $tool \
             --error-exitcode 1 "$bin/backend" --test-threads 1 random_cases cuda::attention cuda::greedy_sampling
+        DECDEC_TEST_DEVICES=cuda step "$tool-layers" "$sanitizer" --tool $tool --error-exitcode 1 \
+            "$bin/cuda_decode" --test-threads 1 a_few_layers_in_one_launch
     done
 }
 

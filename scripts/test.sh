@@ -21,3 +21,7 @@ cargo fmt --check
 cargo clippy --release --all-targets --features reference-wgpu -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --features reference-wgpu
 cargo test --release --features reference-wgpu
+# The oldest series whose NVRTC knows sm_120, too; of the architectures, the newest two.
+CUDA_SERIES=12.8 scripts/cuda-toolchain.sh tests
+DECDEC_CUDA_LIBRARIES=.cache/cuda-12.8/lib DECDEC_TEST_ARCHITECTURES=sm_90,sm_120 \
+    cargo test --release --features reference-wgpu --lib backend::cuda::compiler

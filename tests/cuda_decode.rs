@@ -8,7 +8,8 @@ use std::ops::ControlFlow;
 
 use cuda_common::{Noise, cuda, options};
 use decdec::backend::cpu::Cpu;
-use decdec::backend::cuda::{Dtype, Options, Residuals, Tuning};
+use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
+use decdec::backend::record::{Clock, Recorder};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{Architecture, ModelConfig, RopeScaling};
 use decdec::dec::Selection;
@@ -148,33 +149,150 @@ fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks:
     all
 }
 
+/// Sliding window, key-value heads, bits and format of a model whose layers go in one launch.
+type LayersCase = (Option<usize>, usize, usize, RandomFormat);
+
+/// Layers in one launch against the CPU, with each of `k_chunks`; again, and without compensation.
+fn layers_against_cpu(cuda: &Cuda, (window, kv_heads, bits, format): LayersCase, k_chunks: &[[usize; 4]], count: u32) {
+    let weights = RandomWeights::new(small(window, kv_heads), format, bits, 5).unwrap();
+    for &k_chunks in k_chunks {
+        let want = step_logits(&Cpu::new(), &weights, k_chunks, count);
+        let got = step_logits(cuda, &weights, k_chunks, count);
+        let far = distance(&got, &want);
+        let most = if k_chunks == [0; 4] { 5e-3 } else { 2e-2 };
+        let what = format!("{format:?} {bits} bits, window {window:?}, {kv_heads} kv heads, {k_chunks:?}");
+        eprintln!("{what}: {far:.2e}");
+        assert!(far < most, "{what}: logits {far} apart, {most} allowed");
+        assert_eq!(got, step_logits(cuda, &weights, k_chunks, count), "{what}: another time, other logits");
+        if k_chunks != [0; 4] {
+            let plain = distance(&step_logits(cuda, &weights, [0; 4], count), &want);
+            assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
+        }
+    }
+}
+
 /// Layers in one launch, with every combination of compensated projections, against the CPU and against the
 /// operations one by one.
 #[test]
 fn layers_in_one_launch_are_close_to_the_cpu() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
-    let small = |window, kv_heads| ModelConfig { intermediate_size: 1184, num_heads: 6, ..small(window, kv_heads) };
-    for (window, kv_heads, bits, format) in [
+    for case in [
         (None, 2, 3, RandomFormat::AnyPrec),
         (Some(20), 3, 4, RandomFormat::AnyPrec),
         (None, 6, 3, RandomFormat::LutGemm { group_size: 32 }),
         (None, 1, 4, RandomFormat::LutGemm { group_size: 32 }),
     ] {
-        let weights = RandomWeights::new(small(window, kv_heads), format, bits, 5).unwrap();
-        for k_chunks in [[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]] {
-            let want = step_logits(&Cpu::new(), &weights, k_chunks, 70);
-            let got = step_logits(&cuda, &weights, k_chunks, 70);
-            let far = distance(&got, &want);
-            let most = if k_chunks == [0; 4] { 5e-3 } else { 2e-2 };
-            let what = format!("{format:?} {bits} bits, window {window:?}, {kv_heads} kv heads, {k_chunks:?}");
-            eprintln!("{what}: {far:.2e}");
-            assert!(far < most, "{what}: logits {far} apart, {most} allowed");
-            assert_eq!(got, step_logits(&cuda, &weights, k_chunks, 70), "{what}: another time, other logits");
-            if k_chunks != [0; 4] {
-                let plain = distance(&step_logits(&cuda, &weights, [0; 4], 70), &want);
-                assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
+        layers_against_cpu(&cuda, case, &[[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]], 70);
+    }
+}
+
+/// The same in a few tokens on a few multiprocessors, which have more tiles each: what a sanitizer has the time for.
+#[test]
+fn a_few_layers_in_one_launch() {
+    let tuning = Tuning { layers_always: true, ..Tuning::default() };
+    let few = Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) };
+    let Some(cuda) = cuda(few) else { return };
+    for case in [(None, 2, 3, RandomFormat::AnyPrec), (None, 6, 4, RandomFormat::LutGemm { group_size: 32 })] {
+        layers_against_cpu(&cuda, case, &[[0; 4], [32; 4]], 4);
+    }
+}
+
+/// What another thread of the same process may do while graphs are recorded.
+const BESIDE: [(&str, fn()); 4] = [
+    ("devices are opened and closed", || drop(cuda(options(Dtype::Float16, 2)))),
+    ("kernels are loaded", || {
+        let cuda = cuda(options(Dtype::Float16, 2)).unwrap();
+        product(&cuda, RandomFormat::AnyPrec, 5);
+    }),
+    ("memory is pinned, copied and freed", || {
+        let cuda = cuda(options(Dtype::Float16, 2)).unwrap();
+        for bits in [3, 4, 3, 4] {
+            product(&cuda, RandomFormat::AnyPrec, bits);
+        }
+    }),
+    ("graphs are recorded and timed", || {
+        let cuda = cuda(options(Dtype::Float16, 2)).unwrap();
+        let linear = RandomWeights::single(1024, 512, RandomFormat::AnyPrec, 3, 1).unwrap();
+        let (matrix, x) = (cuda.matrix(&linear).unwrap(), cuda.vector(1024).unwrap());
+        let mut y = cuda.vector(512).unwrap();
+        let mut recorder = cuda.recorder(Clock::Auto).unwrap();
+        let launches = recorder.record(&cuda, &[0; 40], &mut |_| cuda.gemv(&matrix, &x, &mut y)).unwrap();
+        assert_eq!(launches.len(), 40);
+    }),
+];
+
+/// `y` of a random matrix and a vector of ones.
+fn product(cuda: &Cuda, format: RandomFormat, bits: usize) -> Vec<f32> {
+    let linear = RandomWeights::single(1024, 512, format, bits, 1).unwrap();
+    let matrix = cuda.matrix(&linear).unwrap();
+    let (mut x, mut y) = (cuda.vector(1024).unwrap(), cuda.vector(512).unwrap());
+    cuda.write(&[1.0; 1024], &mut x).unwrap();
+    cuda.gemv(&matrix, &x, &mut y).unwrap();
+    let mut values = vec![0f32; 512];
+    cuda.read(&y, &mut values).unwrap();
+    values
+}
+
+/// One thread records and replays graphs all the time, another does everything else: neither fails, results are the same.
+#[test]
+fn graphs_are_recorded_beside_other_work() {
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let want = product(&cuda, RandomFormat::AnyPrec, 3);
+    let linear = RandomWeights::single(1024, 512, RandomFormat::AnyPrec, 3, 1).unwrap();
+    let matrix = cuda.matrix(&linear).unwrap();
+    let (mut x, mut y) = (cuda.vector(1024).unwrap(), cuda.vector(512).unwrap());
+    cuda.write(&[1.0; 1024], &mut x).unwrap();
+    let mut round = || -> anyhow::Result<()> {
+        let mut graph = None;
+        for _ in 0..3 {
+            // Long enough to be met by whatever the other thread does.
+            cuda.replay(&mut graph, &mut || (0..500).try_for_each(|_| cuda.gemv(&matrix, &x, &mut y)))?;
+        }
+        let mut got = vec![0f32; 512];
+        cuda.read(&y, &mut got)?;
+        anyhow::ensure!(got == want, "a replayed product differs");
+        Ok(())
+    };
+    let mut failures = Vec::new();
+    for (what, work) in BESIDE {
+        let other = std::thread::spawn(move || (0..30).for_each(|_| work()));
+        let mut rounds = 0;
+        while !other.is_finished() {
+            match round() {
+                Ok(()) => rounds += 1,
+                Err(error) => {
+                    failures.push(format!("{what}: after {rounds} graphs: {error:#}"));
+                    break;
+                }
             }
+        }
+        if other.join().is_err() {
+            failures.push(format!("{what}: that failed itself"));
+        }
+        eprintln!("{what}: {rounds} graphs were recorded meanwhile");
+        assert!(rounds > 0 || !failures.is_empty(), "{what}: nothing was recorded meanwhile");
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// The same, for the small models of the other tests: several at a time, each on a thread of its own.
+#[test]
+fn texts_beside_each_other_are_those_of_one_alone() {
+    let weights = || RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 11).unwrap();
+    let Some(alone) = cuda(options(Dtype::Float16, 2)).map(|cuda| tokens(&cuda, &weights(), 16, 3)) else { return };
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            std::thread::spawn(move || {
+                (0..5)
+                    .map(|_| tokens(&cuda(options(Dtype::Float16, 2)).unwrap(), &weights(), 16, 3))
+                    .collect::<Vec<_>>()
+            })
+        })
+        .collect();
+    for thread in threads {
+        for text in thread.join().expect("a text beside others fails") {
+            assert!(text == alone, "another text beside others");
         }
     }
 }

@@ -22,13 +22,13 @@ fn round(value: f32, dtype: Dtype) -> f64 {
     }
 }
 
-/// What a backend of `dtype` computes with: activations and weights. Other than 3 and 4 bits, and everything with
+/// What a backend of `dtype` computes with: activations and weights. Other than 3 and 4 bits (and 8 of LUT-GEMM), and everything with
 /// `--compile 0`, goes through the general kernel, whose numbers are f32 but for a dense matrix's.
 fn computes(linear: &Linear<'_>, dtype: Dtype, compile: u8) -> (Dtype, Dtype) {
     let tuned = compile > 0
         && match &linear.weight {
             Weight::AnyPrec(w) => matches!(w.bits(), 3 | 4),
-            Weight::LutGemm(w) => matches!(w.bits(), 3 | 4),
+            Weight::LutGemm(w) => matches!(w.bits(), 3 | 4 | 8),
             Weight::Dense(_) => true,
         };
     let rounds = match &linear.weight {
@@ -95,7 +95,7 @@ fn linears(k: usize, rows: usize, noise: &mut Noise) -> Vec<(String, Linear<'sta
         let w = RandomWeights::single(k, rows, RandomFormat::AnyPrec, bits, noise.next()).unwrap();
         all.push((format!("anyprec {bits} {k}x{rows}"), w));
         for group_size in [32, 64, 128] {
-            if k.is_multiple_of(group_size) && (bits == 3 || bits == 4 || group_size == 32) {
+            if k.is_multiple_of(group_size) && (matches!(bits, 3 | 4 | 8) || group_size == 32) {
                 let w = RandomWeights::single(k, rows, RandomFormat::LutGemm { group_size }, bits, noise.next());
                 all.push((format!("lutgemm {bits} g{group_size} {k}x{rows}"), w.unwrap()));
             }
@@ -161,6 +161,10 @@ fn projections_of_real_models() {
         (8192, 57344),
         (28672, 8192),
     ];
+    // Llama-3-8B's head in 8 bits.
+    let head =
+        RandomWeights::single(4096, 128_256, RandomFormat::LutGemm { group_size: 128 }, 8, noise.next()).unwrap();
+    check(&cuda, &head, &noise.activations(4096), computes(&head, Dtype::Float16, 2), "head of 8 bits");
     for (k, rows) in shapes {
         for bits in [3, 4] {
             for format in [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 128 }] {
@@ -177,7 +181,7 @@ fn projections_of_real_models() {
 fn one_hot_gives_a_column() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
     let mut noise = Noise::new(3);
-    for (k, rows, bits) in [(576, 72, 3), (576, 72, 4), (288, 24, 3), (1024, 16, 4)] {
+    for (k, rows, bits) in [(576, 72, 3), (576, 72, 4), (288, 24, 3), (1024, 16, 4), (576, 72, 8)] {
         let linear = RandomWeights::single(k, rows, RandomFormat::AnyPrec, bits, noise.next()).unwrap();
         let Weight::AnyPrec(w) = &linear.weight else { unreachable!() };
         let uniform =

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 
 use super::Dtype;
 use super::driver::Driver;
+use super::graph::undisturbed;
 
 type Handle = *mut c_void;
 type GemmEx = unsafe extern "C" fn(
@@ -64,6 +65,7 @@ impl Blas {
                 *library.get(b"cublasSetStream_v2\0")?;
             let gemm: GemmEx = *library.get(b"cublasGemmEx\0")?;
             let destroy: unsafe extern "C" fn(Handle) -> c_int = *library.get(b"cublasDestroy_v2\0")?;
+            let _undisturbed = undisturbed();
             let mut status = create(&mut handle);
             if status == 0 {
                 status = set_stream(handle, driver.stream().cast());
@@ -124,6 +126,7 @@ impl Blas {
 
 impl Drop for Blas {
     fn drop(&mut self) {
+        let _undisturbed = undisturbed();
         // SAFETY: created by `open`, destroyed once.
         unsafe { (self.destroy)(self.handle) };
     }

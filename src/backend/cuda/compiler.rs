@@ -13,11 +13,12 @@ use std::{env, fs, process, ptr};
 use anyhow::{Context, Result, bail, ensure};
 
 /// Every kernel, as it stands in `kernels-cuda/`.
-const SOURCES: [(&str, &str); 11] = [
+const SOURCES: [(&str, &str); 12] = [
     ("layers.cu", include_str!("../../../kernels-cuda/layers.cu")),
     ("gemv_anyprec.cu", include_str!("../../../kernels-cuda/gemv_anyprec.cu")),
     ("gemv_lutgemm.cu", include_str!("../../../kernels-cuda/gemv_lutgemm.cu")),
     ("gemv_dense.cu", include_str!("../../../kernels-cuda/gemv_dense.cu")),
+    ("gemv_uniform8.cu", include_str!("../../../kernels-cuda/gemv_uniform8.cu")),
     ("gemv_any.cu", include_str!("../../../kernels-cuda/gemv_any.cu")),
     ("dec.cu", include_str!("../../../kernels-cuda/dec.cu")),
     ("rows.cu", include_str!("../../../kernels-cuda/rows.cu")),
@@ -286,6 +287,9 @@ mod tests {
                 }
             }
             all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} INPUT=1 DEC=0 {shape}"))));
+            for rest in ["DEC=0 GROUP=128", "DEC=0 GROUP=32", "DEC=1 GROUP=64"] {
+                all.push(("gemv_uniform8.cu", split(&format!("DTYPE={dtype} INPUT=1 {shape} {rest}"))));
+            }
         }
         // SmolLM2's shapes: rows that are no whole tiles, channels that are no whole units, narrow residuals.
         let small = "K=576 R=72 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=1 DTYPE=0 INPUT=1 DEC=1";
@@ -319,7 +323,8 @@ mod tests {
     }
 
     /// Needs NVRTC, not a GPU: `scripts/cuda-toolchain.sh`, then `DECDEC_CUDA_LIBRARIES=.cache/cuda/lib`; with
-    /// `CUDA_SERIES=12.8` before the one and `.cache/cuda-12.8/lib` in the other, CUDA 12's.
+    /// `CUDA_SERIES=12.8` before the one and `.cache/cuda-12.8/lib` in the other, CUDA 12's. `DECDEC_TEST_ARCHITECTURES`
+    /// names fewer (`sm_90,sm_120`).
     #[test]
     fn every_kernel_compiles_for_every_architecture_without_spilling() {
         let Ok(probe) = Compiler::open("sm_80", None) else {
@@ -327,7 +332,9 @@ mod tests {
             return;
         };
         drop(probe);
-        for architecture in ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"] {
+        let architectures = env::var("DECDEC_TEST_ARCHITECTURES");
+        let architectures = architectures.as_deref().unwrap_or("sm_80,sm_86,sm_89,sm_90,sm_120");
+        for architecture in architectures.split(',') {
             let compiler = Compiler::open(architecture, None).unwrap();
             variants().par_iter().for_each(|(file, defines)| {
                 let (_, log) = compiler.compile(file, &text(file).unwrap(), defines).unwrap();

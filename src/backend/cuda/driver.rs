@@ -1,4 +1,5 @@
-//! The driver: one device, one stream, memory that frees itself, launches. All of cudarc that decdec uses.
+//! The driver: one device, one stream, memory that frees itself, launches. With `graph` and `host`, all of cudarc that
+//! decdec uses.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_int, c_uint, c_void};
@@ -267,27 +268,6 @@ impl Driver {
         Ok(Duration::from_secs_f64(f64::from(timed?) / 1e3))
     }
 
-    /// Records what `work` queues instead of running it.
-    pub(super) fn capture(self: &Rc<Self>, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream is ours alone.
-        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(|e| failed("recording", e))?;
-        let queued = work();
-        // SAFETY: recording was begun above.
-        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(|e| failed("recording", e));
-        queued?;
-        let graph = graph?;
-        let mut exec = ptr::null_mut();
-        // SAFETY: `graph` was just recorded; it is not needed once instantiated.
-        let made = unsafe {
-            let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).result();
-            let _ = result::graph::destroy(graph);
-            made
-        };
-        made.map_err(|e| failed("making a graph", e))?;
-        Ok(Graph { driver: Rc::clone(self), exec })
-    }
-
     /// Loads compiled code.
     pub(super) fn module(self: &Rc<Self>, cubin: &[u8]) -> Result<Rc<Module>> {
         // SAFETY: a cubin carries its own length; it was checked when it was compiled or read.
@@ -460,27 +440,5 @@ impl<'a> Arguments<'a> {
     pub(super) fn with<T: Copy>(mut self, value: &'a T) -> Self {
         self.pointers.push(ptr::from_ref(value).cast_mut().cast());
         self
-    }
-}
-
-/// Recorded operations.
-pub(super) struct Graph {
-    driver: Rc<Driver>,
-    exec: sys::CUgraphExec,
-}
-
-impl Graph {
-    /// Queues them all.
-    pub(super) fn launch(&self) -> Result<()> {
-        // SAFETY: instantiated by `capture`, on the same driver.
-        unsafe { result::graph::launch(self.exec, self.driver.stream) }.map_err(|e| failed("replaying a graph", e))
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        let _ = self.driver.wait();
-        // SAFETY: instantiated by `capture`, destroyed once.
-        let _ = unsafe { result::graph::exec_destroy(self.exec) };
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::matrix::{Format, Matrix, Plan, dec_words};
-use super::pack::{CODE_UNIT, DENSE_UNIT, TILE};
+use super::pack::{BYTE_UNIT, CODE_UNIT, DENSE_UNIT, TILE};
 use crate::dec::CHUNK;
 
 /// Launch parameters of the products.
@@ -63,6 +63,9 @@ pub(super) fn unit(format: Format, in_features: usize) -> (usize, usize, usize) 
     let units = in_features.div_ceil(CODE_UNIT);
     match format {
         Format::AnyPrec { bits } => (CODE_UNIT, if bits == 3 { 1536 } else { 2048 } + (32 << bits), 0),
+        Format::LutGemm { bits: 8, group } => {
+            (BYTE_UNIT, 2048 + 16384 / group, in_features.div_ceil(BYTE_UNIT) * (BYTE_UNIT / group))
+        }
         Format::LutGemm { bits, group } => {
             (CODE_UNIT, if bits == 3 { 1536 } else { 2048 } + 32768 / group, units * (CODE_UNIT / group))
         }
@@ -115,6 +118,7 @@ pub(super) fn dec_shared(plan: &Plan, threads: usize, staged: bool) -> usize {
 pub(super) fn entries(format: Format) -> (&'static str, &'static str, &'static str) {
     match format {
         Format::AnyPrec { .. } => ("gemv_anyprec.cu", "gemv_anyprec", "dequant_anyprec"),
+        Format::LutGemm { bits: 8, .. } => ("gemv_uniform8.cu", "gemv_uniform8", "dequant_uniform8"),
         Format::LutGemm { .. } => ("gemv_lutgemm.cu", "gemv_lutgemm", "dequant_lutgemm"),
         Format::Dense => ("gemv_dense.cu", "gemv_dense", "dequant_dense"),
     }

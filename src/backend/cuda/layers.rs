@@ -179,6 +179,7 @@ struct LayersArgument {
 /// The format that all four matrices share, if they do and it has fast kernels.
 fn format(layer: &LayerOperands<'_, Cuda>) -> Option<Format> {
     let of = |m: &Matrix| match m.body {
+        Body::Packed { format: Format::LutGemm { bits: 8, .. }, .. } => None,
         Body::Packed { format: format @ (Format::AnyPrec { .. } | Format::LutGemm { .. }), .. } => Some(format),
         _ => None,
     };

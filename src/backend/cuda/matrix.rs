@@ -6,16 +6,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use half::f16;
-use rayon::prelude::*;
 
 use super::driver::Buffer;
 use super::host::{Mapped, Registered, Sent, Staging};
 use super::kernel::Kernel;
 use super::pack::{self, Packing};
+use super::plain;
 use super::{Cuda, Dtype, Residuals, Tuning};
 use crate::dec::{BUCKETS, CHUNK, DecPlan, Selection};
-use crate::format::{Dense, LutGemm, Residual};
+use crate::format::{LutGemm, Residual};
 use crate::weights::{Linear, Weight};
 
 /// How a packed matrix is stored, and so which kernel multiplies it.
@@ -181,42 +180,31 @@ pub(super) fn upload(cuda: &Cuda, linear: &Linear<'_>) -> Result<Matrix> {
 fn body(cuda: &Cuda, weight: &Weight<'_>) -> Result<Body> {
     let dtype = cuda.options.dtype;
     // float32, and generic kernels, take every matrix in the plain layout.
-    let plain = dtype == Dtype::Float32 || cuda.options.compile == 0;
+    let generic = dtype == Dtype::Float32 || cuda.options.compile == 0;
     match weight {
-        Weight::AnyPrec(w) if !plain && matches!(w.bits(), 3 | 4) => {
+        Weight::AnyPrec(w) if !generic && matches!(w.bits(), 3 | 4) => {
             packed_body(cuda, Format::AnyPrec { bits: w.bits() }, &Packing::AnyPrec(w, dtype))
         }
-        Weight::LutGemm(w) if !plain && tuned(w) => {
+        Weight::LutGemm(w) if !generic && tuned(w) => {
             packed_body(cuda, Format::LutGemm { bits: w.bits(), group: w.group_size() }, &Packing::LutGemm(w))
         }
-        Weight::Dense(w) if !plain => packed_body(cuda, Format::Dense, &Packing::Dense(w, dtype)),
+        Weight::Dense(w) if !generic => packed_body(cuda, Format::Dense, &Packing::Dense(w, dtype)),
         Weight::AnyPrec(w) => {
-            let codes = pack::bytes(w.in_features(), w.out_features(), |row, out| w.codes(row, out));
+            let codes = plain::bytes(w.in_features(), w.out_features(), |row, out| w.codes(row, out));
             any_body(cuda, &codes, &w.lut().to_f32(), &[], w.bits(), 0, 1)
         }
         Weight::LutGemm(w) => {
-            let codes = pack::bytes(w.in_features(), w.out_features(), |row, out| w.codes(row, out));
-            let alpha = pack::by_row(w.alpha(), w.bits(), w.out_features());
-            let centres = pack::by_row(w.q_bias(), 1, w.out_features());
+            let codes = plain::bytes(w.in_features(), w.out_features(), |row, out| w.codes(row, out));
+            let alpha = plain::by_row(w.alpha(), w.bits(), w.out_features());
+            let centres = plain::by_row(w.q_bias(), 1, w.out_features());
             any_body(cuda, &codes, &alpha, &centres, w.bits(), 1, w.group_size())
         }
-        Weight::Dense(w) => any_body(cuda, &[], &dense_values(cuda, w), &[], 0, 2, 1),
+        Weight::Dense(w) => any_body(cuda, &[], &plain::numbers(w, dtype), &[], 0, 2, 1),
     }
 }
 
 fn tuned(w: &LutGemm<'_>) -> bool {
-    matches!(w.bits(), 3 | 4) && matches!(w.group_size(), 32 | 64 | 128) && pack::is_uniform(w)
-}
-
-/// Dense numbers as f32, rounded to the backend's type.
-fn dense_values(cuda: &Cuda, w: &Dense<'_>) -> Vec<f32> {
-    let dtype = cuda.options.dtype;
-    let values = w.values.to_f32();
-    match dtype {
-        Dtype::Float32 => values.into_owned(),
-        Dtype::Float16 => values.par_iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
-        Dtype::Bfloat16 => values.par_iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect(),
-    }
+    matches!(w.bits(), 3 | 4 | 8) && matches!(w.group_size(), 32 | 64 | 128) && pack::is_uniform(w)
 }
 
 fn packed_body(cuda: &Cuda, format: Format, packing: &Packing<'_>) -> Result<Body> {

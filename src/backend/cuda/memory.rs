@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 
-use super::pack::{CODE_UNIT, DENSE_UNIT, TILE};
+use super::pack::{self, CODE_UNIT, DENSE_UNIT, TILE};
 use super::{Cuda, Dtype, Residuals, host, sequence};
 use crate::config::Projection;
 use crate::weights::{ModelWeights, Weight};
@@ -122,11 +122,11 @@ impl Cuda {
             Weight::Dense(_) => tiles * k.next_multiple_of(DENSE_UNIT) * 2,
             Weight::AnyPrec(w) if plain || !matches!(w.bits(), 3 | 4) => k * rows + ((rows * 4) << w.bits()),
             Weight::AnyPrec(w) => tiles * k.next_multiple_of(CODE_UNIT) * w.bits() / 8 + ((tiles * 2) << w.bits()),
-            Weight::LutGemm(w) if plain || !matches!(w.bits(), 3 | 4) => {
+            Weight::LutGemm(w) if plain || !matches!(w.bits(), 3 | 4 | 8) => {
                 k * rows + k / w.group_size() * rows * (w.bits() + 1) * 4
             }
             Weight::LutGemm(w) => {
-                let k = k.next_multiple_of(CODE_UNIT);
+                let k = k.next_multiple_of(pack::code_unit(w.bits()));
                 tiles * k * w.bits() / 8 + tiles * (k / w.group_size()) * 8
             }
         }

@@ -1,9 +1,10 @@
 //! The CUDA backend: cudarc's driver API, kernels compiled by NVRTC for the card at hand.
 //!
-//! - `driver`: device, stream, memory, launches, graphs; `host`: pinned memory, and uploads through it
+//! - `driver`: device, stream, memory, launches; `graph`: launches recorded once; `host`: pinned memory, and uploads through it
 //! - `library`: NVIDIA's libraries, opened at run time; `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
-//! - `pack`: stored formats to the kernels' layouts; `matrix`, `vector`, `sequence`: what lives on the device
+//! - `options`: how it is set up; `pack`, `plain`: stored formats to the layouts of the fast and of the generic kernels
+//! - `matrix`, `vector`, `sequence`: what lives on the device
 //! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
 //! - `occupy`: holds multiprocessors, so that fewer are left; `memory`: what a model will take
 //! - `product`: which kernel multiplies what; `layers`: whole layers in one launch; the kernels are in `kernels-cuda/`
@@ -14,6 +15,7 @@ pub(crate) mod compiler;
 mod cupti;
 pub mod doctor;
 mod driver;
+mod graph;
 mod host;
 mod kernel;
 mod launch;
@@ -22,7 +24,9 @@ mod library;
 mod matrix;
 mod memory;
 mod occupy;
+mod options;
 mod pack;
+mod plain;
 mod product;
 mod recorder;
 mod sequence;
@@ -33,14 +37,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use std::str::FromStr;
-
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 
 pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
 pub use occupy::Occupied;
+pub use options::{Dtype, Options, Residuals};
 pub use pack::packed;
 pub use recorder::CudaRecorder;
 pub use sequence::Sequence;
@@ -59,82 +62,6 @@ use crate::config::ModelConfig;
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
 use crate::weights::Linear;
-
-/// The type that weights and activations are multiplied in; sums are always f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(u8)]
-pub enum Dtype {
-    /// IEEE half precision.
-    #[default]
-    Float16 = 0,
-    /// bfloat16.
-    Bfloat16 = 1,
-    /// IEEE single precision: reproduces the CPU's texts, at the speed of plain kernels.
-    Float32 = 2,
-}
-
-impl FromStr for Dtype {
-    type Err = anyhow::Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Ok(match name {
-            "float16" => Self::Float16,
-            "bfloat16" => Self::Bfloat16,
-            "float32" => Self::Float32,
-            _ => bail!("{name:?}, float16, bfloat16 or float32 is expected"),
-        })
-    }
-}
-
-/// Where residuals are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Residuals {
-    /// Pinned host memory, read in place over the host link.
-    #[default]
-    Host,
-    /// Device memory, for cards with room.
-    Device,
-}
-
-impl FromStr for Residuals {
-    type Err = anyhow::Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Ok(match name {
-            "host" => Self::Host,
-            "device" => Self::Device,
-            _ => bail!("{name:?}, host or device is expected"),
-        })
-    }
-}
-
-/// How the backend is set up.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Options {
-    /// The type of products.
-    pub dtype: Dtype,
-    /// Where residuals are kept.
-    pub residuals: Residuals,
-    /// 0: plain kernels, launched one by one; 1: kernels made for each shape; 2: these, and one graph per token.
-    pub compile: u8,
-    /// Launch parameters of the products.
-    pub tuning: Tuning,
-    /// Launches are made for so many multiprocessors, in place of all that there are: to see what a smaller card does,
-    /// with [`Cuda::occupy_rest`].
-    pub multiprocessors: Option<usize>,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            dtype: Dtype::Float16,
-            residuals: Residuals::Host,
-            compile: 2,
-            tuning: Tuning::default(),
-            multiprocessors: None,
-        }
-    }
-}
 
 /// One NVIDIA GPU.
 pub struct Cuda {
@@ -182,7 +109,7 @@ pub struct Graph(Recorded);
 enum Recorded {
     /// Ran once, so that everything is compiled and allocated; not yet recorded.
     Warm,
-    Ready(driver::Graph),
+    Ready(graph::Graph),
 }
 
 /// What `decdec devices` lists: one entry per GPU.

@@ -21,6 +21,9 @@ pub(super) const TILE: usize = 16;
 /// Channels of a unit of codes.
 pub(super) const CODE_UNIT: usize = 256;
 
+/// Channels of a unit of codes of a byte each.
+pub(super) const BYTE_UNIT: usize = 128;
+
 /// Channels of a unit of 16-bit numbers.
 pub(super) const DENSE_UNIT: usize = 64;
 
@@ -52,7 +55,7 @@ fn apart(n: u32) -> u32 {
 pub(super) enum Packing<'a> {
     /// 3 or 4 bits.
     AnyPrec(&'a AnyPrec<'a>, Dtype),
-    /// 3 or 4 bits, uniform.
+    /// 3, 4 or 8 bits, uniform.
     LutGemm(&'a LutGemm<'a>),
     /// 16-bit numbers.
     Dense(&'a Dense<'a>, Dtype),
@@ -77,6 +80,7 @@ impl Packing<'_> {
         let units = self.shape().0.div_ceil(CODE_UNIT);
         match self {
             Self::AnyPrec(w, _) => units * unit_words(w.bits()) * 4,
+            Self::LutGemm(w) if w.bits() == 8 => w.in_features().next_multiple_of(BYTE_UNIT) * TILE,
             Self::LutGemm(w) => units * unit_words(w.bits()) * 4,
             Self::Dense(w, _) => w.in_features.div_ceil(DENSE_UNIT) * TILE * DENSE_UNIT * 2,
         }
@@ -106,6 +110,7 @@ impl Packing<'_> {
                     out,
                 );
             }
+            Self::LutGemm(w) if w.bits() == 8 => byte_codes(w, rows, out),
             Self::LutGemm(w) => {
                 codes(
                     in_features,
@@ -133,13 +138,13 @@ impl Packing<'_> {
 /// The words that `weight` is sent to the device as, tile by tile; for measuring how long packing takes, without a device.
 ///
 /// # Errors
-/// Codes that are not of 3 or 4 bits: they are sent as they are stored.
+/// Codes of other widths than those that are packed: they are sent as they are stored.
 pub fn packed(weight: &Weight<'_>, dtype: Dtype) -> Result<Vec<u32>> {
     let packing = match weight {
         Weight::AnyPrec(w) if matches!(w.bits(), 3 | 4) => Packing::AnyPrec(w, dtype),
-        Weight::LutGemm(w) if matches!(w.bits(), 3 | 4) => Packing::LutGemm(w),
+        Weight::LutGemm(w) if matches!(w.bits(), 3 | 4 | 8) => Packing::LutGemm(w),
         Weight::Dense(w) => Packing::Dense(w, dtype),
-        _ => bail!("codes of other than 3 or 4 bits are not packed"),
+        _ => bail!("codes of other than 3 or 4 bits (8 of LUT-GEMM) are not packed"),
     };
     let (codes, aux) = (packing.code_bytes(), packing.aux_bytes());
     let mut words = vec![0u32; packing.tiles() * (codes + aux) / 4];
@@ -149,6 +154,11 @@ pub fn packed(weight: &Weight<'_>, dtype: Dtype) -> Result<Vec<u32>> {
         packing.aux(tile, &mut out[codes..]);
     });
     Ok(words)
+}
+
+/// Channels of a unit of codes, by their bits.
+pub(super) fn code_unit(bits: usize) -> usize {
+    if bits == 8 { BYTE_UNIT } else { CODE_UNIT }
 }
 
 /// Words of a unit of codes.
@@ -227,7 +237,7 @@ fn codebooks(w: &AnyPrec<'_>, dtype: Dtype, tile: usize, out: &mut [u8]) {
 
 /// Groups of a row, whole units of them.
 fn groups(w: &LutGemm<'_>) -> usize {
-    w.in_features().div_ceil(CODE_UNIT) * (CODE_UNIT / w.group_size())
+    w.in_features().next_multiple_of(code_unit(w.bits())) / w.group_size()
 }
 
 /// A tile's steps and centres, `[groups, 16, 2]`.
@@ -243,6 +253,22 @@ fn steps(w: &LutGemm<'_>, tile: usize, out: &mut [f32]) {
         for (r, out) in out.chunks_exact_mut(2).take(count).enumerate() {
             out[0] = 2.0 * alpha[r];
             out[1] = q_bias[r] + alpha[r];
+        }
+    }
+}
+
+/// The codes of the rows of a tile, a byte each, in the order in which lanes take them.
+fn byte_codes(w: &LutGemm<'_>, rows: Range<usize>, out: &mut [u8]) {
+    let mut row = vec![0u8; w.in_features().next_multiple_of(BYTE_UNIT)];
+    if rows.len() < TILE {
+        out.fill(0);
+    }
+    for (r, number) in rows.enumerate() {
+        w.codes(number, &mut row[..w.in_features()]);
+        for (piece, codes) in row.chunks_exact(8).enumerate() {
+            let (p, t) = (piece / 4, piece % 4);
+            let at = ((p * 32 + r % 8 * 4 + t) * 2 + r / 8) * 8;
+            out[at..at + 8].copy_from_slice(codes);
         }
     }
 }
@@ -290,26 +316,6 @@ pub(super) fn is_uniform(w: &LutGemm<'_>) -> bool {
             other.iter().zip(&first).all(|(a, first)| *a == first * (1u32 << b) as f32)
         })
     })
-}
-
-/// Codes, a byte each, `[out_features, in_features]`.
-pub(super) fn bytes(in_features: usize, out_features: usize, codes: impl Fn(usize, &mut [u8]) + Sync) -> Vec<u8> {
-    let mut all = vec![0u8; in_features * out_features];
-    all.par_chunks_exact_mut(in_features).enumerate().for_each(|(row, out)| codes(row, out));
-    all
-}
-
-/// `[groups, planes, rows]` as `[rows, groups, planes]`.
-pub(super) fn by_row(values: &Floats<'_>, planes: usize, rows: usize) -> Vec<f32> {
-    let values = values.to_f32();
-    let groups = values.len() / (planes * rows);
-    let mut all = vec![0f32; values.len()];
-    all.par_chunks_exact_mut(groups * planes).enumerate().for_each(|(row, out)| {
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = values[i * rows + row];
-        }
-    });
-    all
 }
 
 #[cfg(test)]
@@ -399,6 +405,36 @@ mod tests {
                 // alpha_b is scale / 2 doubled from plane to plane; the centre is of codes counted from 2^(bits-1).
                 let centre = scale * ((1 << bits) - 1) as f32 / 2.0 - scale * zero + scale / 2.0;
                 assert_eq!(step, [scale, centre], "row {row}, group {g}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_byte_is_where_its_lane_looks() {
+        for (in_features, rows, group) in [(576, 24, 64), (1376, 40, 32), (256, 16, 128)] {
+            let codes = codes(in_features, rows, 8);
+            let groups = in_features / group;
+            let scale: Vec<f32> = (0..rows * groups).map(|i| 1.0 + i as f32 / 64.0).collect();
+            let w = LutGemm::from_uniform(in_features, rows, 8, group, &codes, &scale, &vec![128.0; rows * groups])
+                .unwrap();
+            let packing = Packing::LutGemm(&w);
+            let (packed, steps) = packed(&packing);
+            let packed: &[u8] = bytemuck::cast_slice(&packed);
+            let steps: Vec<f32> = bytemuck::pod_collect_to_vec(&steps);
+            let padded = in_features.next_multiple_of(BYTE_UNIT);
+            assert_eq!(steps.len(), packing.tiles() * TILE * padded / group * 2);
+            for row in 0..packing.tiles() * TILE {
+                for k in 0..padded {
+                    let (tile, r, c) = (row / TILE, row % TILE, k % BYTE_UNIT);
+                    let unit = tile * padded / BYTE_UNIT + k / BYTE_UNIT;
+                    let lane = r % 8 * 4 + c / 8 % 4;
+                    let got = packed[((unit * 4 + c / 32) * 32 + lane) * 16 + r / 8 * 8 + c % 8];
+                    let step = steps[((unit * (BYTE_UNIT / group) + c / group) * TILE + r) * 2];
+                    let inside = row < rows && k < in_features;
+                    let want =
+                        if inside { (codes[row * in_features + k], scale[row * groups + k / group]) } else { (0, 0.0) };
+                    assert_eq!((got, step), want, "row {row}, channel {k}");
+                }
             }
         }
     }

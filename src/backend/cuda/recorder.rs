@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::Cuda;
 use super::cupti::Cupti;
-use super::driver::{Arguments, Buffer, Graph, Launch as Grid};
+use super::driver::{Arguments, Buffer, Launch as Grid};
+use super::graph::Graph;
 use super::host::Mapped;
 use crate::backend::record::{Bandwidths, Clock, KernelRecord, Launch, Recorder};
 

@@ -7,9 +7,10 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::calibrate;
-use super::forward::{Affine, product};
+use super::forward::Affine;
+use super::product::product;
 use super::refine::Effort;
-use super::{Calibration, Options, Refine, awq, finish, fit, mixed, plan, polish, sample, sqllm};
+use super::{Calibration, Options, Refine, awq, divergence, finish, fit, mixed, plan, polish, sample, sqllm};
 use crate::checkpoint::{Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
 
@@ -112,7 +113,7 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
     let codebooks = 3 * 4 * config.num_layers * (rows << manifest.bits.high());
     let layer = (1 + 4 + 4 + 4) * sample::layer_weights(config);
     let tokens = 2 * 4 * seq_len * shapes.iter().map(|s| s.0 + s.1).sum::<usize>();
-    let logits = 2 * 4 * polish::HEAD_TOKENS.min(seq_len) * config.vocab_size;
+    let logits = 2 * 4 * divergence::HEAD_TOKENS.min(seq_len) * config.vocab_size;
     4 * texts * seq_len * config.hidden_size + codebooks + (layer + tokens).max(logits)
 }
 
@@ -136,7 +137,8 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     }
     if learns(options, manifest) {
         // The head speaks for both models, and its derivative goes back through it.
-        seconds += (texts * seq_len) as f64 * (polish::PASSES as f64 * layers * per_token + 4.5 * head);
+        let tokens = (polish::steps(texts) * seq_len) as f64;
+        seconds += tokens * (polish::STEP_PASSES as f64 * layers * per_token + 3.0 * head);
     }
     let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;

@@ -41,8 +41,15 @@ impl Job<'_> {
     pub(super) fn work(&self) -> u64 {
         let layers = self.source.config().num_layers as u64;
         let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
-        let learning = if self.learns() { polish::PASSES * layers * self.tokens() } else { 0 };
+        let learning = if self.learns() { self.learning_work() } else { 0 };
         self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed + learning
+    }
+
+    /// Learning codebooks, in tokens through a layer.
+    pub(super) fn learning_work(&self) -> u64 {
+        let calibration = &self.options.calibration;
+        let tokens = polish::steps(calibration.samples()) * calibration.seq_len();
+        polish::STEP_PASSES * (tokens * self.source.config().num_layers) as u64
     }
 
     /// True if codebooks are learned when all layers are quantized.

@@ -10,8 +10,8 @@
 
 use rayon::prelude::*;
 
-use super::forward::{Strided, accumulate, multiply};
 use super::gram::Hessian;
+use super::product::{Strided, accumulate, multiply};
 pub(crate) use grids::{Codebook, Groups};
 
 mod grids;

@@ -44,6 +44,12 @@ pub(crate) struct Trace {
     pub(crate) taken: [Taken; 4],
 }
 
+/// Bytes of a token in a [`Trace`], without the channels taken, of which there are few.
+pub(super) fn trace_bytes(config: &ModelConfig) -> usize {
+    let [qkv, o, gate_up, _] = Projection::ALL.map(|p| config.shape(p));
+    4 * qkv.1 + 2 * (2 * config.hidden_size + o.0 + gate_up.1)
+}
+
 /// What enters a projection, and the channels of it that are taken.
 type Entering = (Vec<f32>, Taken);
 
@@ -280,7 +286,7 @@ fn head_back(
     for (first, d_queries) in (0..tokens).step_by(QUERY_BLOCK).zip(d_queries.chunks_mut(QUERY_BLOCK * d)) {
         // Keys behind the block's last query are masked.
         let (count, len) = (d_queries.len() / d, first + d_queries.len() / d);
-        let (queries, d_out) = (queries.from_row(first), d_out.from_row(first));
+        let (queries, d_out) = (queries.below(first), d_out.below(first));
         let (scores, d_scores) = (&mut scores[..count * len], &mut d_scores[..count * len]);
         multiply(count, len, d, scale, queries, across(keys), scores, one);
         multiply(count, len, d, 1.0, d_out, across(values), d_scores, one);

@@ -129,7 +129,7 @@ impl Job<'_> {
                 self.progress.set_message("sampling text");
                 let kept = self.writer.read_file(TOKENS).filter(|bytes| bytes.len() == 4 * samples * seq_len);
                 if let Some(bytes) = kept {
-                    self.progress.inc(sample::SAMPLED_TOKEN * self.tokens() * self.source.config().num_layers as u64);
+                    self.progress.inc(self.sampling_work());
                     return Ok(bytemuck::pod_collect_to_vec(&bytes));
                 }
                 let ids = sample::sample(self.source, samples, seq_len, seed, self.stop, self.progress)?;

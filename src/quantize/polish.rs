@@ -23,6 +23,7 @@ use super::gram::Taken;
 use super::job::Job;
 use super::refine::{Codebook, Grid};
 use super::{Refine, fit};
+use crate::checkpoint::LayerFile;
 use crate::config::Projection;
 use crate::format::AnyPrec;
 use crate::weights::{Linear, Weight};
@@ -196,6 +197,12 @@ fn follow(
     });
 }
 
+/// A projection in full precision, and as it is stored in the layer's `file`.
+fn pair<'a>(job: &Job<'_>, file: &'a LayerFile, index: usize, projection: Projection) -> Result<(Affine, Linear<'a>)> {
+    let stored = file.projection(projection, job.source.config(), None)?;
+    Ok((Affine::new(&job.source.projection(index, projection)?), stored))
+}
+
 /// A layer with these codebooks, and its codes.
 fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Result<(Compensated, [Vec<u8>; 4])> {
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
@@ -206,8 +213,8 @@ fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resul
     let grid = Codebook { bits: bits as usize };
     // All four at once: some sources take them out of their blocks on one core.
     let each = Projection::ALL.into_par_iter().zip(learned).map(|(projection, learned)| {
-        let mut linear = Affine::new(&job.source.projection(index, projection)?);
-        let codes = self::codes(anyprec(&file.projection(projection, config, None)?)?);
+        let (mut linear, stored) = pair(job, &file, index, projection)?;
+        let codes = self::codes(anyprec(&stored)?);
         let mut weight = vec![0.0; codes.len()];
         let n = linear.in_features;
         let rows = weight.par_chunks_exact_mut(n).zip(codes.par_chunks_exact(n));
@@ -238,12 +245,11 @@ fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resu
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
     let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
         let learned = &learned[projection.index()];
-        let stored = file.projection(projection, config, None)?;
+        let (original, stored) = pair(job, &file, index, projection)?;
         let weight = anyprec(&stored)?;
         let codebook: Vec<f16> = learned.codebook.iter().map(|&c| f16::from_f32(c)).collect();
         let (n, m, planes) = (weight.in_features(), weight.out_features(), weight.planes().to_vec());
         let weight = Weight::AnyPrec(AnyPrec::new(n, m, bits as usize, planes.into(), codebook.into())?);
-        let original = Affine::new(&job.source.projection(index, projection)?);
         let residual = super::residual(&original, &weight, &fit::weigh(&learned.taken, &learned.all))?;
         let thresholds = stored.thresholds.map(|t| Cow::Owned(t.into_owned()));
         anyhow::Ok(Linear { weight, bias: original.bias.map(Cow::Owned), residual: Some(residual), thresholds })

@@ -18,8 +18,8 @@ pub(crate) struct Strided<'a> {
 }
 
 impl Strided<'_> {
-    /// The rows from `first` on.
-    pub(crate) fn from_row(self, first: usize) -> Self {
+    /// The matrix from row `first` on.
+    pub(crate) fn below(self, first: usize) -> Self {
         Self { values: &self.values[first * self.row..], ..self }
     }
 

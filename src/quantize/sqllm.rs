@@ -96,7 +96,8 @@ impl Sorted {
             return self;
         }
         let ends = |sums: &[f64]| {
-            sums.iter().step_by(step).chain(sums.last().filter(|_| (sums.len() - 1) % step != 0)).copied().collect()
+            let last = sums.last().filter(|_| !(sums.len() - 1).is_multiple_of(step));
+            sums.iter().step_by(step).chain(last).copied().collect()
         };
         Self {
             values: self.values.iter().step_by(step).copied().collect(),

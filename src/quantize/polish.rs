@@ -26,6 +26,7 @@ use super::{Refine, fit};
 use crate::checkpoint::LayerFile;
 use crate::config::Projection;
 use crate::format::AnyPrec;
+use crate::sampling;
 use crate::weights::{Linear, Weight};
 
 /// File of what was learned: codebooks and energies of every layer, f32, little-endian.
@@ -37,10 +38,14 @@ const RATE: f32 = 0.0288;
 const WARMUP: f32 = 3.0;
 /// Adam's memory for the gradient and its square.
 const MEMORY: [f32; 2] = [0.9, 0.95];
+/// Longest derivative of a token, in medians of its window.
+const LONGEST: f64 = 3.0;
+/// Seed of the order in which windows are read.
+const SHUFFLE: u64 = 1;
 /// A token and a layer take about as long as so many that only pass: up, and twice that down.
 pub(super) const STEP_PASSES: u64 = 3;
 
-/// How many windows of the text are read: all, and the first half of them again.
+/// How many windows are read: all of the text, and half of it again.
 pub(super) fn steps(windows: usize) -> usize {
     (windows * 3).div_ceil(2)
 }
@@ -129,9 +134,10 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
         .iter()
         .map(|l| l.each_ref().map(|l| Means(vec![0.0; l.codebook.len()], vec![0.0; l.codebook.len()])))
         .collect();
-    let steps = steps(ids.len() / seq_len);
-    let windows = ids.chunks_exact(seq_len).zip(truth.chunks_exact(seq_len * config.hidden_size));
-    for (step, (ids, truth)) in windows.cycle().take(steps).enumerate() {
+    let order = order(ids.len() / seq_len);
+    for (step, &window) in order.iter().enumerate() {
+        let ids = &ids[window * seq_len..][..seq_len];
+        let truth = &truth[window * seq_len * config.hidden_size..][..seq_len * config.hidden_size];
         let mut h = Activations::embed(&embedding, ids, seq_len)?.h;
         let mut traces = Vec::with_capacity(bits.len());
         for (index, (learned, &bits)) in learned.iter_mut().zip(bits).enumerate() {
@@ -142,8 +148,9 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
             job.progress.inc(seq_len as u64);
         }
         let (loss, mut d) = speaker.divergence(truth, &h);
-        tracing::debug!("window {step}: divergence {loss:.5}");
-        let rate = RATE * ((step + 1) as f32 / WARMUP).min(1.0) * (1.0 - step as f32 / steps as f32);
+        tracing::debug!("step {step}, window {window}: divergence {loss:.5}");
+        even_out(&mut d, config.hidden_size);
+        let rate = RATE * ((step + 1) as f32 / WARMUP).min(1.0) * (1.0 - step as f32 / order.len() as f32);
         while let Some(trace) = traces.pop() {
             super::ensure_running(job.stop)?;
             let index = traces.len();
@@ -156,6 +163,38 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
         }
     }
     Ok(())
+}
+
+/// The windows in the order in which they are read: all, then half of them again, each time shuffled, as what comes last
+/// counts most.
+fn order(windows: usize) -> Vec<usize> {
+    let shuffled = |round: u64| {
+        let draws = sampling::draws(SHUFFLE + round, windows);
+        let mut order: Vec<usize> = (0..windows).collect();
+        order.sort_by(|&a, &b| draws[a].total_cmp(&draws[b]));
+        order
+    };
+    let mut order = [shuffled(0), shuffled(1)].concat();
+    order.truncate(steps(windows));
+    order
+}
+
+/// Evens out a derivative, `[tokens, hidden_size]`: no token's is longer than [`LONGEST`] times the median, and all of it
+/// has length 1. A text that is unlike the rest, and the few tokens in it that went most wrong, count no more than others.
+fn even_out(d: &mut [f32], hidden_size: usize) {
+    let length = |d: &[f32]| d.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let lengths: Vec<f64> = d.par_chunks_exact(hidden_size).map(length).collect();
+    let mut sorted = lengths.clone();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let most = LONGEST * sorted[sorted.len() / 2];
+    let whole = lengths.iter().map(|l| l.min(most).powi(2)).sum::<f64>().sqrt();
+    if whole == 0.0 {
+        return;
+    }
+    d.par_chunks_exact_mut(hidden_size).zip(lengths).for_each(|(d, length)| {
+        let by = if length > most { most / length / whole } else { 1.0 / whole };
+        d.iter_mut().for_each(|x| *x = (f64::from(*x) * by) as f32);
+    });
 }
 
 /// What leaves the last layer in full precision, `[ids, hidden_size]`: as it was kept when the last layer was made.
@@ -260,6 +299,30 @@ fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_window_is_read_once_or_twice_and_not_in_order() {
+        for windows in [1, 2, 7, 24] {
+            let order = order(windows);
+            assert_eq!(order.len(), windows + windows.div_ceil(2));
+            let mut first = order[..windows].to_vec();
+            assert!(windows < 7 || !first.is_sorted() && order[windows..] != order[..windows.div_ceil(2)]);
+            first.sort_unstable();
+            assert!(first.into_iter().eq(0..windows), "{order:?}");
+        }
+    }
+
+    #[test]
+    fn no_window_and_no_token_counts_much_more_than_others() {
+        let mut d = vec![0.0; 5 * 2];
+        even_out(&mut d, 2);
+        assert!(d.iter().all(|&x| x == 0.0));
+        // Tokens of lengths 1, 1, 1, 2 and 50, of which the last becomes 3: together 4.
+        d.copy_from_slice(&[1.0, 0.0, 0.0, -1.0, 0.6, 0.8, 2.0, 0.0, -30.0, 40.0].map(|x: f32| x * 1e-20));
+        even_out(&mut d, 2);
+        let want = [1.0, 0.0, 0.0, -1.0, 0.6, 0.8, 2.0, 0.0, -1.8, 2.4].map(|x: f32| x / 4.0);
+        assert!(d.iter().zip(want).all(|(d, want)| (d - want).abs() < 1e-6), "{d:?}");
+    }
 
     #[test]
     fn a_codebook_goes_against_the_derivative_of_its_weights() {

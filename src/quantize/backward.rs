@@ -32,22 +32,22 @@ pub(crate) struct Compensated {
     pub(crate) k_chunks: [usize; 4],
 }
 
-/// What a layer's backward pass needs of its forward pass. All layers' wait for it, so most is kept in 16 bits: a
-/// gradient over hundreds of tokens does not show their rounding. Queries and keys, which exponents depend on, are not.
+/// What a layer's backward pass needs of its forward pass, but for gate and up, the widest, which are computed again. All
+/// layers' wait for it, so most is kept in 16 bits: a gradient over hundreds of tokens does not show their rounding.
+/// Queries and keys, which exponents depend on, are not.
 #[derive(Debug)]
 pub(crate) struct Trace {
-    h: Vec<bf16>,       // [tokens, hidden_size]: what entered
-    middle: Vec<bf16>,  // the same, after attention
-    qkv: Vec<f32>,      // [tokens, q, k and v]: queries and keys rotated
-    x_o: Vec<bf16>,     // [tokens, num_heads · head_dim]
-    gate_up: Vec<bf16>, // [tokens, gate then up]
+    h: Vec<bf16>,      // [tokens, hidden_size]: what entered
+    middle: Vec<bf16>, // the same, after attention
+    qkv: Vec<f32>,     // [tokens, q, k and v]: queries and keys rotated
+    x_o: Vec<bf16>,    // [tokens, num_heads · head_dim]
     pub(crate) taken: [Taken; 4],
 }
 
 /// Bytes of a token in a [`Trace`], without the channels taken, of which there are few.
 pub(super) fn trace_bytes(config: &ModelConfig) -> usize {
-    let [qkv, o, gate_up, _] = Projection::ALL.map(|p| config.shape(p));
-    4 * qkv.1 + 2 * (2 * config.hidden_size + o.0 + gate_up.1)
+    let [qkv, o, ..] = Projection::ALL.map(|p| config.shape(p));
+    4 * qkv.1 + 2 * (2 * config.hidden_size + o.0)
 }
 
 /// What enters a projection, and the channels of it that are taken.
@@ -80,22 +80,28 @@ impl Compensated {
         let (y, taken_down) = self.apply(Projection::Down, &x_down)?;
         add_parallel(h, &y);
         let taken = [taken_qkv, taken_o, taken_gate_up, taken_down];
-        let (gate_up, short_x_o) = (shortened(&gate_up), shortened(&x_o));
-        Ok((Trace { h: before, middle, qkv, x_o: short_x_o, gate_up, taken }, [x_qkv, x_o, x_gate_up, x_down]))
+        let trace = Trace { h: before, middle, qkv, x_o: shortened(&x_o), taken };
+        Ok((trace, [x_qkv, x_o, x_gate_up, x_down]))
     }
 
     fn apply(&self, projection: Projection, x: &[f32]) -> Result<(Vec<f32>, Taken)> {
+        let n = self.layer.linear(projection).in_features;
+        let taken = Taken::select(x, n, self.k_chunks[projection.index()])?;
+        Ok((self.output(projection, x, &taken), taken))
+    }
+
+    /// What a projection puts out with the channels `taken` compensated.
+    fn output(&self, projection: Projection, x: &[f32], taken: &Taken) -> Vec<f32> {
         let linear = self.layer.linear(projection);
         let (n, m) = (linear.in_features, linear.out_features);
-        let taken = Taken::select(x, n, self.k_chunks[projection.index()])?;
         let mut y = linear.apply(x);
-        let lost = self.lost(projection, &taken);
+        let lost = self.lost(projection, taken);
         y.par_chunks_exact_mut(m).zip(x.par_chunks_exact(n)).enumerate().for_each(|(t, (y, x))| {
             for &k in taken.of(t) {
                 y.iter_mut().zip(lost.of_channel(k)).for_each(|(y, lost)| *y += lost * x[k as usize]);
             }
         });
-        Ok((y, taken))
+        y
     }
 
     /// What quantization lost in the channels that any token takes.
@@ -114,14 +120,14 @@ impl Compensated {
         trace: Trace,
         d: &mut [f32],
     ) -> [Vec<f32>; 4] {
-        let Trace { h, middle, qkv, x_o, gate_up, taken: [taken_qkv, taken_o, taken_gate_up, taken_down] } = trace;
+        let Trace { h, middle, qkv, x_o, taken: [taken_qkv, taken_o, taken_gate_up, taken_down] } = trace;
         let (eps, intermediate) = (config.rms_norm_eps, config.intermediate_size);
-        let gate_up = lengthened(&gate_up);
+        let middle = lengthened(&middle);
+        let x_gate_up = norm(&middle, &self.layer.post_norm, eps);
+        let gate_up = self.output(Projection::GateUp, &x_gate_up, &taken_gate_up);
         let (d_down, w_down) = self.derive(Projection::Down, (swiglu(&gate_up, intermediate), taken_down), d);
         let d_gate_up = swiglu_back(&gate_up, &d_down, intermediate);
         drop(gate_up);
-        let middle = lengthened(&middle);
-        let x_gate_up = norm(&middle, &self.layer.post_norm, eps);
         let (d_x, w_gate_up) = self.derive(Projection::GateUp, (x_gate_up, taken_gate_up), &d_gate_up);
         norm_back(&middle, &self.layer.post_norm, eps, &d_x, d);
         let (d_o, w_o) = self.derive(Projection::O, (lengthened(&x_o), taken_o), d);

@@ -12,7 +12,7 @@ use crate::format::Dense;
 /// Logits that are summed up in f32: what f32 resolves is enough for so many.
 const PART: usize = 64 * LANES;
 /// Tokens whose logits, of both models, are in memory at once.
-pub(super) const HEAD_TOKENS: usize = 256;
+pub(super) const HEAD_TOKENS: usize = 128;
 
 /// What comes behind the last layer, and room for its logits.
 pub(super) struct Speaker<'a> {

@@ -139,7 +139,10 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     if learns(options, manifest) {
         // The head speaks for both models, and its derivative goes back through it.
         let tokens = (polish::steps(texts) * seq_len) as f64;
-        seconds += tokens * (polish::STEP_PASSES as f64 * layers * per_token + 3.0 * head);
+        // Gate and up are computed again on the way down.
+        let gate_up = config.shape(Projection::GateUp);
+        let again = sample.product()? * (gate_up.0 * gate_up.1) as f64;
+        seconds += tokens * (layers * (polish::STEP_PASSES as f64 * per_token + again) + 3.0 * head);
     }
     let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;

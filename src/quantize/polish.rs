@@ -38,6 +38,8 @@ const RATE: f32 = 0.0288;
 const WARMUP: f32 = 3.0;
 /// Adam's memory for the gradient and its square.
 const MEMORY: [f32; 2] = [0.9, 0.95];
+/// Slopes well below this move nothing: their squares vanish in f32, they themselves do not.
+const SILENT: f32 = 1e-20;
 /// Longest derivative of a token, in medians of its window.
 const LONGEST: f64 = 3.0;
 /// Seed of the order in which windows are read.
@@ -231,7 +233,7 @@ fn follow(
         for (((c, slope), mean), square) in codebook.iter_mut().zip(slope).zip(mean).zip(square) {
             *mean = first.0 * *mean + (1.0 - first.0) * slope;
             *square = second.0 * *square + (1.0 - second.0) * slope * slope;
-            *c -= rate / p as f32 * size * (*mean / first.1) / ((*square / second.1).sqrt() + f32::MIN_POSITIVE);
+            *c -= rate / p as f32 * size * (*mean / first.1) / ((*square / second.1).sqrt() + SILENT);
         }
     });
 }
@@ -338,5 +340,12 @@ mod tests {
         let step = RATE / 4.0 * (2.125f32 / 4.0).sqrt();
         assert!((moved[1] + step).abs() < 1e-3 * step && (moved[2] - step).abs() < 1e-3 * step, "{moved:?}, {step}");
         assert_eq!((moved[0], moved[3]), (0.0, 0.0), "nothing pulls at these");
+        // A slope whose square is 0 in f32 is no reason to go anywhere.
+        let mut learned = Learned { codebook: codebook.clone(), taken: vec![0.0; 32], all: vec![0.0; 32] };
+        let mut means = Means(vec![0.0; 4], vec![0.0; 4]);
+        gradient.fill(1e-24);
+        follow(&grid, &mut learned, &mut means, &codes, &gradient, RATE, 0);
+        let most = learned.codebook.iter().zip(&codebook).fold(0f32, |m, (now, before)| m.max((now - before).abs()));
+        assert!(most < step / 10.0, "{most}, a step is {step}");
     }
 }

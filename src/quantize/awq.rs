@@ -13,8 +13,9 @@ use anyhow::Result;
 use half::f16;
 use rayon::prelude::*;
 
-use super::forward::{Affine, Inputs, Layer, Strided, multiply, product};
+use super::forward::{Affine, Inputs, Layer};
 use super::gram::Hessian;
+use super::product::{Strided, multiply, product};
 use super::refine::{self, Effort, Groups};
 use crate::config::{ModelConfig, Projection};
 use crate::format::LutGemm;

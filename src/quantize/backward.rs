@@ -4,71 +4,110 @@
 //! out as in full precision, so no gradient reaches `Ŵ` through them. Which channels are taken counts as fixed.
 
 use anyhow::Result;
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::forward::{
-    Affine, Inputs, KvCache, Layer, Rope, Strided, accumulate, add_parallel, attend, multiply, norm, softmax, swiglu,
-};
+use super::exponential::{dot, softmax, swiglu, swiglu_back};
+use super::forward::{Affine, Inputs, KvCache, Layer, Rope, add_parallel, attend, norm};
 use super::gram::Taken;
+use super::product::{Strided, accumulate, multiply};
 use crate::config::{ModelConfig, Projection};
 
-/// A quantized layer and what it lost.
+/// Queries whose scores are in memory at once.
+const QUERY_BLOCK: usize = 128;
+/// Numbers that one core takes at once.
+const PIECE: usize = 1 << 14;
+/// Rows that are gathered together.
+const TILE: usize = 32;
+
+/// A quantized layer and what it was made from.
 #[derive(Debug)]
 pub(crate) struct Compensated {
     /// The layer as it is stored.
     pub(crate) layer: Layer,
-    /// `W − Ŵ` of each projection, `[in_features, out_features]`: one channel's correction of all rows is one line.
-    pub(crate) lost: [Vec<f32>; 4],
+    /// Each projection in full precision, `[out_features, in_features]`.
+    pub(crate) originals: [Vec<f32>; 4],
     /// Channels of 1024 that compensation takes.
     pub(crate) k_chunks: [usize; 4],
 }
 
-/// What a layer's backward pass needs of its forward pass.
+/// What a layer's backward pass needs of its forward pass, but for gate and up, the widest, which are computed again. All
+/// layers' wait for it, so most is kept in 16 bits: a gradient over hundreds of tokens does not show their rounding.
+/// Queries and keys, which exponents depend on, are not.
 #[derive(Debug)]
 pub(crate) struct Trace {
-    h: Vec<f32>,       // [tokens, hidden_size]: what entered
-    middle: Vec<f32>,  // the same, after attention
+    h: Vec<bf16>,      // [tokens, hidden_size]: what entered
+    middle: Vec<bf16>, // the same, after attention
     qkv: Vec<f32>,     // [tokens, q, k and v]: queries and keys rotated
-    gate_up: Vec<f32>, // [tokens, gate then up]
-    pub(crate) x: Inputs,
+    x_o: Vec<bf16>,    // [tokens, num_heads · head_dim]
     pub(crate) taken: [Taken; 4],
 }
 
+/// Bytes of a token in a [`Trace`], without the channels taken, of which there are few.
+pub(super) fn trace_bytes(config: &ModelConfig) -> usize {
+    let [qkv, o, ..] = Projection::ALL.map(|p| config.shape(p));
+    4 * qkv.1 + 2 * (2 * config.hidden_size + o.0)
+}
+
+/// What enters a projection, and the channels of it that are taken.
+type Entering = (Vec<f32>, Taken);
+
 impl Compensated {
-    /// Takes `h` `[texts, tokens, hidden_size]` through the layer.
+    /// Takes `h` `[texts, tokens, hidden_size]` through the layer. Returns what the way back needs, and what entered
+    /// the projections.
     ///
     /// # Errors
     /// `k_chunk` above 1024.
-    pub(crate) fn forward(&self, config: &ModelConfig, rope: &Rope, texts: usize, h: &mut [f32]) -> Result<Trace> {
-        let before = h.to_vec();
+    pub(crate) fn forward(
+        &self,
+        config: &ModelConfig,
+        rope: &Rope,
+        texts: usize,
+        h: &mut [f32],
+    ) -> Result<(Trace, Inputs)> {
+        let before = shortened(h);
         let tokens = h.len() / config.hidden_size / texts;
         let x_qkv = norm(h, &self.layer.input_norm, config.rms_norm_eps);
         let (mut qkv, taken_qkv) = self.apply(Projection::Qkv, &x_qkv)?;
         let x_o = attend(config, rope, &mut KvCache::new(config, texts, tokens), texts, &mut qkv);
         let (y, taken_o) = self.apply(Projection::O, &x_o)?;
         add_parallel(h, &y);
-        let middle = h.to_vec();
+        let middle = shortened(h);
         let x_gate_up = norm(h, &self.layer.post_norm, config.rms_norm_eps);
         let (gate_up, taken_gate_up) = self.apply(Projection::GateUp, &x_gate_up)?;
         let x_down = swiglu(&gate_up, config.intermediate_size);
         let (y, taken_down) = self.apply(Projection::Down, &x_down)?;
         add_parallel(h, &y);
-        let (x, taken) = ([x_qkv, x_o, x_gate_up, x_down], [taken_qkv, taken_o, taken_gate_up, taken_down]);
-        Ok(Trace { h: before, middle, qkv, gate_up, x, taken })
+        let taken = [taken_qkv, taken_o, taken_gate_up, taken_down];
+        let trace = Trace { h: before, middle, qkv, x_o: shortened(&x_o), taken };
+        Ok((trace, [x_qkv, x_o, x_gate_up, x_down]))
     }
 
     fn apply(&self, projection: Projection, x: &[f32]) -> Result<(Vec<f32>, Taken)> {
-        let (linear, lost) = (self.layer.linear(projection), &self.lost[projection.index()]);
-        let taken = Taken::select(x, linear.in_features, self.k_chunks[projection.index()])?;
+        let n = self.layer.linear(projection).in_features;
+        let taken = Taken::select(x, n, self.k_chunks[projection.index()])?;
+        Ok((self.output(projection, x, &taken), taken))
+    }
+
+    /// What a projection puts out with the channels `taken` compensated.
+    fn output(&self, projection: Projection, x: &[f32], taken: &Taken) -> Vec<f32> {
+        let linear = self.layer.linear(projection);
+        let (n, m) = (linear.in_features, linear.out_features);
         let mut y = linear.apply(x);
-        let tokens = y.par_chunks_exact_mut(linear.out_features).zip(x.par_chunks_exact(linear.in_features));
-        tokens.enumerate().for_each(|(t, (y, x))| {
+        let lost = self.lost(projection, taken);
+        y.par_chunks_exact_mut(m).zip(x.par_chunks_exact(n)).enumerate().for_each(|(t, (y, x))| {
             for &k in taken.of(t) {
-                let line = &lost[k as usize * linear.out_features..][..linear.out_features];
-                y.iter_mut().zip(line).for_each(|(y, lost)| *y += lost * x[k as usize]);
+                y.iter_mut().zip(lost.of_channel(k)).for_each(|(y, lost)| *y += lost * x[k as usize]);
             }
         });
-        Ok((y, taken))
+        y
+    }
+
+    /// What quantization lost in the channels that any token takes.
+    fn lost(&self, projection: Projection, taken: &Taken) -> Lost {
+        let linear = self.layer.linear(projection);
+        Lost::of(linear, &self.originals[projection.index()], &taken.union(linear.in_features))
     }
 
     /// Turns `d`, the derivative by what comes out, into that by what entered, and returns those by the stored
@@ -81,24 +120,29 @@ impl Compensated {
         trace: Trace,
         d: &mut [f32],
     ) -> [Vec<f32>; 4] {
-        let Trace { h, middle, qkv, gate_up, x: [x_qkv, x_o, x_gate_up, x_down], taken } = trace;
-        let [taken_qkv, taken_o, taken_gate_up, taken_down] = taken;
-        let eps = config.rms_norm_eps;
-        let (d_down, w_down) = self.derive(Projection::Down, x_down, &taken_down, d);
-        let d_gate_up = swiglu_back(&gate_up, &d_down, config.intermediate_size);
-        let (d_x, w_gate_up) = self.derive(Projection::GateUp, x_gate_up, &taken_gate_up, &d_gate_up);
+        let Trace { h, middle, qkv, x_o, taken: [taken_qkv, taken_o, taken_gate_up, taken_down] } = trace;
+        let (eps, intermediate) = (config.rms_norm_eps, config.intermediate_size);
+        let middle = lengthened(&middle);
+        let x_gate_up = norm(&middle, &self.layer.post_norm, eps);
+        let gate_up = self.output(Projection::GateUp, &x_gate_up, &taken_gate_up);
+        let (d_down, w_down) = self.derive(Projection::Down, (swiglu(&gate_up, intermediate), taken_down), d);
+        let d_gate_up = swiglu_back(&gate_up, &d_down, intermediate);
+        drop(gate_up);
+        let (d_x, w_gate_up) = self.derive(Projection::GateUp, (x_gate_up, taken_gate_up), &d_gate_up);
         norm_back(&middle, &self.layer.post_norm, eps, &d_x, d);
-        let (d_o, w_o) = self.derive(Projection::O, x_o, &taken_o, d);
+        let (d_o, w_o) = self.derive(Projection::O, (lengthened(&x_o), taken_o), d);
         let d_qkv = attend_back(config, rope, texts, &qkv, &d_o);
-        let (d_x, w_qkv) = self.derive(Projection::Qkv, x_qkv, &taken_qkv, &d_qkv);
+        let h = lengthened(&h);
+        let x_qkv = norm(&h, &self.layer.input_norm, eps);
+        let (d_x, w_qkv) = self.derive(Projection::Qkv, (x_qkv, taken_qkv), &d_qkv);
         norm_back(&h, &self.layer.input_norm, eps, &d_x, d);
         [w_qkv, w_o, w_gate_up, w_down]
     }
 
     /// Derivatives by what entered a projection and by its stored weights, from those by what came out, `d`.
-    fn derive(&self, projection: Projection, mut x: Vec<f32>, taken: &Taken, d: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    fn derive(&self, projection: Projection, (mut x, taken): Entering, d: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let Affine { in_features: n, out_features: m, ref weight, .. } = *self.layer.linear(projection);
-        let (tokens, lost) = (d.len() / m, &self.lost[projection.index()]);
+        let (tokens, lost) = (d.len() / m, self.lost(projection, &taken));
         let all = gemm::Parallelism::Rayon(0);
         let mut d_x = vec![0.0; tokens * n];
         let (rows, w) = (Strided { values: d, row: m, column: 1 }, Strided { values: weight, row: n, column: 1 });
@@ -106,8 +150,7 @@ impl Compensated {
         let each = d_x.par_chunks_exact_mut(n).zip(x.par_chunks_exact_mut(n)).zip(d.par_chunks_exact(m));
         each.enumerate().for_each(|(t, ((d_x, x), d))| {
             for &k in taken.of(t) {
-                let line = &lost[k as usize * m..][..m];
-                d_x[k as usize] += line.iter().zip(d).map(|(lost, d)| lost * d).sum::<f32>();
+                d_x[k as usize] += dot(lost.of_channel(k), d);
                 x[k as usize] = 0.0;
             }
         });
@@ -115,6 +158,63 @@ impl Compensated {
         let (columns, x) = (Strided { values: d, row: 1, column: m }, Strided { values: &x, row: n, column: 1 });
         multiply(m, n, tokens, 1.0, columns, x, &mut d_w, all);
         (d_x, d_w)
+    }
+}
+
+/// As it is kept from the way up to the way down.
+fn shortened(values: &[f32]) -> Vec<bf16> {
+    let mut short = vec![bf16::ZERO; values.len()];
+    short.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(s, v)| s.convert_from_f32_slice(v));
+    short
+}
+
+fn lengthened(values: &[bf16]) -> Vec<f32> {
+    let mut long = vec![0.0; values.len()];
+    long.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(l, v)| v.convert_to_f32_slice(l));
+    long
+}
+
+/// `original − stored` of some channels, one channel's correction of all rows a line.
+struct Lost {
+    place: Vec<u32>,  // [in_features]: the channel's line
+    values: Vec<f32>, // [channels, out_features]
+    width: usize,
+}
+
+impl Lost {
+    fn of(stored: &Affine, original: &[f32], channels: &[u32]) -> Self {
+        let (n, m) = (stored.in_features, stored.out_features);
+        let mut place = vec![u32::MAX; n];
+        channels.iter().zip(0..).for_each(|(&k, line)| place[k as usize] = line);
+        let mut values = vec![0.0; channels.len() * m];
+        // Rows in tiles: what is written of them in one line is together.
+        let tiles: Vec<Vec<f32>> = (0..m.div_ceil(TILE))
+            .into_par_iter()
+            .map(|tile| {
+                let rows = tile * TILE..m.min((tile + 1) * TILE);
+                let mut lost = vec![0.0; channels.len() * TILE];
+                for (i, row) in rows.enumerate() {
+                    let (original, stored) = (&original[row * n..][..n], stored.row(row));
+                    for (lost, &k) in lost.iter_mut().skip(i).step_by(TILE).zip(channels) {
+                        *lost = original[k as usize] - stored[k as usize];
+                    }
+                }
+                lost
+            })
+            .collect();
+        if m > 0 {
+            values.par_chunks_exact_mut(m).enumerate().for_each(|(line, values)| {
+                for (values, tile) in values.chunks_mut(TILE).zip(&tiles) {
+                    values.copy_from_slice(&tile[line * TILE..][..values.len()]);
+                }
+            });
+        }
+        Self { place, values, width: m }
+    }
+
+    /// Of channel `k`, which must be one of them.
+    fn of_channel(&self, k: u32) -> &[f32] {
+        &self.values[self.place[k as usize] as usize * self.width..][..self.width]
     }
 }
 
@@ -131,22 +231,6 @@ pub(crate) fn norm_back(h: &[f32], gamma: &[f32], eps: f32, d_out: &[f32], d: &m
             *d += scale * gamma * d_out - shrink * h;
         }
     });
-}
-
-/// The derivative by gate and up, from that by `silu(gate) ⊙ up`.
-fn swiglu_back(gate_up: &[f32], d: &[f32], intermediate: usize) -> Vec<f32> {
-    let mut out = vec![0.0; gate_up.len()];
-    let rows = out.par_chunks_exact_mut(2 * intermediate).zip(gate_up.par_chunks_exact(2 * intermediate));
-    rows.zip(d.par_chunks_exact(intermediate)).for_each(|((out, gate_up), d)| {
-        let (d_gate, d_up) = out.split_at_mut(intermediate);
-        let (gate, up) = gate_up.split_at(intermediate);
-        for k in 0..intermediate {
-            let sigmoid = 1.0 / (1.0 + (-gate[k]).exp());
-            d_gate[k] = d[k] * up[k] * sigmoid * (1.0 + gate[k] * (1.0 - sigmoid));
-            d_up[k] = d[k] * gate[k] * sigmoid;
-        }
-    });
-    out
 }
 
 /// The derivative by queries, keys and values before rotation, from that by what attention puts out; `qkv` is
@@ -203,24 +287,33 @@ fn head_back(
 ) {
     let (d, one) = (config.head_dim, gemm::Parallelism::None);
     let scale = 1.0 / (d as f32).sqrt();
-    let mut scores = vec![0.0; tokens * tokens];
-    multiply(tokens, tokens, d, scale, queries, across(keys), &mut scores, one);
-    let mut d_scores = vec![0.0; tokens * tokens];
-    multiply(tokens, tokens, d, 1.0, d_out, across(values), &mut d_scores, one);
-    for (t, (row, d_row)) in scores.chunks_exact_mut(tokens).zip(d_scores.chunks_exact_mut(tokens)).enumerate() {
-        let start = config.sliding_window.map_or(0, |window| (t + 1).saturating_sub(window));
-        let seen = start..t + 1;
-        softmax(&mut row[seen.clone()]);
-        let mean: f32 = row[seen.clone()].iter().zip(&d_row[seen.clone()]).map(|(p, d)| p * d).sum();
-        row[..start].fill(0.0);
-        row[t + 1..].fill(0.0);
-        d_row.iter_mut().zip(row.iter()).for_each(|(d, p)| *d = p * (*d - mean));
+    let mut scores = vec![0.0; QUERY_BLOCK.min(tokens) * tokens];
+    let mut d_scores = scores.clone();
+    for (first, d_queries) in (0..tokens).step_by(QUERY_BLOCK).zip(d_queries.chunks_mut(QUERY_BLOCK * d)) {
+        // Keys behind the block's last query are masked.
+        let (count, len) = (d_queries.len() / d, first + d_queries.len() / d);
+        let (queries, d_out) = (queries.below(first), d_out.below(first));
+        let (scores, d_scores) = (&mut scores[..count * len], &mut d_scores[..count * len]);
+        multiply(count, len, d, scale, queries, across(keys), scores, one);
+        multiply(count, len, d, 1.0, d_out, across(values), d_scores, one);
+        for (i, (row, d_row)) in scores.chunks_exact_mut(len).zip(d_scores.chunks_exact_mut(len)).enumerate() {
+            let end = first + i + 1;
+            let start = config.sliding_window.map_or(0, |window| end.saturating_sub(window));
+            let (p, d_p) = (&mut row[start..end], &mut d_row[start..end]);
+            softmax(p);
+            let mean = dot(p, d_p);
+            d_p.iter_mut().zip(p).for_each(|(d, p)| *d = *p * (*d - mean));
+            for row in [row, d_row] {
+                row[..start].fill(0.0);
+                row[end..].fill(0.0);
+            }
+        }
+        let scores = Strided { values: scores, row: len, column: 1 };
+        let d_scores = Strided { values: d_scores, row: len, column: 1 };
+        multiply(count, d, len, scale, d_scores, keys, d_queries, one);
+        accumulate(len, d, count, scale, across(d_scores), queries, &mut d_keys[..len * d], one);
+        accumulate(len, d, count, 1.0, across(scores), d_out, &mut d_values[..len * d], one);
     }
-    let scores = Strided { values: &scores, row: tokens, column: 1 };
-    let d_scores = Strided { values: &d_scores, row: tokens, column: 1 };
-    multiply(tokens, d, tokens, scale, d_scores, keys, d_queries, one);
-    accumulate(tokens, d, tokens, scale, across(d_scores), queries, d_keys, one);
-    accumulate(tokens, d, tokens, 1.0, across(scores), d_out, d_values, one);
 }
 
 #[cfg(test)]

@@ -7,9 +7,10 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::calibrate;
-use super::forward::{Affine, product};
+use super::forward::Affine;
+use super::product::product;
 use super::refine::Effort;
-use super::{Calibration, Options, Refine, awq, finish, fit, mixed, plan, polish, sample, sqllm};
+use super::{Calibration, Options, Refine, awq, backward, divergence, finish, fit, mixed, plan, polish, sample, sqllm};
 use crate::checkpoint::{Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
 
@@ -102,18 +103,19 @@ fn learns(options: &Options, manifest: &Manifest) -> bool {
     options.refine != Refine::None && manifest.group_size.is_none()
 }
 
-/// What full precision says, what entered every layer, codebooks with two means, and one layer four times over (codes,
-/// weights, what was lost, derivatives) with what its tokens leave on the way; or the logits.
+/// What full precision says, what a window leaves in every layer, codebooks with two means, and one layer four times
+/// over (codes, weights, originals, derivatives) with what its tokens need on the way; or the logits.
 fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let seq_len = options.calibration.seq_len();
-    let texts = options.calibration.samples() + config.num_layers;
     let shapes = Projection::ALL.map(|p| config.shape(p));
     let rows: usize = shapes.iter().map(|s| s.1).sum();
+    let truth = 4 * options.calibration.samples() * seq_len * config.hidden_size;
     let codebooks = 3 * 4 * config.num_layers * (rows << manifest.bits.high());
+    let traces = config.num_layers * seq_len * backward::trace_bytes(config);
     let layer = (1 + 4 + 4 + 4) * sample::layer_weights(config);
     let tokens = 2 * 4 * seq_len * shapes.iter().map(|s| s.0 + s.1).sum::<usize>();
-    let logits = 2 * 4 * polish::HEAD_TOKENS.min(seq_len) * config.vocab_size;
-    4 * texts * seq_len * config.hidden_size + codebooks + (layer + tokens).max(logits)
+    let logits = 2 * 4 * divergence::HEAD_TOKENS.min(seq_len) * config.vocab_size;
+    truth + traces + codebooks + (layer + tokens).max(logits)
 }
 
 fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {
@@ -136,7 +138,11 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     }
     if learns(options, manifest) {
         // The head speaks for both models, and its derivative goes back through it.
-        seconds += (texts * seq_len) as f64 * (polish::PASSES as f64 * layers * per_token + 4.5 * head);
+        let tokens = (polish::steps(texts) * seq_len) as f64;
+        // Gate and up are computed again on the way down.
+        let gate_up = config.shape(Projection::GateUp);
+        let again = sample.product()? * (gate_up.0 * gate_up.1) as f64;
+        seconds += tokens * (layers * (polish::STEP_PASSES as f64 * per_token + again) + 3.0 * head);
     }
     let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;

@@ -6,6 +6,8 @@
 use anyhow::Result;
 use rayon::prelude::*;
 
+use super::exponential::{softmax, swiglu};
+use super::product::{Strided, multiply, product};
 use crate::config::{ModelConfig, Projection};
 use crate::weights::{Linear, ModelWeights};
 
@@ -166,19 +168,6 @@ pub(crate) fn norm(h: &[f32], gamma: &[f32], eps: f32) -> Vec<f32> {
     out
 }
 
-/// `silu(gate) ⊙ up`, `[tokens, intermediate]` from `[tokens, gate then up]`.
-pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
-    let mut out = vec![0.0; gate_up.len() / 2];
-    let rows = out.par_chunks_exact_mut(intermediate).zip(gate_up.par_chunks_exact(2 * intermediate));
-    rows.for_each(|(out, gate_up)| {
-        let (gate, up) = gate_up.split_at(intermediate);
-        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate / (1.0 + (-gate).exp()) * up;
-        }
-    });
-    out
-}
-
 /// Rotates queries and keys of `qkv`, appends keys and values to `cache`, and returns causal attention,
 /// `[texts, tokens, num_heads · head_dim]`.
 pub(crate) fn attend(
@@ -263,17 +252,6 @@ impl History<'_> {
     }
 }
 
-/// Logits to probabilities, in place.
-pub(crate) fn softmax(row: &mut [f32]) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-    let mut sum = 0.0;
-    for x in row.iter_mut() {
-        *x = (*x - max).exp();
-        sum += *x;
-    }
-    row.iter_mut().for_each(|x| *x /= sum);
-}
-
 /// `y += x`
 fn add(y: &mut [f32], x: &[f32]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
@@ -281,104 +259,6 @@ fn add(y: &mut [f32], x: &[f32]) {
 
 pub(crate) fn add_parallel(y: &mut [f32], x: &[f32]) {
     y.par_chunks_mut(1 << 14).zip(x.par_chunks(1 << 14)).for_each(|(y, x)| add(y, x));
-}
-
-/// Overwrites `y` `[tokens, out_features]` with `x · Wᵀ`, for `x` `[tokens, depth]` and `w` `[out_features,
-/// depth]`, on all cores.
-pub(crate) fn product(x: &[f32], w: &[f32], depth: usize, y: &mut [f32]) {
-    let (tokens, out_features) = (x.len() / depth, w.len() / depth);
-    let x = Strided { values: x, row: depth, column: 1 };
-    let w = Strided { values: w, row: 1, column: depth };
-    multiply(tokens, out_features, depth, 1.0, x, w, y, gemm::Parallelism::Rayon(0));
-}
-
-/// A matrix: element `(i, j)` is `values[i · row + j · column]`.
-#[derive(Clone, Copy)]
-pub(crate) struct Strided<'a> {
-    pub(crate) values: &'a [f32],
-    pub(crate) row: usize,
-    pub(crate) column: usize,
-}
-
-impl Strided<'_> {
-    fn assert_holds(&self, rows: usize, columns: usize) {
-        assert!((rows - 1) * self.row + (columns - 1) * self.column < self.values.len(), "matrix out of bounds");
-    }
-}
-
-/// Overwrites `y`, row-major `[m, n]`, with `scale · a · b` for `a` `[m, depth]` and `b` `[depth, n]`.
-#[allow(clippy::too_many_arguments, reason = "a matrix product: three sizes, a factor, three matrices")]
-pub(crate) fn multiply(
-    m: usize,
-    n: usize,
-    depth: usize,
-    scale: f32,
-    a: Strided<'_>,
-    b: Strided<'_>,
-    y: &mut [f32],
-    parallelism: gemm::Parallelism,
-) {
-    general_product([m, n, depth], scale, a, b, y, false, parallelism);
-}
-
-/// The same, added to `y`.
-#[allow(clippy::too_many_arguments, reason = "a matrix product: three sizes, a factor, three matrices")]
-pub(crate) fn accumulate(
-    m: usize,
-    n: usize,
-    depth: usize,
-    scale: f32,
-    a: Strided<'_>,
-    b: Strided<'_>,
-    y: &mut [f32],
-    parallelism: gemm::Parallelism,
-) {
-    general_product([m, n, depth], scale, a, b, y, true, parallelism);
-}
-
-fn general_product(
-    [m, n, depth]: [usize; 3],
-    scale: f32,
-    a: Strided<'_>,
-    b: Strided<'_>,
-    y: &mut [f32],
-    add: bool,
-    parallelism: gemm::Parallelism,
-) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    assert!(y.len() == m * n && depth > 0, "matrix product: {} results, {m} x {n} expected", y.len());
-    a.assert_holds(m, depth);
-    b.assert_holds(depth, n);
-    let stride = |s: usize| s as isize;
-    let (a_data, b_data) = (a.values.as_ptr(), b.values.as_ptr());
-    let keep = if add { 1.0 } else { 0.0 };
-    // SAFETY: the assertions above keep every element that the strides and sizes reach inside its slice, and `y`,
-    // borrowed mutably, overlaps neither operand.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            depth,
-            y.as_mut_ptr(),
-            1,
-            stride(n),
-            add,
-            a_data,
-            stride(a.column),
-            stride(a.row),
-            b_data,
-            stride(b.column),
-            stride(b.row),
-            keep,
-            scale,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::forward::{Strided, accumulate};
+use super::product::{Strided, accumulate};
 use crate::dec::{DecPlan, Selection};
 
 /// Every diagonal element grows by this share of itself. On text that the fit had not seen (SmolLM2, layers 3 and 15, 4
@@ -52,6 +52,13 @@ impl Taken {
     /// The channels taken for token `t`.
     pub(crate) fn of(&self, t: usize) -> &[u32] {
         &self.channels[t * self.count..(t + 1) * self.count]
+    }
+
+    /// The channels of `in_features` that any token takes, ascending.
+    pub(crate) fn union(&self, in_features: usize) -> Vec<u32> {
+        let mut any = vec![false; in_features];
+        self.channels.iter().for_each(|&k| any[k as usize] = true);
+        (0..).zip(any).filter_map(|(k, any)| any.then_some(k)).collect()
     }
 
     /// For every channel, the tokens that took it.

@@ -41,8 +41,15 @@ impl Job<'_> {
     pub(super) fn work(&self) -> u64 {
         let layers = self.source.config().num_layers as u64;
         let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
-        let learning = if self.learns() { polish::PASSES * layers * self.tokens() } else { 0 };
+        let learning = if self.learns() { self.learning_work() } else { 0 };
         self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed + learning
+    }
+
+    /// Learning codebooks, in tokens through a layer.
+    pub(super) fn learning_work(&self) -> u64 {
+        let calibration = &self.options.calibration;
+        let tokens = polish::steps(calibration.samples()) * calibration.seq_len();
+        polish::STEP_PASSES * (tokens * self.source.config().num_layers) as u64
     }
 
     /// True if codebooks are learned when all layers are quantized.
@@ -122,7 +129,7 @@ impl Job<'_> {
                 self.progress.set_message("sampling text");
                 let kept = self.writer.read_file(TOKENS).filter(|bytes| bytes.len() == 4 * samples * seq_len);
                 if let Some(bytes) = kept {
-                    self.progress.inc(sample::SAMPLED_TOKEN * self.tokens() * self.source.config().num_layers as u64);
+                    self.progress.inc(self.sampling_work());
                     return Ok(bytemuck::pod_collect_to_vec(&bytes));
                 }
                 let ids = sample::sample(self.source, samples, seq_len, seed, self.stop, self.progress)?;

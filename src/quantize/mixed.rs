@@ -7,12 +7,11 @@
 //! and only one layer is in memory at a time.
 
 use anyhow::Result;
-use rayon::prelude::*;
 
 use super::calibrate::Activations;
 use super::forward::{Layer, Rope, norm};
 use super::job::Job;
-use super::{Calibration, sample};
+use super::{Calibration, divergence, sample};
 use crate::checkpoint::LayerFile;
 
 /// Tokens on which the divergence is measured.
@@ -68,7 +67,7 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
         .iter()
         .map(|activations| {
             super::ensure_running(job.stop)?;
-            Ok(divergence(&truth, &predict(activations), config.vocab_size))
+            Ok(divergence::mean(&truth, predict(activations), config.vocab_size))
         })
         .collect::<Result<Vec<f64>>>()?;
     Ok((raise_half(&divergences, low, high), divergences))
@@ -89,27 +88,6 @@ fn raise_half(divergences: &[f64], low: u32, high: u32) -> Vec<u32> {
     bits
 }
 
-/// Mean Kullback-Leibler divergence of `of` from `from`, both logits `[tokens, vocab_size]`, in nats.
-fn divergence(from: &[f32], of: &[f32], vocab_size: usize) -> f64 {
-    let log_sum = |row: &[f32]| {
-        let max = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-        f64::from(max) + row.iter().map(|&x| f64::from((x - max).exp())).sum::<f64>().ln()
-    };
-    let each: Vec<f64> = from
-        .par_chunks_exact(vocab_size)
-        .zip(of.par_chunks_exact(vocab_size))
-        .map(|(p, q)| {
-            let (p_sum, q_sum) = (log_sum(p), log_sum(q));
-            let terms = p.iter().zip(q).map(|(&p, &q)| {
-                let log_p = f64::from(p) - p_sum;
-                log_p.exp() * (log_p - (f64::from(q) - q_sum))
-            });
-            terms.sum()
-        })
-        .collect();
-    each.iter().sum::<f64>() / each.len() as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,15 +97,5 @@ mod tests {
         assert_eq!(raise_half(&[0.5, 0.1, 0.4, 0.2], 3, 4), [3, 4, 3, 4]);
         assert_eq!(raise_half(&[0.5, 0.1, 0.4], 3, 4), [3, 4, 3]);
         assert_eq!(raise_half(&[1.0, 1.0], 3, 4), [4, 3]);
-    }
-
-    #[test]
-    fn divergence_is_that_of_the_distributions() {
-        // p = (1/2, 1/2), q = (1/4, 3/4), up to a shift that must not matter.
-        let (p, q) = ([0.0, 0.0], [5.0 + 0.25f32.ln(), 5.0 + 0.75f32.ln()]);
-        let want = 0.5 * 2f64.ln() + 0.5 * (2f64 / 3.0).ln();
-        assert!((divergence(&p, &q, 2) - want).abs() < 1e-6);
-        assert!(divergence(&q, &q, 2).abs() < 1e-12);
-        assert!((divergence(&q, &p, 2) - want).abs() > 1e-3, "the order matters");
     }
 }

@@ -11,14 +11,19 @@
 mod awq;
 mod backward;
 mod calibrate;
+mod divergence;
 mod estimate;
+mod exponential;
 mod fit;
+#[cfg(test)]
+mod fixture;
 mod forward;
 mod gram;
 mod head;
 mod job;
 mod mixed;
 mod polish;
+mod product;
 mod refine;
 mod residuals;
 mod sample;

@@ -10,15 +10,15 @@
 
 use rayon::prelude::*;
 
-use super::forward::{Strided, accumulate, multiply};
 use super::gram::Hessian;
+use super::product::{Strided, accumulate, multiply};
 pub(crate) use grids::{Codebook, Groups};
 
 mod grids;
 #[cfg(test)]
 mod tests;
 
-/// Rows that go together.
+/// Rows that go together at most; of few rows a quarter, so that there is work for several cores.
 const ROWS: usize = 64;
 /// Channels between two updates of the whole gradient.
 const CHANNELS: usize = 64;
@@ -61,7 +61,8 @@ pub(crate) fn refine(
     effort: Effort,
 ) -> f64 {
     let (n, p) = (hessian.channels, grid.parameters());
-    let blocks = w.par_chunks(ROWS * n).zip(codes.par_chunks_mut(ROWS * n)).zip(parameters.par_chunks_mut(ROWS * p));
+    let rows = (w.len() / n).div_ceil(4).min(ROWS);
+    let blocks = w.par_chunks(rows * n).zip(codes.par_chunks_mut(rows * n)).zip(parameters.par_chunks_mut(rows * p));
     let losses: Vec<f64> = blocks
         .map(|((w, codes), parameters)| {
             let mut block = Block::new(grid, hessian, w, codes, parameters);

@@ -8,7 +8,9 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::calibrate::Activations;
-use super::forward::{KvCache, Layer, Rope, forward, norm, product, softmax};
+use super::exponential::softmax;
+use super::forward::{KvCache, Layer, Rope, forward, norm};
+use super::product::{product, product_beside};
 use crate::config::ModelConfig;
 use crate::format::{Dense, Floats};
 use crate::sampling;
@@ -21,7 +23,7 @@ const HELD_BYTES: usize = 4 << 30;
 pub(crate) const SAMPLED_TOKEN: u64 = 2;
 
 /// Rows of the head that are converted to f32 at once.
-const HEAD_ROWS: usize = 4096;
+pub(crate) const HEAD_ROWS: usize = 4096;
 
 /// `texts` texts of `tokens` ids each, one after the other. Each begins with the model's BOS; where the model ends
 /// a text, BOS follows and begins another.
@@ -99,11 +101,7 @@ pub(crate) fn logits(head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
             .par_chunks_exact_mut(depth)
             .enumerate()
             .for_each(|(row, out)| head.values.read_f32((start + row) * depth, out));
-        let mut part = vec![0.0; tokens * rows];
-        product(x, &block, depth, &mut part);
-        for (y, part) in y.chunks_exact_mut(vocab).zip(part.chunks_exact(rows)) {
-            y[start..start + rows].copy_from_slice(part);
-        }
+        product_beside(x, &block, depth, &mut y[start..], vocab);
     }
     y
 }

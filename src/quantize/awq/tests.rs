@@ -1,45 +1,8 @@
 //! Scaling leaves the function alone, and every search is better than not searching.
 
+use super::super::fixture::{config, layer, numbers};
 use super::super::forward::{KvCache, Rope, forward};
 use super::*;
-use crate::config::{Architecture, RopeScaling};
-use crate::sampling;
-
-fn config() -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Qwen2,
-        hidden_size: 64,
-        intermediate_size: 96,
-        num_layers: 1,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 16,
-        vocab_size: 8,
-        rms_norm_eps: 1e-5,
-        rope_theta: 100.0,
-        rope_scaling: RopeScaling::None,
-        sliding_window: None,
-        max_position_embeddings: 256,
-        tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-    }
-}
-
-fn numbers(seed: u64, len: usize, amplitude: f32) -> Vec<f32> {
-    sampling::draws(seed, len).iter().map(|x| (2.0 * x - 1.0) * amplitude).collect()
-}
-
-fn layer(config: &ModelConfig) -> Layer {
-    let linears = Projection::ALL.map(|p| {
-        let (in_features, out_features) = config.shape(p);
-        let bias = (p == Projection::Qkv).then(|| numbers(9, out_features, 0.5));
-        let weight = numbers(p.index() as u64 + 1, in_features * out_features, 0.2);
-        Affine { in_features, out_features, weight, bias }
-    });
-    let gamma = |seed| numbers(seed, config.hidden_size, 0.5).iter().map(|x| 1.0 + x).collect();
-    Layer { input_norm: gamma(5), post_norm: gamma(6), linears }
-}
 
 /// A residual stream in which a few channels are much larger than the others.
 fn stream(config: &ModelConfig, tokens: usize) -> Vec<f32> {
@@ -63,7 +26,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 #[test]
 fn scaling_changes_inputs_and_weights_and_not_the_function() {
     let config = config();
-    let mut layer = layer(&config);
+    let mut layer = layer(&config, 0.2);
     let h = stream(&config, 40);
     let (before, mut inputs) = run(&config, &layer, &h);
     let unscaled = inputs.clone();
@@ -108,7 +71,7 @@ fn output_error(linear: &Affine, weight: &Weight<'_>, x: &[f32]) -> f64 {
 #[test]
 fn searching_is_better_than_rounding() {
     let config = config();
-    let plain = layer(&config);
+    let plain = layer(&config, 0.2);
     let h = stream(&config, 64);
     let (_, inputs) = run(&config, &plain, &h);
     let (mut scaled, mut scaled_inputs) = (plain.clone(), inputs.clone());

@@ -1,42 +1,12 @@
 //! The layer against an obvious one in f64.
 
+use super::super::fixture::{self, layer, numbers};
 use super::*;
-use crate::config::{Architecture, RopeScaling};
 
+/// What attention puts out is wider than what enters.
 fn config(sliding_window: Option<usize>) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Llama,
-        hidden_size: 24,
-        intermediate_size: 40,
-        num_layers: 1,
-        num_heads: 6,
-        num_kv_heads: 2,
-        head_dim: 8,
-        vocab_size: 8,
-        rms_norm_eps: 1e-5,
-        rope_theta: 100.0,
-        rope_scaling: RopeScaling::None,
-        sliding_window,
-        max_position_embeddings: 256,
-        tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-    }
-}
-
-/// Numbers without pattern, between −1 and 1.
-fn numbers(seed: usize, len: usize) -> Vec<f32> {
-    (0..len).map(|i| ((i + seed * 7919).wrapping_mul(2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0).collect()
-}
-
-fn layer(config: &ModelConfig) -> Layer {
-    let linears = Projection::ALL.map(|p| {
-        let (in_features, out_features) = config.shape(p);
-        let bias = (p == Projection::Qkv).then(|| numbers(9, out_features));
-        let weight = numbers(p.index() + 1, in_features * out_features).iter().map(|w| w * 0.4).collect();
-        Affine { in_features, out_features, weight, bias }
-    });
-    Layer { input_norm: numbers(5, config.hidden_size), post_norm: numbers(6, config.hidden_size), linears }
+    let (hidden_size, intermediate_size, num_heads, head_dim) = (24, 40, 6, 8);
+    ModelConfig { hidden_size, intermediate_size, num_heads, head_dim, sliding_window, ..fixture::config() }
 }
 
 fn oracle_norm(h: &[f64], gamma: &[f32], eps: f32) -> Vec<f64> {
@@ -117,9 +87,9 @@ fn a_layer_is_what_the_formulas_say() {
     let (texts, tokens) = (2, QUERY_BLOCK + 9);
     for window in [None, Some(5)] {
         let config = config(window);
-        let layer = layer(&config);
+        let layer = layer(&config, 0.4);
         let rope = Rope::new(&config, tokens);
-        let start = numbers(11, texts * tokens * config.hidden_size);
+        let start = numbers(11, texts * tokens * config.hidden_size, 1.0);
         let rows: Vec<Vec<f64>> =
             start.chunks(config.hidden_size).map(|h| h.iter().map(|&x| f64::from(x)).collect()).collect();
         let want: Vec<_> = rows.chunks(tokens).flat_map(|text| oracle(&config, &layer, text)).collect();
@@ -143,10 +113,10 @@ fn a_layer_is_what_the_formulas_say() {
 #[test]
 fn one_token_at_a_time_is_the_same() {
     let config = config(Some(7));
-    let (layer, texts, tokens) = (layer(&config), 3, 20);
+    let (layer, texts, tokens) = (layer(&config, 0.4), 3, 20);
     let rope = Rope::new(&config, tokens);
     let hidden = config.hidden_size;
-    let start = numbers(3, texts * tokens * hidden);
+    let start = numbers(3, texts * tokens * hidden, 1.0);
     let mut whole = start.clone();
     forward(&config, &layer, &rope, &mut KvCache::new(&config, texts, tokens), texts, &mut whole);
     let mut cache = KvCache::new(&config, texts, tokens + 4);

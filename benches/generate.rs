@@ -50,6 +50,12 @@ struct Args {
     /// Warps of a block of the layers' launch.
     #[arg(long, default_value_t = 16)]
     warps: usize,
+    /// One launch for the layers wherever there is room, not only where it was measured to pay.
+    #[arg(long)]
+    layers_always: bool,
+    /// Warps of a block of a product that is a launch of its own.
+    #[arg(long, default_value_t = 20)]
+    product_warps: usize,
     /// Only so many layers of the model, for work on kernels.
     #[arg(long)]
     layers: Option<usize>,
@@ -66,7 +72,12 @@ fn main() -> Result<()> {
     let mut config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
     config.num_layers = args.layers.unwrap_or(config.num_layers);
     let start = Instant::now();
-    let tuning = Tuning { layers: args.warps, ..Tuning::default() };
+    let tuning = Tuning {
+        layers: args.warps,
+        layers_always: args.layers_always,
+        warps: args.product_warps,
+        ..Tuning::default()
+    };
     let mut cuda = Cuda::new(
         0,
         Options { residuals: args.residuals, compile: args.compile, dtype: args.dtype, tuning, ..Options::default() },

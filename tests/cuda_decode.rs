@@ -149,18 +149,21 @@ fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks:
     all
 }
 
-/// Sliding window, key-value heads, bits and format of a model whose layers go in one launch.
-type LayersCase = (Option<usize>, usize, usize, RandomFormat);
+/// Shapes, bits and format of a model whose layers go in one launch.
+type LayersCase = (ModelConfig, usize, RandomFormat);
 
 /// Layers in one launch against the CPU, with each of `k_chunks`; again, and without compensation.
-fn layers_against_cpu(cuda: &Cuda, (window, kv_heads, bits, format): LayersCase, k_chunks: &[[usize; 4]], count: u32) {
-    let weights = RandomWeights::new(small(window, kv_heads), format, bits, 5).unwrap();
+fn layers_against_cpu(cuda: &Cuda, (config, bits, format): LayersCase, k_chunks: &[[usize; 4]], count: u32) {
+    let (window, kv_heads) = (config.sliding_window, config.num_kv_heads);
+    let shapes =
+        format!("{} × {}, window {window:?}, {kv_heads} kv heads", config.hidden_size, config.intermediate_size);
+    let weights = RandomWeights::new(config, format, bits, 5).unwrap();
     for &k_chunks in k_chunks {
         let want = step_logits(&Cpu::new(), &weights, k_chunks, count);
         let got = step_logits(cuda, &weights, k_chunks, count);
         let far = distance(&got, &want);
         let most = if k_chunks == [0; 4] { 5e-3 } else { 2e-2 };
-        let what = format!("{format:?} {bits} bits, window {window:?}, {kv_heads} kv heads, {k_chunks:?}");
+        let what = format!("{format:?} {bits} bits, {shapes}, {k_chunks:?}");
         eprintln!("{what}: {far:.2e}");
         assert!(far < most, "{what}: logits {far} apart, {most} allowed");
         assert_eq!(got, step_logits(cuda, &weights, k_chunks, count), "{what}: another time, other logits");
@@ -178,23 +181,33 @@ fn layers_in_one_launch_are_close_to_the_cpu() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
     for case in [
-        (None, 2, 3, RandomFormat::AnyPrec),
-        (Some(20), 3, 4, RandomFormat::AnyPrec),
-        (None, 6, 3, RandomFormat::LutGemm { group_size: 32 }),
-        (None, 1, 4, RandomFormat::LutGemm { group_size: 32 }),
+        (small(None, 2), 3, RandomFormat::AnyPrec),
+        (small(Some(20), 3), 4, RandomFormat::AnyPrec),
+        (small(None, 6), 3, RandomFormat::LutGemm { group_size: 32 }),
+        (small(None, 1), 4, RandomFormat::LutGemm { group_size: 32 }),
     ] {
         layers_against_cpu(&cuda, case, &[[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]], 70);
     }
 }
 
-/// The same in a few tokens on a few multiprocessors, which have more tiles each: what a sanitizer has the time for.
+/// The same in a few tokens on a few multiprocessors, where down's tiles begin in one block and end in the next: what a
+/// sanitizer has the time for. The last two have more chunks than a block selects at once, of down and of what is
+/// normalized: the blocks share them out.
 #[test]
 fn a_few_layers_in_one_launch() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
-    let few = Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) };
-    let Some(cuda) = cuda(few) else { return };
-    for case in [(None, 2, 3, RandomFormat::AnyPrec), (None, 6, 4, RandomFormat::LutGemm { group_size: 32 })] {
+    let few = || cuda(Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) });
+    let groups = RandomFormat::LutGemm { group_size: 32 };
+    for case in [
+        (small(None, 2), 3, RandomFormat::AnyPrec),
+        (small(None, 6), 4, groups),
+        (ModelConfig { intermediate_size: 5152, num_layers: 2, ..small(None, 3) }, 3, RandomFormat::AnyPrec),
+        (ModelConfig { hidden_size: 4640, num_layers: 1, ..small(None, 2) }, 3, groups),
+    ] {
+        let Some(mut cuda) = few() else { return };
+        cuda.watch_layers().unwrap();
         layers_against_cpu(&cuda, case, &[[0; 4], [32; 4]], 4);
+        assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
     }
 }
 

@@ -277,17 +277,19 @@ mod tests {
     fn variants() -> Vec<(&'static str, Vec<String>)> {
         let split = |s: &str| s.split(' ').map(str::to_owned).collect::<Vec<_>>();
         let mut all = Vec::new();
-        let shape = "K=4096 R=6144 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=2";
+        let plain = "K=4096 R=6144 WARPS=20 STAGES=2";
+        let beside = "K=4096 R=6144 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=2";
         for dtype in [0, 1] {
             for (input, dec) in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)] {
+                let shape = if dec == 1 { beside } else { plain };
                 for bits in [3, 4] {
                     let common = format!("DTYPE={dtype} INPUT={input} DEC={dec} {shape}");
                     all.push(("gemv_anyprec.cu", split(&format!("{common} BITS={bits}"))));
                     all.push(("gemv_lutgemm.cu", split(&format!("{common} BITS={bits} GROUP=128"))));
                 }
             }
-            all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} INPUT=1 DEC=0 {shape}"))));
-            for rest in ["DEC=0 GROUP=128", "DEC=0 GROUP=32", "DEC=1 GROUP=64"] {
+            all.push(("gemv_dense.cu", split(&format!("DTYPE={dtype} INPUT=1 DEC=0 {plain}"))));
+            for (shape, rest) in [(plain, "DEC=0 GROUP=128"), (plain, "DEC=0 GROUP=32"), (beside, "DEC=1 GROUP=64")] {
                 all.push(("gemv_uniform8.cu", split(&format!("DTYPE={dtype} INPUT=1 {shape} {rest}"))));
             }
         }

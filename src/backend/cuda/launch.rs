@@ -30,7 +30,7 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         Self {
-            warps: 16,
+            warps: 20,
             stages: 2,
             beside_dec: (12, 3),
             dec_warps: 8,
@@ -55,7 +55,36 @@ pub(super) struct GemvLaunch {
     pub(super) blocks: usize,
     pub(super) warps: usize,
     pub(super) stages: usize,
+    /// Shared memory, bytes; that of the warps that compensate begins at `dec_at`.
     pub(super) shared: usize,
+    pub(super) dec_at: usize,
+    /// Warps that compensate.
+    pub(super) dec_warps: usize,
+    /// Whether they keep all activations in shared memory, instead of a chunk each.
+    pub(super) dec_staged: bool,
+}
+
+/// The numbers of a device that launches depend on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Room {
+    pub(super) multiprocessors: usize,
+    /// Shared memory that a block may have, bytes.
+    pub(super) shared: usize,
+}
+
+/// A compensation beside a product, as far as launches depend on it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Beside {
+    /// `INPUT` of `gemv.cuh`.
+    pub(super) input: u8,
+    /// Bytes of the list of selected channels.
+    pub(super) list: usize,
+}
+
+impl Beside {
+    pub(super) fn new(input: u8, plan: &Plan) -> Self {
+        Self { input, list: plan.list_bytes() }
+    }
 }
 
 /// Channels of a unit, bytes of a stage (codes and what comes with them), sums of x that are kept.
@@ -73,45 +102,65 @@ pub(super) fn unit(format: Format, in_features: usize) -> (usize, usize, usize) 
     }
 }
 
+/// The launch of a product; with fewer warps than `tuning` asks for where a block's shared memory has no room for them.
+///
+/// # Errors
+/// A row that is too long for the device.
 pub(super) fn gemv_launch(
     format: Format,
-    in_features: usize,
-    out_features: usize,
-    (warps, most_stages): (usize, usize),
-    multiprocessors: usize,
-    most_shared: usize,
+    (in_features, out_features): (usize, usize),
+    tuning: Tuning,
+    dec: Option<Beside>,
+    room: Room,
 ) -> Result<GemvLaunch> {
     let (channels, stage, sums) = unit(format, in_features);
     let tiles = out_features.div_ceil(TILE);
-    let blocks = tiles.min(multiprocessors);
-    let fixed = 128
-        + in_features.div_ceil(channels) * channels * 2
-        + sums.next_multiple_of(4) * 4
-        + tiles.div_ceil(blocks) * warps * TILE * 4;
-    let shared = |stages: usize| fixed + warps * stages * stage;
-    let stages = (2..=most_stages).rev().find(|&s| shared(s) <= most_shared);
-    let Some(stages) = stages else {
-        anyhow::bail!(
-            "cuda: a row of {in_features} channels needs {} bytes of shared memory, {most_shared} are there",
-            shared(2)
-        );
+    let blocks = tiles.min(room.multiprocessors);
+    let (most_warps, most_stages) = tuning.beside(dec.is_some());
+    let product = |warps: usize, stages: usize| {
+        let x = in_features.div_ceil(channels) * channels * 2 + sums.next_multiple_of(4) * 4;
+        let parts = tiles.div_ceil(blocks) * warps * TILE * 4;
+        (128 + x + parts + warps * stages * stage).next_multiple_of(128)
     };
-    // More than half of a multiprocessor's shared memory, so that each gets one block (`gemv.cuh` says why).
-    Ok(GemvLaunch { blocks, warps, stages, shared: shared(stages).max(most_shared / 2 + 1024).next_multiple_of(128) })
+    let launch = |warps: usize, stages: usize, dec_warps: usize| {
+        let dec_at = product(warps, stages);
+        // Warps that normalize must have all activations at hand; otherwise that is only faster.
+        let dec_staged = dec.is_some_and(|dec| {
+            let fits = in_features <= STAGED && dec_at + in_features * 4 + (64 << 10) <= room.shared;
+            dec.input == 1 || dec.input != 3 && fits
+        });
+        let beside = dec.map_or(0, |dec| dec_shared(in_features, out_features, dec.list, dec_warps * 32, dec_staged));
+        // More than half of a multiprocessor's shared memory, so that each gets one block (`gemv.cuh` says why).
+        let shared = (dec_at + beside).max(room.shared / 2 + 1024).next_multiple_of(128);
+        let dec_warps = if dec.is_some() { dec_warps } else { 0 };
+        GemvLaunch { blocks, warps, stages, shared, dec_at, dec_warps, dec_staged }
+    };
+    let fewer = |most: usize, step: usize| (1..=most).rev().filter(move |n| *n == most || n.is_multiple_of(step));
+    let fits = |l: &GemvLaunch| l.shared <= room.shared;
+    for warps in fewer(most_warps, 4) {
+        for dec_warps in [tuning.dec_warps, tuning.dec_warps.div_ceil(2)] {
+            let found = (2..=most_stages).rev().map(|stages| launch(warps, stages, dec_warps)).find(fits);
+            if let Some(found) = found {
+                return Ok(found);
+            }
+        }
+    }
+    Some(launch(2, 2, 1)).filter(fits).ok_or_else(|| {
+        anyhow::anyhow!(
+            "cuda: a row of {in_features} channels needs {} bytes of shared memory, {} are there",
+            launch(2, 2, 1).shared,
+            room.shared
+        )
+    })
 }
 
 /// Channels up to which compensating warps keep all activations in shared memory, instead of a chunk each.
 pub(super) const STAGED: usize = 16384;
 
-/// Whether compensating warps keep all activations: they must where they normalize them.
-pub(super) fn is_staged(in_features: usize, input: u8, launch: GemvLaunch, most_shared: usize) -> bool {
-    input == 1 || input != 3 && in_features <= STAGED && launch.shared + in_features * 4 + (64 << 10) <= most_shared
-}
-
 /// Shared memory of compensating warps: activations (all of them, or a chunk per warp), list, sums.
-pub(super) fn dec_shared(plan: &Plan, threads: usize, staged: bool) -> usize {
-    let x = if staged { 128 + plan.in_features.next_multiple_of(CHUNK) * 4 } else { threads / 32 * CHUNK * 4 };
-    x + plan.list_chunks() * plan.k_chunk * 8 + 8 * dec_words(plan.out_features) * (threads + 1) * 4
+pub(super) fn dec_shared(in_features: usize, out_features: usize, list: usize, threads: usize, staged: bool) -> usize {
+    let x = if staged { 128 + in_features.next_multiple_of(CHUNK) * 4 } else { threads / 32 * CHUNK * 4 };
+    x + list + 8 * dec_words(out_features) * (threads + 1) * 4
 }
 
 /// File and entry points of a format: product, dequantization.
@@ -124,12 +173,12 @@ pub(super) fn entries(format: Format) -> (&'static str, &'static str, &'static s
     }
 }
 
-pub(super) fn shape_defines(format: Format, matrix: &Matrix, launch: GemvLaunch) -> Vec<String> {
+pub(super) fn shape_defines(format: Format, matrix: &Matrix, warps: usize, stages: usize) -> Vec<String> {
     let mut defines = vec![
         format!("K={}", matrix.in_features),
         format!("R={}", matrix.out_features),
-        format!("WARPS={}", launch.warps),
-        format!("STAGES={}", launch.stages),
+        format!("WARPS={warps}"),
+        format!("STAGES={stages}"),
     ];
     match format {
         Format::AnyPrec { bits } => defines.push(format!("BITS={bits}")),
@@ -146,19 +195,85 @@ pub(super) fn gemv_defines(
     tuning: Tuning,
     input: u8,
     dec: bool,
-    most_shared: usize,
 ) -> Vec<String> {
-    let mut defines = shape_defines(format, matrix, launch);
-    let Tuning { trigger, dec_flight, dec_warps, .. } = tuning;
+    let mut defines = shape_defines(format, matrix, launch.warps, launch.stages);
     defines.push(format!("INPUT={input}"));
     defines.push(format!("DEC={}", u8::from(dec)));
-    defines.push(format!("TRIGGER={trigger}"));
+    defines.push(format!("TRIGGER={}", tuning.trigger));
     if dec {
         defines.push(format!("DEC_WORDS={}", dec_words(matrix.out_features)));
-        defines.push(format!("DEC_FLIGHT={dec_flight}"));
-        defines.push(format!("DEC_WARPS={dec_warps}"));
-        let staged = is_staged(matrix.in_features, input, launch, most_shared);
-        defines.push(format!("DEC_STAGED={}", u8::from(staged)));
+        defines.push(format!("DEC_FLIGHT={}", tuning.dec_flight));
+        defines.push(format!("DEC_WARPS={}", launch.dec_warps));
+        defines.push(format!("DEC_STAGED={}", u8::from(launch.dec_staged)));
     }
     defines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FORMATS: [Format; 5] = [
+        Format::AnyPrec { bits: 3 },
+        Format::AnyPrec { bits: 4 },
+        Format::LutGemm { bits: 3, group: 128 },
+        Format::LutGemm { bits: 4, group: 32 },
+        Format::Dense,
+    ];
+
+    /// Llama-3-8B's and 70B's projections.
+    const SHAPES: [(usize, usize); 8] = [
+        (4096, 6144),
+        (4096, 4096),
+        (4096, 28672),
+        (14336, 4096),
+        (8192, 10240),
+        (8192, 8192),
+        (8192, 57344),
+        (28672, 8192),
+    ];
+
+    #[test]
+    fn every_product_fits_cards_with_little_shared_memory() {
+        for (multiprocessors, shared) in [(132, 232_448), (108, 166_912), (128, 101_376), (46, 101_376), (20, 101_376)]
+        {
+            for format in FORMATS {
+                for shape in SHAPES {
+                    for dec in [None, Some(Beside { input: 1, list: 4096 }), Some(Beside { input: 3, list: 16 << 10 })]
+                    {
+                        // Only what follows a norm is normalized; down's channels come selected on large cards.
+                        if dec.is_some_and(|dec| dec.input == 1) && shape.0 > 8192 {
+                            continue;
+                        }
+                        let room = Room { multiprocessors, shared };
+                        let launch = gemv_launch(format, shape, Tuning::default(), dec, room);
+                        let launch = launch.unwrap_or_else(|e| panic!("{format:?} {shape:?} {dec:?} {room:?}: {e:#}"));
+                        assert!(launch.shared <= shared && launch.dec_at <= launch.shared, "{launch:?}");
+                        assert_eq!(launch.dec_warps > 0, dec.is_some(), "{launch:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn large_cards_take_what_was_tuned() {
+        let tuning = Tuning::default();
+        let room = Room { multiprocessors: 132, shared: 232_448 };
+        for format in &FORMATS[..4] {
+            for shape in &SHAPES[..4] {
+                let plain = gemv_launch(*format, *shape, tuning, None, room).unwrap();
+                assert_eq!((plain.warps, plain.stages), (tuning.warps, tuning.stages), "{format:?} {shape:?}");
+                let beside = gemv_launch(*format, *shape, tuning, Some(Beside { input: 3, list: 896 }), room).unwrap();
+                assert_eq!((beside.warps, beside.dec_warps), (tuning.beside_dec.0, tuning.dec_warps), "{format:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_that_is_too_long_is_named() {
+        let room = Room { multiprocessors: 20, shared: 49_152 };
+        let error = gemv_launch(FORMATS[0], (65_536, 4096), Tuning::default(), None, room).unwrap_err().to_string();
+        assert!(error.contains("65536 channels") && error.contains("49152"), "{error}");
+    }
 }

@@ -48,8 +48,9 @@ impl Words {
     }
 }
 
-/// What a compiled product depends on besides its shape.
-pub(super) type Variant = (u8, bool, Tuning);
+/// What a compiled product depends on besides its shape: its input, how it was tuned, warps and stages, warps that
+/// compensate and whether they keep all activations.
+pub(super) type Variant = (u8, Tuning, (usize, usize), (usize, bool));
 
 /// A linear layer on the device; its residual may be in mapped host memory.
 pub struct Matrix {
@@ -58,7 +59,7 @@ pub struct Matrix {
     pub(super) body: Body,
     pub(super) bias: Option<Buffer>,
     pub(super) residual: Option<(Words, Buffer)>,
-    /// Compiled products by (input, compensates, launch parameters), made when first used.
+    /// Compiled products, made when first used.
     pub(super) kernels: RefCell<Vec<(Variant, Kernel)>>,
 }
 
@@ -74,10 +75,15 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Chunks whose selections fit 24 KB of shared memory together.
+    /// Chunks whose selections fit 16 KB of shared memory together.
     pub(super) fn list_chunks(&self) -> usize {
         let chunks = self.in_features.div_ceil(CHUNK);
-        (24 * 1024 / (8 * self.k_chunk.max(1))).clamp(1, chunks)
+        (16 * 1024 / (8 * self.k_chunk.max(1))).clamp(1, chunks)
+    }
+
+    /// Bytes that their list takes.
+    pub(super) fn list_bytes(&self) -> usize {
+        self.list_chunks() * self.k_chunk * 8
     }
 }
 

@@ -7,7 +7,7 @@ use super::arguments::{AnyArgument, DecArgument, GemvArgument, PackedArgument};
 use super::driver::{Arguments, Launch};
 use super::kernel::Kernel;
 use super::launch::{
-    GemvLaunch, Tuning, dec_shared, entries, gemv_defines, gemv_launch, is_staged, shape_defines, unit,
+    Beside, GemvLaunch, Room, Tuning, dec_shared, entries, gemv_defines, gemv_launch, shape_defines, unit,
 };
 use super::matrix::{Body, Format, Matrix, Plan, dec_words};
 use super::pack::TILE;
@@ -73,24 +73,17 @@ impl Cuda {
     /// # Errors
     /// The compiler's messages.
     pub fn compile_ahead(&self, matrices: &[&Matrix], tunings: &[Tuning], norm: bool, dec: bool) -> Result<()> {
-        let numbers = self.driver.numbers();
         let mut jobs = Vec::new();
         for &matrix in matrices {
             let Body::Packed { format, .. } = matrix.body else { continue };
             for &tuning in tunings {
-                let (k, r) = (matrix.in_features, matrix.out_features);
+                let shape = (matrix.in_features, matrix.out_features);
+                let input = u8::from(norm);
+                // A short list: where there is room for any, the launch does not depend on it.
                 let launch =
-                    gemv_launch(format, k, r, tuning.beside(dec), numbers.multiprocessors, numbers.shared_per_block)?;
+                    gemv_launch(format, shape, tuning, dec.then_some(Beside { input, list: 1024 }), self.room())?;
                 let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
-                defines.extend(gemv_defines(
-                    format,
-                    matrix,
-                    launch,
-                    tuning,
-                    u8::from(norm),
-                    dec,
-                    numbers.shared_per_block,
-                ));
+                defines.extend(gemv_defines(format, matrix, launch, tuning, input, dec));
                 jobs.push((entries(format).0, defines));
             }
         }
@@ -213,19 +206,10 @@ impl Cuda {
         let Body::Packed { codes, aux, .. } = &matrix.body else {
             anyhow::bail!("cuda: not a packed matrix");
         };
-        let numbers = self.driver.numbers();
-        let launch = gemv_launch(
-            format,
-            matrix.in_features,
-            matrix.out_features,
-            self.options.tuning.beside(plan.is_some()),
-            numbers.multiprocessors,
-            numbers.shared_per_block,
-        )?;
-        let kernel = self.gemv_kernel(format, matrix, launch, feed.define(), plan.is_some())?;
-        let dec_warps = if plan.is_some() { self.options.tuning.dec_warps } else { 0 };
-        let staged = is_staged(matrix.in_features, feed.define(), launch, numbers.shared_per_block);
-        let dec_shared = plan.map_or(0, |p| dec_shared(p, dec_warps * 32, staged));
+        let shape = (matrix.in_features, matrix.out_features);
+        let dec = plan.map(|p| Beside::new(feed.define(), p));
+        let launch = gemv_launch(format, shape, self.options.tuning, dec, self.room())?;
+        let kernel = self.gemv_kernel(format, matrix, launch, feed.define())?;
         let argument = GemvArgument {
             codes: codes.pointer(),
             aux: aux.pointer(),
@@ -240,29 +224,27 @@ impl Cuda {
             dec: plan.map_or(Ok(DecArgument::NONE), |p| DecArgument::new(matrix, p))?,
             eps: feed.eps(),
             add: i32::from(token.add),
-            dec_shared: launch.shared as i32,
+            dec_shared: launch.dec_at as i32,
         };
         let blocks = launch.blocks.max(plan.map_or(0, |p| p.n_tb));
-        let (block, shared) = ((launch.warps + dec_warps) * 32, launch.shared + dec_shared);
-        let launch = Launch { grid: (blocks, 1, 1), block, shared, ..Launch::new(1, 1) };
+        let block = (launch.warps + launch.dec_warps) * 32;
+        let launch = Launch { grid: (blocks, 1, 1), block, shared: launch.shared, ..Launch::new(1, 1) };
         self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))
     }
 
+    fn room(&self) -> Room {
+        let numbers = self.driver.numbers();
+        Room { multiprocessors: numbers.multiprocessors, shared: numbers.shared_per_block }
+    }
+
     /// The product's kernel for a matrix, compiled once per shape.
-    fn gemv_kernel(&self, format: Format, matrix: &Matrix, launch: GemvLaunch, input: u8, dec: bool) -> Result<Kernel> {
-        let key = (input, dec, self.options.tuning);
+    fn gemv_kernel(&self, format: Format, matrix: &Matrix, launch: GemvLaunch, input: u8) -> Result<Kernel> {
+        let tuning = self.options.tuning;
+        let key = (input, tuning, (launch.warps, launch.stages), (launch.dec_warps, launch.dec_staged));
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
-        let defines = gemv_defines(
-            format,
-            matrix,
-            launch,
-            self.options.tuning,
-            input,
-            dec,
-            self.driver.numbers().shared_per_block,
-        );
+        let defines = gemv_defines(format, matrix, launch, tuning, input, launch.dec_warps > 0);
         let (file, gemv, _) = entries(format);
         let kernel = self.kernel(file, gemv, &defines)?;
         matrix.kernels.borrow_mut().push((key, kernel.clone()));
@@ -342,8 +324,7 @@ impl Cuda {
                 self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument).with(&out))?;
             }
             Body::Packed { format, codes, aux } => {
-                let launch = GemvLaunch { blocks: 1, warps: 8, stages: 2, shared: 0 };
-                let mut defines = shape_defines(*format, matrix, launch);
+                let mut defines = shape_defines(*format, matrix, 8, 2);
                 defines.extend(["INPUT=0".to_owned(), "DEC=0".to_owned()]);
                 let (file, _, dequant) = entries(*format);
                 let argument = PackedArgument { codes: codes.pointer(), aux: aux.pointer(), out };
@@ -383,7 +364,7 @@ impl Cuda {
         };
         let argument = DecArgument::new(matrix, plan)?;
         let kernel = self.kernel("dec.cu", "dec", &[format!("DEC_WORDS={}", dec_words(plan.out_features))])?;
-        let shared = dec_shared(plan, 256, false);
+        let shared = dec_shared(plan.in_features, plan.out_features, plan.list_bytes(), 256, false);
         for t in 0..tokens as u64 {
             let (x, y) = (x + t * matrix.in_features as u64 * 4, y + t * matrix.out_features as u64 * 4);
             let launch = Launch { grid: (plan.n_tb, 1, 1), shared, ..Launch::new(1, 256) };

@@ -54,7 +54,7 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     table.add_row(["weights, on the device".into(), megabytes(estimate.device_bytes)]);
     table.add_row(["residuals and thresholds, on the host".into(), megabytes(estimate.host_bytes)]);
     table.add_row(["disk while it is made".into(), megabytes(estimate.disk_bytes)]);
-    table.add_row(["memory while it is made".into(), megabytes(estimate.memory_bytes)]);
+    table.add_row(["memory while it is made, mapped files aside".into(), megabytes(estimate.memory_bytes)]);
     table.add_row(["time on this machine".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
     println!("{table}");
     Ok(())

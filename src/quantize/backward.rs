@@ -4,8 +4,8 @@
 //! out as in full precision, so no gradient reaches `Ŵ` through them. Which channels are taken counts as fixed.
 
 use anyhow::Result;
-use half::bf16;
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::exponential::{dot, softmax, swiglu, swiglu_back};
@@ -33,13 +33,13 @@ pub(crate) struct Compensated {
 }
 
 /// What a layer's backward pass needs of its forward pass, but for gate and up, the widest, which are computed again. All
-/// layers' wait for it, so most is kept in 16 bits: a gradient over hundreds of tokens does not show their rounding.
-/// Queries and keys, which exponents depend on, are not.
+/// layers' wait for it, so it is kept in 16 bits: a gradient over hundreds of tokens does not show their rounding.
+/// Queries and keys, which exponents depend on, in the finer kind.
 #[derive(Debug)]
 pub(crate) struct Trace {
     h: Vec<bf16>,      // [tokens, hidden_size]: what entered
     middle: Vec<bf16>, // the same, after attention
-    qkv: Vec<f32>,     // [tokens, q, k and v]: queries and keys rotated
+    qkv: Vec<f16>,     // [tokens, q, k and v]: queries and keys rotated
     x_o: Vec<bf16>,    // [tokens, num_heads · head_dim]
     pub(crate) taken: [Taken; 4],
 }
@@ -47,7 +47,7 @@ pub(crate) struct Trace {
 /// Bytes of a token in a [`Trace`], without the channels taken, of which there are few.
 pub(super) fn trace_bytes(config: &ModelConfig) -> usize {
     let [qkv, o, ..] = Projection::ALL.map(|p| config.shape(p));
-    4 * qkv.1 + 2 * (2 * config.hidden_size + o.0)
+    2 * (qkv.1 + 2 * config.hidden_size + o.0)
 }
 
 /// What enters a projection, and the channels of it that are taken.
@@ -80,7 +80,7 @@ impl Compensated {
         let (y, taken_down) = self.apply(Projection::Down, &x_down)?;
         add_parallel(h, &y);
         let taken = [taken_qkv, taken_o, taken_gate_up, taken_down];
-        let trace = Trace { h: before, middle, qkv, x_o: shortened(&x_o), taken };
+        let trace = Trace { h: before, middle, qkv: shortened(&qkv), x_o: shortened(&x_o), taken };
         Ok((trace, [x_qkv, x_o, x_gate_up, x_down]))
     }
 
@@ -131,7 +131,7 @@ impl Compensated {
         let (d_x, w_gate_up) = self.derive(Projection::GateUp, (x_gate_up, taken_gate_up), &d_gate_up);
         norm_back(&middle, &self.layer.post_norm, eps, &d_x, d);
         let (d_o, w_o) = self.derive(Projection::O, (lengthened(&x_o), taken_o), d);
-        let d_qkv = attend_back(config, rope, texts, &qkv, &d_o);
+        let d_qkv = attend_back(config, rope, texts, &lengthened(&qkv), &d_o);
         let h = lengthened(&h);
         let x_qkv = norm(&h, &self.layer.input_norm, eps);
         let (d_x, w_qkv) = self.derive(Projection::Qkv, (x_qkv, taken_qkv), &d_qkv);
@@ -162,13 +162,19 @@ impl Compensated {
 }
 
 /// As it is kept from the way up to the way down.
-fn shortened(values: &[f32]) -> Vec<bf16> {
-    let mut short = vec![bf16::ZERO; values.len()];
+fn shortened<H: Copy + Default + Send>(values: &[f32]) -> Vec<H>
+where
+    [H]: HalfFloatSliceExt,
+{
+    let mut short = vec![H::default(); values.len()];
     short.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(s, v)| s.convert_from_f32_slice(v));
     short
 }
 
-fn lengthened(values: &[bf16]) -> Vec<f32> {
+fn lengthened<H: Sync>(values: &[H]) -> Vec<f32>
+where
+    [H]: HalfFloatSliceExt,
+{
     let mut long = vec![0.0; values.len()];
     long.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE)).for_each(|(l, v)| v.convert_to_f32_slice(l));
     long

@@ -14,40 +14,39 @@ const PART: usize = 64 * LANES;
 /// Tokens whose logits, of both models, are in memory at once.
 pub(super) const HEAD_TOKENS: usize = 128;
 
-/// What comes behind the last layer, and room for its logits.
+/// What comes behind the last layer.
 pub(super) struct Speaker<'a> {
     head: &'a Dense<'a>,
     final_norm: &'a [f32],
     eps: f32,
-    logits: Vec<f32>, // [2 · HEAD_TOKENS, vocab_size] at most
-    rows: Vec<f32>,   // [HEAD_ROWS, hidden_size] at most
 }
 
 impl<'a> Speaker<'a> {
     pub(super) fn new(head: &'a Dense<'a>, final_norm: &'a [f32], eps: f32) -> Self {
-        Self { head, final_norm, eps, logits: Vec::new(), rows: Vec::new() }
+        Self { head, final_norm, eps }
     }
 
     /// Mean divergence of what `h` says from what `truth` says, both `[tokens, hidden_size]` as they leave the last
     /// layer, and its derivative by `h`.
-    pub(super) fn divergence(&mut self, truth: &[f32], h: &[f32]) -> (f64, Vec<f32>) {
+    pub(super) fn divergence(&self, truth: &[f32], h: &[f32]) -> (f64, Vec<f32>) {
         let (n, vocab) = (self.head.in_features, self.head.out_features);
         let tokens = h.len() / n;
         let mut d = vec![0.0; h.len()];
         let mut total = 0.0;
+        // Not kept: most of the time layers need the room.
+        let mut room = vec![0.0; 2 * HEAD_TOKENS.min(tokens) * vocab];
         let parts = h.chunks(HEAD_TOKENS * n).zip(truth.chunks(HEAD_TOKENS * n));
         for ((h, truth), d) in parts.zip(d.chunks_mut(HEAD_TOKENS * n)) {
             let mut x = norm(truth, self.final_norm, self.eps);
             x.extend(norm(h, self.final_norm, self.eps));
-            self.logits.resize(x.len() / n * vocab, 0.0);
-            self.each_rows(|start, rows, logits| product_beside(&x, rows, n, &mut logits[start..], vocab));
-            let (p, q) = self.logits.split_at_mut(h.len() / n * vocab);
+            let logits = &mut room[..x.len() / n * vocab];
+            self.each_rows(|start, rows| product_beside(&x, rows, n, &mut logits[start..], vocab));
+            let (p, q) = logits.split_at_mut(h.len() / n * vocab);
             let rows = q.par_chunks_exact_mut(vocab).zip(p.par_chunks_exact(vocab));
             total += rows.map(|(q, p)| differ(p, q, 1.0 / tokens as f32)).collect::<Vec<f64>>().iter().sum::<f64>();
             let mut d_x = vec![0.0; h.len()];
-            let of_q = h.len() / n * vocab;
-            self.each_rows(|start, rows, logits| {
-                let d = Strided { values: &logits[of_q + start..], row: vocab, column: 1 };
+            self.each_rows(|start, rows| {
+                let d = Strided { values: &q[start..], row: vocab, column: 1 };
                 let (count, rows) = (rows.len() / n, Strided { values: rows, row: n, column: 1 });
                 accumulate(h.len() / n, n, count, 1.0, d, rows, &mut d_x, gemm::Parallelism::Rayon(0));
             });
@@ -56,14 +55,15 @@ impl<'a> Speaker<'a> {
         (total / tokens as f64, d)
     }
 
-    /// Calls `with` for the head's rows in f32, some at a time: where they begin, the rows, the logits.
-    fn each_rows(&mut self, mut with: impl FnMut(usize, &[f32], &mut [f32])) {
+    /// Calls `with` for the head's rows in f32, some at a time: where they begin, and the rows.
+    fn each_rows(&self, mut with: impl FnMut(usize, &[f32])) {
         let (n, vocab) = (self.head.in_features, self.head.out_features);
+        let mut rows = vec![0.0; HEAD_ROWS.min(vocab) * n];
         for start in (0..vocab).step_by(HEAD_ROWS) {
-            self.rows.resize(HEAD_ROWS.min(vocab - start) * n, 0.0);
-            let rows = self.rows.par_chunks_exact_mut(n).enumerate();
-            rows.for_each(|(i, out)| self.head.values.read_f32((start + i) * n, out));
-            with(start, &self.rows, &mut self.logits);
+            let rows = &mut rows[..HEAD_ROWS.min(vocab - start) * n];
+            let each = rows.par_chunks_exact_mut(n).enumerate();
+            each.for_each(|(i, out)| self.head.values.read_f32((start + i) * n, out));
+            with(start, rows);
         }
     }
 }
@@ -108,7 +108,7 @@ mod tests {
         let head = Dense { in_features: N, out_features: VOCAB, values: numbers(1, N * VOCAB).into() };
         let gamma: Vec<f32> = numbers(2, N).iter().map(|g| 1.0 + g / 2.0).collect();
         let (truth, mut h) = (numbers(3, TOKENS * N), numbers(4, TOKENS * N));
-        let mut speaker = Speaker::new(&head, &gamma, 1e-5);
+        let speaker = Speaker::new(&head, &gamma, 1e-5);
         let (loss, d) = speaker.divergence(&truth, &h);
         assert!(loss > 0.1 && speaker.divergence(&truth, &truth).0.abs() < 1e-6);
         // Along the derivative; in its last token alone, behind the last whole block.

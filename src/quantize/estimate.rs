@@ -6,13 +6,20 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::calibrate;
-use super::forward::Affine;
+use super::backward::Compensated;
+use super::divergence::Speaker;
+use super::forward::{Affine, Layer, Rope};
+use super::gram::Hessian;
 use super::product::product;
 use super::refine::Effort;
-use super::{Calibration, Options, Refine, awq, backward, divergence, finish, fit, mixed, plan, polish, sample, sqllm};
+use super::sqllm;
+use super::{
+    Calibration, Options, Refine, awq, backward, calibrate, divergence, finish, fit, mixed, plan, polish, sample,
+};
 use crate::checkpoint::{Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
+use crate::format::Dense;
+use crate::sampling;
 
 /// Tokens, channels and rows of the sample.
 const TOKENS: usize = 512;
@@ -20,6 +27,12 @@ const CHANNELS: usize = 1024;
 const ROWS: usize = 512;
 /// Channels of a group of the sample.
 const GROUP: usize = 64;
+/// Rows of it for each core, where codes are fitted: as many as go together.
+const CORE_ROWS: usize = 64;
+/// Bytes of a tokenizer for each of its words, measured on SmolLM2's and rounded up.
+const WORD_BYTES: usize = 1000;
+/// Words of the sample's head.
+const WORDS: usize = 4096;
 
 /// What a quantization will take and leave.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +49,7 @@ pub struct Estimate {
     pub time: Duration,
 }
 
-/// Estimates; checks the options as [`super::quantize`] does. Takes about a second.
+/// Estimates; checks the options as [`super::quantize`] does. Takes a few seconds.
 ///
 /// # Errors
 /// Options that do not fit the model.
@@ -95,7 +108,9 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     // The finished projections wait for each other, with about a byte for every weight.
     let finished = sample::layer_weights(config);
     let quantizing = residual_stream + inputs + layer + finished + matrix.max(batch);
-    if learns(options, manifest) { quantizing.max(learning_memory(config, options, manifest)) } else { quantizing }
+    let most =
+        if learns(options, manifest) { quantizing.max(learning_memory(config, options, manifest)) } else { quantizing };
+    most + WORD_BYTES * config.vocab_size
 }
 
 /// True if codebooks are learned in the end.
@@ -103,8 +118,9 @@ fn learns(options: &Options, manifest: &Manifest) -> bool {
     options.refine != Refine::None && manifest.group_size.is_none()
 }
 
-/// What full precision says, what a window leaves in every layer, codebooks with two means, and one layer four times
-/// over (codes, weights, originals, derivatives) with what its tokens need on the way; or the logits.
+/// Embedding and head in half precision, what full precision says, what a window leaves in every layer, codebooks with
+/// two means, and one layer four times over (codes, weights, originals, derivatives) with what its tokens need on the
+/// way; or the logits, and a part of the head in f32.
 fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let seq_len = options.calibration.seq_len();
     let shapes = Projection::ALL.map(|p| config.shape(p));
@@ -114,8 +130,13 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
     let traces = config.num_layers * seq_len * backward::trace_bytes(config);
     let layer = (1 + 4 + 4 + 4) * sample::layer_weights(config);
     let tokens = 2 * 4 * seq_len * shapes.iter().map(|s| s.0 + s.1).sum::<usize>();
-    let logits = 2 * 4 * divergence::HEAD_TOKENS.min(seq_len) * config.vocab_size;
-    truth + traces + codebooks + (layer + tokens).max(logits)
+    let rows_of_head = 4 * sample::HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
+    let logits = 2 * 4 * divergence::HEAD_TOKENS.min(seq_len) * config.vocab_size + rows_of_head;
+    let tables = if config.tie_word_embeddings { 1 } else { 2 };
+    let most =
+        2 * tables * config.vocab_size * config.hidden_size + truth + traces + codebooks + (layer + tokens).max(logits);
+    // What windows leave lies between matrices that come and go: about a fifth more was measured.
+    most + most / 5
 }
 
 fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {
@@ -134,15 +155,17 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     let widths = if manifest.bits.is_mixed() { 2.0 } else { 1.0 };
     seconds += widths * layers * weights * sample.quantize(options, manifest)?;
     if options.refine != Refine::None {
-        seconds += widths * layers * sample.product()? * fit_products(config, options, texts * seq_len);
+        let tokens = texts * seq_len;
+        seconds += widths * layers * sample.product()? * hessian_products(config, tokens);
+        seconds += widths * layers * sample.fit(manifest)? * fit_products(config, options);
     }
     if learns(options, manifest) {
-        // The head speaks for both models, and its derivative goes back through it.
-        let tokens = (polish::steps(texts) * seq_len) as f64;
-        // Gate and up are computed again on the way down.
-        let gate_up = config.shape(Projection::GateUp);
-        let again = sample.product()? * (gate_up.0 * gate_up.1) as f64;
-        seconds += tokens * (layers * (polish::STEP_PASSES as f64 * per_token + again) + 3.0 * head);
+        let (steps, tokens) = (polish::steps(texts) as f64, (polish::steps(texts) * seq_len) as f64);
+        seconds += tokens * layers * weights * learn_layer(config, options)?;
+        seconds += steps * layers * weights * sample.learn_weight(manifest)?;
+        seconds += tokens * (config.vocab_size * config.hidden_size) as f64 * learn_head(config)?;
+        // In the end residuals are made anew.
+        seconds += layers * weights * sample.residual()?;
     }
     let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;
@@ -154,21 +177,76 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     Ok(Duration::from_secs_f64(seconds))
 }
 
-/// Multiply-adds of refining one layer: for each projection of `m` rows and `n` channels, `T·n²` for the Hessian of
-/// `T` tokens and, with [`fit::EFFORT`]'s `r` rounds of `s` steps, `(r·(s + 1) + s + 3)·m·n²` for parameters and codes;
-/// the rows on which amplitudes are tried count like others.
-fn fit_products(config: &ModelConfig, options: &Options, tokens: usize) -> f64 {
+/// Multiply-adds of one layer's Hessians of `tokens`: `tokens·n²` for each projection of `n` channels.
+fn hessian_products(config: &ModelConfig, tokens: usize) -> f64 {
+    Projection::ALL.map(|p| tokens as f64 * (config.shape(p).0 as f64).powi(2)).iter().sum()
+}
+
+/// Multiply-adds of refining `m` rows of `n` channels: with [`fit::EFFORT`]'s `r` rounds of `s` steps,
+/// `(r·(s + 1) + s + 3)·m·n²` for parameters and codes.
+fn refine_products(rows: usize, channels: usize) -> f64 {
     let Effort { rounds, steps } = fit::EFFORT;
-    let passes = (rounds * (steps + 1) + steps + 3) as f64;
+    (rounds * (steps + 1) + steps + 3) as f64 * rows as f64 * (channels as f64).powi(2)
+}
+
+/// The same of one layer; the rows on which amplitudes are tried count like others.
+fn fit_products(config: &ModelConfig, options: &Options) -> f64 {
     let products = |projection: Projection| {
         let (n, m) = config.shape(projection);
         let tried = match options.refine {
             Refine::Compensated { .. } => fit::AMPLITUDES.len() * fit::AMPLITUDE_ROWS.min(m),
             _ => 0,
         };
-        (tokens as f64 + passes * (m + tried) as f64) * (n * n) as f64
+        refine_products(m + tried, n)
     };
     Projection::ALL.map(products).iter().sum()
+}
+
+/// Numbers without pattern, between −1 and 1.
+fn number(i: usize) -> f32 {
+    (i.wrapping_mul(2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0
+}
+
+/// Seconds for a token and a weight of a layer on which codebooks are learned: a small layer, up and down.
+fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
+    let (hidden_size, tokens) = (CHANNELS / 2, options.calibration.seq_len().min(TOKENS));
+    let shapes = ModelConfig { hidden_size, intermediate_size: 3 * hidden_size, num_heads: 8, ..config.clone() };
+    let config = ModelConfig { num_kv_heads: 4, head_dim: hidden_size / 8, ..shapes };
+    let numbers = |len: usize| sampling::draws(1, len).iter().map(|x| (x - 0.5) / 8.0).collect::<Vec<f32>>();
+    let linears = Projection::ALL.map(|p| {
+        let (in_features, out_features) = config.shape(p);
+        Affine { in_features, out_features, weight: numbers(in_features * out_features), bias: None }
+    });
+    let originals = linears.each_ref().map(|linear| linear.weight.iter().map(|w| 1.1 * w).collect());
+    let k_chunks = match options.refine {
+        Refine::Compensated { k_chunks } => k_chunks,
+        Refine::None | Refine::Output => [0; 4],
+    };
+    let norms = || vec![1.0; hidden_size];
+    let layer = Compensated { layer: Layer { input_norm: norms(), post_norm: norms(), linears }, originals, k_chunks };
+    let (rope, h) = (Rope::new(&config, tokens), numbers(tokens * hidden_size));
+    let seconds = fastest(|| {
+        let (mut h, mut d) = (h.clone(), h.clone());
+        let (trace, _) = layer.forward(&config, &rope, 1, &mut h)?;
+        layer.backward(&config, &rope, 1, trace, &mut d);
+        Ok(())
+    })?;
+    Ok(seconds / (tokens * sample::layer_weights(&config)) as f64)
+}
+
+/// Seconds for a token and a weight of the head, which speaks for both models and takes the derivative back.
+fn learn_head(config: &ModelConfig) -> Result<f64> {
+    let (n, tokens) = (config.hidden_size.min(CHANNELS), divergence::HEAD_TOKENS);
+    let values: Vec<f32> = sampling::draws(1, WORDS * n).iter().map(|x| (x - 0.5) / 8.0).collect();
+    let head = Dense { in_features: n, out_features: WORDS, values: values.into() };
+    let (norm, truth) = (vec![1.0; n], sampling::draws(2, tokens * n));
+    let speaker = Speaker::new(&head, &norm, config.rms_norm_eps);
+    let h = sampling::draws(3, tokens * n);
+    let seconds = fastest(|| {
+        speaker.divergence(&truth, &h);
+        Ok(())
+    })?;
+    Ok(seconds / (tokens * WORDS * n) as f64)
 }
 
 /// A small matrix and what may enter it.
@@ -179,8 +257,6 @@ struct Sample {
 
 impl Sample {
     fn new() -> Self {
-        // Numbers without pattern, between −1 and 1.
-        let number = |i: usize| (i.wrapping_mul(2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0;
         let weight = (0..ROWS * CHANNELS).into_par_iter().map(number).collect();
         let linear = Affine { in_features: CHANNELS, out_features: ROWS, weight, bias: None };
         Self { linear, x: (0..TOKENS * CHANNELS).map(number).collect() }
@@ -204,6 +280,39 @@ impl Sample {
             Ok(())
         })?;
         Ok(seconds / (TOKENS * CHANNELS) as f64)
+    }
+
+    /// Seconds for a multiply-add of refining, from [`refine_products`], with all that is not one.
+    fn fit(&self, manifest: &Manifest) -> Result<f64> {
+        let (rows, bits) = (CORE_ROWS * rayon::current_num_threads(), manifest.bits.high() as usize);
+        let weight = self.linear.weight.iter().copied().cycle().take(rows * CHANNELS).collect();
+        let linear = Affine { out_features: rows, weight, ..self.linear.clone() };
+        let mut hessian = Hessian::of(&self.x, CHANNELS);
+        hessian.damp();
+        let seconds = |effort: Effort| {
+            fastest(|| match manifest.group_size {
+                None => sqllm::refined(&linear, bits, &hessian, effort).map(drop),
+                Some(_) => awq::refined(&linear, bits, GROUP, None, &hessian, effort).map(drop),
+            })
+        };
+        // Where it begins is part of quantizing.
+        let start = seconds(Effort { rounds: 0, steps: 0 })?;
+        Ok((seconds(fit::EFFORT)? - start).max(0.0) / refine_products(rows, CHANNELS))
+    }
+
+    /// Seconds for a weight in one step of learning, besides products: codes are read twice, codebooks follow.
+    fn learn_weight(&self, manifest: &Manifest) -> Result<f64> {
+        let bits = manifest.bits.high() as usize;
+        let weight = sqllm::quantize(&self.linear, bits, &[1.0; CHANNELS])?;
+        let seconds = fastest(|| polish::rehearse(&weight, &self.linear))?;
+        Ok(seconds / (CHANNELS * ROWS) as f64)
+    }
+
+    /// Seconds to make a weight's residual.
+    fn residual(&self) -> Result<f64> {
+        let weight = sqllm::quantize(&self.linear, 2, &[1.0; CHANNELS])?;
+        let seconds = fastest(|| super::residual(&self.linear, &weight, &[1.0; CHANNELS]).map(drop))?;
+        Ok(seconds / (CHANNELS * ROWS) as f64)
     }
 
     /// Seconds to quantize a weight, AWQ's search included.

@@ -129,8 +129,10 @@ fn restore(job: &Job<'_>, learned: &mut [[Learned; 4]]) -> bool {
 fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]]) -> Result<()> {
     let (config, seq_len) = (job.source.config(), job.options.calibration.seq_len());
     let rope = Rope::new(config, seq_len);
-    let (embedding, head, final_norm) = (job.source.embedding()?, job.source.head()?, job.source.final_norm()?);
-    let mut speaker = Speaker::new(head.as_ref().unwrap_or(&embedding), &final_norm, config.rms_norm_eps);
+    // Half precision, as they are stored in the end.
+    let (embedding, head) = (super::halved(job.source.embedding()?), job.source.head()?.map(super::halved));
+    let final_norm = job.source.final_norm()?;
+    let speaker = Speaker::new(head.as_ref().unwrap_or(&embedding), &final_norm, config.rms_norm_eps);
     let truth = truth(job, ids)?;
     let mut means: Vec<[Means; 4]> = learned
         .iter()
@@ -256,11 +258,7 @@ fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resul
     let each = Projection::ALL.into_par_iter().zip(learned).map(|(projection, learned)| {
         let (mut linear, stored) = pair(job, &file, index, projection)?;
         let codes = self::codes(anyprec(&stored)?);
-        let mut weight = vec![0.0; codes.len()];
-        let n = linear.in_features;
-        let rows = weight.par_chunks_exact_mut(n).zip(codes.par_chunks_exact(n));
-        let rows = rows.zip(learned.codebook.par_chunks_exact(grid.parameters()));
-        rows.for_each(|((weight, codes), codebook)| grid.weights(codebook, codes, weight));
+        let weight = stand_for(&grid, &learned.codebook, &codes, linear.in_features);
         let original = std::mem::replace(&mut linear.weight, weight);
         Ok((linear, original, codes))
     });
@@ -271,6 +269,30 @@ fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resul
     let layer = Layer { input_norm, post_norm, linears: [qkv, o, gu, d] };
     let originals = [qkv_whole, o_whole, gu_whole, d_whole];
     Ok((Compensated { layer, originals, k_chunks }, [qkv_codes, o_codes, gu_codes, d_codes]))
+}
+
+/// What a step does with a projection besides products, for an estimate: it is read on the way up and on the way down,
+/// and its codebook follows a derivative.
+pub(super) fn rehearse(weight: &Weight<'_>, original: &Affine) -> Result<()> {
+    let Weight::AnyPrec(weight) = weight else { bail!("codebooks are learned of AnyPrec only") };
+    let (codebook, n) = (weight.lut().to_f32().into_owned(), weight.in_features());
+    let grid = Codebook { bits: weight.bits() };
+    let mut means = Means(vec![0.0; codebook.len()], vec![0.0; codebook.len()]);
+    let mut learned = Learned { codebook, taken: vec![0.0; n], all: vec![0.0; n] };
+    stand_for(&grid, &learned.codebook, &codes(weight), n);
+    let codes = codes(weight);
+    stand_for(&grid, &learned.codebook, &codes, n);
+    follow(&grid, &mut learned, &mut means, &codes, &original.weight, RATE, 0);
+    Ok(())
+}
+
+/// The weights `[out_features, in_features]` that `codes` stand for.
+fn stand_for(grid: &Codebook, codebook: &[f32], codes: &[u8], in_features: usize) -> Vec<f32> {
+    let mut weight = vec![0.0; codes.len()];
+    let rows = weight.par_chunks_exact_mut(in_features).zip(codes.par_chunks_exact(in_features));
+    let rows = rows.zip(codebook.par_chunks_exact(grid.parameters()));
+    rows.for_each(|((weight, codes), codebook)| grid.weights(codebook, codes, weight));
+    weight
 }
 
 /// `[out_features, in_features]`

@@ -66,7 +66,7 @@ pub struct Options {
     /// Launch parameters of the products.
     pub tuning: Tuning,
     /// Launches are made for so many multiprocessors, in place of all that there are: to see what a smaller card does,
-    /// with [`Cuda::occupy_rest`].
+    /// with [`Cuda::occupy_rest`](super::Cuda::occupy_rest).
     pub multiprocessors: Option<usize>,
 }
 

@@ -19,6 +19,7 @@
 // multiply nothing: they select, fetch, and leave their sums in a vector of their own, which whoever reads the product
 // adds. Rows come in tiles, so a few blocks less often multiply as fast (H100: 128 of 132 for Llama-3-8B's shapes).
 //
+// Longer than other kernels: the phases share a block's registers and shared memory, and are read in order.
 // Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16; WARPS of 4.
 // Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1); shared memory's parts
 // in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.

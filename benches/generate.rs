@@ -48,13 +48,13 @@ struct Args {
     #[arg(long)]
     ops: Option<usize>,
     /// Warps of a block of the layers' launch.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = Tuning::default().layers)]
     warps: usize,
     /// One launch for the layers wherever there is room, not only where it was measured to pay.
     #[arg(long)]
     layers_always: bool,
     /// Warps of a block of a product that is a launch of its own.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = Tuning::default().warps)]
     product_warps: usize,
     /// Only so many layers of the model, for work on kernels.
     #[arg(long)]

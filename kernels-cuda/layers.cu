@@ -19,7 +19,6 @@
 // multiply nothing: they select, fetch, and leave their sums in a vector of their own, which whoever reads the product
 // adds. Rows come in tiles, so a few blocks less often multiply as fast (H100: 128 of 132 for Llama-3-8B's shapes).
 //
-// Longer than other kernels: the phases share a block's registers and shared memory, and are read in order.
 // Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16; WARPS of 4.
 // Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1); shared memory's parts
 // in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.
@@ -40,9 +39,11 @@
 
 typedef Team<0, THREADS, 0> All;
 
+#include "grid.cuh"
+#include "staging.cuh"
+
 enum { QKV, O, GU, D };
 constexpr int A = HEADS * HEAD_DIM;
-#define UNITS_OF(k) (((k) + UNIT - 1) / UNIT)
 
 __device__ __forceinline__ int rows_of(int op) {
     return op == QKV ? (HEADS + 2 * KV_HEADS) * HEAD_DIM : op == GU ? 2 * I : H;
@@ -112,39 +113,6 @@ __device__ __forceinline__ Dec dec_of(const Product& p, int op) {
     return Dec{p.residual, p.scales, p.edges, width_of(op), rows_of(op), p.k_chunk, p.n_tb, p.exact, p.list_chunks};
 }
 
-// All blocks wait for all; what any of them wrote before is visible after. Threads of the block call together.
-struct Grid {
-    u32* arrived;
-    u32 target;
-    u64* stamps;
-    int stamped;
-
-    __device__ __forceinline__ void stamp() {
-        if (stamps && blockIdx.x == 0 && threadIdx.x == 0) {
-            u64 now;
-            asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-            stamps[stamped] = now;
-        }
-        stamped++;
-    }
-
-    __device__ __forceinline__ void sync() {
-        All::sync();
-        target += BLOCKS;
-        if (threadIdx.x == 0) {
-            u32 now;
-            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-            do {
-                asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-            } while ((int)(now - target) < 0);
-            // Not __threadfence(), which waits for what a block still fetches from the host as well.
-            asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        }
-        All::sync();
-        stamp();
-    }
-};
-
 // Shared memory, in order; the ring comes first.
 constexpr int ROUTES = (Stream<MATRICES, Table>::BYTES + 127) / 128 * 128; // Route [MATRICES], scratch floats, the ticket
 constexpr int TABLE = ROUTES + 256;                                 // Layer [MOST_LAYERS]
@@ -152,139 +120,10 @@ constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
 constexpr int LIST = PART + PARTS;                                  // the selection
 
-// Sums of x per group of weights, if the format wants them: lanes hold N consecutive channels each.
-template <int N>
-__device__ __forceinline__ void group_sum(float* group_sums, int channel, float sum) {
-#ifdef GROUPED
-#pragma unroll
-    for (int d = GROUP / N / 2; d > 0; d /= 2) sum += __shfl_xor_sync(FULL, sum, d);
-    if (channel % GROUP == 0) group_sums[channel / GROUP] = sum;
-#endif
-}
-
-// The input of a product of K channels, normalized if there is a γ, to 16-bit numbers in xs.
-template <int K, bool NORM, class Delta>
-__device__ __forceinline__ void stage(const float* x, const Delta& delta, const float* gamma, float eps, float* scratch,
-                                      u16* xs, float* group_sums) {
-    constexpr int PADDED = UNITS_OF(K) * UNIT, STEPS = (PADDED / 4 + THREADS - 1) / THREADS;
-    int t = this_thread();
-    float4 v[STEPS], w[STEPS];
-    float sum = 0;
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int k = 4 * (s * THREADS + t);
-        v[s] = k < K ? load4(x, delta, k) : make_float4(0, 0, 0, 0);
-        if (NORM) w[s] = k < K ? *(const float4*)(gamma + k) : make_float4(0, 0, 0, 0);
-    }
-    if (NORM) {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
-        float scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / K + eps);
-#pragma unroll
-        for (int s = 0; s < STEPS; s++)
-            v[s] = make_float4(v[s].x * scale * w[s].x, v[s].y * scale * w[s].y, v[s].z * scale * w[s].z,
-                               v[s].w * scale * w[s].w);
-    }
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int k = 4 * (s * THREADS + t);
-        u32 lo = narrow2(v[s].x, v[s].y), hi = narrow2(v[s].z, v[s].w);
-        float in_group = widen((u16)lo) + widen((u16)(lo >> 16)) + widen((u16)hi) + widen((u16)(hi >> 16));
-        if (k < PADDED) {
-            *(uint2*)(xs + k) = make_uint2(lo, hi);
-            group_sum<4>(group_sums, k, in_group);
-        }
-    }
-}
-
-// The same of the activations between gate-up and down, which are 16-bit numbers already.
-__device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_sums) {
-    constexpr int PADDED = UNITS_OF(I) * UNIT, STEPS = (PADDED / 8 + THREADS - 1) / THREADS;
-    int t = this_thread();
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int k = 8 * (s * THREADS + t);
-        uint4 v = k < I ? __ldcg((const uint4*)(act + k)) : make_uint4(0, 0, 0, 0);
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum += widen((u16)word(v, i)) + widen((u16)(word(v, i) >> 16));
-        if (k < PADDED) {
-            *(uint4*)(xs + k) = v;
-            group_sum<8>(group_sums, k, sum);
-        }
-    }
-}
-
-// Where a tile has fewer units here than there are warps, some leave nothing.
-template <int UNITS, bool ANYWHERE>
-__device__ __forceinline__ void clear(const Route& r, int matrices, float* parts) {
-    if (UNITS < WARPS || ANYWHERE)
-        for (int i = this_thread(); i < matrices * r.tiles * WARPS * 16; i += THREADS) parts[i] = 0;
-}
-
-__device__ __forceinline__ float total(const float* parts, int tile, int r) {
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += parts[(tile * WARPS + w) * 16 + r];
-    return sum;
-}
-
-// Rows of a finished product: y[row] = v, or y[row] + y_delta[row] + v. Rows of a tile that began in the block before
-// go to `rest`.
-template <class Delta>
-__device__ __forceinline__ void finish(const Route& r, const float* parts, const float* bias, float* y,
-                                       const Delta& y_delta, bool add, float* rest) {
-    for (int i = this_thread(); i < r.tiles * 16; i += THREADS) {
-        int row = r.first_tile * 16 + i;
-        if (rest && i < 16 && r.offset > 0) {
-            rest[row] = total(parts, 0, i);
-            continue;
-        }
-        float before = add ? load1(y, y_delta, row) : 0.0f;
-        if (bias) before += bias[row];
-        y[row] = total(parts, i / 16, i % 16) + before;
-    }
-}
-
-// Waits until as many blocks as `target` says have compensated gate-up; whole warps call.
-__device__ __forceinline__ void wait_for_compensation(const u32* ready, u32 target) {
-    if (this_thread() % 32 == 0) {
-        u32 now;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(ready) : "memory");
-        } while ((int)(now - target) < 0);
-    }
-    __syncwarp();
-}
-
-// Rows of gate and up: silu(gate)·up. A compensation has been waited for by `wait`, and is fetched, before the block's
-// other warps are waited for.
-template <class Wait>
-__device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const float* bias, const float* delta,
-                                             u16* act, float* act32, Wait wait) {
-    constexpr int STEPS = (PARTS / (4 * WARPS * 2) + THREADS - 1) / THREADS;
-    int tiles = r.tiles, rows = tiles * 16, first = r.first_tile * 16;
-    float gate[STEPS] = {}, up[STEPS] = {};
-    if (delta && this_thread() / 32 * 32 < rows) {
-        wait();
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int i = s * THREADS + this_thread();
-            if (i < rows) gate[s] = __ldcg(delta + first + i), up[s] = __ldcg(delta + I + first + i);
-        }
-    }
-    All::sync();
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int i = s * THREADS + this_thread(), row = first + i;
-        if (i < rows) {
-            gate[s] += total(parts, i / 16, i % 16), up[s] += total(parts, tiles + i / 16, i % 16);
-            if (bias) gate[s] += bias[row], up[s] += bias[I + row];
-            float v = silu(gate[s]) * up[s];
-            act[row] = narrow(v);
-            if (act32) act32[row] = v;
-        }
-    }
+// Whether a vector of K has more chunks than a block selects at once.
+template <int K>
+__device__ __forceinline__ constexpr bool is_long() {
+    return (K + CHUNK - 1) / CHUNK > THREADS / SELECTORS;
 }
 
 // Where blocks that compensate the same product put their parts of a long selection together. Of every such product in
@@ -297,11 +136,8 @@ struct Exchange {
     __device__ __forceinline__ void meet() const {
         All::sync();
         if (threadIdx.x == 0) {
-            u32 now;
-            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-            do {
-                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-            } while ((int)(now - target) < 0);
+            arrive(arrived);
+            wait_until(arrived, target);
         }
         All::sync();
     }
@@ -309,7 +145,7 @@ struct Exchange {
     // The next product, of K channels.
     template <int K>
     __device__ __forceinline__ void next(const Product& p) {
-        if (DEC && (K + CHUNK - 1) / CHUNK > THREADS / SELECTORS && p.k_chunk > 0) target += p.n_tb;
+        if (DEC && is_long<K>() && p.k_chunk > 0) target += p.n_tb;
     }
 };
 
@@ -328,7 +164,7 @@ __device__ __forceinline__ void compensate_product(const Product& p, int op, int
     int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8, block = compensating(p);
     Salient* list = (Salient*)(shared + LIST);
     u32* counts = (u32*)(shared + X) + group * COUNTS;
-    if constexpr (CHUNKS <= GROUPS) {
+    if constexpr (!is_long<K>()) {
         // Every block selects everything: that takes no longer than a part.
         int k = group * CHUNK + lane;
         Eights v = eights<K>(x, delta, k), weights;
@@ -471,8 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
             compensate_product<H, true>(p[GU], GU, edge, g.h, pending, layer.norms[1], g.eps, scratch, shared,
                                     exchange, g.gu_delta);
             // The block's last barrier was passed after its last row.
-            if (threadIdx.x == 0)
-                asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(g.grid + 2) : "memory");
+            if (threadIdx.x == 0) arrive(g.grid + 2);
             stream.skip(MATRICES * l + GATE);
             stream.skip(MATRICES * l + UP);
         } else {
@@ -485,7 +320,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
                 stream.multiply<UNITS_OF(H), false>(MATRICES * l + GATE + i, routes[GATE], shared, xs, group_sums, parts + i * half);
             finish_pairs(routes[GATE], parts, p[GU].bias, gu_compensated ? g.gu_delta : nullptr, g.act,
                          DEC && p[D].k_chunk > 0 ? g.act32 : nullptr,
-                         [&] { wait_for_compensation(g.grid + 2, compensated); });
+                         [&] {
+                             if (this_thread() % 32 == 0) wait_until(g.grid + 2, compensated);
+                             __syncwarp();
+                         });
         }
         edge = edge_of(p[D]);
         grid.sync();

@@ -22,8 +22,8 @@ fn round(value: f32, dtype: Dtype) -> f64 {
     }
 }
 
-/// What a backend of `dtype` computes with: activations and weights. Other than 3 and 4 bits (and 8 of LUT-GEMM), and everything with
-/// `--compile 0`, goes through the general kernel, whose numbers are f32 but for a dense matrix's.
+/// What a backend of `dtype` computes with: activations and weights. Other than 3 and 4 bits (and 8 of LUT-GEMM), and
+/// everything with `--compile 0`, goes through the general kernel, whose numbers are f32 but for a dense matrix's.
 fn computes(linear: &Linear<'_>, dtype: Dtype, compile: u8) -> (Dtype, Dtype) {
     let tuned = compile > 0
         && match &linear.weight {

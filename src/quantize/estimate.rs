@@ -56,8 +56,7 @@ pub struct Estimate {
 pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
     let manifest = plan(config, options)?;
     let (codes, residuals) = layer_bytes(config, &manifest);
-    let tables = if config.tie_word_embeddings { 1 } else { 2 };
-    let rest = 2 * tables * config.vocab_size * config.hidden_size + 4 * config.hidden_size;
+    let rest = table_bytes(config) + 4 * config.hidden_size;
     let widths = if manifest.bits.is_mixed() { 2 } else { 1 };
     Ok(Estimate {
         device_bytes: config.num_layers * codes + rest,
@@ -66,6 +65,12 @@ pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
         memory_bytes: memory(config, options, &manifest),
         time: time(config, options, &manifest)?,
     })
+}
+
+/// Bytes of embedding and head in half precision.
+fn table_bytes(config: &ModelConfig) -> usize {
+    let tables = if config.tie_word_embeddings { 1 } else { 2 };
+    2 * tables * config.vocab_size * config.hidden_size
 }
 
 /// Bytes of one layer, the mean over bit widths: codes, codebooks and norms; residuals and thresholds.
@@ -132,9 +137,7 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
     let tokens = 2 * 4 * seq_len * shapes.iter().map(|s| s.0 + s.1).sum::<usize>();
     let rows_of_head = 4 * sample::HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
     let logits = 2 * 4 * divergence::HEAD_TOKENS.min(seq_len) * config.vocab_size + rows_of_head;
-    let tables = if config.tie_word_embeddings { 1 } else { 2 };
-    let most =
-        2 * tables * config.vocab_size * config.hidden_size + truth + traces + codebooks + (layer + tokens).max(logits);
+    let most = table_bytes(config) + truth + traces + codebooks + (layer + tokens).max(logits);
     // What windows leave lies between matrices that come and go: about a fifth more was measured.
     most + most / 5
 }

@@ -29,7 +29,7 @@ const SOURCES: [(&str, &str); 12] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 10] = [
+const HEADERS: [(&str, &str); 12] = [
     ("anyprec.cuh", include_str!("../../../kernels-cuda/anyprec.cuh")),
     ("lutgemm.cuh", include_str!("../../../kernels-cuda/lutgemm.cuh")),
     ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),
@@ -37,6 +37,8 @@ const HEADERS: [(&str, &str); 10] = [
     ("unit.cuh", include_str!("../../../kernels-cuda/unit.cuh")),
     ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
     ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
+    ("grid.cuh", include_str!("../../../kernels-cuda/grid.cuh")),
+    ("staging.cuh", include_str!("../../../kernels-cuda/staging.cuh")),
     ("stripe.cuh", include_str!("../../../kernels-cuda/stripe.cuh")),
     ("gemv.cuh", include_str!("../../../kernels-cuda/gemv.cuh")),
     ("dequant.cuh", include_str!("../../../kernels-cuda/dequant.cuh")),

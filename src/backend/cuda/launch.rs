@@ -1,9 +1,9 @@
 //! From a shape and the device's numbers to a launch: pure arithmetic.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::matrix::{Format, Matrix, Plan, dec_words};
-use super::pack::{BYTE_UNIT, CODE_UNIT, DENSE_UNIT, TILE};
+use super::pack::{CODE_UNIT, DENSE_UNIT, TILE, code_unit};
 use crate::dec::CHUNK;
 
 /// Launch parameters of the products.
@@ -89,14 +89,12 @@ impl Beside {
 
 /// Channels of a unit, bytes of a stage (codes and what comes with them), sums of x that are kept.
 pub(super) fn unit(format: Format, in_features: usize) -> (usize, usize, usize) {
-    let units = in_features.div_ceil(CODE_UNIT);
     match format {
         Format::AnyPrec { bits } => (CODE_UNIT, if bits == 3 { 1536 } else { 2048 } + (32 << bits), 0),
-        Format::LutGemm { bits: 8, group } => {
-            (BYTE_UNIT, 2048 + 16384 / group, in_features.div_ceil(BYTE_UNIT) * (BYTE_UNIT / group))
-        }
         Format::LutGemm { bits, group } => {
-            (CODE_UNIT, if bits == 3 { 1536 } else { 2048 } + 32768 / group, units * (CODE_UNIT / group))
+            let channels = code_unit(bits);
+            let groups = channels / group;
+            (channels, TILE * (channels * bits / 8 + groups * 8), in_features.div_ceil(channels) * groups)
         }
         Format::Dense => (DENSE_UNIT, 2048, 0),
     }
@@ -135,9 +133,8 @@ pub(super) fn gemv_launch(
         let dec_warps = if dec.is_some() { dec_warps } else { 0 };
         GemvLaunch { blocks, warps, stages, shared, dec_at, dec_warps, dec_staged }
     };
-    let fewer = |most: usize, step: usize| (1..=most).rev().filter(move |n| *n == most || n.is_multiple_of(step));
     let fits = |l: &GemvLaunch| l.shared <= room.shared;
-    for warps in fewer(most_warps, 4) {
+    for warps in (1..=most_warps).rev().filter(|&n| n == most_warps || n.is_multiple_of(4)) {
         for dec_warps in [tuning.dec_warps, tuning.dec_warps.div_ceil(2)] {
             let found = (2..=most_stages).rev().map(|stages| launch(warps, stages, dec_warps)).find(fits);
             if let Some(found) = found {
@@ -145,13 +142,14 @@ pub(super) fn gemv_launch(
             }
         }
     }
-    Some(launch(2, 2, 1)).filter(fits).ok_or_else(|| {
-        anyhow::anyhow!(
-            "cuda: a row of {in_features} channels needs {} bytes of shared memory, {} are there",
-            launch(2, 2, 1).shared,
-            room.shared
-        )
-    })
+    let smallest = launch(2, 2, 1);
+    ensure!(
+        fits(&smallest),
+        "cuda: a row of {in_features} channels needs {} bytes of shared memory, {} are there",
+        smallest.shared,
+        room.shared
+    );
+    Ok(smallest)
 }
 
 /// Channels up to which compensating warps keep all activations in shared memory, instead of a chunk each.
@@ -194,8 +192,8 @@ pub(super) fn gemv_defines(
     launch: GemvLaunch,
     tuning: Tuning,
     input: u8,
-    dec: bool,
 ) -> Vec<String> {
+    let dec = launch.dec_warps > 0;
     let mut defines = shape_defines(format, matrix, launch.warps, launch.stages);
     defines.push(format!("INPUT={input}"));
     defines.push(format!("DEC={}", u8::from(dec)));

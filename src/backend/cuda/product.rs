@@ -83,7 +83,7 @@ impl Cuda {
                 let launch =
                     gemv_launch(format, shape, tuning, dec.then_some(Beside { input, list: 1024 }), self.room())?;
                 let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
-                defines.extend(gemv_defines(format, matrix, launch, tuning, input, dec));
+                defines.extend(gemv_defines(format, matrix, launch, tuning, input));
                 jobs.push((entries(format).0, defines));
             }
         }
@@ -244,7 +244,7 @@ impl Cuda {
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
-        let defines = gemv_defines(format, matrix, launch, tuning, input, launch.dec_warps > 0);
+        let defines = gemv_defines(format, matrix, launch, tuning, input);
         let (file, gemv, _) = entries(format);
         let kernel = self.kernel(file, gemv, &defines)?;
         matrix.kernels.borrow_mut().push((key, kernel.clone()));

@@ -1,0 +1,51 @@
+// How the blocks of one launch wait for each other: all of them at once are on the device (a cooperative launch).
+//
+// Counts are u32 in device memory and only grow; they are compared by their difference, so they may wrap around.
+// Constants: BLOCKS; `All` is the team of a block's threads.
+#pragma once
+#include "common.cuh"
+
+// What this thread has seen is there for whoever sees the count.
+__device__ __forceinline__ void arrive(u32* arrived) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+}
+
+__device__ __forceinline__ void wait_until(const u32* arrived, u32 target) {
+    u32 now;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+    } while ((int)(now - target) < 0);
+}
+
+// All blocks wait for all; what any of them wrote before is visible after. Threads of the block call together.
+struct Grid {
+    u32* arrived;
+    u32 target;
+    u64* stamps;
+    int stamped;
+
+    __device__ __forceinline__ void stamp() {
+        if (stamps && blockIdx.x == 0 && threadIdx.x == 0) {
+            u64 now;
+            asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+            stamps[stamped] = now;
+        }
+        stamped++;
+    }
+
+    __device__ __forceinline__ void sync() {
+        All::sync();
+        target += BLOCKS;
+        if (threadIdx.x == 0) {
+            u32 now;
+            arrive(arrived);
+            do {
+                asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+            } while ((int)(now - target) < 0);
+            // Not __threadfence(), which waits for what a block still fetches from the host as well.
+            asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        }
+        All::sync();
+        stamp();
+    }
+};

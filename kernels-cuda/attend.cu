@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid
     int begin = span.begin(blockIdx.y), end = span.begin(blockIdx.y + 1);
     prefetch(g.keys, kv, g.max_seq_len, begin, end);
     prefetch(g.values, kv, g.max_seq_len, begin, end);
-    attend_token<All>(g, queries, &ticket, kv, blockIdx.y, position);
+    attend_token<All>(g, Settled{g.qkv, g.delta}, queries, &ticket, kv, blockIdx.y, position, [] {});
 }
 
 // Grid (tokens, KV_HEADS).
@@ -41,5 +41,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const
         queries[i] = scale * rotated(head, nullptr, g.angles + (long long)position * HALF, i % HEAD_DIM);
     }
     All::sync();
-    attend_share<All>(g, queries, kv, first, position + 1, g.out + (token * HEADS + kv * HEAD_GROUP) * HEAD_DIM, nullptr);
+    Batch batch = {};
+    fetch(batch, g, kv, first, position + 1);
+    attend_share<All>(g, batch, queries, kv, first, position + 1, g.out + (token * HEADS + kv * HEAD_GROUP) * HEAD_DIM, nullptr);
 }

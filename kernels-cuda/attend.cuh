@@ -6,16 +6,16 @@
 //   qkv    f32 [tokens, (HEADS + 2·KV_HEADS)·HEAD_DIM]; queries and keys not yet rotated
 //   keys, values  [KV_HEADS, max_seq_len, HEAD_DIM] in KV's type (0 float16, 1 bfloat16, 2 float32)
 //   angles f32 [max_seq_len, HEAD_DIM / 2, (cos, sin)]
-//   parts  f32 [KV_HEADS, SPLITS, HEAD_GROUP, HEAD_DIM + 2], tickets u32 [KV_HEADS], zero before and after
+//   parts  f32 [KV_HEADS, SPLITS, HEAD_GROUP, HEAD_DIM + 2], tickets u32 [KV_HEADS], zero before and after, or null
 //
 // The block whose share holds the token rotates its key and appends both; each block rotates its own queries.
-// Shares are merged, in order, by whichever block of a key-value head ends last, so the result does not depend on
-// which.
+// Shares are merged in order: by whichever block of a key-value head ends last, so the result does not depend on which;
+// without tickets by all of them, each a piece, who wait for each other's numbers (flow.cuh: parts are missing before).
 //
 // Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, WINDOW (0: none), SPLITS; ATTEND_THREADS of a
 // block; AT_ONCE, how many of a group's queries a warp keeps (a divisor of the group; the others are other warps').
 #pragma once
-#include "common.cuh"
+#include "flow.cuh"
 
 #define HEAD_GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
@@ -33,6 +33,14 @@
 
 struct State {
     u32 position, sampled, last;
+};
+
+// Numbers that earlier kernels left, in two parts; the second may be null. Sum (flow.cuh) is for those still on their way.
+struct Settled {
+    const float* x;
+    const float* delta;
+
+    __device__ __forceinline__ Asked ask(int i) const { return Asked{load1(x, delta, i), 0, 0}; }
 };
 
 struct Attend {
@@ -82,12 +90,13 @@ __device__ __forceinline__ Stored to_stored(float f) {
 #endif
 }
 
-// Dimension i of a head, rotated.
-__device__ __forceinline__ float rotated(const float* head, const float* delta, const float2* angles, int i) {
-    float2 a = angles[i % HALF];
-    float own = load1(head, delta, i);
-    float other = load1(head, delta, i < HALF ? i + HALF : i - HALF);
+// Dimension i of a head, rotated with that half a head away.
+__device__ __forceinline__ float rotated(float own, float other, float2 a, int i) {
     return i < HALF ? own * a.x - other * a.y : own * a.x + other * a.y;
+}
+
+__device__ __forceinline__ float rotated(const float* head, const float* delta, const float2* angles, int i) {
+    return rotated(load1(head, delta, i), load1(head, delta, i < HALF ? i + HALF : i - HALF), angles[i % HALF], i);
 }
 
 __device__ __forceinline__ void append_head(const Attend& g, const float* qkv, int kv, int position) {
@@ -110,12 +119,33 @@ struct Running {
     float m[AT_ONCE], l[AT_ONCE], acc[AT_ONCE][8];
 };
 
-__device__ __forceinline__ void add_positions(Running& r, const Attend& g, const float* queries, int kv, int begin,
-                                              int end) {
-    int t = this_thread(), lane = t % LANES, team = t % (SET_WARPS * 32) / LANES;
+// Keys and values that a team's lanes have in flight: positions base + f·TEAMS + team.
+struct Batch {
+    Eight k[FLIGHT], v[FLIGHT];
+};
+
+__device__ __forceinline__ int team_of_set() { return this_thread() % (SET_WARPS * 32) / LANES; }
+
+// Up to `end`; what is past it stays as it is.
+__device__ __forceinline__ void fetch(Batch& b, const Attend& g, int kv, int base, int end) {
+    int lane = this_thread() % LANES * 8, team = team_of_set();
+    const Stored* keys = (const Stored*)g.keys + (long long)kv * g.max_seq_len * HEAD_DIM + lane;
+    const Stored* values = (const Stored*)g.values + (long long)kv * g.max_seq_len * HEAD_DIM + lane;
+#pragma unroll
+    for (int f = 0; f < FLIGHT; f++) {
+        int p = base + f * TEAMS + team;
+        if (lane < HEAD_DIM && p < end) {
+            b.k[f] = *(const Eight*)(keys + (long long)p * HEAD_DIM);
+            b.v[f] = *(const Eight*)(values + (long long)p * HEAD_DIM);
+        }
+    }
+}
+
+// `batch` holds the first positions.
+__device__ __forceinline__ void add_positions(Running& r, const Attend& g, Batch& batch, const float* queries, int kv,
+                                              int begin, int end) {
+    int lane = this_thread() % LANES, team = team_of_set();
     bool active = lane * 8 < HEAD_DIM;
-    const Stored* keys = (const Stored*)g.keys + (long long)kv * g.max_seq_len * HEAD_DIM + lane * 8;
-    const Stored* values = (const Stored*)g.values + (long long)kv * g.max_seq_len * HEAD_DIM + lane * 8;
     float q[AT_ONCE][8];
 #pragma unroll
     for (int h = 0; h < AT_ONCE; h++)
@@ -124,20 +154,12 @@ __device__ __forceinline__ void add_positions(Running& r, const Attend& g, const
 
     // Every team takes the same number of steps: its lanes talk to each other by whole warps.
     for (int base = begin; base < end; base += TEAMS * FLIGHT) {
-        Eight k[FLIGHT] = {}, v[FLIGHT] = {};
-#pragma unroll
-        for (int f = 0; f < FLIGHT; f++) {
-            int p = base + f * TEAMS + team;
-            if (active && p < end) {
-                k[f] = *(const Eight*)(keys + (long long)p * HEAD_DIM);
-                v[f] = *(const Eight*)(values + (long long)p * HEAD_DIM);
-            }
-        }
+        if (base > begin) fetch(batch, g, kv, base, end);
         float s[FLIGHT][AT_ONCE];
 #pragma unroll
         for (int f = 0; f < FLIGHT; f++) {
             float x[8];
-            unpack(k[f], x);
+            unpack(batch.k[f], x);
 #pragma unroll
             for (int h = 0; h < AT_ONCE; h++) {
                 float dot = 0;
@@ -167,7 +189,7 @@ __device__ __forceinline__ void add_positions(Running& r, const Attend& g, const
 #pragma unroll
         for (int f = 0; f < FLIGHT; f++) {
             float x[8];
-            unpack(v[f], x);
+            unpack(batch.v[f], x);
 #pragma unroll
             for (int h = 0; h < AT_ONCE; h++)
 #pragma unroll
@@ -199,12 +221,13 @@ __device__ __forceinline__ void prefetch(const void* cache, int kv, int max_seq_
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
 }
 
-// One block, one key-value head, one share of the positions. Shared memory: queries [HEAD_GROUP, HEAD_DIM], then
-// warps' results [QUERY_SETS · SET_WARPS, AT_ONCE, HEAD_DIM + 2]. Called by ATTEND_THREADS threads, T their team.
+// One block, one key-value head, one share of the positions. Shared memory: queries [HEAD_GROUP, HEAD_DIM], room for a
+// key and a value, then warps' results [QUERY_SETS · SET_WARPS, AT_ONCE, HEAD_DIM + 2]. Called by ATTEND_THREADS threads, T their team;
+// `batch` holds the first positions.
 template <class T>
-__device__ __forceinline__ void attend_share(const Attend& g, float* queries, int kv, int begin, int end, float* out,
+__device__ __forceinline__ void attend_share(const Attend& g, Batch& batch, float* queries, int kv, int begin, int end, float* out,
                                              float* part) {
-    float* warps = queries + HEAD_GROUP * HEAD_DIM;
+    float* warps = queries + (HEAD_GROUP + 2) * HEAD_DIM;
     int t = this_thread(), lane = t % 32, warp = t / 32, set = warp / SET_WARPS;
     if (set < QUERY_SETS) {
         Running r;
@@ -214,7 +237,7 @@ __device__ __forceinline__ void attend_share(const Attend& g, float* queries, in
 #pragma unroll
             for (int i = 0; i < 8; i++) r.acc[h][i] = 0;
         }
-        add_positions(r, g, queries + set * AT_ONCE * HEAD_DIM, kv, begin, end);
+        add_positions(r, g, batch, queries + set * AT_ONCE * HEAD_DIM, kv, begin, end);
         merge_warp(r);
 #pragma unroll
         for (int h = 0; h < AT_ONCE; h++) {
@@ -241,11 +264,11 @@ __device__ __forceinline__ void attend_share(const Attend& g, float* queries, in
             sum = fmaf(f, at[2 + d], sum);
         }
         if (out) {
-            out[i] = sum / l;
+            put(out + i, sum / l);
         } else {
             float* to = part + h * (HEAD_DIM + 2);
-            if (d == 0) to[0] = m, to[1] = l;
-            to[2 + d] = sum;
+            if (d == 0) put(to, m), put(to + 1, l);
+            put(to + 2 + d, sum);
         }
     }
 }
@@ -269,10 +292,11 @@ struct Span {
     __device__ __forceinline__ int begin(int split) const { return first + (long long)length * split / splits; }
 };
 
-// Share `split` of one token at `position`, and the merge by the last block of the head.
-template <class T>
-__device__ __forceinline__ void attend_token(const Attend& g, float* queries, u32* ticket, int kv, int split,
-                                             int position) {
+// Share `split` of one token at `position`, and the merge by the last block of the head. x: the token's queries, keys
+// and values; `ready` is called when they are there.
+template <class T, class Source, class Ready>
+__device__ __forceinline__ void attend_token(const Attend& g, const Source& x, float* queries, u32* ticket, int kv,
+                                             int split, int position, Ready ready) {
     Span span(position);
     if (split >= span.splits) return;
     int splits = span.splits, begin = span.begin(split), end = span.begin(split + 1);
@@ -280,64 +304,95 @@ __device__ __forceinline__ void attend_token(const Attend& g, float* queries, u3
     constexpr int OWN = HEAD_GROUP * HEAD_DIM, STEPS = (OWN + 2 * HEAD_DIM + ATTEND_THREADS - 1) / ATTEND_THREADS;
     int t = this_thread(), count = split == splits - 1 ? OWN + 2 * HEAD_DIM : OWN;
     const float2* angles = g.angles + (long long)position * HALF;
-    float v[STEPS];
+    // The token's key and value as they are stored.
+    Stored* newest = (Stored*)(queries + OWN);
+    // Of the cache, while the query may be on its way.
+    Batch batch = {};
+    fetch(batch, g, kv, begin, min(end, position));
+    float2 turns[STEPS];
+    Asked own[STEPS] = {}, others[STEPS] = {};
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int i = s * ATTEND_THREADS + t, d = i % HEAD_DIM;
-        // The group's heads, then its key, then its value.
-        int head = i < OWN ? kv * HEAD_GROUP + i / HEAD_DIM : i < OWN + HEAD_DIM ? HEADS + kv : HEADS + KV_HEADS + kv;
-        const float* x = g.qkv + head * HEAD_DIM;
-        const float* delta = g.delta ? g.delta + head * HEAD_DIM : nullptr;
-        if (i < count) v[s] = i < OWN + HEAD_DIM ? rotated(x, delta, angles, d) : load1(x, delta, d);
-    }
+    for (int s = 0; s < STEPS; s++) turns[s] = angles[(s * ATTEND_THREADS + t) % HALF];
+    bool there;
+    do {
+        there = true;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            int i = s * ATTEND_THREADS + t, d = i % HEAD_DIM;
+            // The group's heads, then its key, then its value, which is not rotated.
+            int head = i < OWN ? kv * HEAD_GROUP + i / HEAD_DIM : i < OWN + HEAD_DIM ? HEADS + kv : HEADS + KV_HEADS + kv;
+            if (i < count) own[s] = x.ask(head * HEAD_DIM + d);
+            if (i < min(count, OWN + HEAD_DIM)) others[s] = x.ask(head * HEAD_DIM + (d < HALF ? d + HALF : d - HALF));
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) there &= own[s].there() & others[s].there();
+    } while (!there);
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int i = s * ATTEND_THREADS + t;
-        if (i < OWN)
-            queries[i] = scale * v[s];
-        else if (i < count)
+        float v = own[s].sum();
+        if (i < OWN + HEAD_DIM) v = rotated(v, others[s].sum(), turns[s], i % HEAD_DIM);
+        if (i < OWN) {
+            queries[i] = scale * v;
+        } else if (i < count) {
+            Stored rounded = to_stored(v);
+            newest[i - OWN] = rounded;
             ((Stored*)(i < OWN + HEAD_DIM ? g.keys : g.values))[((long long)kv * g.max_seq_len + position) * HEAD_DIM +
-                                                                i % HEAD_DIM] = to_stored(v[s]);
+                                                                i % HEAD_DIM] = rounded;
+        }
     }
     T::sync();
+    ready();
+    // The token itself, if it is one of the first.
+    if (position < end && position < begin + TEAMS * FLIGHT) {
+        int lane = t % LANES * 8;
+#pragma unroll
+        for (int f = 0; f < FLIGHT; f++)
+            if (lane < HEAD_DIM && begin + f * TEAMS + team_of_set() == position) {
+                batch.k[f] = *(const Eight*)(newest + lane);
+                batch.v[f] = *(const Eight*)(newest + HEAD_DIM + lane);
+            }
+    }
     float* out = g.out + (long long)kv * HEAD_GROUP * HEAD_DIM;
     float* parts = g.parts + (long long)kv * SPLITS * HEAD_GROUP * (HEAD_DIM + 2);
-    attend_share<T>(g, queries, kv, begin, end, splits == 1 ? out : nullptr, parts + split * HEAD_GROUP * (HEAD_DIM + 2));
+    attend_share<T>(g, batch, queries, kv, begin, end, splits == 1 ? out : nullptr, parts + split * HEAD_GROUP * (HEAD_DIM + 2));
     if (splits == 1) return;
 
-    // What the block has written is there for whoever takes a later ticket.
-    T::sync();
-    if (threadIdx.x == 0) *ticket = add_ticket(g.tickets + kv);
-    T::sync();
-    if (*ticket != splits - 1) return;
-    if (threadIdx.x == 0) g.tickets[kv] = 0;
-    for (int i = this_thread(); i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
+    int first = 0, last = OWN;
+    if (g.tickets) {
+        // What the block has written is there for whoever takes a later ticket.
+        T::sync();
+        if (threadIdx.x == 0) *ticket = add_ticket(g.tickets + kv);
+        T::sync();
+        if (*ticket != splits - 1) return;
+        if (threadIdx.x == 0) g.tickets[kv] = 0;
+    } else {
+        first = OWN * split / splits, last = OWN * (split + 1) / splits;
+    }
+    for (int i = first + this_thread(); i < last; i += ATTEND_THREADS) {
         int h = i / HEAD_DIM, d = i % HEAD_DIM;
-        // Loads of eight shares at a time: they are far away, and do not wait for each other.
-        float m = -INFINITY, l = 0, sum = 0;
-#pragma unroll 1
-        for (int first = 0; first < splits; first += 8) {
-            float from[8], sums[8], values[8], before = m;
+        Asked shares[SPLITS] = {};
+        do {
+            there = true;
 #pragma unroll
-            for (int s = 0; s < 8; s++) {
-                const float* at = parts + ((first + s) * HEAD_GROUP + h) * (HEAD_DIM + 2);
-                bool there = first + s < splits;
-                from[s] = there ? __ldcg(at) : -INFINITY;
-                sums[s] = there ? __ldcg(at + 1) : 0.0f;
-                values[s] = there ? __ldcg(at + 2 + d) : 0.0f;
+            for (int s = 0; s < SPLITS; s++) {
+                const float* at = parts + (s * HEAD_GROUP + h) * (HEAD_DIM + 2);
+                if (s < splits) shares[s] = Asked{ask1(at), ask1(at + 1), ask1(at + 2 + d)};
             }
 #pragma unroll
-            for (int s = 0; s < 8; s++) m = fmaxf(m, from[s]);
-            float old = rescale(before, m);
-            l *= old, sum *= old;
+            for (int s = 0; s < SPLITS; s++) there &= shares[s].there();
+        } while (!there);
+        float m = shares[0].a, l = 0, sum = 0;
 #pragma unroll
-            for (int s = 0; s < 8; s++) {
-                float f = rescale(from[s], m);
-                l = fmaf(f, sums[s], l);
-                sum = fmaf(f, values[s], sum);
-            }
+        for (int s = 1; s < SPLITS; s++)
+            if (s < splits) m = fmaxf(m, shares[s].a);
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            float f = s < splits ? rescale(shares[s].a, m) : 0.0f;
+            l = fmaf(f, shares[s].b, l);
+            sum = fmaf(f, shares[s].c, sum);
         }
-        out[i] = sum / l;
+        put(out + i, sum / l);
     }
 }

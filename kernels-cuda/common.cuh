@@ -180,20 +180,4 @@ __device__ __forceinline__ float load1(const float* x, const float* delta, int i
     return delta ? __ldcg(x + i) + __ldcg(delta + i) : __ldcg(x + i);
 }
 
-// Two such parts, each or null.
-struct Beside {
-    const float* first;
-    const float* second;
-};
-
-__device__ __forceinline__ float4 load4(const float* x, const Beside& beside, int i) {
-    float4 v = load4(x, beside.first, i);
-    return beside.second ? add4(v, __ldcg((const float4*)(beside.second + i))) : v;
-}
-
-__device__ __forceinline__ float load1(const float* x, const Beside& beside, int i) {
-    float v = load1(x, beside.first, i);
-    return beside.second ? v + __ldcg(beside.second + i) : v;
-}
-
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }

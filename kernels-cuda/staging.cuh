@@ -3,8 +3,9 @@
 //   xs          [whole units of channels] 16-bit numbers of DTYPE;  group_sums  f32, their sums by groups of weights
 //   parts       f32 [tiles, WARPS, 16], what each warp has of the rows (stream.cuh)
 //
-// Constants: I, WARPS, PARTS (bytes), GROUP where there are groups; `All` is the team of a block's threads.
+// Constants: I, WARPS, PARTS (bytes), DEC (whether tiles are divided between blocks), GROUP where there are groups; `All` is the team of a block's threads.
 #pragma once
+#include "flow.cuh"
 #include "stream.cuh"
 
 #define UNITS_OF(k) (((k) + UNIT - 1) / UNIT)
@@ -20,9 +21,9 @@ __device__ __forceinline__ void group_sum(float* group_sums, int channel, float 
 }
 
 // The input of a product of K channels, normalized if there is a γ, to 16-bit numbers in xs.
-template <int K, bool NORM, class Delta>
-__device__ __forceinline__ void stage(const float* x, const Delta& delta, const float* gamma, float eps, float* scratch,
-                                      u16* xs, float* group_sums) {
+template <int K, bool NORM>
+__device__ __forceinline__ void stage(const Sum& x, const float* gamma, float eps, float* scratch, u16* xs,
+                                      float* group_sums) {
     constexpr int PADDED = UNITS_OF(K) * UNIT, STEPS = (PADDED / 4 + THREADS - 1) / THREADS;
     int t = this_thread();
     float4 v[STEPS], w[STEPS];
@@ -30,9 +31,20 @@ __device__ __forceinline__ void stage(const float* x, const Delta& delta, const 
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int k = 4 * (s * THREADS + t);
-        v[s] = k < K ? load4(x, delta, k) : make_float4(0, 0, 0, 0);
         if (NORM) w[s] = k < K ? *(const float4*)(gamma + k) : make_float4(0, 0, 0, 0);
     }
+    Asked4 asked[STEPS] = {};
+    bool there;
+    do {
+        there = true;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++)
+            if (4 * (s * THREADS + t) < K) asked[s] = x.ask_four(4 * (s * THREADS + t));
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) there &= asked[s].there();
+    } while (!there);
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) v[s] = asked[s].sum();
     if (NORM) {
 #pragma unroll
         for (int s = 0; s < STEPS; s++) sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
@@ -58,25 +70,38 @@ __device__ __forceinline__ void stage(const float* x, const Delta& delta, const 
 __device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_sums) {
     constexpr int PADDED = UNITS_OF(I) * UNIT, STEPS = (PADDED / 8 + THREADS - 1) / THREADS;
     int t = this_thread();
+    uint4 v[STEPS];
+    bool there;
+    do {
+        there = true;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            int k = 8 * (s * THREADS + t);
+            v[s] = k < I ? ask4(act + k) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) there &= is_there(v[s]);
+    } while (!there);
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int k = 8 * (s * THREADS + t);
-        uint4 v = k < I ? __ldcg((const uint4*)(act + k)) : make_uint4(0, 0, 0, 0);
         float sum = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum += widen((u16)word(v, i)) + widen((u16)(word(v, i) >> 16));
+        for (int i = 0; i < 4; i++) sum += widen((u16)word(v[s], i)) + widen((u16)(word(v[s], i) >> 16));
         if (k < PADDED) {
-            *(uint4*)(xs + k) = v;
+            *(uint4*)(xs + k) = v[s];
             group_sum<8>(group_sums, k, sum);
         }
     }
 }
 
-// Where a tile has fewer units here than there are warps, some leave nothing.
+// Where a tile has fewer units here than there are warps, some leave nothing. Who still reads the last product's sums
+// is waited for.
 template <int UNITS, bool ANYWHERE>
 __device__ __forceinline__ void clear(const Route& r, int matrices, float* parts) {
-    if (UNITS < WARPS || ANYWHERE)
-        for (int i = this_thread(); i < matrices * r.tiles * WARPS * 16; i += THREADS) parts[i] = 0;
+    if (!(UNITS < WARPS || ANYWHERE)) return;
+    All::sync();
+    for (int i = this_thread(); i < matrices * r.tiles * WARPS * 16; i += THREADS) parts[i] = 0;
 }
 
 __device__ __forceinline__ float total(const float* parts, int tile, int r) {
@@ -86,49 +111,59 @@ __device__ __forceinline__ float total(const float* parts, int tile, int r) {
     return sum;
 }
 
-// Rows of a finished product: y[row] = v, or y[row] + y_delta[row] + v. Rows of a tile that began in the block before
-// go to `rest`.
-template <class Delta>
-__device__ __forceinline__ void finish(const Route& r, const float* parts, const float* bias, float* y,
-                                       const Delta& y_delta, bool add, float* rest) {
-    for (int i = this_thread(); i < r.tiles * 16; i += THREADS) {
-        int row = r.first_tile * 16 + i;
-        if (rest && i < 16 && r.offset > 0) {
-            rest[row] = total(parts, 0, i);
-            continue;
-        }
-        float before = add ? load1(y, y_delta, row) : 0.0f;
-        if (bias) before += bias[row];
-        y[row] = total(parts, i / 16, i % 16) + before;
+// What this thread's row of a product is added to, asked for before the product; there is one at most. `x` has been
+// waited for.
+__device__ __forceinline__ float asked_before(const Route& r, const Sum& x) {
+    return this_thread() < r.tiles * 16 ? x.ask(r.first_tile * 16 + this_thread()).sum() : 0.0f;
+}
+
+// This thread's row of a finished product, if there is one: y[row] = before + v. Where tiles are divided, one may have
+// begun in the block before: of its rows this block's part goes to `rest`, where there is nothing of others.
+template <int UNITS>
+__device__ __forceinline__ void finish(const Route& r, const float* parts, const float* bias, float before, float* y,
+                                       float* rest) {
+    int i = this_thread(), row = r.first_tile * 16 + i;
+    if (i >= r.tiles * 16) return;
+    float v = total(parts, i / 16, i % 16);
+    if (DEC && i < 16 && r.offset > 0) {
+        put(rest + row, v);
+    } else {
+        put(y + row, v + (bias ? before + bias[row] : before));
+        if (DEC && r.end >= (r.first_tile + i / 16 + 1) * UNITS) put(rest + row, 0.0f);
     }
 }
 
-// Rows of gate and up: silu(gate)·up. A compensation has been waited for by `wait`, and is fetched, before the block's
-// other warps are waited for.
-template <class Wait>
+// Rows of gate and up: silu(gate)·up, in pairs. Compensations are waited for before the block's other warps are.
 __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const float* bias, const float* delta,
-                                             u16* act, float* act32, Wait wait) {
+                                             u16* act, float* act32) {
     constexpr int STEPS = (PARTS / (4 * WARPS * 2) + THREADS - 1) / THREADS;
     int tiles = r.tiles, rows = tiles * 16, first = r.first_tile * 16;
     float gate[STEPS] = {}, up[STEPS] = {};
-    if (delta && this_thread() / 32 * 32 < rows) {
-        wait();
+    if (delta) {
+        bool there;
+        do {
+            there = true;
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int i = s * THREADS + this_thread();
-            if (i < rows) gate[s] = __ldcg(delta + first + i), up[s] = __ldcg(delta + I + first + i);
-        }
+            for (int s = 0; s < STEPS; s++) {
+                int i = s * THREADS + this_thread();
+                if (i < rows) gate[s] = ask1(delta + first + i), up[s] = ask1(delta + I + first + i);
+            }
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) there &= !missing(gate[s]) & !missing(up[s]);
+        } while (!there);
     }
     All::sync();
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int i = s * THREADS + this_thread(), row = first + i;
+        float v = 0;
         if (i < rows) {
             gate[s] += total(parts, i / 16, i % 16), up[s] += total(parts, tiles + i / 16, i % 16);
             if (bias) gate[s] += bias[row], up[s] += bias[I + row];
-            float v = silu(gate[s]) * up[s];
-            act[row] = narrow(v);
-            if (act32) act32[row] = v;
+            v = silu(gate[s]) * up[s];
+            if (act32) put(act32 + row, v);
         }
+        float after = __shfl_down_sync(FULL, v, 1);
+        if (i < rows && i % 2 == 0) put((u32*)(act + row), narrow2(v, after));
     }
 }

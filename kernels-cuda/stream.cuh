@@ -113,9 +113,8 @@ struct Stream {
         Route r = routes[(u32)m % ROUTES];
         u32 barrier = rings + BARRIERS + (u32)m % 3 * 8, to = rings + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
         int bytes = r.tiles * AUX_BYTES;
-        // A block without tiles of this matrix ends the phase all the same.
         barrier_expect(barrier, bytes);
-        if (bytes > 0) bulk_copy(to, table.aux(m) + r.first_tile * AUX_BYTES, bytes, barrier);
+        bulk_copy(to, table.aux(m) + r.first_tile * AUX_BYTES, bytes, barrier);
     }
 
     // Asks for the next unit of the stream.
@@ -129,11 +128,6 @@ struct Stream {
             aux += WARPS * AUX_BYTES;
         }
         if (--left == 0) next_matrix();
-    }
-
-    // Matrix m has no part for this block: its phase of the codebooks ends all the same.
-    __device__ __forceinline__ void skip(int m) {
-        if (this_thread() == 0) ask_books(m + 1);
     }
 
     // Multiplies this warp's part of matrix m; unless ANYWHERE, the route begins with a tile. parts [tiles, WARPS, 16].

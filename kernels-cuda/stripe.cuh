@@ -4,6 +4,7 @@
 // Limits: as dec.cuh, out_features % 16 == 0; the whole list in shared memory, threads a multiple of SELECTORS.
 #pragma once
 #include "dec.cuh"
+#include "flow.cuh"
 
 // Selection by SELECTORS threads of four warps together, each with eight consecutive channels in registers: where
 // nothing else runs beside it, the shortest way. COUNTS words of shared memory for each such group.
@@ -28,11 +29,22 @@ struct Eights {
     }
 };
 
-// Channels k to k + 7 of a vector of LEN; zeros past its end.
-template <int LEN, class Delta>
-__device__ __forceinline__ Eights eights(const float* x, const Delta& delta, int k) {
+// Channels k to k + 7 of a vector of LEN, which are waited for; zeros past its end.
+template <int LEN>
+__device__ __forceinline__ Eights eights(const Sum& x, int k) {
     if (k >= LEN) return Eights{make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-    return Eights{load4(x, delta, k), load4(x, delta, k + 4)};
+    Asked4 a, b;
+    do {
+        a = x.ask_four(k), b = x.ask_four(k + 4);
+    } while (!(a.there() & b.there()));
+    return Eights{a.sum(), b.sum()};
+}
+
+// The same of numbers that are always there.
+template <int LEN>
+__device__ __forceinline__ Eights eights(const float* x, int k) {
+    if (k >= LEN) return Eights{make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+    return Eights{*(const float4*)(x + k), *(const float4*)(x + k + 4)};
 }
 
 // A group's counts, added over its warps; two places in turn, so that one barrier is enough for each.
@@ -181,7 +193,7 @@ __device__ __forceinline__ void add_stripe(const Dec& dec, int block, const Sali
             float sum = 0;
 #pragma unroll 8
             for (int s = 0; s < teams; s++) sum += sums[r % 16 * (N + 1) + s * width + r / 16];
-            out[row0 + r] = (r == tid ? own_scale : dec.scales[row0 + r]) * sum;
+            put(out + row0 + r, (r == tid ? own_scale : dec.scales[row0 + r]) * sum);
         }
         T::sync();
     }

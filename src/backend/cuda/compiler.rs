@@ -29,7 +29,7 @@ const SOURCES: [(&str, &str); 12] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 12] = [
+const HEADERS: [(&str, &str); 13] = [
     ("anyprec.cuh", include_str!("../../../kernels-cuda/anyprec.cuh")),
     ("lutgemm.cuh", include_str!("../../../kernels-cuda/lutgemm.cuh")),
     ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),
@@ -38,6 +38,7 @@ const HEADERS: [(&str, &str); 12] = [
     ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
     ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
     ("grid.cuh", include_str!("../../../kernels-cuda/grid.cuh")),
+    ("flow.cuh", include_str!("../../../kernels-cuda/flow.cuh")),
     ("staging.cuh", include_str!("../../../kernels-cuda/staging.cuh")),
     ("stripe.cuh", include_str!("../../../kernels-cuda/stripe.cuh")),
     ("gemv.cuh", include_str!("../../../kernels-cuda/gemv.cuh")),

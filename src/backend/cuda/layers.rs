@@ -35,6 +35,13 @@ pub(super) struct Shapes {
 }
 
 impl Shapes {
+    /// Numbers between the blocks of one layer: `WORDS` of `layers.cu`.
+    fn flow_words(self, splits: usize, compensated: bool) -> usize {
+        let [(_, qkv), (attended, h), (_, gu), (i, _)] = self.products();
+        let shares = (splits * self.heads * (self.head_dim + 2)).next_multiple_of(4);
+        qkv + attended + 2 * h + i / 2 + shares + if compensated { 2 * qkv + 4 * h + gu + i } else { 0 }
+    }
+
     /// `(in_features, out_features)` of the four projections.
     fn products(self) -> [(usize, usize); 4] {
         let attended = self.heads * self.head_dim;
@@ -54,6 +61,8 @@ pub(super) struct LayersLaunch {
     pub(super) warps: usize,
     pub(super) stages: usize,
     pub(super) blocks: usize,
+    /// Blocks that share one key-value head's text.
+    pub(super) splits: usize,
     /// Input of a product, and sums of its groups; or queries and partial results of attention.
     pub(super) xs: usize,
     /// Partial sums of the block's rows.
@@ -66,13 +75,13 @@ pub(super) struct LayersLaunch {
 /// The launch of layers of these shapes, if a multiprocessor has room for it and it pays; where it need not pay, with
 /// fewer warps where there is little room. Pure arithmetic.
 ///
-/// `dec`: bytes of the longest selection, and the blocks that compensate instead of multiplying, of each product;
-/// `None` if nothing is compensated.
+/// `dec`: bytes of the longest selection, and how many blocks compensate instead of multiplying; `None` if nothing is
+/// compensated.
 pub(super) fn layers_launch(
     format: Format,
     shapes: Shapes,
     tuning: Tuning,
-    dec: Option<(usize, [usize; 4])>,
+    dec: Option<(usize, usize)>,
     multiprocessors: usize,
     most_shared: usize,
 ) -> Option<LayersLaunch> {
@@ -91,7 +100,7 @@ pub(super) fn layers_launch(
 fn launch_of_warps(
     format: Format,
     shapes: Shapes,
-    (warps, dec): (usize, Option<(usize, [usize; 4])>),
+    (warps, dec): (usize, Option<(usize, usize)>),
     multiprocessors: usize,
     most_shared: usize,
 ) -> Option<LayersLaunch> {
@@ -99,9 +108,13 @@ fn launch_of_warps(
     if !products.iter().all(|&(k, rows)| k.is_multiple_of(TILE) && rows.is_multiple_of(2 * TILE)) {
         return None;
     }
-    let (list, n_tbs) = dec.unwrap_or_default();
-    // Selection goes by four warps together, and a block at least has to multiply.
-    if !warps.is_multiple_of(4) || n_tbs.iter().any(|&n| n >= multiprocessors) {
+    let (list, n_tb) = dec.unwrap_or_default();
+    // Gate and up stream apart and are summed up together.
+    let tiles: [usize; 4] = std::array::from_fn(|i| products[i].1 / TILE / if i == 2 { 2 } else { 1 });
+    // Every block that multiplies has a part of every product.
+    let multiplying = multiprocessors.checked_sub(n_tb)?.min(*tiles.iter().min()?);
+    // Selection goes by four warps together.
+    if !warps.is_multiple_of(4) || multiplying == 0 {
         return None;
     }
     let units = |k: usize| k.div_ceil(unit(format, k).0);
@@ -111,24 +124,21 @@ fn launch_of_warps(
     // In compensating blocks, sums of a stripe lie here.
     let stripe = if dec.is_some() { 16 * 4 * (32 * warps + 1) } else { 0 };
     let xs = (halves(wide).max(halves(narrow)).max(stripe) + sums).next_multiple_of(16);
-    // Gate and up stream apart and are summed up together.
-    let most_tiles = |sums: bool| {
-        let each = products.iter().enumerate().map(|(i, &(_, rows))| {
-            let matrices = if i == 2 { 2 } else { 1 };
-            // Down's tiles may begin in one block and end in the next.
-            let cut = usize::from(i == 3 && n_tbs[i] > 0);
-            (rows / TILE / matrices).div_ceil(multiprocessors - n_tbs[i]) * if sums { matrices } else { 1 } + cut
-        });
-        each.max().unwrap_or(0)
-    };
-    let parts = most_tiles(true) * warps * TILE * 4;
+    // Beside compensation tiles may begin in one block and end in the next, but those of gate and up.
+    let cut = usize::from(dec.is_some());
+    let [qkv, o, pairs, down] = tiles.map(|tiles| tiles.div_ceil(multiplying) + cut);
+    // A thread has one row at most, but of gate and up.
+    if qkv.max(o).max(down) * TILE > 32 * warps {
+        return None;
+    }
+    let parts = qkv.max(o).max(2 * pairs).max(down) * warps * TILE * 4;
     // Attention uses both while no product does.
     let group = shapes.heads / shapes.kv_heads;
-    let attention = 4 * (group * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
+    let attention = 4 * ((group + 2) * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
     let (books, slot) = match format {
-        Format::AnyPrec { bits } => (most_tiles(false) * (32 << bits), unit(format, narrow).1 - (32 << bits)),
+        Format::AnyPrec { bits } => (qkv.max(o).max(pairs).max(down) * (32 << bits), unit(format, narrow).1 - (32 << bits)),
         _ => (0, unit(format, narrow).1),
     };
     let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
@@ -140,7 +150,8 @@ fn launch_of_warps(
     }
     let stages = stages.min(8);
     let shared = fixed + stages * stage;
-    Some(LayersLaunch { warps, stages, blocks: multiprocessors, xs, parts, books, shared })
+    let splits = super::splits(multiplying, shapes.kv_heads);
+    Some(LayersLaunch { warps, stages, blocks: multiplying + n_tb, splits, xs, parts, books, shared })
 }
 
 /// `AT_ONCE` of `layers.cu`.
@@ -155,23 +166,14 @@ struct LayersArgument {
     layers: u64,
     h: u64,
     h_delta: u64,
-    o_delta: u64,
-    d_delta: u64,
-    rest: u64,
-    qkv: u64,
-    qkv_delta: u64,
-    attended: u64,
-    act32: u64,
-    gu_delta: u64,
-    act: u64,
+    flow: u64,
     list: u64,
     state: u64,
     angles: u64,
-    parts: u64,
-    tickets: u64,
     grid: u64,
     stamps: u64,
     count: i32,
+    n_tb: i32,
     max_seq_len: i32,
     eps: f32,
 }
@@ -221,38 +223,30 @@ impl Cuda {
         let tuning = self.options.tuning;
         let list = |p: &Plan| p.in_features.div_ceil(CHUNK) * p.k_chunk * 8;
         let longest = plans.iter().flatten().map(|p| list(p)).max().unwrap_or(0).next_multiple_of(16);
-        let dec = compensates.then_some((longest, plans.map(|p| p.map_or(0, |p| p.n_tb))));
+        let n_tb = plans.iter().flatten().map(|p| p.n_tb).max().unwrap_or(0);
+        if plans.iter().flatten().any(|p| p.n_tb != n_tb) {
+            return Ok(false);
+        }
+        let dec = compensates.then_some((longest, n_tb));
         let numbers = self.driver.numbers();
         let launch = layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
         let Some(launch) = launch else { return Ok(false) };
         let kernel = self.layers_kernel(format, shapes, launch, sequence, compensates)?;
 
         let table = self.layer_table(sequence, first, layers)?;
-        let Activations { h, qkv, attended, gu } = activations;
-        let [o_place, d_place] = h.both_places()?;
-        let (qkv_place, gu_place) = (qkv.free_place()?, gu.free_place()?);
-        let intermediate = shapes.intermediate;
+        let h = &mut activations.h;
         let argument = LayersArgument {
             layers: table.pointer(),
             h: h.at(),
             h_delta: h.delta(),
-            o_delta: o_place.1,
-            d_delta: d_place.1,
-            rest: self.scratch(Scratch::Rest, shapes.hidden * 4)?.pointer(),
-            qkv: qkv.at(),
-            qkv_delta: qkv_place.1,
-            attended: attended.at(),
-            act32: gu.at(),
-            gu_delta: gu_place.1,
-            act: self.scratch(Scratch::X, intermediate * 4)?.pointer(),
+            flow: self.scratch(Scratch::Flow, 8 * shapes.flow_words(launch.splits, compensates))?.pointer(),
             list: self.scratch(Scratch::List, longest.max(8))?.pointer(),
             state: sequence.state.pointer(),
             angles: sequence.angles.pointer(),
-            parts: sequence.parts.pointer(),
-            tickets: sequence.tickets.pointer(),
-            grid: self.scratch(Scratch::Grid, 24)?.pointer(),
+            grid: self.scratch(Scratch::Grid, 16)?.pointer(),
             stamps: self.stamps.borrow().as_ref().map_or(0, |s| s.pointer()),
             count: layers.len() as i32,
+            n_tb: n_tb as i32,
             max_seq_len: sequence.max_seq_len as i32,
             eps: operands.norms[0].eps,
         };
@@ -260,14 +254,7 @@ impl Cuda {
         let launch =
             Launch { shared: launch.shared, overlap: false, together: true, ..Launch::new(launch.blocks, threads) };
         self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;
-        qkv.settle();
-        attended.settle();
-        gu.settle();
         h.settle();
-        // What o left, down has added.
-        if plans[3].is_some() {
-            h.leave(d_place.0);
-        }
         Ok(true)
     }
 
@@ -279,7 +266,7 @@ impl Cuda {
         sequence: &Sequence,
         dec: bool,
     ) -> Result<Kernel> {
-        let mut defines = sequence.defines(self);
+        let mut defines = sequence.defines(self.options.dtype, launch.splits);
         let (kind, bits, group) = match format {
             Format::LutGemm { bits, group } => (1, bits, Some(group)),
             Format::AnyPrec { bits } => (0, bits, None),
@@ -378,8 +365,8 @@ mod tests {
         let always = Tuning { layers_always: true, ..Tuning::default() };
         for (format, multiprocessors, shared, dec) in [
             (Format::AnyPrec { bits: 3 }, 132, 232_448, None),
-            (Format::AnyPrec { bits: 3 }, 132, 232_448, Some((9000, [4; 4]))),
-            (Format::AnyPrec { bits: 4 }, 132, 232_448, Some((9000, [4; 4]))),
+            (Format::AnyPrec { bits: 3 }, 132, 232_448, Some((9000, 4))),
+            (Format::AnyPrec { bits: 4 }, 132, 232_448, Some((9000, 4))),
             (Format::LutGemm { bits: 4, group: 32 }, 132, 232_448, None),
             (Format::AnyPrec { bits: 3 }, 170, 101_376, None),
         ] {
@@ -397,7 +384,7 @@ mod tests {
         let pays =
             |format, shapes, dec, shared| layers_launch(format, shapes, Tuning::default(), dec, 132, shared).is_some();
         for bits in [3, 4] {
-            for dec in [None, Some((9000, [4; 4]))] {
+            for dec in [None, Some((9000, 4))] {
                 assert!(pays(Format::AnyPrec { bits }, LLAMA, dec, 232_448), "{bits} bits, {dec:?}");
                 assert!(pays(Format::LutGemm { bits, group: 128 }, LLAMA, dec, 232_448), "{bits} bits, {dec:?}");
             }
@@ -407,7 +394,7 @@ mod tests {
         let phi = Shapes { hidden: 5120, intermediate: 17920, heads: 40, kv_heads: 10, head_dim: 128 };
         assert!(!pays(three, large, None, 232_448) && !pays(three, phi, None, 232_448));
         assert!(!pays(three, LLAMA, None, 101_376), "a small ring");
-        assert!(!pays(three, LLAMA, Some((9000, [0, 0, 132, 0])), 232_448), "no block would multiply");
+        assert!(!pays(three, LLAMA, Some((9000, 132)), 232_448), "no block would multiply");
     }
 
     #[test]

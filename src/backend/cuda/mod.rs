@@ -95,8 +95,8 @@ pub(crate) enum Scratch {
     List,
     /// Blocks that have arrived at barriers.
     Grid,
-    /// Of down, what blocks have of tiles that began in others, f32.
-    Rest,
+    /// What blocks of one launch tell each other, f32.
+    Flow,
 }
 
 impl Scratch {
@@ -209,8 +209,13 @@ impl Cuda {
 
     /// Blocks that share one key-value head's text.
     fn splits(&self, kv_heads: usize) -> usize {
-        (self.driver.numbers().multiprocessors / kv_heads).clamp(1, 16)
+        splits(self.driver.numbers().multiprocessors, kv_heads)
     }
+}
+
+/// Into how many shares one key-value head's text goes among `blocks`.
+fn splits(blocks: usize, kv_heads: usize) -> usize {
+    (blocks / kv_heads).clamp(1, 16)
 }
 
 impl GemvBackend for Cuda {

@@ -128,15 +128,15 @@ impl Sequence {
         Shapes { hidden, intermediate, heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
     }
 
-    /// The constants of `attend.cuh`.
-    pub(super) fn defines(&self, cuda: &Cuda) -> Vec<String> {
+    /// The constants of `attend.cuh`, `splits` blocks to a key-value head.
+    pub(super) fn defines(&self, dtype: Dtype, splits: usize) -> Vec<String> {
         vec![
             format!("HEADS={}", self.heads),
             format!("KV_HEADS={}", self.kv_heads),
             format!("HEAD_DIM={}", self.head_dim),
-            format!("KV={}", cuda.options.dtype as u8),
+            format!("KV={}", dtype as u8),
             format!("WINDOW={}", self.window),
-            format!("SPLITS={}", cuda.splits(self.kv_heads)),
+            format!("SPLITS={splits}"),
         ]
     }
 
@@ -161,9 +161,9 @@ impl Sequence {
             out: out.at(),
             max_seq_len: self.max_seq_len as i32,
         };
-        let defines = self.defines(cuda);
+        let defines = self.defines(cuda.options.dtype, cuda.splits(self.kv_heads));
         let group = self.heads / self.kv_heads;
-        let shared = 4 * group * (self.head_dim + 8 * (self.head_dim + 2));
+        let shared = 4 * ((group + 2) * self.head_dim + 8 * group * (self.head_dim + 2));
         let launch = |entry: &str, grid, shared| {
             let kernel = cuda.kernel("attend.cu", entry, &defines)?;
             let launch = Launch { grid, shared, ..Launch::new(1, 256) };

@@ -54,16 +54,6 @@ impl Vector {
         Ok((place, self.places[place].get().map_or(0, Buffer::pointer)))
     }
 
-    /// Both places: the free one, then the other, which is free once the first has been written.
-    pub(super) fn both_places(&self) -> Result<[(usize, u64); 2]> {
-        let free = self.free_place()?;
-        let other = 1 - free.0;
-        if self.places[other].get().is_none() {
-            let _ = self.places[other].set(Buffer::new(&self.driver, self.len * 4)?);
-        }
-        Ok([free, (other, self.places[other].get().map_or(0, Buffer::pointer))])
-    }
-
     /// From now on the compensation in `place` belongs to the numbers.
     pub(super) fn leave(&mut self, place: usize) {
         self.pending = Some(place);

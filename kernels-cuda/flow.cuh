@@ -1,0 +1,91 @@
+// Vectors from block to block without barriers: a word that nobody has written yet says so, and whoever needs it asks
+// until it is there. So a number is on its way once, instead of behind a fence, a count and the question for the count.
+//
+// Who waits for several words asks for all of them at once, again and again: one that came late costs no way of its own.
+//
+// A missing word is all ones: a NaN that no sum or product is. Words are written once; two sets of vectors take turns
+// from layer to layer, and one is made missing again while the other is in use. Loads and stores are single words at
+// the second-level cache, so what they bring is complete.
+#pragma once
+#include "common.cuh"
+
+#define MISSING 0xffffffffu
+
+__device__ __forceinline__ bool missing(float v) { return __float_as_uint(v) == MISSING; }
+
+__device__ __forceinline__ void put(u32* to, u32 v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+
+// A NaN is written as the one that sums give.
+__device__ __forceinline__ void put(float* to, float v) {
+    put((u32*)to, missing(v) ? 0x7fffffffu : __float_as_uint(v));
+}
+
+__device__ __forceinline__ uint4 ask4(const void* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float ask1(const float* from) {
+    float v;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ bool is_there(uint4 v) {
+    return (v.x != MISSING) & (v.y != MISSING) & (v.z != MISSING) & (v.w != MISSING);
+}
+
+__device__ __forceinline__ float4 as_floats(uint4 v) {
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
+
+// A number in three parts as they were when they were asked for.
+struct Asked {
+    float a, b, c;
+
+    __device__ __forceinline__ bool there() const { return !missing(a) & !missing(b) & !missing(c); }
+    __device__ __forceinline__ float sum() const { return a + b + c; }
+};
+
+// Four of them.
+struct Asked4 {
+    uint4 a, b, c;
+
+    __device__ __forceinline__ bool there() const { return is_there(a) & is_there(b) & is_there(c); }
+    __device__ __forceinline__ float4 sum() const { return add4(add4(as_floats(a), as_floats(b)), as_floats(c)); }
+};
+
+// A vector in up to three parts, others than the first or null: what a product multiplied, what a compensation adds,
+// and what one block has of another's rows.
+struct Sum {
+    const float* x;
+    const float* first;
+    const float* second;
+
+    __device__ __forceinline__ Asked ask(int i) const {
+        Asked v = {ask1(x + i), 0, 0};
+        if (first) v.b = ask1(first + i);
+        if (second) v.c = ask1(second + i);
+        return v;
+    }
+
+    // Numbers i to i + 3.
+    __device__ __forceinline__ Asked4 ask_four(int i) const {
+        Asked4 v = {ask4(x + i), make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        if (first) v.b = ask4(first + i);
+        if (second) v.c = ask4(second + i);
+        return v;
+    }
+
+    __device__ __forceinline__ float await(int i) const {
+        Asked v = ask(i);
+        while (!v.there()) v = ask(i);
+        return v.sum();
+    }
+};

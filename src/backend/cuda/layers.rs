@@ -138,7 +138,9 @@ fn launch_of_warps(
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
     let (books, slot) = match format {
-        Format::AnyPrec { bits } => (qkv.max(o).max(pairs).max(down) * (32 << bits), unit(format, narrow).1 - (32 << bits)),
+        Format::AnyPrec { bits } => {
+            (qkv.max(o).max(pairs).max(down) * (32 << bits), unit(format, narrow).1 - (32 << bits))
+        }
         _ => (0, unit(format, narrow).1),
     };
     let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);

@@ -15,10 +15,9 @@ use crate::weights::{Linear, Weight};
 
 /// How long codes and parameters take turns.
 pub(super) const EFFORT: Effort = Effort { rounds: 5, steps: 3 };
-/// How much the error without compensation counts, the one with it counting `1 − ALONE`. On windows that were held back
-/// (SmolLM2, layers 0 to 2, 3 bits, `k_chunk` 8) 0.15 leaves up to 4 % less error with compensation and up to 27 % more
-/// without it than 0.3; 0.45 up to 8 % more with it and up to 10 % less without.
-const ALONE: f32 = 0.3;
+/// How much the error without compensation counts, the one with it counting `1 − ALONE`. Chosen among 0.3, 0.6 and 1 by
+/// perplexity on *Botchan* windows 24..30 and GPL-3 windows 6..10 (benches/runs/2026-11-27-xeon).
+const ALONE: f32 = 0.6;
 /// How much the energy of channels that are not taken counts for the residual's scales.
 const OTHERS: f32 = 0.1;
 

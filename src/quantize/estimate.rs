@@ -105,7 +105,7 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     // with; or, in the forward pass, one batch.
     let refined = options.refine != Refine::None;
     let matrix = largest * if refined { 7 } else { 6 };
-    // The Hessian, what is taken off it, and room.
+    // The Hessian, what is taken off it, and as much to spare.
     let widest = shapes.iter().map(|s| s.0).max().unwrap_or(0);
     let matrix = matrix + if refined { 3 * 4 * widest * widest } else { 0 };
     let batch =

@@ -105,7 +105,7 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     // with; or, in the forward pass, one batch.
     let refined = options.refine != Refine::None;
     let matrix = largest * if refined { 7 } else { 6 };
-    // The Hessian, a softened copy, and what is taken off it.
+    // The Hessian, what is taken off it, and as much to spare.
     let widest = shapes.iter().map(|s| s.0).max().unwrap_or(0);
     let matrix = matrix + if refined { 3 * 4 * widest * widest } else { 0 };
     let batch =
@@ -160,7 +160,7 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     if options.refine != Refine::None {
         let tokens = texts * seq_len;
         seconds += widths * layers * sample.product()? * hessian_products(config, tokens);
-        seconds += widths * layers * sample.fit(manifest)? * fit_products(config, options);
+        seconds += widths * layers * sample.fit(manifest)? * fit_products(config);
     }
     if learns(options, manifest) {
         let (steps, tokens) = (polish::steps(texts) as f64, (polish::steps(texts) * seq_len) as f64);
@@ -192,17 +192,9 @@ fn refine_products(rows: usize, channels: usize) -> f64 {
     (rounds * (steps + 1) + steps + 3) as f64 * rows as f64 * (channels as f64).powi(2)
 }
 
-/// The same of one layer; the rows on which amplitudes are tried count like others.
-fn fit_products(config: &ModelConfig, options: &Options) -> f64 {
-    let products = |projection: Projection| {
-        let (n, m) = config.shape(projection);
-        let tried = match options.refine {
-            Refine::Compensated { .. } => fit::AMPLITUDES.len() * fit::AMPLITUDE_ROWS.min(m),
-            _ => 0,
-        };
-        refine_products(m + tried, n)
-    };
-    Projection::ALL.map(products).iter().sum()
+/// The same of one layer.
+fn fit_products(config: &ModelConfig) -> f64 {
+    Projection::ALL.map(|p| config.shape(p)).map(|(n, m)| refine_products(m, n)).iter().sum()
 }
 
 /// Numbers without pattern, between −1 and 1.

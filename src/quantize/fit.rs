@@ -1,4 +1,4 @@
-//! One projection against a Hessian: with which amplitude, which codes, which residual.
+//! One projection against a Hessian: which codes, which residual.
 //!
 //! What enters is that of the model in full precision. Letting it come through the quantized and compensated layers
 //! before, as GPTQ does, was tried and measured worse (benches/runs/2026-11-25-xeon).
@@ -9,24 +9,15 @@ use super::forward::Affine;
 use super::gram::{Hessian, Taken};
 use super::job::Job;
 use super::refine::Effort;
-use super::{Refine, awq, calibrate, ensure_running, finish, lost, residual, sqllm};
+use super::{Refine, awq, calibrate, finish, sqllm};
 use crate::config::Projection;
-use crate::format::Residual;
 use crate::weights::{Linear, Weight};
 
 /// How long codes and parameters take turns.
 pub(super) const EFFORT: Effort = Effort { rounds: 5, steps: 3 };
-/// Amplitudes that are tried.
-pub(super) const AMPLITUDES: [f32; 4] = [0.15, 0.3, 0.45, 0.6];
-/// Where there is too little text to hold any back.
-const DEFAULT_AMPLITUDE: f32 = 0.3;
-/// Rows on which they are tried.
-pub(super) const AMPLITUDE_ROWS: usize = 64;
-/// One window of so many is held back.
-const HELD_BACK: usize = 6;
-/// How much the error without compensation counts beside that with it, in the choice: what is quantized for
-/// compensation should still be of use where less of it comes.
-const ALONE: f64 = 0.25;
+/// How much the error without compensation counts, the one with it counting `1 − ALONE`. Chosen among 0.3, 0.6 and 1 by
+/// perplexity on *Botchan* windows 24..30 and GPL-3 windows 6..10 (benches/runs/2026-11-27-xeon).
+const ALONE: f32 = 0.6;
 /// How much the energy of channels that are not taken counts for the residual's scales.
 const OTHERS: f32 = 0.1;
 
@@ -53,15 +44,8 @@ impl<'a> Fit<'a> {
     pub(super) fn quantize(&self, linear: &Affine, x: &[f32]) -> Result<Linear<'static>> {
         let n = linear.in_features;
         let taken = Taken::select(x, n, self.k_chunk)?;
-        let window = self.job.options.calibration.seq_len() * n;
-        let (seen, held) = x.split_at(x.len() - x.len() / window / HELD_BACK * window);
-        let mut hessian = Hessian::of(seen, n);
-        let amplitude = match taken.any() && !held.is_empty() {
-            true => self.choose_amplitude(linear, &hessian, seen, held)?,
-            false => DEFAULT_AMPLITUDE,
-        };
-        hessian.add(held);
-        hessian.soften(x, &taken, amplitude);
+        let mut hessian = Hessian::of(x, n);
+        hessian.spare(x, &taken, ALONE);
         hessian.damp();
         let weight = self.against(&hessian, linear, self.job.options.awq.then_some(x))?;
         finish(linear, x, weight, &importance(x, n, &taken))
@@ -73,31 +57,6 @@ impl<'a> Fit<'a> {
             None => sqllm::refined(linear, self.bits, hessian, EFFORT),
             Some(group_size) => awq::refined(linear, self.bits, group_size, clipping, hessian, EFFORT),
         }
-    }
-
-    /// The amplitude with which taken channels should enter: the one that leaves least on windows that were held
-    /// back, tried on a few rows.
-    fn choose_amplitude(&self, linear: &Affine, plain: &Hessian, seen: &[f32], held: &[f32]) -> Result<f32> {
-        let n = linear.in_features;
-        let rows = sample(linear, AMPLITUDE_ROWS);
-        let (taken, later) = (Taken::select(seen, n, self.k_chunk)?, Taken::select(held, n, self.k_chunk)?);
-        let importance = importance(seen, n, &taken);
-        let mut best = (f64::INFINITY, DEFAULT_AMPLITUDE);
-        for amplitude in AMPLITUDES {
-            ensure_running(self.job.stop)?;
-            let mut hessian = plain.clone();
-            hessian.soften(seen, &taken, amplitude);
-            hessian.damp();
-            let weight = self.against(&hessian, &rows, None)?;
-            let residual = residual(&rows, &weight, &importance)?;
-            let (alone, compensated) = errors(&rows, &weight, &residual, held, &later);
-            tracing::debug!("amplitude {amplitude}: {compensated:.5} compensated, {alone:.5} alone");
-            let left = compensated + ALONE * alone;
-            if left < best.0 {
-                best = (left, amplitude);
-            }
-        }
-        Ok(best.1)
     }
 }
 
@@ -116,34 +75,11 @@ pub(super) fn weigh(taken: &[f32], all: &[f32]) -> Vec<f32> {
     taken.iter().zip(all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
 }
 
-/// Every so manieth row, `count` of them or all.
-fn sample(linear: &Affine, count: usize) -> Affine {
-    let rows = count.min(linear.out_features);
-    let weight = (0..rows).flat_map(|i| linear.row(i * linear.out_features / rows)).copied().collect();
-    Affine { in_features: linear.in_features, out_features: rows, weight, bias: None }
-}
-
-/// Σ over the tokens of `x` of the squared error of what comes out: without compensation, and with that of the
-/// channels `taken`.
-fn errors(linear: &Affine, weight: &Weight<'_>, residual: &Residual<'_>, x: &[f32], taken: &Taken) -> (f64, f64) {
-    let n = linear.in_features;
-    let squares = |y: &[f32]| -> f64 { y.iter().map(|&y| f64::from(y).powi(2)).sum() };
-    let mut y = Affine { weight: lost(linear, weight), ..linear.clone() }.apply(x);
-    let alone = squares(&y);
-    let scales: Vec<f32> = (0..linear.out_features).map(|row| residual.scales().get(row)).collect();
-    for (t, (y, x)) in y.chunks_exact_mut(linear.out_features).zip(x.chunks_exact(n)).enumerate() {
-        for &k in taken.of(t) {
-            for (row, (y, scale)) in y.iter_mut().zip(&scales).enumerate() {
-                *y -= scale * residual.nibble(k as usize, row) as f32 * x[k as usize];
-            }
-        }
-    }
-    (alone, squares(&y))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::{lost, residual};
     use super::*;
+    use crate::format::Residual;
     use crate::sampling;
 
     const N: usize = 128;
@@ -165,6 +101,24 @@ mod tests {
         x
     }
 
+    /// Σ over the tokens of `x` of the squared error of what comes out: without compensation, and with that of the
+    /// channels `taken`.
+    fn errors(linear: &Affine, weight: &Weight<'_>, residual: &Residual<'_>, x: &[f32], taken: &Taken) -> (f64, f64) {
+        let n = linear.in_features;
+        let squares = |y: &[f32]| -> f64 { y.iter().map(|&y| f64::from(y).powi(2)).sum() };
+        let mut y = Affine { weight: lost(linear, weight), ..linear.clone() }.apply(x);
+        let alone = squares(&y);
+        let scales: Vec<f32> = (0..linear.out_features).map(|row| residual.scales().get(row)).collect();
+        for (t, (y, x)) in y.chunks_exact_mut(linear.out_features).zip(x.chunks_exact(n)).enumerate() {
+            for &k in taken.of(t) {
+                for (row, (y, scale)) in y.iter_mut().zip(&scales).enumerate() {
+                    *y -= scale * residual.nibble(k as usize, row) as f32 * x[k as usize];
+                }
+            }
+        }
+        (alone, squares(&y))
+    }
+
     #[test]
     fn codes_for_compensation_are_better_with_it_and_codes_for_none_without() {
         let weight = sampling::draws(1, 64 * N).iter().map(|x| (x - 0.5).powi(3)).collect();
@@ -172,15 +126,15 @@ mod tests {
         let (x, later) = (inputs(2, TOKENS), inputs(3, 200));
         let (taken, taken_later) = (Taken::select(&x, N, 32).unwrap(), Taken::select(&later, N, 32).unwrap());
         let importance = importance(&x, N, &taken);
-        let fitted = |amplitude| {
+        let fitted = |alone| {
             let mut hessian = Hessian::of(&x, N);
-            hessian.soften(&x, &taken, amplitude);
+            hessian.spare(&x, &taken, alone);
             hessian.damp();
             let weight = sqllm::refined(&linear, 3, &hessian, EFFORT).unwrap();
             let residual = residual(&linear, &weight, &importance).unwrap();
             errors(&linear, &weight, &residual, &later, &taken_later)
         };
-        let (plain, soft) = (fitted(1.0), fitted(0.3));
+        let (plain, soft) = (fitted(1.0), fitted(ALONE));
         assert!(soft.1 < 0.95 * plain.1, "compensated: {soft:?} for compensation, {plain:?} for none");
         assert!(plain.0 < soft.0, "alone: {soft:?} for compensation, {plain:?} for none");
         assert!(soft.1 < soft.0, "compensation helps: {soft:?}");

@@ -1,9 +1,9 @@
 //! What an error in a matrix costs: `d·H·dᵀ` for a row's error `d`, with `H` the sum over tokens of what enters.
 //!
 //! Where compensation follows, the channels that it takes give their error back (but for what 4 bits of residual
-//! lose), so they enter with a fraction of their amplitude: `H = Σ x̃ x̃ᵀ`, `x̃ = x − (1 − amplitude)·x_taken`.
-//! Against the plain `H` small channels learn to cancel the errors of large ones; compensation then removes those
-//! errors and leaves the cancellation behind.
+//! lose): `H = Σ x̄ x̄ᵀ`, `x̄ = x − x_taken`. Against the plain `H` small channels learn to cancel the errors of large
+//! ones; compensation then removes those errors and leaves the cancellation behind. But which channels are taken
+//! depends on the text, so every token counts both ways: `H = Σ (alone·x xᵀ + (1 − alone)·x̄ x̄ᵀ)`.
 
 use anyhow::Result;
 use rayon::prelude::*;
@@ -106,25 +106,24 @@ impl Hessian {
         }
     }
 
-    /// The same where the channels taken enter with `amplitude` of what they are: what is taken off is few outer
-    /// products of sparse vectors.
-    pub(crate) fn soften(&mut self, x: &[f32], taken: &Taken, amplitude: f32) {
+    /// The same where each token counts `alone` times as it is and `1 − alone` times without the channels that it
+    /// takes: what is taken off is few outer products of sparse vectors.
+    pub(crate) fn spare(&mut self, x: &[f32], taken: &Taken, alone: f32) {
         if !taken.any() {
             return;
         }
         let n = self.channels;
         let lists = taken.by_channel(n);
-        // Row `c`: Σ over the tokens that took it of x_c·(first·x + second·x_taken).
-        let first = 1.0 - amplitude;
-        let second = -first * first / 2.0;
+        // Row `c`: Σ over the tokens that took it of x_c·share·(x − x_taken/2); the same across makes it symmetric.
+        let share = 1.0 - alone;
         let mut off = vec![0.0; n * n];
         off.par_chunks_exact_mut(n).zip(&lists).enumerate().for_each(|(c, (row, tokens))| {
             for &t in tokens {
                 let x = &x[t as usize * n..][..n];
-                let by = x[c] * first;
+                let by = x[c] * share;
                 row.iter_mut().zip(x).for_each(|(sum, x)| *sum += by * x);
                 for &other in taken.of(t as usize) {
-                    row[other as usize] += x[c] * second * x[other as usize];
+                    row[other as usize] -= by / 2.0 * x[other as usize];
                 }
             }
         });
@@ -197,20 +196,23 @@ mod tests {
     }
 
     #[test]
-    fn softening_is_masking_the_inputs() {
+    fn sparing_is_a_mean_of_masked_and_whole_inputs() {
         let x = inputs();
         let taken = Taken::select(&x, N, 64).unwrap();
-        for amplitude in [0.0, 0.3, 1.0] {
-            let mut masked = x.clone();
-            for (t, x) in masked.chunks_exact_mut(N).enumerate() {
-                taken.of(t).iter().for_each(|&k| x[k as usize] *= amplitude);
-            }
+        let mut masked = x.clone();
+        for (t, x) in masked.chunks_exact_mut(N).enumerate() {
+            taken.of(t).iter().for_each(|&k| x[k as usize] = 0.0);
+        }
+        let (whole, masked) = (direct(&x), direct(&masked));
+        for alone in [0.0, 0.3, 1.0] {
             let mut hessian = Hessian::of(&x[..25 * N], N);
             hessian.add(&x[25 * N..]);
-            hessian.soften(&x, &taken, amplitude);
-            assert!(largest_difference(&hessian.values, &direct(&masked)) < 1e-5, "{amplitude}");
-            let plain = largest_difference(&hessian.values, &direct(&x));
-            assert_eq!(plain > 1e-2, amplitude < 1.0, "the comparison can fail: {plain}");
+            hessian.spare(&x, &taken, alone);
+            let share = f64::from(alone);
+            let want: Vec<f64> = whole.iter().zip(&masked).map(|(w, m)| share * w + (1.0 - share) * m).collect();
+            assert!(largest_difference(&hessian.values, &want) < 1e-5, "{alone}");
+            let plain = largest_difference(&hessian.values, &whole);
+            assert_eq!(plain > 1e-2, alone < 1.0, "the comparison can fail: {plain}");
         }
     }
 

@@ -70,12 +70,14 @@ struct Book {
 #endif
 };
 
-// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31.
-template <class Operands>
-__device__ __forceinline__ void expand(const uint4* codes, const Book& centroids, Operands operands) {
+// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31. When this lane has
+// read its codes, taken().
+template <class Operands, class Taken>
+__device__ __forceinline__ void expand(const uint4* codes, const Book& centroids, Operands operands, Taken taken) {
     int lane = threadIdx.x % 32;
 #if BITS == 3
     uint4 a = codes[lane], b = codes[32 + lane], c = codes[64 + lane];
+    taken();
 #endif
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -86,6 +88,7 @@ __device__ __forceinline__ void expand(const uint4* codes, const Book& centroids
         w.x -= x, w.y -= y, w.z -= z;
 #else
         uint4 w = codes[32 * i + lane];
+        if (i == 3) taken();
 #endif
         u32 even[8], odd[8];
         centroids(w.x, even);

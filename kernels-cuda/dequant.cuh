@@ -30,5 +30,5 @@ __device__ __forceinline__ void dequant(const Packed& m) {
             int row = tile * 16 + lane / 4 + 8 * h;
             if (row < R && k < K) *(uint4*)(m.out + (long long)row * K + k) = make_uint4(w[0], w[1], w[2], w[3]);
         }
-    });
+    }, [] {});
 }

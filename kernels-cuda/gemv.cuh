@@ -213,7 +213,7 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
         ahead.request(g, slots + next * STAGE_BYTES);
         const uint4* stage = (const uint4*)(ring + slot * STAGE_BYTES);
         if (fresh) sums.begin(stage + VECTORS * 32);
-        sums.add(stage, xs + unit * UNIT, group_sums + unit * GROUP_SUMS);
+        sums.add(stage, xs + unit * UNIT, group_sums + unit * GROUP_SUMS, [] {});
         next = slot;
         slot = slot == STAGES - 1 ? 0 : slot + 1;
         // The warp's last unit of a tile.

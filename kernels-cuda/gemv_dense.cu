@@ -15,14 +15,16 @@ struct Book {
     __device__ __forceinline__ explicit Book(const uint4*) {}
 };
 
-// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31.
-template <class Operands>
-__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands) {
+// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31. When this lane has
+// read its codes, taken().
+template <class Operands, class Taken>
+__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands, Taken taken) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int p = 0; p < 2; p++) {
         uint4 low = codes[64 * p + lane], high = codes[64 * p + 32 + lane];
         u32 a[8] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
+        if (p == 1) taken();
         operands(p, a);
     }
 }

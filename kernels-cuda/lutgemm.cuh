@@ -55,12 +55,14 @@ struct Book {
     __device__ __forceinline__ explicit Book(const uint4*) {}
 };
 
-// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31.
-template <class Operands>
-__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands) {
+// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31. When this lane has
+// read its codes, taken().
+template <class Operands, class Taken>
+__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands, Taken taken) {
     int lane = threadIdx.x % 32;
 #if BITS == 3
     uint4 a = codes[lane], b = codes[32 + lane], c = codes[64 + lane];
+    taken();
 #endif
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -69,6 +71,7 @@ __device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands
         w.w = (w.x >> 3 & 0x11111111u) | (w.y >> 2 & 0x22222222u) | (w.z >> 1 & 0x44444444u);
 #else
         uint4 w = codes[32 * i + lane];
+        if (i == 3) taken();
 #endif
         u32 even[8], odd[8];
         integers(w.x, even);

@@ -19,7 +19,8 @@ struct Unit {
 
     __device__ __forceinline__ void begin(const uint4*) { low = high = 0; }
 
-    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float* group_sums) {
+    template <class Taken>
+    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float* group_sums, Taken taken) {
         const float2* steps = (const float2*)(slot + VECTORS * 32) + threadIdx.x % 32 / 4;
         const uint4* xs = (const uint4*)x + threadIdx.x % 4;
         float d[2][4] = {};
@@ -35,7 +36,7 @@ struct Unit {
 #pragma unroll
                 for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
             }
-        });
+        }, taken);
     }
 
     // Every column of a product is the same token, so lane t = 0 of each row has the sum.
@@ -56,13 +57,14 @@ struct Unit {
         for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
     }
 
-    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float*) {
+    template <class Taken>
+    __device__ __forceinline__ void add(const uint4* slot, const u16* x, const float*, Taken taken) {
         const uint4* xs = (const uint4*)x + threadIdx.x % 4;
         expand(slot, book, [&](int p, const u32* a) {
             uint4 v = xs[4 * p];
             mma(d[0], a[0], a[1], a[2], a[3], v.x, v.y);
             mma(d[1], a[4], a[5], a[6], a[7], v.z, v.w);
-        });
+        }, taken);
     }
 
     // Every column of a product is the same token, so lane t = 0 of each row has the sum.

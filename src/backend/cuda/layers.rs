@@ -145,7 +145,7 @@ fn launch_of_warps(
     };
     let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
     let fixed = 256 + 128 + 24 + 3 * books + table + xs + parts + list;
-    let stage = warps * (slot + 16);
+    let stage = warps * slot;
     let stages = most_shared.checked_sub(fixed)? / stage;
     if stages < 2 {
         return None;
@@ -376,7 +376,7 @@ mod tests {
             let launch = launch.unwrap_or_else(|| panic!("no room for {format:?} in {shared}"));
             assert!(launch.shared <= shared && launch.stages >= 2, "{launch:?}");
             // One more stage would not have fitted.
-            let stage = launch.warps * (512 * 4 + 32768 / 32 + 16);
+            let stage = launch.warps * (512 * 4 + 32768 / 32);
             assert!(launch.stages == 8 || launch.shared + stage > shared, "{launch:?}");
         }
     }

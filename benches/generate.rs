@@ -59,7 +59,7 @@ struct Args {
     /// Only so many layers of the model, for work on kernels.
     #[arg(long)]
     layers: Option<usize>,
-    /// Print what each part of a layer takes, between the barriers of the layers' launch.
+    /// Print what each part of a layer takes in the layers' launch, from one input's arrival to the next's.
     #[arg(long)]
     timeline: bool,
     /// Cargo passes this.

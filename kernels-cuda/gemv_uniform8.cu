@@ -37,13 +37,15 @@ struct Book {
     __device__ __forceinline__ explicit Book(const uint4*) {}
 };
 
-// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31.
-template <class Operands>
-__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands) {
+// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31. When this lane has
+// read its codes, taken().
+template <class Operands, class Taken>
+__device__ __forceinline__ void expand(const uint4* codes, const Book&, Operands operands, Taken taken) {
     // Narrow groups need registers for their steps: all four vectors at once would spill (sm_120).
 #pragma unroll(GROUP == 32 ? 2 : 4)
     for (int p = 0; p < 4; p++) {
         uint4 w = codes[32 * p + threadIdx.x % 32];
+        if (p == 3) taken();
         u32 a[8] = {integers<0>(w.x), integers<0>(w.z), integers<1>(w.x), integers<1>(w.z),
                     integers<0>(w.y), integers<0>(w.w), integers<1>(w.y), integers<1>(w.w)};
         operands(p, a);

@@ -20,8 +20,8 @@ const MOST_LAYERS: usize = 40;
 /// Words of 8 bytes of `struct Layer`, and the bytes of it.
 const LAYER_WORDS: usize = 36;
 
-/// Bytes of weights on their way below which one launch for layers does not pay: a ring of 97 KB is empty before a
-/// barrier ends (H100, Llama-3-70B: 78 tokens/s where single operations make 80).
+/// Bytes of weights on their way below which one launch for layers does not pay: with a ring of 97 KB memory idles while
+/// blocks wait (H100, Llama-3-70B: 78 tokens/s where single operations make 80).
 const PAYS: usize = 128 << 10;
 
 /// What a launch needs to know of a model's shapes.
@@ -92,9 +92,8 @@ pub(super) fn layers_launch(
     }
     // Where a row's units do not go round, some warps wait (H100, Phi-3-medium with 20 units for 16 warps: 317 tokens/s
     // where single operations make 331).
-    let (channels, slot, _) = unit(format, shapes.hidden);
-    let goes_round = shapes.hidden.is_multiple_of(channels * warps);
-    of(warps).filter(|launch| goes_round && launch.warps * launch.stages * slot >= PAYS)
+    let goes_round = shapes.hidden.is_multiple_of(unit(format, shapes.hidden).0 * warps);
+    of(warps).filter(|launch| goes_round && launch.warps * launch.stages * slot(format, shapes.hidden) >= PAYS)
 }
 
 fn launch_of_warps(
@@ -137,15 +136,11 @@ fn launch_of_warps(
     let attention = 4 * ((group + 2) * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
-    let (books, slot) = match format {
-        Format::AnyPrec { bits } => {
-            (qkv.max(o).max(pairs).max(down) * (32 << bits), unit(format, narrow).1 - (32 << bits))
-        }
-        _ => (0, unit(format, narrow).1),
-    };
+    let books = unit(format, narrow).1 - slot(format, narrow);
+    let books = qkv.max(o).max(pairs).max(down) * books;
     let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
     let fixed = 256 + 128 + 24 + 3 * books + table + xs + parts + list;
-    let stage = warps * slot;
+    let stage = warps * slot(format, narrow);
     let stages = most_shared.checked_sub(fixed)? / stage;
     if stages < 2 {
         return None;
@@ -154,6 +149,15 @@ fn launch_of_warps(
     let shared = fixed + stages * stage;
     let splits = super::splits(multiplying, shapes.kv_heads);
     Some(LayersLaunch { warps, stages, blocks: multiplying + n_tb, splits, xs, parts, books, shared })
+}
+
+/// Bytes of a unit in the ring of `stream.cuh`: codebooks are not there.
+fn slot(format: Format, in_features: usize) -> usize {
+    let bytes = unit(format, in_features).1;
+    match format {
+        Format::AnyPrec { bits } => bytes - (32 << bits),
+        _ => bytes,
+    }
 }
 
 /// `AT_ONCE` of `layers.cu`.
@@ -305,7 +309,7 @@ impl Cuda {
         Ok(buffer)
     }
 
-    /// From now on layers note when they pass their barriers, for [`Cuda::timeline`].
+    /// From now on layers note when each operation has its input, for [`Cuda::timeline`].
     ///
     /// # Errors
     /// No memory.
@@ -314,7 +318,8 @@ impl Cuda {
         Ok(())
     }
 
-    /// When the last launch of layers started and passed its barriers, nanoseconds of the device's clock, in order.
+    /// When the last launch of layers started and its operations had their inputs, nanoseconds of the device's clock, in
+    /// order.
     ///
     /// # Errors
     /// A lost device.

@@ -345,12 +345,12 @@ mod tests {
                 let (_, log) = compiler.compile(file, &text(file).unwrap(), defines).unwrap();
                 assert!(log.contains("bytes stack frame"), "no resource report for {file}: {log}");
                 // Choosing a token runs once per token, in one block: 72 bytes of stack do not show there.
+                let hot = *file != "sample.cu";
                 // Beside compensation, layers keep some addresses on the stack from phase to phase, not in the loops.
                 let phases = *file == "layers.cu" && defines.iter().any(|d| d == "DEC=1");
-                let hot = *file != "sample.cu" && !phases;
+                // NVRTC 12.8 spills 16 bytes where 13.0 does not (sm_120, SmolLM2's LUT-GEMM): said, not refused.
+                let most = [if compiler.version.0 < 13 { 16 } else { 0 }, 64][usize::from(phases)];
                 for line in log.lines().filter(|line| hot && line.contains("bytes stack frame")) {
-                    // NVRTC 12.8 spills 16 bytes where 13.0 does not (sm_120, SmolLM2's LUT-GEMM): said, not refused.
-                    let most = if compiler.version.0 < 13 { 16 } else { 0 };
                     let numbers: Vec<u32> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
                     assert!(
                         numbers.len() == 3 && numbers.iter().all(|&bytes| bytes <= most),

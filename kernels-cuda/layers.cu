@@ -37,8 +37,7 @@
 #define THREADS (32 * WARPS)
 #define ATTEND_THREADS THREADS
 #define AT_ONCE (HEADS / KV_HEADS % 2 == 0 ? 2 : HEADS / KV_HEADS % 3 == 0 ? 3 : 1)
-// With two, sm_120 spills (4-bit codebooks).
-#define FLIGHT (__CUDA_ARCH__ >= 1000 ? 1 : 2)
+#define FLIGHT 2
 #include "attend.cuh"
 
 typedef Team<0, THREADS, 0> All;

@@ -344,8 +344,9 @@ mod tests {
             variants().par_iter().for_each(|(file, defines)| {
                 let (_, log) = compiler.compile(file, &text(file).unwrap(), defines).unwrap();
                 assert!(log.contains("bytes stack frame"), "no resource report for {file}: {log}");
-                // Choosing a token runs once per token, in one block: 72 bytes of stack do not show there.
-                let hot = *file != "sample.cu";
+                // Choosing a token runs once per token, in one block: 72 bytes of stack do not show there. Layers in one
+                // launch need a ring of 128 KB (layers.rs), more than a block of sm_120 has: they run one by one there.
+                let hot = *file != "sample.cu" && !(*file == "layers.cu" && architecture == "sm_120");
                 // Beside compensation, layers keep some addresses on the stack from phase to phase, not in the loops.
                 let phases = *file == "layers.cu" && defines.iter().any(|d| d == "DEC=1");
                 // NVRTC 12.8 spills 16 bytes where 13.0 does not (sm_120, SmolLM2's LUT-GEMM): said, not refused.

@@ -222,11 +222,11 @@ __device__ __forceinline__ void prefetch(const void* cache, int kv, int max_seq_
 }
 
 // One block, one key-value head, one share of the positions. Shared memory: queries [HEAD_GROUP, HEAD_DIM], room for a
-// key and a value, then warps' results [QUERY_SETS · SET_WARPS, AT_ONCE, HEAD_DIM + 2]. Called by ATTEND_THREADS threads, T their team;
-// `batch` holds the first positions.
+// key and a value, then warps' results [QUERY_SETS · SET_WARPS, AT_ONCE, HEAD_DIM + 2]. Called by ATTEND_THREADS
+// threads, T their team; `batch` holds the first positions.
 template <class T>
-__device__ __forceinline__ void attend_share(const Attend& g, Batch& batch, float* queries, int kv, int begin, int end, float* out,
-                                             float* part) {
+__device__ __forceinline__ void attend_share(const Attend& g, Batch& batch, float* queries, int kv, int begin, int end,
+                                             float* out, float* part) {
     float* warps = queries + (HEAD_GROUP + 2) * HEAD_DIM;
     int t = this_thread(), lane = t % 32, warp = t / 32, set = warp / SET_WARPS;
     if (set < QUERY_SETS) {
@@ -292,8 +292,8 @@ struct Span {
     __device__ __forceinline__ int begin(int split) const { return first + (long long)length * split / splits; }
 };
 
-// Share `split` of one token at `position`, and the merge by the last block of the head. x: the token's queries, keys
-// and values; `ready` is called when they are there.
+// Share `split` of one token at `position`, and the merge, as above. x: the token's queries, keys and values; `ready` is
+// called when they are there.
 template <class T, class Source, class Ready>
 __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, float* queries, u32* ticket, int kv,
                                              int split, int position, Ready ready) {
@@ -356,7 +356,8 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
     }
     float* out = g.out + (long long)kv * HEAD_GROUP * HEAD_DIM;
     float* parts = g.parts + (long long)kv * SPLITS * HEAD_GROUP * (HEAD_DIM + 2);
-    attend_share<T>(g, batch, queries, kv, begin, end, splits == 1 ? out : nullptr, parts + split * HEAD_GROUP * (HEAD_DIM + 2));
+    attend_share<T>(g, batch, queries, kv, begin, end, splits == 1 ? out : nullptr,
+                    parts + split * HEAD_GROUP * (HEAD_DIM + 2));
     if (splits == 1) return;
 
     int first = 0, last = OWN;

@@ -3,7 +3,8 @@
 //   xs          [whole units of channels] 16-bit numbers of DTYPE;  group_sums  f32, their sums by groups of weights
 //   parts       f32 [tiles, WARPS, 16], what each warp has of the rows (stream.cuh)
 //
-// Constants: I, WARPS, PARTS (bytes), DEC (whether tiles are divided between blocks), GROUP where there are groups; `All` is the team of a block's threads.
+// Constants: I, WARPS, PARTS (bytes), DEC (whether tiles are divided between blocks), GROUP where there are groups; `All`
+// is the team of a block's threads.
 #pragma once
 #include "flow.cuh"
 #include "stream.cuh"

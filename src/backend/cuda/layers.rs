@@ -136,8 +136,7 @@ fn launch_of_warps(
     let attention = 4 * ((group + 2) * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
-    let books = unit(format, narrow).1 - slot(format, narrow);
-    let books = qkv.max(o).max(pairs).max(down) * books;
+    let books = qkv.max(o).max(pairs).max(down) * (unit(format, narrow).1 - slot(format, narrow));
     let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
     let fixed = 256 + 128 + 24 + 3 * books + table + xs + parts + list;
     let stage = warps * slot(format, narrow);

@@ -1,7 +1,6 @@
 // Attention as kernels of its own (attend.cuh): `attend` takes one token, grid (KV_HEADS, SPLITS); `append` rotates
 // and appends many tokens, `attend_prompt` then takes grid (KV_HEADS, 1, tokens).
 #define ATTEND_THREADS 256
-#define AT_ONCE (HEADS / KV_HEADS)
 #include "attend.cuh"
 
 typedef Team<0, ATTEND_THREADS, 0> All;
@@ -38,10 +37,12 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
     for (int i = threadIdx.x; i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
         const float* head = g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM + (kv * HEAD_GROUP + i / HEAD_DIM) * HEAD_DIM;
-        queries[i] = scale * rotated(head, nullptr, g.angles + (long long)position * HALF, i % HEAD_DIM);
+        float v = rotated(head, nullptr, g.angles + (long long)position * HALF, i % HEAD_DIM);
+        put_query(queries, i / HEAD_DIM, i % HEAD_DIM, scale * v);
     }
     All::sync();
     Batch batch = {};
-    fetch(batch, g, kv, first, position + 1);
+    fetch_first_keys(batch, keys_of(g, kv), first, position + 1);
+    fetch_first_values(batch, values_of(g, kv), first, position + 1);
     attend_share<All>(g, batch, queries, kv, first, position + 1, g.out + (token * HEADS + kv * HEAD_GROUP) * HEAD_DIM, nullptr);
 }

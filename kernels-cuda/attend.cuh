@@ -12,22 +12,28 @@
 // Shares are merged in order: by whichever block of a key-value head ends last, so the result does not depend on which;
 // without tickets by all of them, each a piece, who wait for each other's numbers (flow.cuh: parts are missing before).
 //
-// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, WINDOW (0: none), SPLITS; ATTEND_THREADS of a
-// block; AT_ONCE, how many of a group's queries a warp keeps (a divisor of the group; the others are other warps').
+// Scores and results are tensor cores' (attend_tensor.cuh) where keys and values are float16, heads have 64 or 128
+// dimensions and groups go in fours or fit in one; otherwise lanes' (attend_lanes.cuh).
+//
+// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, WINDOW (0: none), SPLITS; ATTEND_THREADS of a block.
 #pragma once
 #include "flow.cuh"
 
 #define HEAD_GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
-// Lanes that share a position, each with eight of its dimensions; warps that keep the same queries; their teams.
-#define LANES (HEAD_DIM > 128 ? 32 : HEAD_DIM > 64 ? 16 : HEAD_DIM > 32 ? 8 : HEAD_DIM > 16 ? 4 : 2)
+#define TENSOR (KV == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) && (HEAD_GROUP % 4 == 0 || HEAD_GROUP < 4))
+// How many of a group's queries a warp keeps, a divisor of the group; the others are other warps'. More fit where a thread
+// may have more registers.
+#if TENSOR
+#define AT_ONCE (HEAD_GROUP < 4 ? HEAD_GROUP : 4)
+#elif ATTEND_THREADS > 256
+#define AT_ONCE (HEAD_GROUP % 2 == 0 ? 2 : HEAD_GROUP % 3 == 0 ? 3 : 1)
+#else
+#define AT_ONCE HEAD_GROUP
+#endif
+// Sets of warps that keep the same queries.
 #define QUERY_SETS (HEAD_GROUP / AT_ONCE)
 #define SET_WARPS (ATTEND_THREADS / 32 / QUERY_SETS)
-#define TEAMS (SET_WARPS * 32 / LANES)
-// Positions that a team has in flight.
-#ifndef FLIGHT
-#define FLIGHT (KV == 2 || AT_ONCE > 4 ? 2 : 4)
-#endif
 // Fewest positions worth a block of their own.
 #define SHARE 32
 
@@ -58,29 +64,9 @@ struct Attend {
 
 #if KV == 2
 typedef float Stored;
-struct Eight {
-    float4 a, b;
-};
 #else
 typedef u16 Stored;
-struct Eight {
-    uint4 a;
-};
 #endif
-
-__device__ __forceinline__ void unpack(const Eight& e, float (&v)[8]) {
-#if KV == 2
-    v[0] = e.a.x, v[1] = e.a.y, v[2] = e.a.z, v[3] = e.a.w;
-    v[4] = e.b.x, v[5] = e.b.y, v[6] = e.b.z, v[7] = e.b.w;
-#else
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 w = word(e.a, i);
-        v[2 * i] = KV == 1 ? bfloat_to_float((u16)w) : half_to_float((u16)w);
-        v[2 * i + 1] = KV == 1 ? bfloat_to_float((u16)(w >> 16)) : half_to_float((u16)(w >> 16));
-    }
-#endif
-}
 
 __device__ __forceinline__ Stored to_stored(float f) {
 #if KV == 2
@@ -114,104 +100,26 @@ __device__ __forceinline__ void append_head(const Attend& g, const float* qkv, i
 // What a softmax scaled for `from` must be multiplied by to be scaled for `to`; nothing yet is −inf.
 __device__ __forceinline__ float rescale(float from, float to) { return from == -INFINITY ? 0.0f : expf(from - to); }
 
-// Running softmax of the AT_ONCE queries of a team: largest score, sum, and eight dimensions of the result.
-struct Running {
-    float m[AT_ONCE], l[AT_ONCE], acc[AT_ONCE][8];
+// What parts of a softmax count for, each in the lane that brings its largest score and its sum.
+struct Weights {
+    float most, own, sum;
+
+    __device__ __forceinline__ Weights(float m, float l)
+        : most(warp_max(m)), own(rescale(m, most)), sum(warp_sum(own * l)) {}
+
+    __device__ __forceinline__ float of(int part) const { return __shfl_sync(FULL, own, part); }
 };
 
-// Keys and values that a team's lanes have in flight: positions base + f·TEAMS + team.
-struct Batch {
-    Eight k[FLIGHT], v[FLIGHT];
-};
-
-__device__ __forceinline__ int team_of_set() { return this_thread() % (SET_WARPS * 32) / LANES; }
-
-// Up to `end`; what is past it stays as it is.
-__device__ __forceinline__ void fetch(Batch& b, const Attend& g, int kv, int base, int end) {
-    int lane = this_thread() % LANES * 8, team = team_of_set();
-    const Stored* keys = (const Stored*)g.keys + (long long)kv * g.max_seq_len * HEAD_DIM + lane;
-    const Stored* values = (const Stored*)g.values + (long long)kv * g.max_seq_len * HEAD_DIM + lane;
-#pragma unroll
-    for (int f = 0; f < FLIGHT; f++) {
-        int p = base + f * TEAMS + team;
-        if (lane < HEAD_DIM && p < end) {
-            b.k[f] = *(const Eight*)(keys + (long long)p * HEAD_DIM);
-            b.v[f] = *(const Eight*)(values + (long long)p * HEAD_DIM);
-        }
-    }
+// What a warp has of its queries [AT_ONCE, HEAD_DIM + 2]: the largest score, the sum, and the result times that.
+__device__ __forceinline__ float* results_of_warp(float* warps) {
+    return warps + this_thread() / 32 * (AT_ONCE * (HEAD_DIM + 2));
 }
 
-// `batch` holds the first positions.
-__device__ __forceinline__ void add_positions(Running& r, const Attend& g, Batch& batch, const float* queries, int kv,
-                                              int begin, int end) {
-    int lane = this_thread() % LANES, team = team_of_set();
-    bool active = lane * 8 < HEAD_DIM;
-    float q[AT_ONCE][8];
-#pragma unroll
-    for (int h = 0; h < AT_ONCE; h++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) q[h][i] = active ? queries[h * HEAD_DIM + lane * 8 + i] : 0.0f;
-
-    // Every team takes the same number of steps: its lanes talk to each other by whole warps.
-    for (int base = begin; base < end; base += TEAMS * FLIGHT) {
-        if (base > begin) fetch(batch, g, kv, base, end);
-        float s[FLIGHT][AT_ONCE];
-#pragma unroll
-        for (int f = 0; f < FLIGHT; f++) {
-            float x[8];
-            unpack(batch.k[f], x);
-#pragma unroll
-            for (int h = 0; h < AT_ONCE; h++) {
-                float dot = 0;
-#pragma unroll
-                for (int i = 0; i < 8; i++) dot = fmaf(q[h][i], x[i], dot);
-#pragma unroll
-                for (int d = LANES / 2; d > 0; d /= 2) dot += __shfl_xor_sync(FULL, dot, d);
-                s[f][h] = base + f * TEAMS + team < end ? dot : -INFINITY;
-            }
-        }
-#pragma unroll
-        for (int h = 0; h < AT_ONCE; h++) {
-            float m = r.m[h];
-#pragma unroll
-            for (int f = 0; f < FLIGHT; f++) m = fmaxf(m, s[f][h]);
-            float old = rescale(r.m[h], m);
-            r.m[h] = m;
-            r.l[h] *= old;
-#pragma unroll
-            for (int i = 0; i < 8; i++) r.acc[h][i] *= old;
-#pragma unroll
-            for (int f = 0; f < FLIGHT; f++) {
-                s[f][h] = rescale(s[f][h], m);
-                r.l[h] += s[f][h];
-            }
-        }
-#pragma unroll
-        for (int f = 0; f < FLIGHT; f++) {
-            float x[8];
-            unpack(batch.v[f], x);
-#pragma unroll
-            for (int h = 0; h < AT_ONCE; h++)
-#pragma unroll
-                for (int i = 0; i < 8; i++) r.acc[h][i] = fmaf(s[f][h], x[i], r.acc[h][i]);
-        }
-    }
-}
-
-// The teams of a warp become one, in its first team.
-__device__ __forceinline__ void merge_warp(Running& r) {
-#pragma unroll
-    for (int d = LANES; d < 32; d *= 2)
-#pragma unroll
-        for (int h = 0; h < AT_ONCE; h++) {
-            float other = __shfl_xor_sync(FULL, r.m[h], d), m = fmaxf(r.m[h], other);
-            float f = rescale(r.m[h], m), g = rescale(other, m);
-            r.m[h] = m;
-            r.l[h] = f * r.l[h] + g * __shfl_xor_sync(FULL, r.l[h], d);
-#pragma unroll
-            for (int i = 0; i < 8; i++) r.acc[h][i] = f * r.acc[h][i] + g * __shfl_xor_sync(FULL, r.acc[h][i], d);
-        }
-}
+#if TENSOR
+#include "attend_tensor.cuh"
+#else
+#include "attend_lanes.cuh"
+#endif
 
 // Brings a share of the cache nearer, while queries are still made.
 __device__ __forceinline__ void prefetch(const void* cache, int kv, int max_seq_len, int begin, int end) {
@@ -221,55 +129,53 @@ __device__ __forceinline__ void prefetch(const void* cache, int kv, int max_seq_
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
 }
 
-// One block, one key-value head, one share of the positions. Shared memory: queries [HEAD_GROUP, HEAD_DIM], room for a
-// key and a value, then warps' results [QUERY_SETS · SET_WARPS, AT_ONCE, HEAD_DIM + 2]. Called by ATTEND_THREADS
-// threads, T their team; `batch` holds the first positions.
+// A key-value head's part of the cache.
+__device__ __forceinline__ const Stored* keys_of(const Attend& g, int kv) {
+    return (const Stored*)g.keys + (long long)kv * g.max_seq_len * HEAD_DIM;
+}
+__device__ __forceinline__ const Stored* values_of(const Attend& g, int kv) {
+    return (const Stored*)g.values + (long long)kv * g.max_seq_len * HEAD_DIM;
+}
+
+// One block, one key-value head, one share of the positions. Shared memory: queries [QUERY_FLOATS], room for a key and a
+// value, then warps' results [QUERY_SETS · SET_WARPS, AT_ONCE, HEAD_DIM + 2]. Called by ATTEND_THREADS threads, T their
+// team; `batch` holds the first positions.
 template <class T>
 __device__ __forceinline__ void attend_share(const Attend& g, Batch& batch, float* queries, int kv, int begin, int end,
                                              float* out, float* part) {
-    float* warps = queries + (HEAD_GROUP + 2) * HEAD_DIM;
-    int t = this_thread(), lane = t % 32, warp = t / 32, set = warp / SET_WARPS;
-    if (set < QUERY_SETS) {
-        Running r;
-#pragma unroll
-        for (int h = 0; h < AT_ONCE; h++) {
-            r.m[h] = -INFINITY, r.l[h] = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) r.acc[h][i] = 0;
-        }
-        add_positions(r, g, batch, queries + set * AT_ONCE * HEAD_DIM, kv, begin, end);
-        merge_warp(r);
-#pragma unroll
-        for (int h = 0; h < AT_ONCE; h++) {
-            float* to = warps + (warp * AT_ONCE + h) * (HEAD_DIM + 2);
-            if (lane == 0) to[0] = r.m[h], to[1] = r.l[h];
-            if (lane * 8 < HEAD_DIM && lane < LANES)
-#pragma unroll
-                for (int i = 0; i < 8; i++) to[2 + lane * 8 + i] = r.acc[h][i];
-        }
-    }
+    float* warps = queries + QUERY_FLOATS + 2 * HEAD_DIM;
+    int warp = this_thread() / 32, set = warp / SET_WARPS;
+    // Warps of a set that have any positions.
+    int active = min(SET_WARPS, (end - begin + TEAM_POSITIONS - 1) / TEAM_POSITIONS);
+    if (set < QUERY_SETS && warp % SET_WARPS < active)
+        attend_positions(batch, queries + set * SET_FLOATS, keys_of(g, kv), values_of(g, kv), begin, end, warps);
     T::sync();
-    for (int i = this_thread(); i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
-        int h = i / HEAD_DIM, d = i % HEAD_DIM;
-        const float* from = warps + (h / AT_ONCE * SET_WARPS * AT_ONCE + h % AT_ONCE) * (HEAD_DIM + 2);
-        float m = -INFINITY;
+    // A warp for each head: more of them would make the same weights again.
+    int lane = this_thread() % 32;
+    for (int h = warp; h < HEAD_GROUP; h += ATTEND_THREADS / 32) {
+        constexpr int STRIDE = AT_ONCE * (HEAD_DIM + 2), PAIRS = (HEAD_DIM + 63) / 64;
+        const float* from = warps + h / AT_ONCE * SET_WARPS * STRIDE + h % AT_ONCE * (HEAD_DIM + 2);
+        float most = -INFINITY, sum = 0;
+        float2 sums[PAIRS] = {};
+#pragma unroll 4
+        for (int w = 0; w < active; w++) most = fmaxf(most, from[w * STRIDE]);
+#pragma unroll 4
+        for (int w = 0; w < active; w++) {
+            float f = rescale(from[w * STRIDE], most);
+            sum = fmaf(f, from[w * STRIDE + 1], sum);
 #pragma unroll
-        for (int w = 0; w < SET_WARPS; w++) m = fmaxf(m, from[w * AT_ONCE * (HEAD_DIM + 2)]);
-        float l = 0, sum = 0;
+            for (int j = 0; j < PAIRS; j++)
+                if (64 * j + 2 * lane < HEAD_DIM) {
+                    float2 v = *(const float2*)(from + w * STRIDE + 2 + 64 * j + 2 * lane);
+                    sums[j] = make_float2(fmaf(f, v.x, sums[j].x), fmaf(f, v.y, sums[j].y));
+                }
+        }
+        float* to = out ? out + h * HEAD_DIM : part + h * (HEAD_DIM + 2) + 2;
+        float divisor = out ? sum : 1.0f;
 #pragma unroll
-        for (int w = 0; w < SET_WARPS; w++) {
-            const float* at = from + w * AT_ONCE * (HEAD_DIM + 2);
-            float f = rescale(at[0], m);
-            l = fmaf(f, at[1], l);
-            sum = fmaf(f, at[2 + d], sum);
-        }
-        if (out) {
-            put(out + i, sum / l);
-        } else {
-            float* to = part + h * (HEAD_DIM + 2);
-            if (d == 0) put(to, m), put(to + 1, l);
-            put(to + 2 + d, sum);
-        }
+        for (int j = 0; j < PAIRS; j++)
+            if (64 * j + 2 * lane < HEAD_DIM) put2(to + 64 * j + 2 * lane, sums[j].x / divisor, sums[j].y / divisor);
+        if (!out && lane == 0) put2(to - 2, most, sum);
     }
 }
 
@@ -289,7 +195,8 @@ struct Span {
         splits = min(SPLITS, (length + SHARE - 1) / SHARE);
     }
 
-    __device__ __forceinline__ int begin(int split) const { return first + (long long)length * split / splits; }
+    // Texts are no longer than 2³² / SPLITS.
+    __device__ __forceinline__ int begin(int split) const { return first + (u32)length * (u32)split / (u32)splits; }
 };
 
 // Share `split` of one token at `position`, and the merge, as above. x: the token's queries, keys and values; `ready` is
@@ -305,10 +212,10 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
     int t = this_thread(), count = split == splits - 1 ? OWN + 2 * HEAD_DIM : OWN;
     const float2* angles = g.angles + (long long)position * HALF;
     // The token's key and value as they are stored.
-    Stored* newest = (Stored*)(queries + OWN);
+    Stored* newest = (Stored*)(queries + QUERY_FLOATS);
     // Of the cache, while the query may be on its way.
     Batch batch = {};
-    fetch(batch, g, kv, begin, min(end, position));
+    fetch_first_keys(batch, keys_of(g, kv), begin, min(end, position));
     float2 turns[STEPS];
     Asked own[STEPS] = {}, others[STEPS] = {};
 #pragma unroll
@@ -327,6 +234,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= own[s].there() & others[s].there();
     } while (!there);
+    fetch_first_values(batch, values_of(g, kv), begin, min(end, position));
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
@@ -334,7 +242,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
         float v = own[s].sum();
         if (i < OWN + HEAD_DIM) v = rotated(v, others[s].sum(), turns[s], i % HEAD_DIM);
         if (i < OWN) {
-            queries[i] = scale * v;
+            put_query(queries, i / HEAD_DIM, i % HEAD_DIM, scale * v);
         } else if (i < count) {
             Stored rounded = to_stored(v);
             newest[i - OWN] = rounded;
@@ -344,23 +252,17 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
     }
     T::sync();
     ready();
-    // The token itself, if it is one of the first.
-    if (position < end && position < begin + TEAMS * FLIGHT) {
-        int lane = t % LANES * 8;
-#pragma unroll
-        for (int f = 0; f < FLIGHT; f++)
-            if (lane < HEAD_DIM && begin + f * TEAMS + team_of_set() == position) {
-                batch.k[f] = *(const Eight*)(newest + lane);
-                batch.v[f] = *(const Eight*)(newest + HEAD_DIM + lane);
-            }
-    }
+    // One share in sixteen has the newest.
+    if (split == splits - 1) replace_first(batch, newest, begin, position);
     float* out = g.out + (long long)kv * HEAD_GROUP * HEAD_DIM;
     float* parts = g.parts + (long long)kv * SPLITS * HEAD_GROUP * (HEAD_DIM + 2);
     attend_share<T>(g, batch, queries, kv, begin, end, splits == 1 ? out : nullptr,
                     parts + split * HEAD_GROUP * (HEAD_DIM + 2));
     if (splits == 1) return;
 
-    int first = 0, last = OWN;
+    // By warps: 32 dimensions of a head at a time.
+    constexpr int PIECES = (HEAD_DIM + 31) / 32, STRIDE = HEAD_GROUP * (HEAD_DIM + 2);
+    int first = 0, last = HEAD_GROUP * PIECES;
     if (g.tickets) {
         // What the block has written is there for whoever takes a later ticket.
         T::sync();
@@ -369,31 +271,26 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
         if (*ticket != splits - 1) return;
         if (threadIdx.x == 0) g.tickets[kv] = 0;
     } else {
-        first = OWN * split / splits, last = OWN * (split + 1) / splits;
+        first = HEAD_GROUP * PIECES * split / splits, last = HEAD_GROUP * PIECES * (split + 1) / splits;
     }
-    for (int i = first + this_thread(); i < last; i += ATTEND_THREADS) {
-        int h = i / HEAD_DIM, d = i % HEAD_DIM;
-        Asked shares[SPLITS] = {};
+    for (int piece = first + this_thread() / 32; piece < last; piece += ATTEND_THREADS / 32) {
+        int h = piece / PIECES, lane = this_thread() % 32, d = piece % PIECES * 32 + lane;
+        const float* from = parts + h * (HEAD_DIM + 2);
+        float m = -INFINITY, l = 0, sums[SPLITS] = {};
         do {
-            there = true;
+            if (lane < splits) m = ask1(from + lane * STRIDE), l = ask1(from + lane * STRIDE + 1);
 #pragma unroll
-            for (int s = 0; s < SPLITS; s++) {
-                const float* at = parts + (s * HEAD_GROUP + h) * (HEAD_DIM + 2);
-                if (s < splits) shares[s] = Asked{ask1(at), ask1(at + 1), ask1(at + 2 + d)};
-            }
+            for (int s = 0; s < SPLITS; s++)
+                if (s < splits && d < HEAD_DIM) sums[s] = ask1(from + s * STRIDE + 2 + d);
+            there = !missing(m) & !missing(l);
 #pragma unroll
-            for (int s = 0; s < SPLITS; s++) there &= shares[s].there();
+            for (int s = 0; s < SPLITS; s++) there &= !missing(sums[s]);
         } while (!there);
-        float m = shares[0].a, l = 0, sum = 0;
+        __syncwarp();
+        Weights weights(m, l);
+        float sum = 0;
 #pragma unroll
-        for (int s = 1; s < SPLITS; s++)
-            if (s < splits) m = fmaxf(m, shares[s].a);
-#pragma unroll
-        for (int s = 0; s < SPLITS; s++) {
-            float f = s < splits ? rescale(shares[s].a, m) : 0.0f;
-            l = fmaf(f, shares[s].b, l);
-            sum = fmaf(f, shares[s].c, sum);
-        }
-        put(out + i, sum / l);
+        for (int s = 0; s < SPLITS; s++) sum = fmaf(weights.of(s), sums[s], sum);
+        if (d < HEAD_DIM) put(out + h * HEAD_DIM + d, sum / weights.sum);
     }
 }

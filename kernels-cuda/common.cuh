@@ -148,7 +148,7 @@ __device__ __forceinline__ int this_thread() {
 template <int FIRST, int SIZE, int BARRIER>
 struct Team {
     static constexpr int size = SIZE;
-    static __device__ __forceinline__ int thread() { return threadIdx.x - FIRST; }
+    static __device__ __forceinline__ int thread() { return this_thread() - FIRST; }
     static __device__ __forceinline__ int warp() { return thread() / 32; }
     static __device__ __forceinline__ void sync() { asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(SIZE) : "memory"); }
 };
@@ -157,7 +157,7 @@ struct Team {
 template <class T>
 __device__ __forceinline__ float team_sum(float v, float* scratch) {
     v = warp_sum(v);
-    if (threadIdx.x % 32 == 0) scratch[T::warp()] = v;
+    if (T::thread() % 32 == 0) scratch[T::warp()] = v;
     T::sync();
     float sum = 0;
 #pragma unroll

@@ -22,6 +22,12 @@ __device__ __forceinline__ void put(float* to, float v) {
     put((u32*)to, missing(v) ? 0x7fffffffu : __float_as_uint(v));
 }
 
+// Two in one store, aligned to 8 bytes.
+__device__ __forceinline__ void put2(float* to, float x, float y) {
+    u32 a = missing(x) ? 0x7fffffffu : __float_as_uint(x), b = missing(y) ? 0x7fffffffu : __float_as_uint(y);
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
+
 __device__ __forceinline__ uint4 ask4(const void* from) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -10,11 +10,11 @@ __device__ __forceinline__ void arrive(u32* arrived) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
 }
 
-__device__ __forceinline__ void wait_until(const u32* arrived, u32 target) {
-    u32 now;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-    } while ((int)(now - target) < 0);
+__device__ __forceinline__ void note_time(u64* to) {
+    if (!to) return;
+    u64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    *to = now;
 }
 
 // All blocks wait for all; what any of them wrote before is visible after. Threads of the block call together.
@@ -24,12 +24,13 @@ struct Grid {
     u64* stamps;
     int stamped;
 
+    // Where the next time goes, if this thread notes it.
+    __device__ __forceinline__ u64* here() const {
+        return stamps && blockIdx.x == 0 && threadIdx.x == 0 ? stamps + stamped : nullptr;
+    }
+
     __device__ __forceinline__ void stamp() {
-        if (stamps && blockIdx.x == 0 && threadIdx.x == 0) {
-            u64 now;
-            asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-            stamps[stamped] = now;
-        }
+        note_time(here());
         stamped++;
     }
 

@@ -7,9 +7,9 @@
 //   layers     [count], in device memory: matrices as in anyprec.cuh (FORMAT 0) or lutgemm.cuh (FORMAT 1)
 //   h          f32 [H]; what stands in h_delta on entry (or null) belongs to it
 //   flow       f32 [2, WORDS], overwritten: the vectors between blocks (`At` below), for even and for odd layers
-//   list       [channels of the longest selection], overwritten
-//   grid       u32 [4]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
-//              ended; the same of blocks that have selected a part
+//   list       u64 [4, longest], overwritten: selections that several blocks make together (`Exchange` below)
+//   grid       u32 [2]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
+//              ended
 //   stamps     null, or u64: the device's nanoseconds at the start, and when the first block had what the next operation
 //              reads
 //
@@ -21,7 +21,7 @@
 // Every block that multiplies has a part of every product, so that whoever has all of one knows that all blocks are done
 // with what came before it: then the set of vectors of the layer before is made missing.
 //
-// Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16; WARPS of 4; no more
+// Limits: compute capability 9.0; no more than 65536 channels; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16; WARPS of 4; no more
 // multiplying blocks than tiles; a block's rows, but of gate and up, no more than its threads.
 // Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1); shared memory's parts
 // in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.
@@ -36,8 +36,6 @@
 
 #define THREADS (32 * WARPS)
 #define ATTEND_THREADS THREADS
-#define AT_ONCE (HEADS / KV_HEADS % 2 == 0 ? 2 : HEADS / KV_HEADS % 3 == 0 ? 3 : 1)
-#define FLIGHT 2
 #include "attend.cuh"
 
 typedef Team<0, THREADS, 0> All;
@@ -97,7 +95,7 @@ struct Layers {
     float* h;
     const float* h_delta;
     float* flow;
-    Salient* list;
+    u64* list;
     const State* state;
     const float2* angles;
     u32* grid;
@@ -106,6 +104,7 @@ struct Layers {
     int n_tb;
     int max_seq_len;
     float eps;
+    int longest;
 };
 
 // Matrices of a layer as they stream by: QKV and O, then gate and up apart, then down.
@@ -131,6 +130,7 @@ __device__ __forceinline__ Dec dec_of(const Product& p, int op) {
 
 // Shared memory, in order; the ring comes first.
 constexpr int ROUTES = (Stream<MATRICES, Table>::BYTES + 127) / 128 * 128; // Route [MATRICES], scratch floats
+constexpr int POSITION = ROUTES + 124;                              // the token's, between these
 constexpr int TABLE = ROUTES + 256;                                 // Layer [MOST_LAYERS]
 constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
@@ -155,87 +155,90 @@ __device__ __forceinline__ void empty(float* from, int words, int blocks) {
         *(uint4*)(from + i) = make_uint4(MISSING, MISSING, MISSING, MISSING);
 }
 
-// Whether a vector of K has more chunks than a block selects at once.
-template <int K>
-__device__ __forceinline__ constexpr bool is_long() {
-    return (K + CHUNK - 1) / CHUNK > THREADS / SELECTORS;
-}
-
-// Where compensating blocks put their parts of a long selection together. Of every such product in order, `target` is how
-// many blocks have put theirs there then.
+// A long selection, whose parts come from several compensating blocks, each entry in one word of 8 bytes: activation,
+// channel, and above that a number of the product's own, by which whoever waits for the entry knows it.
 struct Exchange {
-    Salient* list;
-    u32* arrived;
-    u32 target;
+    u64* list;
+    u32 tag;
 
-    __device__ __forceinline__ void meet(int blocks) {
-        target += blocks;
-        All::sync();
-        if (threadIdx.x == 0) {
-            arrive(arrived);
-            wait_until(arrived, target);
-        }
-        All::sync();
+    __device__ __forceinline__ void put(int place, const Salient& s) const {
+        u64 word = (u64)(tag << 16 | s.channel) << 32 | __float_as_uint(s.x);
+        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(list + place), "l"(word) : "memory");
+    }
+
+    __device__ __forceinline__ Salient await(int place) const {
+        u64 word;
+        do {
+            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(list + place) : "memory");
+        } while ((u32)(word >> 48) != tag);
+        return Salient{(int)(word >> 32 & 0xffff), __uint_as_float((u32)word)};
     }
 };
 
-// The compensation of a product of K channels by block `block` of those that compensate. x is waited for, and normalized
-// if there is a γ.
-template <int K, bool NORM>
-__device__ __forceinline__ void compensate_product(const Product& p, int op, int block, const Sum& x, const float* gamma,
-                                                   float eps, char* shared, Exchange& exchange, float* out) {
-    if (p.k_chunk == 0) return;
-    constexpr int GROUPS = THREADS / SELECTORS, CHUNKS = (K + CHUNK - 1) / CHUNK;
+// The compensation of a product by block `block` of those that compensate. x is waited for, and normalized if there is a
+// γ. One piece of code for all four products: each for itself, they would not fit into the instruction cache.
+__device__ __noinline__ void compensate_product(const Product& p, int op, int block, Sum x, const float* gamma, float eps,
+                                                char* shared, Exchange exchange, float* out) {
+    constexpr int GROUPS = THREADS / SELECTORS;
     Dec dec = dec_of(p, op);
     float* scratch = (float*)(shared + ROUTES + 128);
     int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8, edge = p.edges[this_thread() % 32];
+    int k_all = dec.in_features, chunks = (k_all + CHUNK - 1) / CHUNK;
     Salient* list = (Salient*)(shared + LIST);
     u32* counts = (u32*)(shared + X) + group * COUNTS;
-    if constexpr (!is_long<K>()) {
-        // Every block selects everything: that takes no longer than a part.
-        int k = group * CHUNK + lane;
-        Eights weights;
-        if (NORM) weights = eights<K>(gamma, k);
-        Eights v = eights<K>(x, k);
-        if (NORM) v.scale(1.0f / sqrtf(team_sum<All>(v.squares(), scratch) / K + eps), weights);
-        if (group < CHUNKS) select_together(v, k, dec, edge, counts, list + group * p.k_chunk);
-    } else {
-        float scale = 1;
-        if (NORM) {
-            float sum = 0;
-            for (int k = group * CHUNK + lane; k < K; k += GROUPS * CHUNK) sum += eights<K>(x, k).squares();
-            scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / K + eps);
-        }
-        for (int c = block + group * p.n_tb; c < CHUNKS; c += GROUPS * p.n_tb) {
-            int k = c * CHUNK + lane;
-            Eights v = eights<K>(x, k);
-            if (NORM) v.scale(scale, eights<K>(gamma, k));
-            select_together(v, k, dec, edge, counts, exchange.list + c * p.k_chunk);
-        }
-        exchange.meet(p.n_tb);
-        int n = (CHUNKS - 1) * p.k_chunk + chunk_quota(dec, CHUNKS - 1);
-        for (int i = this_thread(); i < n; i += THREADS) ((u64*)list)[i] = __ldcg((const u64*)exchange.list + i);
+    // Every block selects everything, unless there are more chunks than it selects at once.
+    bool together = chunks > GROUPS;
+    int chunk = together ? block + group * p.n_tb : group, step = together ? GROUPS * p.n_tb : GROUPS;
+    Eights weights = {};
+    if (gamma) weights = eights(gamma, chunk * CHUNK + lane, k_all);
+    Eights v = eights(x, chunk * CHUNK + lane, k_all);
+    float scale = 1;
+    if (gamma) {
+        float sum = together ? 0 : v.squares();
+        if (together)
+#pragma unroll 1
+            for (int k = group * CHUNK + lane; k < k_all; k += GROUPS * CHUNK) sum += eights(x, k, k_all).squares();
+        scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / k_all + eps);
+    }
+#pragma unroll 1
+    while (chunk < chunks) {
+        int k = chunk * CHUNK + lane, place = chunk * p.k_chunk;
+        if (gamma) v.scale(scale, weights);
+        select_together(v, k, dec, edge, counts, [&](int i, const Salient& s) {
+            if (together)
+                exchange.put(place + i, s);
+            else
+                list[place + i] = s;
+        });
+        if ((chunk += step) >= chunks) break;
+        if (gamma) weights = eights(gamma, chunk * CHUNK + lane, k_all);
+        v = eights(x, chunk * CHUNK + lane, k_all);
+    }
+    if (together) {
+        int n = (chunks - 1) * p.k_chunk + chunk_quota(dec, chunks - 1);
+        for (int i = this_thread(); i < n; i += THREADS) list[i] = exchange.await(i);
     }
     All::sync();
     add_stripe<All>(dec, block, list, (float*)(shared + X), out);
 }
 
 // What a block does that compensates. Not inlined: the compiler would keep what the other blocks need beside it.
-__device__ __noinline__ void compensate_layers(const Layers& g, const Layer* table, char* shared, Exchange& exchange) {
+__device__ __noinline__ void compensate_layers(const Layers& g, const Layer* table, char* shared) {
     int block = blockIdx.x - (BLOCKS - g.n_tb);
 #pragma unroll 1
-    for (int l = 0; l < g.count; l++) {
+    for (int i = 0; i < 4 * g.count; i++) {
+        int l = i / 4, op = i % 4;
         const Layer& layer = table[l];
         const Product* p = layer.products;
+        if (p[op].k_chunk == 0) continue;
         float *set = g.flow + l % 2 * WORDS, *next = g.flow + (l + 1) % 2 * WORDS;
-        compensate_product<H, true>(p[QKV], QKV, block, input_of(g, p[D], l), layer.norms[0], g.eps, shared, exchange,
-                                    set + QKV_DELTA);
-        compensate_product<A, false>(p[O], O, block, Sum{set + ATTENDED, nullptr, nullptr}, nullptr, 0, shared, exchange,
-                                     set + BETWEEN_DELTA);
-        compensate_product<H, true>(p[GU], GU, block, between_of(set, p[O]), layer.norms[1], g.eps, shared, exchange,
-                                    set + GU_DELTA);
-        compensate_product<I, false>(p[D], D, block, Sum{set + ACT32, nullptr, nullptr}, nullptr, 0, shared, exchange,
-                                     next + INPUT_DELTA);
+        Sum x = op == QKV  ? input_of(g, p[D], l)
+                : op == GU ? between_of(set, p[O])
+                           : Sum{set + (op == O ? ATTENDED : ACT32), nullptr, nullptr};
+        const float* gamma = op == QKV ? layer.norms[0] : op == GU ? layer.norms[1] : nullptr;
+        float* out = op == D ? next + INPUT_DELTA : set + (op == QKV ? QKV_DELTA : op == O ? BETWEEN_DELTA : GU_DELTA);
+        // An entry is overwritten a layer later, when every block is done with it.
+        compensate_product(p[op], op, block, x, gamma, g.eps, shared, Exchange{g.list + op * g.longest, i + 1u}, out);
     }
 }
 
@@ -271,6 +274,27 @@ struct Multiplier {
     }
 };
 
+// This block's shares of a layer's attention; `stamp` as in Grid::here().
+__device__ __noinline__ void attention(const Layers& g, const Layer& layer, float* set, char* shared, u64* stamp) {
+    int position = *(const int*)(shared + POSITION), share = blockIdx.x;
+    Span span(position);
+    if (share >= KV_HEADS * span.splits) return;
+    // Where heads are divided, there are no more shares than blocks.
+#pragma unroll 1
+    do {
+        int kv = share % KV_HEADS, split = share / KV_HEADS;
+        prefetch(layer.keys, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
+        prefetch(layer.values, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
+        Attend a{nullptr,      nullptr, layer.keys,     layer.values,  g.angles, g.state,
+                 set + SHARES, nullptr, set + ATTENDED, g.max_seq_len};
+        Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, QKV_REST, DEC && layer.products[QKV].k_chunk > 0);
+        // What was in shared memory before has been used.
+        All::sync();
+        attend_token<All>(a, qkv, (float*)(shared + X), nullptr, kv, split, position, [&] { note_time(stamp); });
+        share += BLOCKS - g.n_tb;
+    } while (SPLITS == 1 && share < KV_HEADS * span.splits);
+}
+
 // What the other blocks do.
 __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* table, char* shared, Grid& grid) {
     Route* routes = (Route*)(shared + ROUTES);
@@ -280,13 +304,16 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
     constexpr int WIDEST = H > A ? H : A;
     // Sums of groups end where the inputs do.
     float* group_sums = (float*)(shared + X + XS) - UNITS_OF(WIDEST > I ? WIDEST : I) * GROUP_SUMS;
-    int blocks = BLOCKS - g.n_tb, position = __ldcg(&g.state->position);
+    int blocks = BLOCKS - g.n_tb;
 
     if (threadIdx.x < 32) Stream<MATRICES, Table>::init(shared_address(shared));
+    if (threadIdx.x == 0) *(int*)(shared + POSITION) = __ldcg(&g.state->position);
     if (threadIdx.x < MATRICES) routes[threadIdx.x] = route_of(threadIdx.x - (threadIdx.x >= UP), blocks);
     All::sync();
     Stream<MATRICES, Table> stream(Table{table}, routes, MATRICES * g.count, shared_address(shared));
     grid.sync();
+    // Every block has read it.
+    if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target;
     grid.stamp();
 
     Multiplier multiplier{stream, routes, shared, xs, group_sums, parts, grid};
@@ -302,20 +329,8 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
         // This block had all of the input: every block is done with the layer before.
         empty(next, WORDS, blocks);
 
-        Span span(position);
-#pragma unroll 1
-        for (int share = blockIdx.x; share < KV_HEADS * span.splits; share += blocks) {
-            int kv = share % KV_HEADS, split = share / KV_HEADS;
-            prefetch(layer.keys, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
-            prefetch(layer.values, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
-            Attend a{nullptr,      nullptr, layer.keys,     layer.values,  g.angles, g.state,
-                     set + SHARES, nullptr, set + ATTENDED, g.max_seq_len};
-            Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, QKV_REST, DEC && p[QKV].k_chunk > 0);
-            // What was in shared memory before has been used.
-            All::sync();
-            attend_token<All>(a, qkv, (float*)(shared + X), nullptr, kv, split, position,
-                              [&] { if (share == 0) grid.stamp(); });
-        }
+        attention(g, layer, set, shared, grid.here());
+        grid.stamped++;
         // `next` is missing for whoever has what this block writes from now on.
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         All::sync();
@@ -351,14 +366,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
     wait_for_previous();
     empty(g.flow, 2 * WORDS, BLOCKS);
     Grid grid{g.grid, __ldcg(g.grid + 1), g.stamps, 0};
-    Exchange exchange{g.list, g.grid + 2, __ldcg(g.grid + 3)};
+    if (DEC)
+        for (int i = blockIdx.x * THREADS + this_thread(); i < 4 * g.longest; i += BLOCKS * THREADS) g.list[i] = 0;
     if (DEC && blockIdx.x >= BLOCKS - g.n_tb) {
         grid.sync();
-        compensate_layers(g, table, shared, exchange);
-        if (blockIdx.x == BLOCKS - 1 && threadIdx.x == 0) g.grid[3] = exchange.target;
+        compensate_layers(g, table, shared);
     } else {
         multiply_layers(g, table, shared, grid);
-        if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target;
     }
 #endif
 }

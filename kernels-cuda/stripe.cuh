@@ -29,10 +29,9 @@ struct Eights {
     }
 };
 
-// Channels k to k + 7 of a vector of LEN, which are waited for; zeros past its end.
-template <int LEN>
-__device__ __forceinline__ Eights eights(const Sum& x, int k) {
-    if (k >= LEN) return Eights{make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+// Channels k to k + 7 of `len`, which are waited for; zeros past the end.
+__device__ __forceinline__ Eights eights(const Sum& x, int k, int len) {
+    if (k >= len) return Eights{};
     Asked4 a, b;
     do {
         a = x.ask_four(k), b = x.ask_four(k + 4);
@@ -41,9 +40,8 @@ __device__ __forceinline__ Eights eights(const Sum& x, int k) {
 }
 
 // The same of numbers that are always there.
-template <int LEN>
-__device__ __forceinline__ Eights eights(const float* x, int k) {
-    if (k >= LEN) return Eights{make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+__device__ __forceinline__ Eights eights(const float* x, int k, int len) {
+    if (k >= len) return Eights{};
     return Eights{*(const float4*)(x + k), *(const float4*)(x + k + 4)};
 }
 
@@ -91,9 +89,10 @@ __device__ __forceinline__ int search_together(const Eights& v, Together& group,
     return first + (((int)(all.x & 0xffff) < k) + ((int)(all.x >> 16) < k) + ((int)all.y < k)) * STEP;
 }
 
-// The group writes the salient channels of its chunk, ascending; k is this thread's first channel.
+// The group puts the salient channels of its chunk in their places, ascending; k is this thread's first channel.
+template <class Put>
 __device__ __forceinline__ void select_together(const Eights& v, int k, const Dec& dec, int edge, u32* counts,
-                                                Salient* list) {
+                                                const Put& put_salient) {
     int quota = dec.k_chunk * min(CHUNK, dec.in_features - k / CHUNK * CHUNK) / CHUNK;
     if (quota == 0) return;
     Together group{counts, 0};
@@ -147,14 +146,14 @@ __device__ __forceinline__ void select_together(const Eights& v, int k, const De
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         bool is_taken = any_above && !(fabsf(v[i]) < above), is_tie = !is_taken && !(fabsf(v[i]) < least);
-        if (is_taken || (is_tie && ties < ties_taken)) list[taken + min(ties, ties_taken)] = Salient{k + i, v[i]};
+        if (is_taken || (is_tie && ties < ties_taken)) put_salient(taken + min(ties, ties_taken), Salient{k + i, v[i]});
         taken += is_taken;
         ties += is_tie;
     }
 }
 
 // Channels that a thread of add_stripe() has in flight.
-#define IN_FLIGHT 8
+#define IN_FLIGHT 4
 
 // Block `block` of n_tb computes its stripe of out = s·Σ q·x over a whole list. Threads form teams across the stripe,
 // sixteen rows each, and teams share the channels out. sums: f32 [16, threads + 1].
@@ -162,7 +161,11 @@ template <class T>
 __device__ __forceinline__ void add_stripe(const Dec& dec, int block, const Salient* list, float* sums, float* out) {
     constexpr int N = T::size;
     int tid = this_thread(), words = dec.out_features / 8, pieces = words / 2;
-    int begin = (long long)pieces * block / dec.n_tb, end = (long long)pieces * (block + 1) / dec.n_tb;
+    // Whole lines of 128 bytes, if there are enough: others cross the link in more requests.
+    int line = 16;
+    while (line > 1 && pieces < line * dec.n_tb) line /= 2;
+    int lines = (pieces + line - 1) / line;
+    int begin = min(lines * block / dec.n_tb * line, pieces), end = min(lines * (block + 1) / dec.n_tb * line, pieces);
     int chunks = (dec.in_features + CHUNK - 1) / CHUNK, n = (chunks - 1) * dec.k_chunk + chunk_quota(dec, chunks - 1);
 #pragma unroll 1
     for (int p0 = begin; p0 < end; p0 += N) {

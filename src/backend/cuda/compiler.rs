@@ -29,10 +29,12 @@ const SOURCES: [(&str, &str); 12] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 13] = [
+const HEADERS: [(&str, &str); 15] = [
     ("anyprec.cuh", include_str!("../../../kernels-cuda/anyprec.cuh")),
     ("lutgemm.cuh", include_str!("../../../kernels-cuda/lutgemm.cuh")),
     ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),
+    ("attend_lanes.cuh", include_str!("../../../kernels-cuda/attend_lanes.cuh")),
+    ("attend_tensor.cuh", include_str!("../../../kernels-cuda/attend_tensor.cuh")),
     ("stream.cuh", include_str!("../../../kernels-cuda/stream.cuh")),
     ("unit.cuh", include_str!("../../../kernels-cuda/unit.cuh")),
     ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
@@ -347,12 +349,13 @@ mod tests {
                 // Choosing a token runs once per token, in one block: 72 bytes of stack do not show there. Layers in one
                 // launch need a ring of 128 KB (layers.rs), more than a block of sm_120 has: they run one by one there.
                 let hot = *file != "sample.cu" && !(*file == "layers.cu" && architecture == "sm_120");
-                // Beside compensation, layers keep some addresses on the stack from phase to phase, not in the loops.
-                let phases = *file == "layers.cu" && defines.iter().any(|d| d == "DEC=1");
-                // NVRTC 12.8 spills 16 bytes where 13.0 does not (sm_120, SmolLM2's LUT-GEMM): said, not refused.
-                let most = if phases {
+                // Layers keep an address or two on the stack from phase to phase, some more beside compensation, none in
+                // the loops. NVRTC 12.8 spills 16 bytes where 13.0 does not (sm_120, SmolLM2's LUT-GEMM). Said, not refused.
+                let layers = *file == "layers.cu";
+                let compensates = defines.iter().any(|d| d == "DEC=1");
+                let most = if layers && compensates {
                     64
-                } else if compiler.version.0 < 13 {
+                } else if layers || compiler.version.0 < 13 {
                     16
                 } else {
                     0

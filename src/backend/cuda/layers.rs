@@ -20,6 +20,9 @@ const MOST_LAYERS: usize = 40;
 /// Words of 8 bytes of `struct Layer`, and the bytes of it.
 const LAYER_WORDS: usize = 36;
 
+/// Most channels of a product: in a selection that blocks make together, a channel has 16 bits.
+const MOST_CHANNELS: usize = 1 << 16;
+
 /// Bytes of weights on their way below which one launch for layers does not pay: with a ring of 97 KB memory idles while
 /// blocks wait (H100, Llama-3-70B: 78 tokens/s where single operations make 80).
 const PAYS: usize = 128 << 10;
@@ -104,7 +107,9 @@ fn launch_of_warps(
     most_shared: usize,
 ) -> Option<LayersLaunch> {
     let products = shapes.products();
-    if !products.iter().all(|&(k, rows)| k.is_multiple_of(TILE) && rows.is_multiple_of(2 * TILE)) {
+    let fits =
+        |&(k, rows): &(usize, usize)| k.is_multiple_of(TILE) && k <= MOST_CHANNELS && rows.is_multiple_of(2 * TILE);
+    if !products.iter().all(fits) {
         return None;
     }
     let (list, n_tb) = dec.unwrap_or_default();
@@ -133,7 +138,7 @@ fn launch_of_warps(
     let parts = qkv.max(o).max(2 * pairs).max(down) * warps * TILE * 4;
     // Attention uses both while no product does.
     let group = shapes.heads / shapes.kv_heads;
-    let attention = 4 * ((group + 2) * shapes.head_dim + warps * at_once(group) * (shapes.head_dim + 2));
+    let attention = 4 * ((group.next_multiple_of(4) + 2) * shapes.head_dim + warps * 4 * (shapes.head_dim + 2));
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
     let books = qkv.max(o).max(pairs).max(down) * (unit(format, narrow).1 - slot(format, narrow));
@@ -159,11 +164,6 @@ fn slot(format: Format, in_features: usize) -> usize {
     }
 }
 
-/// `AT_ONCE` of `layers.cu`.
-fn at_once(group: usize) -> usize {
-    [2, 3].into_iter().find(|&n| group.is_multiple_of(n)).unwrap_or(1)
-}
-
 /// `struct Layers` of `layers.cu`.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -181,6 +181,7 @@ struct LayersArgument {
     n_tb: i32,
     max_seq_len: i32,
     eps: f32,
+    longest: i32,
 }
 
 /// The format that all four matrices share, if they do and it has fast kernels.
@@ -245,15 +246,16 @@ impl Cuda {
             h: h.at(),
             h_delta: h.delta(),
             flow: self.scratch(Scratch::Flow, 8 * shapes.flow_words(launch.splits, compensates))?.pointer(),
-            list: self.scratch(Scratch::List, longest.max(8))?.pointer(),
+            list: self.scratch(Scratch::List, 4 * longest.max(8))?.pointer(),
             state: sequence.state.pointer(),
             angles: sequence.angles.pointer(),
-            grid: self.scratch(Scratch::Grid, 16)?.pointer(),
+            grid: self.scratch(Scratch::Grid, 8)?.pointer(),
             stamps: self.stamps.borrow().as_ref().map_or(0, |s| s.pointer()),
             count: layers.len() as i32,
             n_tb: n_tb as i32,
             max_seq_len: sequence.max_seq_len as i32,
             eps: operands.norms[0].eps,
+            longest: (longest / 8) as i32,
         };
         let threads = 32 * launch.warps;
         let launch =

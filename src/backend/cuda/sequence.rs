@@ -163,7 +163,7 @@ impl Sequence {
         };
         let defines = self.defines(cuda.options.dtype, cuda.splits(self.kv_heads));
         let group = self.heads / self.kv_heads;
-        let shared = 4 * ((group + 2) * self.head_dim + 8 * group * (self.head_dim + 2));
+        let shared = 4 * ((group.next_multiple_of(4) + 2) * self.head_dim + 8 * group * (self.head_dim + 2));
         let launch = |entry: &str, grid, shared| {
             let kernel = cuda.kernel("attend.cu", entry, &defines)?;
             let launch = Launch { grid, shared, ..Launch::new(1, 256) };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use super::Cuda;
-use super::driver::{Arguments, Driver, Launch};
+use super::driver::{Arguments, Buffer, Driver, Launch};
 use super::host::Mapped;
 
 /// How long blocks may take to arrive.
@@ -15,7 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Multiprocessors that are held until this is dropped, or for the time it was made for.
 pub struct Occupied {
-    words: Mapped, // u32: the end, then one word for every block
+    arrived: Mapped, // u32 for every block
+    end: Buffer,     // u32, written by a stream of its own
     driver: Rc<Driver>,
 }
 
@@ -34,15 +35,18 @@ impl Cuda {
         let kernel = self.kernel("occupy.cu", "occupy", &[])?;
         kernel.function()?;
         let driver = self.driver.beside()?;
-        let occupied = Occupied { words: Mapped::new(&driver, 4 * (1 + rest))?, driver };
-        let (end, most_ns) = (occupied.words.pointer(), most.as_nanos() as u64);
-        let arrived = end + 4;
+        let ender = driver.beside()?;
+        let end = Buffer::of(&ender, &[0u32])?;
+        ender.wait()?;
+        let occupied = Occupied { arrived: Mapped::new(&driver, 4 * rest)?, end, driver };
+        let (end, arrived) = (occupied.end.pointer(), occupied.arrived.pointer());
+        let most_ns = most.as_nanos() as u64;
         self.driver.wait()?;
         let launch = Launch { shared: numbers.shared_per_block, overlap: false, ..Launch::new(rest, 32) };
         let mut arguments = Arguments::new().with(&end).with(&arrived).with(&most_ns);
         occupied.driver.launch(&kernel, launch, &mut arguments)?;
         let start = Instant::now();
-        let missing = || (1..=rest).filter(|&i| occupied.word(i).load(Ordering::Acquire) == 0).count();
+        let missing = || (0..rest).filter(|&i| occupied.word(i).load(Ordering::Acquire) == 0).count();
         while missing() > 0 && start.elapsed() < PATIENCE {
             std::hint::spin_loop();
         }
@@ -62,14 +66,15 @@ impl Occupied {
     }
 
     fn word(&self, i: usize) -> &AtomicU32 {
-        // SAFETY: `words` has room for it, aligned, and lives as long as `self`; the device writes whole words.
-        unsafe { &*self.words.host().cast::<AtomicU32>().add(i) }
+        // SAFETY: `arrived` has room for it, aligned, and lives as long as `self`; the device writes whole words.
+        unsafe { &*self.arrived.host().cast::<AtomicU32>().add(i) }
     }
 }
 
 impl Drop for Occupied {
     fn drop(&mut self) {
-        self.word(0).store(1, Ordering::Release);
+        // If this fails they end by themselves.
+        let _ = self.end.write(0, &[1u32]);
         let _ = self.driver.wait();
     }
 }

@@ -13,7 +13,8 @@
 // without tickets by all of them, each a piece, who wait for each other's numbers (flow.cuh: parts are missing before).
 //
 // Scores and results are tensor cores' (attend_tensor.cuh) where keys and values are float16, heads have 64 or 128
-// dimensions and groups go in fours or fit in one; otherwise lanes' (attend_lanes.cuh).
+// dimensions and groups go in fours, no more of them than a block has warps, or fit in one; otherwise lanes'
+// (attend_lanes.cuh).
 //
 // Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, WINDOW (0: none), SPLITS; ATTEND_THREADS of a block.
 #pragma once
@@ -21,7 +22,9 @@
 
 #define HEAD_GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
-#define TENSOR (KV == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) && (HEAD_GROUP % 4 == 0 || HEAD_GROUP < 4))
+#define TENSOR                                                                                                         \
+    (KV == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&                                                                 \
+     (HEAD_GROUP < 4 || (HEAD_GROUP % 4 == 0 && HEAD_GROUP / 4 <= ATTEND_THREADS / 32)))
 // How many of a group's queries a warp keeps, a divisor of the group; the others are other warps'. More fit where a thread
 // may have more registers.
 #if TENSOR
@@ -252,7 +255,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
     }
     T::sync();
     ready();
-    // One share in sixteen has the newest.
+    // The last share has the newest.
     if (split == splits - 1) replace_first(batch, newest, begin, position);
     float* out = g.out + (long long)kv * HEAD_GROUP * HEAD_DIM;
     float* parts = g.parts + (long long)kv * SPLITS * HEAD_GROUP * (HEAD_DIM + 2);

@@ -7,6 +7,8 @@
 // Scores are a product of a tile of keys, a row for each position, with the queries; results one of values, a row for each
 // dimension, with the weights. Which channel of a product is which dimension is free as long as both operands agree, so
 // every lane loads 16 bytes at a time, straight from the cache: no shared memory, no shuffles but those of the softmax.
+//
+// Limits: queries divided by √HEAD_DIM are float16's in size (65504), as keys and values are.
 #pragma once
 #include "common.cuh"
 

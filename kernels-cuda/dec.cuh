@@ -285,6 +285,21 @@ __device__ __forceinline__ void add_channels(const Salient* list, int first, int
     }
 }
 
+// The stripe of block `block` of n_tb, in pieces of WORDS words: whole lines of 128 bytes, or halves of them and so on
+// where there are not enough, since others cross the link in more requests (H200, 4096 × 28672, k_chunk 512, 132 blocks: 31
+// GB/s where they began anywhere; layers.cu with 20 blocks: 427 tokens/s, 514 so).
+struct Stripe {
+    int begin, end;
+
+    template <int WORDS>
+    static __device__ __forceinline__ Stripe of(int pieces, int block, int n_tb) {
+        int line = 32 / WORDS;
+        while (line > 1 && pieces < line * n_tb) line /= 2;
+        int lines = (pieces + line - 1) / line;
+        return Stripe{min(lines * block / n_tb * line, pieces), min(lines * (block + 1) / n_tb * line, pieces)};
+    }
+};
+
 // Block `block` of n_tb computes its stripe: out[row] = (ONTO ? out[row] : 0) + s·Σ q·x.
 // `shared` holds list_chunks·k_chunk Salients, then 8·WORDS·(threads + 1) floats.
 // `listed`, unless null, is the selection, made by an earlier kernel.
@@ -298,11 +313,11 @@ __device__ __forceinline__ void compensate(const Dec& dec, int edge, int block, 
     int words = dec.out_features / 8;
     int chunks = (dec.in_features + CHUNK - 1) / CHUNK;
     int pieces = words / WORDS;
-    int begin = (long long)pieces * block / dec.n_tb, end = (long long)pieces * (block + 1) / dec.n_tb;
+    Stripe stripe = Stripe::of<WORDS>(pieces, block, dec.n_tb);
 
-    for (int p0 = begin; p0 < end; p0 += THREADS) {
+    for (int p0 = stripe.begin; p0 < stripe.end; p0 += THREADS) {
         // Threads form `slots` teams of `width`; each team takes every slots-th channel, each member a piece.
-        int width = min(end - p0, THREADS), slots = THREADS / width;
+        int width = min(stripe.end - p0, THREADS), slots = THREADS / width;
         int piece = tid % width, slot = tid / width;
         const u32* column = dec.residual + (long long)(p0 + piece) * WORDS;
         // The scale of the first row that this thread will finish, fetched early.

@@ -21,8 +21,8 @@
 // Every block that multiplies has a part of every product, so that whoever has all of one knows that all blocks are done
 // with what came before it: then the set of vectors of the layer before is made missing.
 //
-// Limits: compute capability 9.0; no more than 65536 channels; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16; WARPS of 4; no more
-// multiplying blocks than tiles; a block's rows, but of gate and up, no more than its threads.
+// Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16, none over 65536; WARPS of
+// 4; no more multiplying blocks than tiles; a block's rows, but of gate and up, no more than its threads.
 // Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1); shared memory's parts
 // in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.
 #if FORMAT == 0
@@ -176,29 +176,29 @@ struct Exchange {
 };
 
 // The compensation of a product by block `block` of those that compensate. x is waited for, and normalized if there is a
-// γ. One piece of code for all four products: each for itself, they would not fit into the instruction cache.
+// γ. One piece of code for all four products.
 __device__ __noinline__ void compensate_product(const Product& p, int op, int block, Sum x, const float* gamma, float eps,
                                                 char* shared, Exchange exchange, float* out) {
     constexpr int GROUPS = THREADS / SELECTORS;
     Dec dec = dec_of(p, op);
     float* scratch = (float*)(shared + ROUTES + 128);
     int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8, edge = p.edges[this_thread() % 32];
-    int k_all = dec.in_features, chunks = (k_all + CHUNK - 1) / CHUNK;
+    int channels = dec.in_features, chunks = (channels + CHUNK - 1) / CHUNK;
     Salient* list = (Salient*)(shared + LIST);
     u32* counts = (u32*)(shared + X) + group * COUNTS;
     // Every block selects everything, unless there are more chunks than it selects at once.
     bool together = chunks > GROUPS;
     int chunk = together ? block + group * p.n_tb : group, step = together ? GROUPS * p.n_tb : GROUPS;
     Eights weights = {};
-    if (gamma) weights = eights(gamma, chunk * CHUNK + lane, k_all);
-    Eights v = eights(x, chunk * CHUNK + lane, k_all);
+    if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
+    Eights v = eights(x, chunk * CHUNK + lane, channels);
     float scale = 1;
     if (gamma) {
         float sum = together ? 0 : v.squares();
         if (together)
 #pragma unroll 1
-            for (int k = group * CHUNK + lane; k < k_all; k += GROUPS * CHUNK) sum += eights(x, k, k_all).squares();
-        scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / k_all + eps);
+            for (int k = group * CHUNK + lane; k < channels; k += GROUPS * CHUNK) sum += eights(x, k, channels).squares();
+        scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / channels + eps);
     }
 #pragma unroll 1
     while (chunk < chunks) {
@@ -211,8 +211,8 @@ __device__ __noinline__ void compensate_product(const Product& p, int op, int bl
                 list[place + i] = s;
         });
         if ((chunk += step) >= chunks) break;
-        if (gamma) weights = eights(gamma, chunk * CHUNK + lane, k_all);
-        v = eights(x, chunk * CHUNK + lane, k_all);
+        if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
+        v = eights(x, chunk * CHUNK + lane, channels);
     }
     if (together) {
         int n = (chunks - 1) * p.k_chunk + chunk_quota(dec, chunks - 1);

@@ -161,15 +161,11 @@ template <class T>
 __device__ __forceinline__ void add_stripe(const Dec& dec, int block, const Salient* list, float* sums, float* out) {
     constexpr int N = T::size;
     int tid = this_thread(), words = dec.out_features / 8, pieces = words / 2;
-    // Whole lines of 128 bytes, if there are enough: others cross the link in more requests.
-    int line = 16;
-    while (line > 1 && pieces < line * dec.n_tb) line /= 2;
-    int lines = (pieces + line - 1) / line;
-    int begin = min(lines * block / dec.n_tb * line, pieces), end = min(lines * (block + 1) / dec.n_tb * line, pieces);
+    Stripe stripe = Stripe::of<2>(pieces, block, dec.n_tb);
     int chunks = (dec.in_features + CHUNK - 1) / CHUNK, n = (chunks - 1) * dec.k_chunk + chunk_quota(dec, chunks - 1);
 #pragma unroll 1
-    for (int p0 = begin; p0 < end; p0 += N) {
-        int width = min(end - p0, N), teams = N / width, piece = tid % width, team = tid / width, row0 = p0 * 16;
+    for (int p0 = stripe.begin; p0 < stripe.end; p0 += N) {
+        int width = min(stripe.end - p0, N), teams = N / width, piece = tid % width, team = tid / width, row0 = p0 * 16;
         const u32* column = dec.residual + (p0 + piece) * 2;
         float own_scale = tid < width * 16 ? dec.scales[row0 + tid] : 0.0f;
         float acc[16] = {};

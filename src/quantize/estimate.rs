@@ -115,7 +115,17 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
     let quantizing = residual_stream + inputs + layer + finished + matrix.max(batch);
     let most =
         if learns(options, manifest) { quantizing.max(learning_memory(config, options, manifest)) } else { quantizing };
-    most + WORD_BYTES * config.vocab_size
+    most.max(sampling_memory(config, &options.calibration)) + WORD_BYTES * config.vocab_size
+}
+
+/// Where the model writes its own text: its layers in f32, what attention keeps of every text, embedding and head in half
+/// precision, and the logits of all texts with a part of the head in f32.
+fn sampling_memory(config: &ModelConfig, calibration: &Calibration) -> usize {
+    let &Calibration::Sampled { seq_len, samples, .. } = calibration else { return 0 };
+    let layers = if sample::holds(config) { config.num_layers } else { 1 };
+    let kept = 2 * config.num_layers * samples * seq_len * config.num_kv_heads * config.head_dim;
+    let logits = samples * config.vocab_size + sample::HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
+    4 * (layers * sample::layer_weights(config) + kept + logits) + table_bytes(config)
 }
 
 /// True if codebooks are learned in the end.

@@ -71,10 +71,15 @@ pub(crate) fn sample(
     Ok(ids)
 }
 
+/// True if all layers in f32 are small enough to stay in memory while text is made.
+pub(crate) fn holds(config: &ModelConfig) -> bool {
+    4 * layer_weights(config) * config.num_layers <= HELD_BYTES
+}
+
 /// All layers in f32, if they are small.
 fn hold(weights: &dyn ModelWeights) -> Result<Option<Vec<Layer>>> {
     let config = weights.config();
-    if 4 * layer_weights(config) * config.num_layers > HELD_BYTES {
+    if !holds(config) {
         return Ok(None);
     }
     (0..config.num_layers).map(|layer| Layer::read(weights, layer)).collect::<Result<_>>().map(Some)

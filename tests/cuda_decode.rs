@@ -190,7 +190,21 @@ fn layers_in_one_launch_are_close_to_the_cpu() {
     }
 }
 
-/// The same in a few tokens on a few multiprocessors, where down's tiles begin in one block and end in the next: what a
+/// Heads of 64 and 128 dimensions, whose scores and results are the tensor cores' (`attend_tensor.cuh`): three queries to a
+/// key, four, and eight; in one launch and operation by operation.
+#[test]
+fn attention_on_tensor_cores_is_close_to_the_cpu() {
+    let heads = |window, num_heads, kv_heads, head_dim| ModelConfig { num_heads, head_dim, ..small(window, kv_heads) };
+    for layers_always in [true, false] {
+        let tuning = Tuning { layers_always, ..Tuning::default() };
+        let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
+        for config in [heads(None, 6, 2, 64), heads(Some(40), 8, 2, 128), heads(None, 8, 1, 128)] {
+            layers_against_cpu(&cuda, (config, 3, RandomFormat::AnyPrec), &[[0; 4], [16, 0, 0, 0]], 150);
+        }
+    }
+}
+
+/// Layers in one launch in a few tokens on a few multiprocessors, where down's tiles begin in one block and end in the next: what a
 /// sanitizer has the time for. The last two have more chunks than a block selects at once, of down and of what is
 /// normalized: the blocks share them out.
 #[test]

@@ -166,9 +166,9 @@ __device__ __forceinline__ void attend_positions(Batch& b, const float* queries,
                 v3 = word(b.v[3][t / 4], t % 4);
             float d[4] = {};
             mma_half(d, prmt(v0, v1, 0x5410), prmt(v0, v1, 0x7632), prmt(v2, v3, 0x5410), prmt(v2, v3, 0x7632), b0, b1);
-            if (lane % 4 >= AT_ONCE) continue;
             float2 sum = make_float2(d[0] + d[1], d[2] + d[3]), *to = (float2*)(own + t / 4 * 64 + t % 4 * 2);
-            *to = tile == first ? sum : make_float2(fmaf(to->x, old, sum.x), fmaf(to->y, old, sum.y));
+            if (lane % 4 < AT_ONCE)
+                *to = tile == first ? sum : make_float2(fmaf(to->x, old, sum.x), fmaf(to->y, old, sum.y));
         }
     }
 #pragma unroll

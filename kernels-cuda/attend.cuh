@@ -12,7 +12,7 @@
 // Shares are merged in order: by whichever block of a key-value head ends last, so the result does not depend on which;
 // without tickets by all of them, each a piece, who wait for each other's numbers (flow.cuh: parts are missing before).
 //
-// Scores and results are tensor cores' (attend_tensor.cuh) where keys and values are float16, heads have 64 or 128
+// Scores and results are tensor cores' (attend_tensor.cuh) where all is float16, heads have 64 or 128
 // dimensions and groups go in fours, no more of them than a block has warps, or fit in one; otherwise lanes'
 // (attend_lanes.cuh).
 //
@@ -23,7 +23,7 @@
 #define HEAD_GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
 #define TENSOR                                                                                                         \
-    (KV == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&                                                                 \
+    (KV == 0 && DTYPE == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&                                                                 \
      (HEAD_GROUP < 4 || (HEAD_GROUP % 4 == 0 && HEAD_GROUP / 4 <= ATTEND_THREADS / 32)))
 // How many of a group's queries a warp keeps, a divisor of the group; the others are other warps'. More fit where a thread
 // may have more registers.

@@ -17,13 +17,6 @@
 #define QUERY_FLOATS (QUERY_SETS * 4 * HEAD_DIM)
 #define SET_FLOATS (4 * HEAD_DIM)
 
-__device__ __forceinline__ void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // Of an 8 × 8 tile of 16-bit numbers, two neighbours of a row in each lane, the same of its columns.
 __device__ __forceinline__ u32 transposed(u32 v) {
     u32 d;
@@ -128,8 +121,8 @@ struct Scores {
         for (int i = 0; i < HEAD_DIM / 16; i++) {
             uint2 b01 = q[i * 32];
             uint4 low = b.k[0][i / 2], high = b.k[1][i / 2];
-            mma_half(s[i % 2], word(low, i % 2 * 2), word(high, i % 2 * 2), word(low, i % 2 * 2 + 1),
-                     word(high, i % 2 * 2 + 1), b01.x, b01.y);
+            mma(s[i % 2], word(low, i % 2 * 2), word(high, i % 2 * 2), word(low, i % 2 * 2 + 1),
+                word(high, i % 2 * 2 + 1), b01.x, b01.y);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -165,7 +158,7 @@ __device__ __forceinline__ void attend_positions(Batch& b, const float* queries,
             u32 v0 = word(b.v[0][t / 4], t % 4), v1 = word(b.v[1][t / 4], t % 4), v2 = word(b.v[2][t / 4], t % 4),
                 v3 = word(b.v[3][t / 4], t % 4);
             float d[4] = {};
-            mma_half(d, prmt(v0, v1, 0x5410), prmt(v0, v1, 0x7632), prmt(v2, v3, 0x5410), prmt(v2, v3, 0x7632), b0, b1);
+            mma(d, prmt(v0, v1, 0x5410), prmt(v0, v1, 0x7632), prmt(v2, v3, 0x5410), prmt(v2, v3, 0x7632), b0, b1);
             float2 sum = make_float2(d[0] + d[1], d[2] + d[3]), *to = (float2*)(own + t / 4 * 64 + t % 4 * 2);
             if (lane % 4 < AT_ONCE)
                 *to = tile == first ? sum : make_float2(fmaf(to->x, old, sum.x), fmaf(to->y, old, sum.y));

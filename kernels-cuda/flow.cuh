@@ -17,15 +17,14 @@ __device__ __forceinline__ void put(u32* to, u32 v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 
-// A NaN is written as the one that sums give.
-__device__ __forceinline__ void put(float* to, float v) {
-    put((u32*)to, missing(v) ? 0x7fffffffu : __float_as_uint(v));
-}
+// A number as it is written: a NaN as the one that sums give.
+__device__ __forceinline__ u32 to_word(float v) { return missing(v) ? 0x7fffffffu : __float_as_uint(v); }
+
+__device__ __forceinline__ void put(float* to, float v) { put((u32*)to, to_word(v)); }
 
 // Two in one store, aligned to 8 bytes.
 __device__ __forceinline__ void put2(float* to, float x, float y) {
-    u32 a = missing(x) ? 0x7fffffffu : __float_as_uint(x), b = missing(y) ? 0x7fffffffu : __float_as_uint(y);
-    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(to_word(x)), "r"(to_word(y)) : "memory");
 }
 
 __device__ __forceinline__ uint4 ask4(const void* from) {

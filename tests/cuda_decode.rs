@@ -204,8 +204,8 @@ fn attention_on_tensor_cores_is_close_to_the_cpu() {
     }
 }
 
-/// Layers in one launch in a few tokens on a few multiprocessors, where down's tiles begin in one block and end in the next: what a
-/// sanitizer has the time for. The last two have more chunks than a block selects at once, of down and of what is
+/// Layers in one launch in a few tokens on a few multiprocessors, where down's tiles begin in one block and end in the
+/// next: what a sanitizer has the time for. The last two have more chunks than a block selects at once, of down and of what is
 /// normalized: the blocks share them out.
 #[test]
 fn a_few_layers_in_one_launch() {

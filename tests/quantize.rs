@@ -470,27 +470,6 @@ fn estimated_sizes_are_those_on_disk() {
     assert!(estimate(&model.config, &wrong).is_err());
 }
 
-/// While a small model writes its own calibration text, all of its layers are in memory in f32.
-#[test]
-fn own_text_takes_the_memory_of_all_layers() {
-    let config = ModelConfig {
-        hidden_size: 1024,
-        intermediate_size: 2048,
-        num_heads: 8,
-        num_kv_heads: 8,
-        num_layers: 64,
-        vocab_size: 1000,
-        ..ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap()
-    };
-    let memory = |calibration| {
-        estimate(&config, &Options { calibration, ..options(WeightFormat::AnyPrec, 3.0) }).unwrap().memory_bytes
-    };
-    let layers = 4 * 64 * (4 + 4 + 2) * 1024 * 1024;
-    let text = Calibration::Text { tokens: vec![1; 16 * 256], seq_len: 256, samples: 16, name: "t".into() };
-    assert!(memory(Calibration::Sampled { seq_len: 256, samples: 16, seed: 0 }) > layers);
-    assert!(memory(text) < layers / 2);
-}
-
 #[test]
 fn a_model_of_8_billion_weights_fits_16_gb() {
     let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();

@@ -42,6 +42,13 @@ __device__ __forceinline__ float ask1(const float* from) {
     return v;
 }
 
+// A number that others may overwrite meanwhile.
+__device__ __forceinline__ int ask_hint(const int* from) {
+    int v;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ bool is_there(uint4 v) {
     return (v.x != MISSING) & (v.y != MISSING) & (v.z != MISSING) & (v.w != MISSING);
 }
@@ -80,12 +87,18 @@ struct Sum {
         return v;
     }
 
-    // Numbers i to i + 3.
-    __device__ __forceinline__ Asked4 ask_four(int i) const {
-        Asked4 v = {ask4(x + i), make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-        if (first) v.b = ask4(first + i);
-        if (second) v.c = ask4(second + i);
-        return v;
+    // Four of which nothing is there yet.
+    __device__ __forceinline__ Asked4 nothing_yet() const {
+        uint4 none = make_uint4(MISSING, MISSING, MISSING, MISSING), zeros = make_uint4(0, 0, 0, 0);
+        return Asked4{none, first ? none : zeros, second ? none : zeros};
+    }
+
+    // Asks for those parts of numbers i to i + 3 that are missing: all blocks ask at once, and the second-level cache has
+    // to answer all.
+    __device__ __forceinline__ void ask_missing(int i, Asked4& v) const {
+        if (!is_there(v.a)) v.a = ask4(x + i);
+        if (first && !is_there(v.b)) v.b = ask4(first + i);
+        if (second && !is_there(v.c)) v.c = ask4(second + i);
     }
 
     __device__ __forceinline__ float await(int i) const {

@@ -155,6 +155,15 @@ __device__ __forceinline__ void empty(float* from, int words, int blocks) {
         *(uint4*)(from + i) = make_uint4(MISSING, MISSING, MISSING, MISSING);
 }
 
+// Shared memory of a block that compensates, but for the table and the selection: what it fetches and its rows' scales,
+// where others have the ring; what selecting warps say to each other and then sums, barriers, and which rows of each
+// product are its own, where others have inputs.
+constexpr int SCALES = ROUTES - 16 * 4 * THREADS, ROOM = SCALES / 256 * 128;
+constexpr int BARRIERS = X + 16 * 4 * (THREADS + 2), STRIPES = BARRIERS + Fetch::BARRIERS * 8;
+static_assert(!DEC || ROOM >= 8 * THREADS, "no room for an entry");
+static_assert(!DEC || THREADS / SELECTORS * sizeof(Together) <= BARRIERS - X, "no room for candidates");
+static_assert(!DEC || STRIPES + 4 * (int)sizeof(Stripe) <= X + XS, "no room for sums");
+
 // A long selection, whose parts come from several compensating blocks, each entry in one word of 8 bytes: activation,
 // channel, and above that a number of the product's own, by which whoever waits for the entry knows it.
 struct Exchange {
@@ -175,56 +184,119 @@ struct Exchange {
     }
 };
 
-// The compensation of a product by block `block` of those that compensate. x is waited for, and normalized if there is a
-// γ. One piece of code for all four products.
-__device__ __noinline__ void compensate_product(const Product& p, int op, int block, Sum x, const float* gamma, float eps,
-                                                char* shared, Exchange exchange, float* out) {
+// Asks for a number of every 64 KB of a residual, the blocks in turn, so that the device knows where its pages are when
+// they are needed. What comes is not used.
+__device__ __forceinline__ void touch(const Product& p, int op, int block) {
+    constexpr int PAGE = 1 << 16;
+    int pages = ((long long)width_of(op) * rows_of(op) / 2 + PAGE - 1) / PAGE;
+    for (int i = block * THREADS + this_thread(); i < pages; i += p.n_tb * THREADS) {
+        u32 unused;
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(unused) : "l"((const char*)p.residual + (long long)i * PAGE));
+    }
+}
+
+// Copies the scales of `width` pieces of 16 rows.
+__device__ __forceinline__ void copy_scales(float* to, const float* scales, int piece, int width) {
+    for (int i = this_thread() * 4; i < width * 16; i += 4 * THREADS)
+        copy_async(shared_address(to + i), scales + piece * 16 + i);
+    copy_async_commit();
+}
+
+// A product's compensation of this block's stripe. x is waited for, and normalized if there is a γ. `turn`: passes of
+// fetches before this one's; returned: with this one's.
+__device__ __forceinline__ u32 compensate_product(const Product& p, int op, int block, Sum x, const float* gamma, float eps,
+                                                  char* shared, u32 turn, Exchange exchange, const Product& next,
+                                                  float* out) {
     constexpr int GROUPS = THREADS / SELECTORS;
-    Dec dec = dec_of(p, op);
-    float* scratch = (float*)(shared + ROUTES + 128);
-    int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8, edge = p.edges[this_thread() % 32];
-    int channels = dec.in_features, chunks = (channels + CHUNK - 1) / CHUNK;
-    Salient* list = (Salient*)(shared + LIST);
-    u32* counts = (u32*)(shared + X) + group * COUNTS;
+    int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8;
+    int channels = width_of(op), chunks = (channels + CHUNK - 1) / CHUNK;
     // Every block selects everything, unless there are more chunks than it selects at once.
     bool together = chunks > GROUPS;
     int chunk = together ? block + group * p.n_tb : group, step = together ? GROUPS * p.n_tb : GROUPS;
+    // First of all, since it takes longest.
+    AskedEights asked = ask_eights(x, chunk * CHUNK + lane, channels);
+    Stripe stripe = ((const Stripe*)(shared + STRIPES))[op];
+    int edge = p.edges[this_thread() % 32], met = 0, *hints = (int*)p.edges + BUCKETS;
+    int hint = chunk < chunks ? ask_hint(hints + chunk) : 0;
     Eights weights = {};
     if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
-    Eights v = eights(x, chunk * CHUNK + lane, channels);
+    Dec dec = dec_of(p, op);
+    int entries = (chunks - 1) * p.k_chunk + chunk_quota(dec, chunks - 1), width = min(stripe.end - stripe.begin, THREADS);
+    Salient* list = (Salient*)(shared + LIST);
+    float* scales = (float*)(shared + SCALES);
+    u32 slots = shared_address(shared), barriers = shared_address(shared + BARRIERS);
+    copy_scales(scales, dec.scales, stripe.begin, width);
+    Fetch fetch(dec, list, width > 0 ? entries : 0, stripe.begin, max(width, 1), slots, ROOM, barriers, turn);
+    Together& group_of = ((Together*)(shared + X))[group];
+
+    Eights v = await_eights(x, chunk * CHUNK + lane, asked);
     float scale = 1;
     if (gamma) {
         float sum = together ? 0 : v.squares();
         if (together)
 #pragma unroll 1
-            for (int k = group * CHUNK + lane; k < channels; k += GROUPS * CHUNK) sum += eights(x, k, channels).squares();
-        scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / channels + eps);
+            for (int k = group * CHUNK + lane; k < channels; k += GROUPS * CHUNK)
+                sum += await_eights(x, k, ask_eights(x, k, channels)).squares();
+        scale = 1.0f / sqrtf(team_sum<All>(sum, (float*)(shared + ROUTES + 128)) / channels + eps);
     }
 #pragma unroll 1
     while (chunk < chunks) {
-        int k = chunk * CHUNK + lane, place = chunk * p.k_chunk;
+        int k = chunk * CHUNK + lane, found = hint, place = chunk * p.k_chunk;
         if (gamma) v.scale(scale, weights);
-        select_together(v, k, dec, edge, counts, [&](int i, const Salient& s) {
+        select_together(v, k, dec, edge, group_of, met, found, [&](int i, const Salient& s) {
             if (together)
                 exchange.put(place + i, s);
             else
                 list[place + i] = s;
         });
+        if (!together) {
+            Together::sync();
+            fetch.ask_of_group(place, place + chunk_quota(dec, chunk));
+        }
+        if ((together || block == 0) && found != hint) put((u32*)hints + chunk, found);
         if ((chunk += step) >= chunks) break;
+        hint = ask_hint(hints + chunk);
         if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
-        v = eights(x, chunk * CHUNK + lane, channels);
+        v = await_eights(x, chunk * CHUNK + lane, ask_eights(x, chunk * CHUNK + lane, channels));
     }
     if (together) {
-        int n = (chunks - 1) * p.k_chunk + chunk_quota(dec, chunks - 1);
-        for (int i = this_thread(); i < n; i += THREADS) list[i] = exchange.await(i);
+#pragma unroll 1
+        for (int i = fetch.turned<All>(); i < entries; i += THREADS) list[i] = exchange.await(i);
+        fetch.ask_first<All>();
     }
     All::sync();
-    add_stripe<All>(dec, block, list, (float*)(shared + X), out);
+    if (next.k_chunk > 0 && op != O) touch(next, (op + 1) % 4, block);
+    for (int first = stripe.begin; first < stripe.end; first += THREADS) {
+        if (first > stripe.begin) {
+            width = min(stripe.end - first, THREADS);
+            copy_scales(scales, dec.scales, first, width);
+            fetch = Fetch(dec, list, entries, first, width, slots, ROOM, barriers, fetch.turn);
+            fetch.ask_first<All>();
+        }
+        // Quotients of small numbers: halves are far from where they would be rounded wrong.
+        float part = __fdividef(1.0f, width);
+        int teams = (THREADS + 0.5f) * part, team = (this_thread() + 0.5f) * part;
+        float acc[16] = {};
+        fetch.add<All>(teams, team, this_thread() - team * width, acc);
+        copy_async_wait<0>();
+        put_stripe<All>(width, teams, acc, scales, (float*)(shared + X), out + first * 16);
+    }
+    return fetch.turn;
 }
 
 // What a block does that compensates. Not inlined: the compiler would keep what the other blocks need beside it.
 __device__ __noinline__ void compensate_layers(const Layers& g, const Layer* table, char* shared) {
     int block = blockIdx.x - (BLOCKS - g.n_tb);
+    u32 turn = 0;
+    if (this_thread() < 4) {
+        // Bulk copies are multiples of 16 bytes: of 32 rows.
+        Stripe stripe = Stripe::of<4>(rows_of(this_thread()) / 32, block, g.n_tb);
+        ((Stripe*)(shared + STRIPES))[this_thread()] = Stripe{2 * stripe.begin, 2 * stripe.end};
+    }
+    if (this_thread() < Fetch::BARRIERS) barrier_init(shared_address(shared + BARRIERS) + this_thread() * 8);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    All::sync();
 #pragma unroll 1
     for (int i = 0; i < 4 * g.count; i++) {
         int l = i / 4, op = i % 4;
@@ -238,7 +310,8 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Layer* tab
         const float* gamma = op == QKV ? layer.norms[0] : op == GU ? layer.norms[1] : nullptr;
         float* out = op == D ? next + INPUT_DELTA : set + (op == QKV ? QKV_DELTA : op == O ? BETWEEN_DELTA : GU_DELTA);
         // An entry is overwritten a layer later, when every block is done with it.
-        compensate_product(p[op], op, block, x, gamma, g.eps, shared, Exchange{g.list + op * g.longest, i + 1u}, out);
+        Exchange exchange{g.list + op * g.longest, i + 1u};
+        turn = compensate_product(p[op], op, block, x, gamma, g.eps, shared, turn, exchange, op < D ? p[op + 1] : table[i + 1 < 4 * g.count ? l + 1 : 0].products[QKV], out);
     }
 }
 

@@ -35,12 +35,14 @@ __device__ __forceinline__ void stage(const Sum& x, const float* gamma, float ep
         if (NORM) w[s] = k < K ? *(const float4*)(gamma + k) : make_float4(0, 0, 0, 0);
     }
     Asked4 asked[STEPS] = {};
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+        if (4 * (s * THREADS + t) < K) asked[s] = x.nothing_yet();
     bool there;
     do {
         there = true;
 #pragma unroll
-        for (int s = 0; s < STEPS; s++)
-            if (4 * (s * THREADS + t) < K) asked[s] = x.ask_four(4 * (s * THREADS + t));
+        for (int s = 0; s < STEPS; s++) x.ask_missing(4 * (s * THREADS + t), asked[s]);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= asked[s].there();
     } while (!there);
@@ -72,14 +74,17 @@ __device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_
     constexpr int PADDED = UNITS_OF(I) * UNIT, STEPS = (PADDED / 8 + THREADS - 1) / THREADS;
     int t = this_thread();
     uint4 v[STEPS];
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        u32 nothing = 8 * (s * THREADS + t) < I ? MISSING : 0;
+        v[s] = make_uint4(nothing, nothing, nothing, nothing);
+    }
     bool there;
     do {
         there = true;
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            int k = 8 * (s * THREADS + t);
-            v[s] = k < I ? ask4(act + k) : make_uint4(0, 0, 0, 0);
-        }
+        for (int s = 0; s < STEPS; s++)
+            if (!is_there(v[s])) v[s] = ask4(act + 8 * (s * THREADS + t));
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= is_there(v[s]);
     } while (!there);

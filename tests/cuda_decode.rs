@@ -131,22 +131,38 @@ fn bfloat16_is_close_to_the_cpu() {
     against_cpu(Dtype::Bfloat16, 1, 4e-2);
 }
 
-/// Logits behind each of `count` tokens that are read one at a time, as when decoding.
-fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks: [usize; 4], count: u32) -> Vec<f32> {
+/// A model compensated by at most five blocks.
+fn compensated<'b, B: DecodeBackend>(
+    backend: &'b B,
+    weights: &RandomWeights,
+    k_chunks: [usize; 4],
+    selection: Selection,
+) -> Model<'b, B> {
     let mut model = Model::load(backend, weights, |_| ()).unwrap();
     let by_bits = vec![LayerCompensation { n_tb: backend.device().max_n_tb.min(5), k_chunks }];
-    model.compensate(Some(&Compensation { by_bits, selection: Selection::Bucket })).unwrap();
+    model.compensate(Some(&Compensation { by_bits, selection })).unwrap();
+    model
+}
+
+/// Logits behind each of `tokens` that are read one at a time, as when decoding.
+fn logits_behind<B: DecodeBackend>(backend: &B, model: &Model<'_, B>, tokens: impl Iterator<Item = u32>) -> Vec<f32> {
     let mut state = model.state(200).unwrap();
     model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
     let mut logits = backend.vector(1000).unwrap();
     let mut all = Vec::new();
-    for i in 0..count {
-        model.logits(&mut state, &[i * 37 % 1000], true, &mut logits).unwrap();
+    for token in tokens {
+        model.logits(&mut state, &[token], true, &mut logits).unwrap();
         let mut values = vec![0f32; 1000];
         backend.read(&logits, &mut values).unwrap();
         all.extend(values);
     }
     all
+}
+
+/// The same of a new model and `count` tokens.
+fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks: [usize; 4], count: u32) -> Vec<f32> {
+    let model = compensated(backend, weights, k_chunks, Selection::Bucket);
+    logits_behind(backend, &model, (0..count).map(|i| i * 37 % 1000))
 }
 
 /// Shapes, bits and format of a model whose layers go in one launch.
@@ -223,6 +239,32 @@ fn a_few_layers_in_one_launch() {
         layers_against_cpu(&cuda, case, &[[0; 4], [32; 4]], 4);
         assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
     }
+}
+
+/// Where a selection begins to look follows from selections before it (`stripe.cuh`); what it finds does not.
+#[test]
+fn texts_do_not_depend_on_those_before() {
+    let tuning = Tuning { layers_always: true, ..Tuning::default() };
+    let Some(mut cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
+    cuda.watch_layers().unwrap();
+    let config = ModelConfig { hidden_size: 2080, intermediate_size: 5152, num_layers: 2, ..small(None, 2) };
+    let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 7).unwrap();
+    for (selection, k_chunk) in [(Selection::Bucket, 8), (Selection::Exact, 8), (Selection::Bucket, 28)] {
+        let what = format!("{selection:?}, k_chunk {k_chunk}");
+        let one = || (0..12).map(|i| i * 37 % 1000);
+        let model = compensated(&cuda, &weights, [k_chunk; 4], selection);
+        let first = logits_behind(&cuda, &model, one());
+        let other = logits_behind(&cuda, &model, (0..12).map(|i| (i * 53 + 400) % 1000));
+        assert!(distance(&first, &other) > 0.1, "{what}: two texts, the same logits");
+        assert_eq!(first, logits_behind(&cuda, &model, one()), "{what}: other logits after another text");
+        let cpu = Cpu::new();
+        let want = logits_behind(&cpu, &compensated(&cpu, &weights, [k_chunk; 4], selection), one());
+        let far = distance(&first, &want);
+        assert!(far < 2e-2, "{what}: logits {far} from the CPU's");
+        let plain = distance(&logits_behind(&cuda, &compensated(&cuda, &weights, [0; 4], selection), one()), &want);
+        assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
+    }
+    assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
 }
 
 /// What another thread of the same process may do while graphs are recorded.

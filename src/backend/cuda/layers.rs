@@ -125,8 +125,8 @@ fn launch_of_warps(
     let halves = |k: usize| units(k) * unit(format, k).0 * 2;
     let (narrow, wide) = (shapes.hidden.max(products[1].0), shapes.intermediate);
     let sums = unit(format, narrow.max(wide)).2.next_multiple_of(4) * 4;
-    // In compensating blocks, sums of a stripe lie here.
-    let stripe = if dec.is_some() { 16 * 4 * (32 * warps + 1) } else { 0 };
+    // In compensating blocks, sums of a stripe lie here, barriers and stripes.
+    let stripe = if dec.is_some() { 16 * 4 * (32 * warps + 2) + 64 * 8 + 4 * 8 } else { 0 };
     let xs = (halves(wide).max(halves(narrow)).max(stripe) + sums).next_multiple_of(16);
     // Beside compensation tiles may begin in one block and end in the next, but those of gate and up.
     let cut = usize::from(dec.is_some());

@@ -63,6 +63,10 @@ pub struct Matrix {
     pub(super) kernels: RefCell<Vec<(Variant, Kernel)>>,
 }
 
+/// Where a chunk's first selection begins to look: as calibration has it, few channels reach the edge of this bucket, and
+/// enough do. What selections find stays beside the edges.
+const HINT: i32 = 17;
+
 /// A compensation plan as the kernels take it.
 pub struct Plan {
     pub(super) in_features: usize,
@@ -70,7 +74,7 @@ pub struct Plan {
     pub(super) k_chunk: usize,
     pub(super) n_tb: usize,
     pub(super) exact: bool,
-    pub(super) edges: Buffer, // [BUCKETS] bit patterns
+    pub(super) edges: Buffer, // [BUCKETS] bit patterns, then a hint for each chunk (`stripe.cuh`)
     pub(super) selected: usize,
 }
 
@@ -106,7 +110,8 @@ pub(super) fn plan(cuda: &Cuda, matrix: &Matrix, plan: &DecPlan) -> Result<Plan>
         plan.k_chunk()
     );
     // Magnitudes are compared by their bits; an edge that rounding made negative is reached by all, as 0 is.
-    let edges: [i32; BUCKETS] = plan.edges().map(|e| e.max(0.0).to_bits() as i32 & 0x7fff_ffff);
+    let mut edges = plan.edges().map(|e| e.max(0.0).to_bits() as i32 & 0x7fff_ffff).to_vec();
+    edges.resize(BUCKETS + plan.in_features().div_ceil(CHUNK), HINT);
     Ok(Plan {
         in_features: plan.in_features(),
         out_features: plan.out_features(),

@@ -15,7 +15,7 @@
 //
 // Blocks wait for numbers, not for each other (flow.cuh), and weights stream past that (stream.cuh), so memory is busy
 // meanwhile. Where there is compensation, the last n_tb blocks multiply nothing: they select, fetch, and leave their sums
-// in a vector of their own, which whoever reads the product adds. What others multiply is then cut between blocks by
+// in a vector of their own, which whoever reads the product adds (stripe.cuh). What others multiply is then cut between blocks by
 // units: of Llama-3-8B's 256 tiles some of 116 blocks would have three, half as much again as the rest.
 //
 // Every block that multiplies has a part of every product, so that whoever has all of one knows that all blocks are done
@@ -79,7 +79,7 @@ struct Product {
     const float* bias;
     const u32* residual;
     const float* scales;
-    const int* edges;
+    int* edges; // and behind them a hint for each chunk
     int k_chunk, n_tb, exact, list_chunks;
 };
 
@@ -184,17 +184,6 @@ struct Exchange {
     }
 };
 
-// Asks for a number of every 64 KB of a residual, the blocks in turn, so that the device knows where its pages are when
-// they are needed. What comes is not used.
-__device__ __forceinline__ void touch(const Product& p, int op, int block) {
-    constexpr int PAGE = 1 << 16;
-    int pages = ((long long)width_of(op) * rows_of(op) / 2 + PAGE - 1) / PAGE;
-    for (int i = block * THREADS + this_thread(); i < pages; i += p.n_tb * THREADS) {
-        u32 unused;
-        asm volatile("ld.global.u32 %0, [%1];" : "=r"(unused) : "l"((const char*)p.residual + (long long)i * PAGE));
-    }
-}
-
 // Copies the scales of `width` pieces of 16 rows.
 __device__ __forceinline__ void copy_scales(float* to, const float* scales, int piece, int width) {
     for (int i = this_thread() * 4; i < width * 16; i += 4 * THREADS)
@@ -205,18 +194,17 @@ __device__ __forceinline__ void copy_scales(float* to, const float* scales, int 
 // A product's compensation of this block's stripe. x is waited for, and normalized if there is a γ. `turn`: passes of
 // fetches before this one's; returned: with this one's.
 __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int block, Sum x, const float* gamma, float eps,
-                                                  char* shared, u32 turn, Exchange exchange, const Product& next,
-                                                  float* out) {
+                                                  char* shared, u32 turn, Exchange exchange, float* out) {
     constexpr int GROUPS = THREADS / SELECTORS;
     int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8;
     int channels = width_of(op), chunks = (channels + CHUNK - 1) / CHUNK;
     // Every block selects everything, unless there are more chunks than it selects at once.
     bool together = chunks > GROUPS;
     int chunk = together ? block + group * p.n_tb : group, step = together ? GROUPS * p.n_tb : GROUPS;
-    // First of all, since it takes longest.
+    // First of all, since it takes longest; everything else that is read comes meanwhile.
     AskedEights asked = ask_eights(x, chunk * CHUNK + lane, channels);
     Stripe stripe = ((const Stripe*)(shared + STRIPES))[op];
-    int edge = p.edges[this_thread() % 32], met = 0, *hints = (int*)p.edges + BUCKETS;
+    int edge = p.edges[this_thread() % 32], met = 0, *hints = p.edges + BUCKETS;
     int hint = chunk < chunks ? ask_hint(hints + chunk) : 0;
     Eights weights = {};
     if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
@@ -241,17 +229,19 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
     }
 #pragma unroll 1
     while (chunk < chunks) {
-        int k = chunk * CHUNK + lane, found = hint, place = chunk * p.k_chunk;
+        int k = chunk * CHUNK + lane, found = hint, fewest = chunk_quota(dec, chunks - 1);
+        // Each chunk's first come before any chunk's second, as they will from the host. The last chunk may have fewer.
+        auto place = [&](int i) { return chunk + (i < fewest ? i * chunks : fewest + i * (chunks - 1)); };
         if (gamma) v.scale(scale, weights);
         select_together(v, k, dec, edge, group_of, met, found, [&](int i, const Salient& s) {
             if (together)
-                exchange.put(place + i, s);
+                exchange.put(place(i), s);
             else
-                list[place + i] = s;
+                list[place(i)] = s;
         });
         if (!together) {
             Together::sync();
-            fetch.ask_of_group(place, place + chunk_quota(dec, chunk));
+            fetch.ask_of_group(chunk_quota(dec, chunk), place);
         }
         if ((together || block == 0) && found != hint) put((u32*)hints + chunk, found);
         if ((chunk += step) >= chunks) break;
@@ -265,7 +255,6 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
         fetch.ask_first<All>();
     }
     All::sync();
-    if (next.k_chunk > 0 && op != O) touch(next, (op + 1) % 4, block);
     for (int first = stripe.begin; first < stripe.end; first += THREADS) {
         if (first > stripe.begin) {
             width = min(stripe.end - first, THREADS);
@@ -311,7 +300,7 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Layer* tab
         float* out = op == D ? next + INPUT_DELTA : set + (op == QKV ? QKV_DELTA : op == O ? BETWEEN_DELTA : GU_DELTA);
         // An entry is overwritten a layer later, when every block is done with it.
         Exchange exchange{g.list + op * g.longest, i + 1u};
-        turn = compensate_product(p[op], op, block, x, gamma, g.eps, shared, turn, exchange, op < D ? p[op + 1] : table[i + 1 < 4 * g.count ? l + 1 : 0].products[QKV], out);
+        turn = compensate_product(p[op], op, block, x, gamma, g.eps, shared, turn, exchange, out);
     }
 }
 

@@ -1,5 +1,9 @@
 // Compensation by blocks that do nothing else: how layers.cu selects, fetches and adds. What is computed is dec.cuh's:
-// the same lists, and sums in f32 in a fixed order.
+// the same channels, and sums in f32 in a fixed order.
+//
+// A block's multiprocessor is idle but for one product's chain of steps, so what counts is how long each takes, not how
+// much is computed. Four warps select in a chunk: each finds candidates, and one decides among them. The bulk copy engine
+// fetches, as it neither needs registers nor holds up other loads.
 //
 // Limits: as dec.cuh, out_features % 32 == 0; the whole list in shared memory, threads a multiple of SELECTORS.
 #pragma once
@@ -7,8 +11,7 @@
 #include "flow.cuh"
 #include "stream.cuh"
 
-// Selection by SELECTORS threads of four warps together, each with eight consecutive channels in registers. They look for
-// candidates, and one of the warps decides.
+// Threads that select in a chunk together: four warps, each thread with eight consecutive channels in registers.
 #define SELECTORS 128
 // Most candidates: a lane has one.
 #define CANDIDATES 32
@@ -91,6 +94,29 @@ __device__ __forceinline__ u32 sum_before(u32 own, u32& all) {
 
 __device__ __forceinline__ float edge_at(int edge, int i) { return __int_as_float(__shfl_sync(FULL, edge, i)); }
 
+// How many are not below `edge`, NaN among them. Floating-point comparisons and sums: twice as many a cycle as of integers.
+__device__ __forceinline__ u32 count_from(const Eights& v, float edge) {
+    float n = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (!(fabsf(v[i]) < edge)) n += 1;
+    return (u32)n;
+}
+
+// As search_buckets<STEP>, together.
+template <int STEP>
+__device__ __forceinline__ int search_together(const Eights& v, Together& group, int& turn, int k, int edge, int first) {
+    u32 n[3];
+    uint2 warps[4];
+#pragma unroll
+    for (int i = 0; i < 3; i++) n[i] = count_from(v, edge_at(edge, first + (i + 1) * STEP - 1));
+    group.meet(turn, warp_count(n[0] | n[1] << 16), warp_count(n[2]), warps);
+    uint2 all = make_uint2(0, 0);
+#pragma unroll
+    for (int w = 0; w < 4; w++) all.x += warps[w].x, all.y += warps[w].y;
+    return first + (((int)(all.x & 0xffff) < k) + ((int)(all.x >> 16) < k) + ((int)all.y < k)) * STEP;
+}
+
 // Taken are those not below `above`, if there is one; they tie if not below `least`. NaN is below nothing.
 struct Limits {
     float above, least;
@@ -117,97 +143,58 @@ struct Limits {
     }
 };
 
-// The group puts the salient channels of its chunk in their places, ascending; k is this thread's first channel. Lane i
-// of each warp brings edge i. `hint` is a bucket in which or before which all of them probably are, and few others; one
-// warp corrects it for the next time.
+// Puts the `quota` salient ones of `all` candidates, one a lane and in order, in their places. `hint`: as below.
 template <class Put>
-__device__ __forceinline__ void select_together(const Eights& v, int k, const Dec& dec, int edge, Together& group,
-                                                int& turn, int& hint, const Put& put_salient) {
-    int quota = dec.k_chunk * min(CHUNK, dec.in_features - k / CHUNK * CHUNK) / CHUNK;
-    if (quota == 0) return;
-    int lane = this_thread() % 32, warp = this_thread() % SELECTORS / 32;
-    uint2 warps[4];
-
-    if (quota < CANDIDATES) {
-        // Candidates reach the edge of `hint`.
-        float least = edge_at(edge, hint);
-        u32 own = 0, mine;
+__device__ __forceinline__ void select_candidates(const Salient& own, int all, int quota, bool exact, int edge, int& hint,
+                                                  const Put& put_salient) {
+    int lane = this_thread() % 32, first = hint;
+    bool valid = lane < all;
+    auto reach = [&](float e) { return __popc(__ballot_sync(FULL, valid && !(fabsf(own.x) < e))); };
+    Limits limits;
+    if (exact) {
+        limits = Limits::of_largest(quota, edge, first, reach);
+    } else {
+        // Mostly one of the last buckets.
+        int near[3];
 #pragma unroll
-        for (int i = 0; i < 8; i++) own |= !(fabsf(v[i]) < least) ? 1u << i : 0;
-        u32 at = sum_before(__popc(own), mine);
-        Salient(&found)[4][CANDIDATES] = group.found[turn & 1];
+        for (int i = 0; i < 3; i++) near[i] = reach(edge_at(edge, max(hint - 1 - i, 0)));
+#pragma unroll
+        for (int i = 0; i < 3; i++) first -= hint > i && near[i] >= quota;
+        if (hint - first == 3)
 #pragma unroll 1
-        for (; own != 0; own &= own - 1, at++) {
-            int i = __ffs(own) - 1;
-            float x = i & 4 ? (i & 2 ? (i & 1 ? v[7] : v[6]) : (i & 1 ? v[5] : v[4]))
-                            : (i & 2 ? (i & 1 ? v[3] : v[2]) : (i & 1 ? v[1] : v[0]));
-            if (at < CANDIDATES) found[warp][at] = Salient{k + i, x};
-        }
-        __syncwarp();
-        group.meet(turn, mine, hint, warps);
-        int second = warps[0].x, third = second + warps[1].x, fourth = third + warps[2].x, all = fourth + warps[3].x;
-        // Another block may have written a hint between two warps' reads.
-        bool alike = (warps[0].y == warps[1].y) & (warps[0].y == warps[2].y) & (warps[0].y == warps[3].y);
-        if (all >= quota && all <= CANDIDATES && alike) {
-            // One warp decides, each group's on another scheduler.
-            if (warp != this_thread() / SELECTORS % 4) return;
-            int of = (lane >= second) + (lane >= third) + (lane >= fourth);
-            Salient own = found[of][lane - (of == 0 ? 0 : of == 1 ? second : of == 2 ? third : fourth)];
-            bool valid = lane < all;
-            auto reach = [&](float e) { return __popc(__ballot_sync(FULL, valid && !(fabsf(own.x) < e))); };
-            Limits limits;
-            int first = hint;
-            if (dec.exact) {
-                limits = Limits::of_largest(quota, edge, first, reach);
-            } else {
-                // Mostly one of the last.
-                int near[3];
-#pragma unroll
-                for (int i = 0; i < 3; i++) near[i] = reach(edge_at(edge, max(hint - 1 - i, 0)));
-#pragma unroll
-                for (int i = 0; i < 3; i++) first -= hint > i && near[i] >= quota;
-                if (hint - first == 3)
-#pragma unroll 1
-                    while (first > 0 && reach(edge_at(edge, first - 1)) >= quota) first--;
-                limits = Limits::of_bucket(edge, first);
-            }
-            u32 takes = __ballot_sync(FULL, valid && limits.takes(own.x)), lower = (1u << lane) - 1;
-            u32 ties = __ballot_sync(FULL, valid && limits.ties(own.x));
-            int ties_taken = quota - __popc(takes), tied = __popc(ties & lower);
-            if (takes >> lane & 1 || (ties >> lane & 1 && tied < ties_taken))
-                put_salient(__popc(takes & lower) + min(tied, ties_taken), own);
-            // There should be one and a half to three times as many candidates as are taken.
-            if (2 * all < 3 * quota)
-                hint = min(hint + 1, BUCKETS - 2);
-            else if (all > 3 * quota)
-                hint = max(hint - 1, first);
-            return;
-        }
+            while (first > 0 && reach(edge_at(edge, first - 1)) >= quota) first--;
+        limits = Limits::of_bucket(edge, first);
     }
+    u32 takes = __ballot_sync(FULL, valid && limits.takes(own.x)), lower = (1u << lane) - 1;
+    u32 ties = __ballot_sync(FULL, valid && limits.ties(own.x));
+    int ties_taken = quota - __popc(takes), tied = __popc(ties & lower);
+    if (takes >> lane & 1 || (ties >> lane & 1 && tied < ties_taken))
+        put_salient(__popc(takes & lower) + min(tied, ties_taken), own);
+    // There should be one and a half to three times as many candidates as are taken.
+    if (2 * all < 3 * quota)
+        hint = min(hint + 1, BUCKETS - 2);
+    else if (all > 3 * quota)
+        hint = max(hint - 1, first);
+}
 
-    // Too few candidates or too many: counts of all channels, together.
+// The same among all channels of the chunk, by the whole group.
+template <class Put>
+__device__ __forceinline__ void select_all(const Eights& v, int k, int quota, bool exact, int edge, Together& group,
+                                           int& turn, int& hint, const Put& put_salient) {
+    uint2 warps[4];
     auto reach = [&](float edge) {
-        u32 n = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) n += !(fabsf(v[i]) < edge);
-        group.meet(turn, warp_count(n), 0, warps);
+        group.meet(turn, warp_count(count_from(v, edge)), 0, warps);
         return (int)(warps[0].x + warps[1].x + warps[2].x + warps[3].x);
     };
     Limits limits;
     int first = 0;
-    if (dec.exact) {
+    if (exact) {
         limits = Limits::of_largest(quota, edge, first, reach);
     } else {
         // The first bucket at whose lower edge k channels are reached; the last edge is 0 and reaches all.
-        int last = BUCKETS - 1;
-#pragma unroll 1
-        while (first < last) {
-            int middle = (first + last) / 2;
-            if (reach(edge_at(edge, middle)) >= quota)
-                last = middle;
-            else
-                first = middle + 1;
-        }
+        first = search_together<8>(v, group, turn, quota, edge, 0);
+        first = search_together<2>(v, group, turn, quota, edge, first);
+        if (reach(edge_at(edge, first)) < quota) first++;
         limits = Limits::of_bucket(edge, first);
     }
     hint = min(first + 1, BUCKETS - 2);
@@ -219,7 +206,10 @@ __device__ __forceinline__ void select_together(const Eights& v, int k, const De
     group.meet(turn, of_warp, 0, warps);
     u32 total = 0;
 #pragma unroll
-    for (int w = 0; w < 4; w++) total += warps[w].x, before += w < warp ? warps[w].x : 0;
+    for (int w = 0; w < 4; w++) {
+        total += warps[w].x;
+        if (w < this_thread() % SELECTORS / 32) before += warps[w].x;
+    }
     if (counts == 0) return;
     int ties_taken = quota - (int)(total & 0xffff), taken = before & 0xffff, tied = before >> 16;
 #pragma unroll
@@ -228,6 +218,46 @@ __device__ __forceinline__ void select_together(const Eights& v, int k, const De
         if (takes || (ties && tied < ties_taken)) put_salient(taken + min(tied, ties_taken), Salient{k + i, v[i]});
         taken += takes, tied += ties;
     }
+}
+
+// The group puts the salient channels of its chunk in their places, ascending; k is this thread's first channel. Lane i
+// of each warp brings edge i. `hint` is a bucket in which or before which all of them probably are, and few others: what
+// reaches its edge is a candidate. It says where to look, not what is found, and is corrected for the next time.
+template <class Put>
+__device__ __forceinline__ void select_together(const Eights& v, int k, const Dec& dec, int edge, Together& group,
+                                                int& turn, int& hint, const Put& put_salient) {
+    int quota = dec.k_chunk * min(CHUNK, dec.in_features - k / CHUNK * CHUNK) / CHUNK;
+    if (quota == 0) return;
+    if (quota < CANDIDATES) {
+        float least = edge_at(edge, hint);
+        u32 own = 0, of_warp;
+#pragma unroll
+        for (int i = 0; i < 8; i++) own |= !(fabsf(v[i]) < least) ? 1u << i : 0;
+        u32 at = sum_before(__popc(own), of_warp);
+        Salient(&found)[4][CANDIDATES] = group.found[turn & 1];
+#pragma unroll 1
+        for (; own != 0; own &= own - 1, at++) {
+            int i = __ffs(own) - 1;
+            float x = i & 4 ? (i & 2 ? (i & 1 ? v[7] : v[6]) : (i & 1 ? v[5] : v[4]))
+                            : (i & 2 ? (i & 1 ? v[3] : v[2]) : (i & 1 ? v[1] : v[0]));
+            if (at < CANDIDATES) found[this_thread() % SELECTORS / 32][at] = Salient{k + i, x};
+        }
+        __syncwarp();
+        uint2 warps[4];
+        group.meet(turn, of_warp, hint, warps);
+        int second = warps[0].x, third = second + warps[1].x, fourth = third + warps[2].x, all = fourth + warps[3].x;
+        // Another block may have written a hint between two warps' reads.
+        bool alike = (warps[0].y == warps[1].y) & (warps[0].y == warps[2].y) & (warps[0].y == warps[3].y);
+        if (all >= quota && all <= CANDIDATES && alike) {
+            // One warp decides, each group's on another scheduler.
+            if (this_thread() % SELECTORS / 32 != this_thread() / SELECTORS % 4) return;
+            int lane = this_thread() % 32, of = (lane >= second) + (lane >= third) + (lane >= fourth);
+            const Salient& own = found[of][lane - (of == 0 ? 0 : of == 1 ? second : of == 2 ? third : fourth)];
+            select_candidates(own, all, quota, dec.exact, edge, hint, put_salient);
+            return;
+        }
+    }
+    select_all(v, k, quota, dec.exact, edge, group, turn, hint, put_salient);
 }
 
 // A block's part of the residuals of a list on its way into shared memory: of each entry `width` pieces of sixteen rows.
@@ -294,13 +324,13 @@ struct Fetch {
         ask<T>(0, min(n, 2 * most));
     }
 
-    // Those of them that are a group's, by its threads.
-    __device__ __forceinline__ void ask_of_group(int begin, int end) {
-        end = min(min(end, n), 2 * most);
-#pragma unroll 1
-        for (int i = begin + this_thread() % 32 * 4 + this_thread() % SELECTORS / 32; i < end; i += SELECTORS)
-            ask_entry(0, i);
+    // Those of them that are a group's `count`, by its threads; place(i): where its i-th is in the list.
+    template <class Place>
+    __device__ __forceinline__ void ask_of_group(int count, const Place& place) {
         asked = min(n, 2 * most);
+#pragma unroll 1
+        for (int i = this_thread() % 32 * 4 + this_thread() % SELECTORS / 32; i < count; i += SELECTORS)
+            if (place(i) < asked) ask_entry(0, place(i));
     }
 
     // Adds everything: threads form teams across the stripe, sixteen rows each, and teams share the entries out.

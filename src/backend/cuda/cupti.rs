@@ -87,6 +87,11 @@ impl Owner {
 static DELIVERED: Mutex<(Vec<KernelRecord>, Option<NextRecord>)> = Mutex::new((Vec::new(), None));
 static IN_USE: AtomicBool = AtomicBool::new(false);
 
+/// Whether anybody in this process records.
+pub(super) fn records() -> bool {
+    IN_USE.load(Ordering::SeqCst)
+}
+
 impl Cupti {
     /// Loads CUPTI and tries whether it will record; a context must be current.
     ///

@@ -401,8 +401,11 @@ impl Module {
 impl Drop for Module {
     fn drop(&mut self) {
         let _ = self.driver.wait();
-        // SAFETY: loaded by `Driver::module`, unloaded once; kernels hold an `Rc` of it.
-        let _ = unsafe { result::module::unload(self.module) };
+        // CUPTI's records point into the code of whatever ran in this process: meanwhile all of it stays.
+        if !super::cupti::records() {
+            // SAFETY: loaded by `Driver::module`, unloaded once; kernels hold an `Rc` of it.
+            let _ = unsafe { result::module::unload(self.module) };
+        }
     }
 }
 

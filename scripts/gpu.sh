@@ -69,7 +69,7 @@ sanitizer() {
     done
     # Not racecheck: it reports hazards across barriers of the whole block there (benches/README.md).
     DECDEC_TEST_DEVICES=cuda step memcheck-layers "$sanitizer" --tool memcheck --error-exitcode 1 \
-        "$bin/cuda_decode" --test-threads 1 a_few_layers_in_one_launch
+        "$bin/cuda_decode" --test-threads 1 a_few_layers_in_one_launch texts_do_not_depend_on_those_before
 }
 
 benches() {

@@ -104,10 +104,15 @@ pub(crate) fn calibration(args: &CalibrationArgs, texts: &TextFiles, config: &Mo
             seed: args.seed,
         });
     };
-    let text = super::read_text(path)?;
+    let tokens = Tokenizer::new(texts, config)?.encode(&super::read_text(path)?)?;
+    let seq_len = args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN);
+    let found = tokens.len() / seq_len.max(1);
+    if let Some(wanted) = args.samples.filter(|&wanted| wanted > found && found > 0) {
+        tracing::warn!("{wanted} calibration samples wanted, the text has {found} of {seq_len} tokens: all are taken");
+    }
     Ok(Calibration::Text {
-        tokens: Tokenizer::new(texts, config)?.encode(&text)?,
-        seq_len: args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN),
+        tokens,
+        seq_len,
         samples: args.samples.unwrap_or(Calibration::TEXT_SAMPLES),
         name: path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
     })

@@ -40,7 +40,10 @@ impl Workshop {
     fn quantize(&self, out: &str, more: &[&str]) -> Command {
         let mut command = decdec();
         command.arg("quantize").arg(self.path("small.gguf")).arg("--out").arg(self.path(out));
-        command.args(["--backend", "ap", "--bitwidth", "3", "--seq-len", "16", "--samples", "4"]).args(more);
+        command.args(["--backend", "ap", "--bitwidth", "3", "--seq-len", "16"]).args(more);
+        if !more.contains(&"--samples") {
+            command.args(["--samples", "4"]);
+        }
         command
     }
 
@@ -243,6 +246,20 @@ fn ctrl_c_ends_generation_with_130_and_keeps_the_text() {
     std::io::Read::read_to_end(child.stdout.as_mut().expect("piped"), &mut text).expect("readable");
     assert_eq!(child.wait().expect("ends").code(), Some(130));
     assert_eq!(text.last(), Some(&b'\n'), "what was made is flushed, whole");
+}
+
+#[test]
+fn more_samples_than_the_text_has_are_said() {
+    let shop = Workshop::new();
+    let text = shop.path("calib.txt");
+    std::fs::write(&text, "ab ba abab bbaa ".repeat(20)).expect("written");
+    let said = |out: &str, samples: &str| {
+        let text = text.to_str().expect("text");
+        let mut command = shop.quantize(out, &["--refine", "none", "--samples", samples, "--calib", text]);
+        String::from_utf8(command.assert().success().get_output().stderr.clone()).expect("text")
+    };
+    assert!(said("more", "5000").contains("5000 calibration samples wanted, the text has "), "nothing is said");
+    assert!(!said("fewer", "2").contains("calibration samples wanted"), "said of text that is long enough");
 }
 
 #[cfg(unix)]

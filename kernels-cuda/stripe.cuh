@@ -269,14 +269,14 @@ struct Fetch {
 
     const u32* from;
     const Salient* list;
-    int words, n, bytes, most, shift, half_bytes, asked;
+    int words, n, bytes, most, shift, half_bytes;
     u32 slots, barriers, turn;
 
     // `turn`: how many passes came before.
     __device__ __forceinline__ Fetch(const Dec& dec, const Salient* list, int n, int first, int width, u32 slots,
                                      int half_bytes, u32 barriers, u32 turn)
         : from(dec.residual + first * 2), list(list), words(dec.out_features / 8), n(n), bytes(width * 8),
-          most(half_bytes / bytes), shift(0), half_bytes(half_bytes), asked(0), slots(slots), barriers(barriers),
+          most(half_bytes / bytes), shift(0), half_bytes(half_bytes), slots(slots), barriers(barriers),
           turn(turn) {
         while ((most - 1) >> shift >= BARRIERS / 2) shift++;
         expect(0), expect(1);
@@ -309,28 +309,28 @@ struct Fetch {
         return this_thread() % 32 * (T::size / 32) + this_thread() / 32;
     }
 
-    // Asks for the next entries up to `end`, of pass `pass` and the next.
+    // Asks for entries `begin` to `end`, of pass `pass` and the next.
     template <class T>
-    __device__ __forceinline__ void ask(int pass, int end) {
+    __device__ __forceinline__ void ask(int pass, int begin, int end) const {
 #pragma unroll 1
-        for (int i = asked + turned<T>(); i < end; i += T::size) ask_entry(pass, i);
-        asked = end;
+        for (int i = begin + turned<T>(); i < end; i += T::size) ask_entry(pass, i);
     }
 
-    // The first ones, as far as there is room before anything is added. Each thread asks for what it listed itself, if
-    // they were listed in this order.
+    // How many there is room for before anything is added.
+    __device__ __forceinline__ int first_ones() const { return min(n, 2 * most); }
+
+    // Asks for those. Each thread asks for what it listed itself, if they were listed in this order.
     template <class T>
-    __device__ __forceinline__ void ask_first() {
-        ask<T>(0, min(n, 2 * most));
+    __device__ __forceinline__ void ask_first() const {
+        ask<T>(0, 0, first_ones());
     }
 
     // Those of them that are a group's `count`, by its threads; place(i): where its i-th is in the list.
     template <class Place>
-    __device__ __forceinline__ void ask_of_group(int count, const Place& place) {
-        asked = min(n, 2 * most);
+    __device__ __forceinline__ void ask_of_group(int count, const Place& place) const {
 #pragma unroll 1
         for (int i = this_thread() % 32 * 4 + this_thread() % SELECTORS / 32; i < count; i += SELECTORS)
-            if (place(i) < asked) ask_entry(0, place(i));
+            if (place(i) < first_ones()) ask_entry(0, place(i));
     }
 
     // Adds everything: threads form teams across the stripe, sixteen rows each, and teams share the entries out.
@@ -342,7 +342,7 @@ struct Fetch {
             if (pass > 0) {
                 // All are done with the pass before: the next comes into its half.
                 T::sync();
-                if (pass + 1 < all) expect(pass + 1), ask<T>(pass + 1, min((pass + 2) * most, n));
+                if (pass + 1 < all) expect(pass + 1), ask<T>(pass + 1, (pass + 1) * most, min((pass + 2) * most, n));
             }
             int first = pass * most, count = min(most, n - first);
 #pragma unroll 1

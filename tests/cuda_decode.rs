@@ -131,15 +131,16 @@ fn bfloat16_is_close_to_the_cpu() {
     against_cpu(Dtype::Bfloat16, 1, 4e-2);
 }
 
-/// A model compensated by at most five blocks.
+/// A model compensated by at most `n_tb` blocks.
 fn compensated<'b, B: DecodeBackend>(
     backend: &'b B,
     weights: &RandomWeights,
     k_chunks: [usize; 4],
+    n_tb: usize,
     selection: Selection,
 ) -> Model<'b, B> {
     let mut model = Model::load(backend, weights, |_| ()).unwrap();
-    let by_bits = vec![LayerCompensation { n_tb: backend.device().max_n_tb.min(5), k_chunks }];
+    let by_bits = vec![LayerCompensation { n_tb: backend.device().max_n_tb.min(n_tb), k_chunks }];
     model.compensate(Some(&Compensation { by_bits, selection })).unwrap();
     model
 }
@@ -161,7 +162,7 @@ fn logits_behind<B: DecodeBackend>(backend: &B, model: &Model<'_, B>, tokens: im
 
 /// The same of a new model and `count` tokens.
 fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks: [usize; 4], count: u32) -> Vec<f32> {
-    let model = compensated(backend, weights, k_chunks, Selection::Bucket);
+    let model = compensated(backend, weights, k_chunks, 5, Selection::Bucket);
     logits_behind(backend, &model, (0..count).map(|i| i * 37 % 1000))
 }
 
@@ -241,7 +242,8 @@ fn a_few_layers_in_one_launch() {
     }
 }
 
-/// Where a selection begins to look follows from selections before it (`stripe.cuh`); what it finds does not.
+/// Where a selection begins to look follows from selections before it (`stripe.cuh`); what it finds does not. The last takes
+/// every channel with one block: more at once than shared memory has room for.
 #[test]
 fn texts_do_not_depend_on_those_before() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
@@ -249,19 +251,22 @@ fn texts_do_not_depend_on_those_before() {
     cuda.watch_layers().unwrap();
     let config = ModelConfig { hidden_size: 2080, intermediate_size: 5152, num_layers: 2, ..small(None, 2) };
     let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 7).unwrap();
-    for (selection, k_chunk) in [(Selection::Bucket, 8), (Selection::Exact, 8), (Selection::Bucket, 28)] {
+    for (selection, k_chunk, n_tb) in
+        [(Selection::Bucket, 8, 5), (Selection::Exact, 8, 5), (Selection::Bucket, 28, 5), (Selection::Bucket, 1024, 1)]
+    {
         let what = format!("{selection:?}, k_chunk {k_chunk}");
         let one = || (0..12).map(|i| i * 37 % 1000);
-        let model = compensated(&cuda, &weights, [k_chunk; 4], selection);
+        let model = compensated(&cuda, &weights, [k_chunk; 4], n_tb, selection);
         let first = logits_behind(&cuda, &model, one());
         let other = logits_behind(&cuda, &model, (0..12).map(|i| (i * 53 + 400) % 1000));
         assert!(distance(&first, &other) > 0.1, "{what}: two texts, the same logits");
         assert_eq!(first, logits_behind(&cuda, &model, one()), "{what}: other logits after another text");
         let cpu = Cpu::new();
-        let want = logits_behind(&cpu, &compensated(&cpu, &weights, [k_chunk; 4], selection), one());
+        let want = logits_behind(&cpu, &compensated(&cpu, &weights, [k_chunk; 4], n_tb, selection), one());
         let far = distance(&first, &want);
         assert!(far < 2e-2, "{what}: logits {far} from the CPU's");
-        let plain = distance(&logits_behind(&cuda, &compensated(&cuda, &weights, [0; 4], selection), one()), &want);
+        let plain =
+            distance(&logits_behind(&cuda, &compensated(&cuda, &weights, [0; 4], n_tb, selection), one()), &want);
         assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
     }
     assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");

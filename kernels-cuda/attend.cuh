@@ -23,7 +23,7 @@
 #define HEAD_GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
 #define TENSOR                                                                                                         \
-    (KV == 0 && DTYPE == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&                                                                 \
+    (KV == 0 && DTYPE == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&                                                   \
      (HEAD_GROUP < 4 || (HEAD_GROUP % 4 == 0 && HEAD_GROUP / 4 <= ATTEND_THREADS / 32)))
 // How many of a group's queries a warp keeps, a divisor of the group; the others are other warps'. More fit where a thread
 // may have more registers.

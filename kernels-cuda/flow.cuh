@@ -42,12 +42,7 @@ __device__ __forceinline__ float ask1(const float* from) {
     return v;
 }
 
-// A number that others may overwrite meanwhile.
-__device__ __forceinline__ int ask_hint(const int* from) {
-    int v;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-    return v;
-}
+__device__ __forceinline__ int ask1(const int* from) { return __float_as_int(ask1((const float*)from)); }
 
 __device__ __forceinline__ bool is_there(uint4 v) {
     return (v.x != MISSING) & (v.y != MISSING) & (v.z != MISSING) & (v.w != MISSING);

@@ -15,8 +15,8 @@
 //
 // Blocks wait for numbers, not for each other (flow.cuh), and weights stream past that (stream.cuh), so memory is busy
 // meanwhile. Where there is compensation, the last n_tb blocks multiply nothing: they select, fetch, and leave their sums
-// in a vector of their own, which whoever reads the product adds (stripe.cuh). What others multiply is then cut between blocks by
-// units: of Llama-3-8B's 256 tiles some of 116 blocks would have three, half as much again as the rest.
+// in a vector of their own, which whoever reads the product adds (stripe.cuh). What others multiply is then cut between
+// blocks by units: of Llama-3-8B's 256 tiles some of 116 blocks would have three, half as much again as the rest.
 //
 // Every block that multiplies has a part of every product, so that whoever has all of one knows that all blocks are done
 // with what came before it: then the set of vectors of the layer before is made missing.
@@ -191,6 +191,18 @@ __device__ __forceinline__ void copy_scales(float* to, const float* scales, int 
     copy_async_commit();
 }
 
+// What a norm divides by, inverted. `own`: this thread's channels of those that the block selects among; `together`: all
+// blocks' are needed, so all channels are read.
+__device__ __forceinline__ float norm_scale(const Sum& x, const Eights& own, bool together, int channels, float eps,
+                                            float* scratch) {
+    float sum = together ? 0 : own.squares();
+    if (together)
+#pragma unroll 1
+        for (int k = this_thread() * 8; k < channels; k += THREADS * 8)
+            sum += await_eights(x, k, ask_eights(x, k, channels)).squares();
+    return 1.0f / sqrtf(team_sum<All>(sum, scratch) / channels + eps);
+}
+
 // A product's compensation of this block's stripe. x is waited for, and normalized if there is a γ. `turn`: passes of
 // fetches before this one's; returned: with this one's.
 __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int block, Sum x, const float* gamma, float eps,
@@ -205,11 +217,12 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
     AskedEights asked = ask_eights(x, chunk * CHUNK + lane, channels);
     Stripe stripe = ((const Stripe*)(shared + STRIPES))[op];
     int edge = p.edges[this_thread() % 32], met = 0, *hints = p.edges + BUCKETS;
-    int hint = chunk < chunks ? ask_hint(hints + chunk) : 0;
+    int hint = chunk < chunks ? ask1(hints + chunk) : 0;
     Eights weights = {};
     if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
     Dec dec = dec_of(p, op);
-    int entries = (chunks - 1) * p.k_chunk + chunk_quota(dec, chunks - 1), width = min(stripe.end - stripe.begin, THREADS);
+    int fewest = chunk_quota(dec, chunks - 1), entries = (chunks - 1) * p.k_chunk + fewest;
+    int width = min(stripe.end - stripe.begin, THREADS);
     Salient* list = (Salient*)(shared + LIST);
     float* scales = (float*)(shared + SCALES);
     u32 slots = shared_address(shared), barriers = shared_address(shared + BARRIERS);
@@ -218,18 +231,10 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
     Together& group_of = ((Together*)(shared + X))[group];
 
     Eights v = await_eights(x, chunk * CHUNK + lane, asked);
-    float scale = 1;
-    if (gamma) {
-        float sum = together ? 0 : v.squares();
-        if (together)
-#pragma unroll 1
-            for (int k = group * CHUNK + lane; k < channels; k += GROUPS * CHUNK)
-                sum += await_eights(x, k, ask_eights(x, k, channels)).squares();
-        scale = 1.0f / sqrtf(team_sum<All>(sum, (float*)(shared + ROUTES + 128)) / channels + eps);
-    }
+    float scale = gamma ? norm_scale(x, v, together, channels, eps, (float*)(shared + ROUTES + 128)) : 1.0f;
 #pragma unroll 1
     while (chunk < chunks) {
-        int k = chunk * CHUNK + lane, found = hint, fewest = chunk_quota(dec, chunks - 1);
+        int k = chunk * CHUNK + lane, found = hint;
         // Each chunk's first come before any chunk's second, as they will from the host. The last chunk may have fewer.
         auto place = [&](int i) { return chunk + (i < fewest ? i * chunks : fewest + i * (chunks - 1)); };
         if (gamma) v.scale(scale, weights);
@@ -245,7 +250,7 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
         }
         if ((together || block == 0) && found != hint) put((u32*)hints + chunk, found);
         if ((chunk += step) >= chunks) break;
-        hint = ask_hint(hints + chunk);
+        hint = ask1(hints + chunk);
         if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
         v = await_eights(x, chunk * CHUNK + lane, ask_eights(x, chunk * CHUNK + lane, channels));
     }

@@ -78,6 +78,15 @@ struct Together {
 #pragma unroll
         for (int w = 0; w < 4; w++) warps[w] = place[w];
     }
+
+    // The same, added.
+    __device__ __forceinline__ uint2 add(int& turn, u32 x, u32 y) {
+        uint2 warps[4], sum = make_uint2(0, 0);
+        meet(turn, x, y, warps);
+#pragma unroll
+        for (int w = 0; w < 4; w++) sum.x += warps[w].x, sum.y += warps[w].y;
+        return sum;
+    }
 };
 
 // Lanes' numbers before this lane's.
@@ -107,13 +116,9 @@ __device__ __forceinline__ u32 count_from(const Eights& v, float edge) {
 template <int STEP>
 __device__ __forceinline__ int search_together(const Eights& v, Together& group, int& turn, int k, int edge, int first) {
     u32 n[3];
-    uint2 warps[4];
 #pragma unroll
     for (int i = 0; i < 3; i++) n[i] = count_from(v, edge_at(edge, first + (i + 1) * STEP - 1));
-    group.meet(turn, warp_count(n[0] | n[1] << 16), warp_count(n[2]), warps);
-    uint2 all = make_uint2(0, 0);
-#pragma unroll
-    for (int w = 0; w < 4; w++) all.x += warps[w].x, all.y += warps[w].y;
+    uint2 all = group.add(turn, warp_count(n[0] | n[1] << 16), warp_count(n[2]));
     return first + (((int)(all.x & 0xffff) < k) + ((int)(all.x >> 16) < k) + ((int)all.y < k)) * STEP;
 }
 
@@ -181,11 +186,7 @@ __device__ __forceinline__ void select_candidates(const Salient& own, int all, i
 template <class Put>
 __device__ __forceinline__ void select_all(const Eights& v, int k, int quota, bool exact, int edge, Together& group,
                                            int& turn, int& hint, const Put& put_salient) {
-    uint2 warps[4];
-    auto reach = [&](float edge) {
-        group.meet(turn, warp_count(count_from(v, edge)), 0, warps);
-        return (int)(warps[0].x + warps[1].x + warps[2].x + warps[3].x);
-    };
+    auto reach = [&](float edge) { return (int)group.add(turn, warp_count(count_from(v, edge)), 0).x; };
     Limits limits;
     int first = 0;
     if (exact) {
@@ -203,6 +204,7 @@ __device__ __forceinline__ void select_all(const Eights& v, int k, int quota, bo
 #pragma unroll
     for (int i = 0; i < 8; i++) counts += limits.takes(v[i]) | (u32)limits.ties(v[i]) << 16;
     u32 before = sum_before(counts, of_warp);
+    uint2 warps[4];
     group.meet(turn, of_warp, 0, warps);
     u32 total = 0;
 #pragma unroll
@@ -226,7 +228,7 @@ __device__ __forceinline__ void select_all(const Eights& v, int k, int quota, bo
 template <class Put>
 __device__ __forceinline__ void select_together(const Eights& v, int k, const Dec& dec, int edge, Together& group,
                                                 int& turn, int& hint, const Put& put_salient) {
-    int quota = dec.k_chunk * min(CHUNK, dec.in_features - k / CHUNK * CHUNK) / CHUNK;
+    int quota = chunk_quota(dec, k / CHUNK);
     if (quota == 0) return;
     if (quota < CANDIDATES) {
         float least = edge_at(edge, hint);

@@ -169,6 +169,17 @@ fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks:
 /// Shapes, bits and format of a model whose layers go in one launch.
 type LayersCase = (ModelConfig, usize, RandomFormat);
 
+/// Fails if logits are `most` or more from those wanted, or if those without compensation, where there are any, are not
+/// clearly farther.
+fn close(what: &str, got: &[f32], want: &[f32], most: f64, plain: Option<&[f32]>) {
+    let far = distance(got, want);
+    eprintln!("{what}: {far:.2e}");
+    assert!(far < most, "{what}: logits {far} apart, {most} allowed");
+    if let Some(plain) = plain.map(|plain| distance(plain, want)) {
+        assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
+    }
+}
+
 /// Layers in one launch against the CPU, with each of `k_chunks`; again, and without compensation.
 fn layers_against_cpu(cuda: &Cuda, (config, bits, format): LayersCase, k_chunks: &[[usize; 4]], count: u32) {
     let (window, kv_heads) = (config.sliding_window, config.num_kv_heads);
@@ -178,16 +189,11 @@ fn layers_against_cpu(cuda: &Cuda, (config, bits, format): LayersCase, k_chunks:
     for &k_chunks in k_chunks {
         let want = step_logits(&Cpu::new(), &weights, k_chunks, count);
         let got = step_logits(cuda, &weights, k_chunks, count);
-        let far = distance(&got, &want);
-        let most = if k_chunks == [0; 4] { 5e-3 } else { 2e-2 };
         let what = format!("{format:?} {bits} bits, {shapes}, {k_chunks:?}");
-        eprintln!("{what}: {far:.2e}");
-        assert!(far < most, "{what}: logits {far} apart, {most} allowed");
         assert_eq!(got, step_logits(cuda, &weights, k_chunks, count), "{what}: another time, other logits");
-        if k_chunks != [0; 4] {
-            let plain = distance(&step_logits(cuda, &weights, [0; 4], count), &want);
-            assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
-        }
+        let compensated = k_chunks != [0; 4];
+        let plain = compensated.then(|| step_logits(cuda, &weights, [0; 4], count));
+        close(&what, &got, &want, if compensated { 2e-2 } else { 5e-3 }, plain.as_deref());
     }
 }
 
@@ -263,11 +269,8 @@ fn texts_do_not_depend_on_those_before() {
         assert_eq!(first, logits_behind(&cuda, &model, one()), "{what}: other logits after another text");
         let cpu = Cpu::new();
         let want = logits_behind(&cpu, &compensated(&cpu, &weights, [k_chunk; 4], n_tb, selection), one());
-        let far = distance(&first, &want);
-        assert!(far < 2e-2, "{what}: logits {far} from the CPU's");
-        let plain =
-            distance(&logits_behind(&cuda, &compensated(&cuda, &weights, [0; 4], n_tb, selection), one()), &want);
-        assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
+        let plain = logits_behind(&cuda, &compensated(&cuda, &weights, [0; 4], n_tb, selection), one());
+        close(&what, &first, &want, 2e-2, Some(&plain));
     }
     assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
 }

@@ -105,17 +105,17 @@ pub(crate) fn calibration(args: &CalibrationArgs, texts: &TextFiles, config: &Mo
         });
     };
     let tokens = Tokenizer::new(texts, config)?.encode(&super::read_text(path)?)?;
-    let seq_len = args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN);
-    let found = tokens.len() / seq_len.max(1);
-    if let Some(wanted) = args.samples.filter(|&wanted| wanted > found && found > 0) {
-        tracing::warn!("{wanted} calibration samples wanted, the text has {found} of {seq_len} tokens: all are taken");
-    }
-    Ok(Calibration::Text {
+    let calibration = Calibration::Text {
         tokens,
-        seq_len,
+        seq_len: args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN),
         samples: args.samples.unwrap_or(Calibration::TEXT_SAMPLES),
         name: path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
-    })
+    };
+    let found = calibration.samples();
+    if let Some(wanted) = args.samples.filter(|&wanted| wanted > found && found > 0) {
+        tracing::warn!("{wanted} calibration samples wanted, the text has {found}: all are taken");
+    }
+    Ok(calibration)
 }
 
 /// The most memory that this process has had at once, in MB, where the system tells.

@@ -144,8 +144,8 @@ impl Calibration {
         }
     }
 
-    /// Windows that there will be.
-    fn samples(&self) -> usize {
+    /// Windows that there will be: those of the text if more are asked for.
+    pub fn samples(&self) -> usize {
         match self {
             Self::Text { tokens, seq_len, samples, .. } => (*samples).min(tokens.len() / (*seq_len).max(1)),
             Self::Sampled { samples, .. } => *samples,

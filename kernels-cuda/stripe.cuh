@@ -265,7 +265,7 @@ __device__ __forceinline__ void select_together(const Eights& v, int k, const De
 // A block's part of the residuals of a list on its way into shared memory: of each entry `width` pieces of sixteen rows.
 // There are two halves, each with room for `most` entries and BARRIERS / 2 barriers; entries come in passes of as many,
 // which use the halves in turn. The bulk copy engine brings them: one multiprocessor fetches 25 GB/s over the host link so,
-// 13 by other copies, which hold up all other loads (H200).
+// 13 by loads; copies by lanes (cp.async) hold up all its other loads (H200).
 struct Fetch {
     static constexpr int BARRIERS = 64;
 

@@ -5,7 +5,7 @@
 #   there, in a copy of this repository: DECDEC_BIN_DIR=DIR scripts/gpu.sh
 #
 # DIR gets the program, the tests and benchmarks that a GPU matters to, each named after its target, and in data/ the
-# known answers beside the checkout, if they are there.
+# known answers (DECDEC_REFERENCE_DIR, or those of the repository).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:?usage: scripts/gpu-bundle.sh DIR}
@@ -38,12 +38,8 @@ for name in decdec "${tests[@]}" "${benches[@]}"; do
     [ -x "$dir/$name" ] || { echo "error: $name was not built" >&2; exit 1; }
 done
 
-answers=${DECDEC_REFERENCE_DIR:-../shared/data}
-if [ -d "$answers" ]; then
-    mkdir -p "$dir/data"
-    cp -r "$answers"/golden "$answers"/tiny-* "$answers"/smollm2 "$dir/data/"
-else
-    echo "note: no known answers in $answers, tests that need them will be skipped" >&2
-fi
+answers=${DECDEC_REFERENCE_DIR:-tests/data/reference}
+mkdir -p "$dir/data"
+cp -r "$answers"/golden "$answers"/tiny-* "$answers"/smollm2 "$dir/data/"
 git rev-parse --short HEAD >"$dir/commit" 2>/dev/null || true
 du -sh "$dir" >&2

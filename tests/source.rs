@@ -1,5 +1,7 @@
 //! Full-precision sources: values, row order, fusing, and what bad files say.
 
+mod answers;
+mod devices;
 mod fixtures;
 
 use std::fs;
@@ -420,7 +422,7 @@ fn zip_with_one_gguf() {
 
 #[test]
 fn smollm2_opens_from_its_wheel() {
-    let Some(path) = fixtures::smollm2() else { return };
+    let Some(path) = answers::smollm2() else { return };
     let source = Source::open(&path).expect("it opens");
     let config = source.config();
     assert_eq!((config.num_layers, config.num_heads, config.num_kv_heads), (30, 9, 3));

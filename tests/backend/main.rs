@@ -1,5 +1,7 @@
 //! Every property of a backend, once, on every backend that `DECDEC_TEST_DEVICES` names.
 
+#[path = "../answers/mod.rs"]
+mod answers;
 #[path = "../common/mod.rs"]
 mod common;
 #[allow(dead_code, reason = "other tests use the rest")]
@@ -21,6 +23,7 @@ mod record;
 mod reference;
 mod whole;
 
+use common::devices;
 use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
 

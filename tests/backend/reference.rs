@@ -1,7 +1,7 @@
-//! The reference's own directories, `tiny-*` of `$DECDEC_REFERENCE_DIR`, through the whole program.
+//! The reference's own directories, `tiny-*` of the known answers, through the whole program.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use decdec::checkpoint::BitWidth;
 use decdec::dec::Selection;
@@ -13,20 +13,8 @@ use decdec::weights::ModelWeights;
 use safetensors::SafeTensors;
 
 use crate::UnderTest;
+use crate::answers::tiny_directories;
 use crate::decoder::{Model as Oracle, Rounded};
-
-fn directories() -> Vec<PathBuf> {
-    let default = "../shared/data";
-    let dir = PathBuf::from(std::env::var("DECDEC_REFERENCE_DIR").unwrap_or_else(|_| default.into()));
-    let Ok(entries) = dir.read_dir() else {
-        eprintln!("skipped: no golden data");
-        return Vec::new();
-    };
-    let tiny = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("tiny-"));
-    let found: Vec<_> = entries.map(|entry| entry.expect("readable").path()).filter(tiny).collect();
-    assert!(!found.is_empty(), "no tiny-* in {}", dir.display());
-    found
-}
 
 /// What the oracle says of a directory.
 struct Expected {
@@ -141,7 +129,7 @@ fn by_width(sets: &[(usize, usize)]) -> Compensation {
 }
 
 pub(crate) fn reference_directories<B: UnderTest>(backend: &B) {
-    for dir in directories() {
+    for dir in tiny_directories() {
         let name = dir.display();
         let want = expected(&dir);
         let opened = open(&dir, &want);

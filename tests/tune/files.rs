@@ -176,7 +176,7 @@ fn exports_of_several_schema_versions_read_alike() {
 #[test]
 fn the_stock_client_answers_the_parsers_query() {
     if Command::new("sqlite3").arg("--version").output().is_err() {
-        eprintln!("skipped: no sqlite3 client (apt install sqlite3)");
+        crate::devices::skip("no sqlite3 client (apt install sqlite3)");
         return;
     }
     let dir = tempfile::tempdir().unwrap();

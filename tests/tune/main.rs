@@ -1,5 +1,7 @@
 //! The tuner: known optima, noise, the manual's own example, files that are refused, what is written.
 
+#[path = "../devices/mod.rs"]
+mod devices;
 mod files;
 mod results;
 mod search;

@@ -335,7 +335,7 @@ mod tests {
     #[test]
     fn every_kernel_compiles_for_every_architecture_without_spilling() {
         let Ok(probe) = Compiler::open("sm_80", None) else {
-            eprintln!("skipped: no NVRTC");
+            crate::devices::skip("no NVRTC");
             return;
         };
         drop(probe);
@@ -377,7 +377,7 @@ mod tests {
     #[test]
     fn a_kernel_that_does_not_compile_says_why() {
         let Ok(compiler) = Compiler::open("sm_90", None) else {
-            eprintln!("skipped: no NVRTC");
+            crate::devices::skip("no NVRTC");
             return;
         };
         let error = compiler.compile("dec.cu", "nonsense", &[]).unwrap_err().to_string();
@@ -387,7 +387,7 @@ mod tests {
     #[test]
     fn an_architecture_that_nvrtc_does_not_know_is_named() {
         let Ok(compiler) = Compiler::open("sm_999", None) else {
-            eprintln!("skipped: no NVRTC");
+            crate::devices::skip("no NVRTC");
             return;
         };
         let error = compiler.cubin("rows.cu", &["DTYPE=0".to_owned()]).unwrap_err().to_string();
@@ -401,7 +401,7 @@ mod tests {
         let folder = directory.path().join("kernels");
         let open = |cache: &std::path::Path| Compiler::open("sm_90", Some(cache.to_owned()));
         if open(&folder).is_err() {
-            eprintln!("skipped: no NVRTC");
+            crate::devices::skip("no NVRTC");
             return;
         }
         let code = |cache: &std::path::Path| open(cache).unwrap().cubin("dec.cu", &["DEC_WORDS=1".to_owned()]).unwrap();

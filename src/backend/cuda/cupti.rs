@@ -305,7 +305,7 @@ mod tests {
             Err(error) => {
                 let text = format!("{error:#}");
                 assert!(text.contains("libcupti.so of CUDA 12 or 13 not found"), "{text}");
-                eprintln!("skipped: no CUPTI");
+                crate::devices::skip("no CUPTI");
             }
         }
     }
@@ -315,7 +315,8 @@ mod tests {
     fn offsets_are_those_of_the_header() {
         let include = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/cuda/include");
         if !include.join("cupti_activity.h").exists() || !include.join("cuda.h").exists() {
-            eprintln!("skipped: no cupti_activity.h and cuda.h in .cache/cuda/include (scripts/cuda-toolchain.sh)");
+            let what = "no cupti_activity.h and cuda.h in .cache/cuda/include (scripts/cuda-toolchain.sh)";
+            crate::devices::skip(what);
             return;
         }
         let fields = [

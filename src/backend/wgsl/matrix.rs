@@ -331,8 +331,7 @@ mod tests {
     /// A device with small bindings computes, bit for bit, what one with large bindings does.
     #[test]
     fn blocks_of_rows_agree_with_the_whole() {
-        if !std::env::var("DECDEC_TEST_DEVICES").is_ok_and(|names| names.split(',').any(|n| n.trim() == "wgpu")) {
-            eprintln!("skipped: wgpu not in DECDEC_TEST_DEVICES");
+        if !crate::devices::is_under_test("wgpu") {
             return;
         }
         let outputs = [usize::MAX, 2048].map(|max_binding| {

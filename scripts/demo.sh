@@ -2,9 +2,11 @@
 # Quantizes a real model to 3 bits on this machine and shows what compensation gives back.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+scripts/packages.sh cc pip
 model=$(scripts/model.sh)
-cargo build --release --quiet
-decdec=target/release/decdec
+# As scripts/test.sh builds it; wherever cargo puts it.
+decdec=$(cargo build --release --features reference-wgpu --bin decdec --quiet --message-format json-render-diagnostics |
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
 checkpoint=.cache/smollm2-ap3
 text=tests/data/botchan.txt
 question="What is the capital of France?"

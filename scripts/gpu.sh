@@ -10,10 +10,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-bin=${DECDEC_BIN_DIR:-target/gpu}
+bin=${DECDEC_BIN_DIR:-${CARGO_TARGET_DIR:-target}/gpu}
 [ -n "${DECDEC_BIN_DIR:-}" ] || scripts/gpu-bundle.sh "$bin" || exit 1
 bin=$(realpath "$bin")
-out=${DECDEC_RUN_DIR:-target/gpu-run}
+out=${DECDEC_RUN_DIR:-${CARGO_TARGET_DIR:-target}/gpu-run}
 mkdir -p "$out"
 [ ! -d "$bin/data" ] || {
     export DECDEC_REFERENCE_DIR=${DECDEC_REFERENCE_DIR:-$bin/data}

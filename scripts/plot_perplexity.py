@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Perplexity over k_chunk, one line for each quantizer: perplexity.csv of a kept run to an SVG.
 
-    scripts/plot_perplexity.py benches/runs/2026-11-25-xeon/perplexity.csv benches/runs/2026-11-25-xeon/perplexity.svg
+    scripts/plot_perplexity.py benches/runs/2026-11-27-xeon/perplexity.csv benches/runs/2026-11-27-xeon/perplexity.svg
 
 Columns: quantizer, k_chunk, perplexity. A quantizer with a single row and an empty k_chunk is a level line.
 """

@@ -1,6 +1,12 @@
 //! Full-precision sources: values, row order, fusing, and what bad files say.
 
+#[path = "../fixtures/mod.rs"]
 mod fixtures;
+
+mod finite;
+mod metadata;
+#[cfg(target_os = "linux")]
+mod small_files;
 
 use std::fs;
 

@@ -1,13 +1,18 @@
 //! Perplexity, and how far a quantized model strays from its source.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
 use crate::backend::DecodeBackend;
+use crate::format::Floats;
 use crate::model::{Model, State};
 use crate::sampling::{Sampling, argmax};
+
+/// What to make of a logit that is no number: weights are finite, so something was too large on the way.
+const OVERFLOW: &str = "the model overflows the numbers of the device, try --dtype bfloat16 or --device cpu";
 
 /// What was measured over all windows.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
@@ -55,6 +60,9 @@ pub fn windows(tokens: &[u32], seq_len: usize, windows: Range<usize>) -> Result<
 /// Perplexity over `windows`, each read from an empty context, every token of them compensated as the model
 /// says; with a `source`, also how far the two stray, and how much of what was lost compensation gives back (for
 /// which the windows are read once more without it). `done` hears of every window and may end it all.
+///
+/// # Errors
+/// Logits that are not finite numbers; whatever the device or `done` says.
 pub fn perplexity<B: DecodeBackend>(
     model: &Model<'_, B>,
     source: Option<&Model<'_, B>>,
@@ -82,14 +90,16 @@ pub fn perplexity<B: DecodeBackend>(
             let tokens = &window[first..(first + step).min(seq_len)];
             // The last token of a window has nothing to predict.
             let targets = &window[first + 1..(first + step + 1).min(seq_len)];
-            let logits = reader.read(tokens)?;
-            let source_logits = source.as_mut().map(|source| source.read(tokens)).transpose()?;
+            let place = || format!("window {w} of the text, tokens from {first} on");
+            let logits = reader.read(tokens).with_context(place)?;
+            let source_logits = source.as_mut().map(|source| source.read(tokens)).transpose();
+            let source_logits = source_logits.context("the source").with_context(place)?;
             if let Some(logits) = source_logits {
                 source_sums.add(logits, None, targets, vocab);
             }
             sums.add(logits, source_logits, targets, vocab);
             if let Some(base) = &mut base {
-                base_sums.add(base.read(tokens)?, None, targets, vocab);
+                base_sums.add(base.read(tokens).with_context(place)?, None, targets, vocab);
             }
         }
         done(w + 1)?;
@@ -132,7 +142,10 @@ impl<'m, 'b, B: DecodeBackend> Reader<'m, 'b, B> {
         self.model.logits(&mut self.state, tokens, self.compensated, &mut self.logits)?;
         let host = &mut self.host[..tokens.len() * self.model.config().vocab_size];
         self.model.backend().read(&self.logits, host)?;
-        Ok(host)
+        let logits: &[f32] = host;
+        // A sum with one of them would be no number either, and say nothing of the model.
+        Floats::F32(Cow::Borrowed(logits)).ensure_finite("logit").context(OVERFLOW)?;
+        Ok(logits)
     }
 }
 

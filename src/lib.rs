@@ -24,6 +24,7 @@
 //! | [`format`](mod@format) | what is stored: AnyPrec, LUT-GEMM, residuals, thresholds; pure |
 //! | [`source`] | foreign files: Hugging Face, GGUF, PyTorch, the reference's directories, AWQ |
 //! | [`checkpoint`] | our directory: open, validate, map, write |
+//! | [`files`] | opening and reading what others made: regular files only, small ones through a limit |
 //! | [`open`], [`convert`](mod@convert) | from a path to whichever of these it is, and from that to our directory |
 //! | [`config`], [`weights`] | what a model is, and where its numbers come from |
 //! | [`mod@quantize`] | calibration, codebooks, AWQ, refinement, mixed precision, residuals: source to checkpoint |
@@ -47,6 +48,7 @@ pub mod config;
 pub mod convert;
 pub mod dec;
 pub mod eval;
+pub mod files;
 pub mod format;
 pub mod generate;
 pub mod model;

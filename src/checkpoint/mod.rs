@@ -96,9 +96,12 @@ impl Checkpoint {
         &self.texts
     }
 
+    /// Names, shapes, types, and that the small numbers are finite; tables are looked through when they are used.
     fn validate(&self) -> Result<()> {
-        self.embedding()?;
-        self.head()?;
+        self.table(EMBEDDING)?;
+        if !self.config.tie_word_embeddings {
+            self.table(HEAD)?;
+        }
         self.final_norm()?;
         for layer in 0..self.config.num_layers {
             self.layer_norms(layer)?;
@@ -117,6 +120,12 @@ impl Checkpoint {
         let (out_features, in_features) = (self.config.vocab_size, self.config.hidden_size);
         Ok(Dense { in_features, out_features, values: self.model.floats(name, &[out_features, in_features])? })
     }
+
+    fn finite_table(&self, name: &str) -> Result<Dense<'_>> {
+        let table = self.table(name)?;
+        table.values.ensure_tensor_is_finite(name, &[table.out_features, table.in_features])?;
+        Ok(table)
+    }
 }
 
 impl ModelWeights for Checkpoint {
@@ -125,15 +134,15 @@ impl ModelWeights for Checkpoint {
     }
 
     fn embedding(&self) -> Result<Dense<'_>> {
-        self.table(EMBEDDING)
+        self.finite_table(EMBEDDING)
     }
 
     fn head(&self) -> Result<Option<Dense<'_>>> {
-        if self.config.tie_word_embeddings { Ok(None) } else { self.table(HEAD).map(Some) }
+        if self.config.tie_word_embeddings { Ok(None) } else { self.finite_table(HEAD).map(Some) }
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        Ok(finite(&self.model, FINAL_NORM, self.config.hidden_size)?.to_vec())
+        Ok(finite_f32(&self.model, FINAL_NORM, self.config.hidden_size)?.to_vec())
     }
 
     fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
@@ -170,7 +179,7 @@ impl<'a> Stored<'a> {
         let (inputs, outputs) = config.shape(projection);
         let name = |suffix: &str| format!("{}.{suffix}", prefix(layer, projection));
         let words = |suffix: &str, shape: &[usize]| self.model.words(&name(suffix), Dtype::I32, shape);
-        let floats = |suffix: &str, shape: &[usize]| self.model.floats(&name(suffix), shape);
+        let floats = |suffix: &str, shape: &[usize]| finite(self.model, &name(suffix), shape);
         let in_projection = || prefix(layer, projection);
         let bits = bits as usize;
         let weight = match group_size {
@@ -189,14 +198,14 @@ impl<'a> Stored<'a> {
             }
         };
         let bias = match self.model.contains(&name("bias")) {
-            true => Some(Cow::Borrowed(finite(self.model, &name("bias"), outputs)?)),
+            true => Some(Cow::Borrowed(finite_f32(self.model, &name("bias"), outputs)?)),
             false => None,
         };
         let Some([residuals, thresholds]) = self.compensation else {
             return Ok(Linear { bias, ..Linear::plain(weight) });
         };
         let words = residuals.words(&name("residual"), Dtype::U32, &[inputs, outputs / 8])?;
-        let scales = residuals.floats(&name("scales"), &[outputs])?;
+        let scales = finite(residuals, &name("scales"), &[outputs])?;
         let residual = Residual::new(inputs, outputs, Cow::Borrowed(words), scales).with_context(in_projection)?;
         let thresholds = Some(Cow::Borrowed(thresholds.f32(&name("thresholds"), &[inputs])?));
         Ok(Linear { weight, bias, residual: Some(residual), thresholds })
@@ -204,14 +213,21 @@ impl<'a> Stored<'a> {
 }
 
 fn read_norms(model: &Tensors, layer: usize, config: &ModelConfig) -> Result<(Vec<f32>, Vec<f32>)> {
-    let norm = |name| finite(model, &format!("{}.{name}", layer_prefix(layer)), config.hidden_size);
+    let norm = |name| finite_f32(model, &format!("{}.{name}", layer_prefix(layer)), config.hidden_size);
     Ok((norm(INPUT_NORM)?.to_vec(), norm(POST_NORM)?.to_vec()))
 }
 
+/// Numbers in whatever type they are stored, all of them finite.
+fn finite<'a>(tensors: &'a Tensors, name: &str, shape: &[usize]) -> Result<Floats<'a>> {
+    let values = tensors.floats(name, shape)?;
+    values.ensure_tensor_is_finite(name, shape)?;
+    Ok(values)
+}
+
 /// `len` single-precision numbers, all of them finite.
-fn finite<'a>(tensors: &'a Tensors, name: &str, len: usize) -> Result<&'a [f32]> {
+fn finite_f32<'a>(tensors: &'a Tensors, name: &str, len: usize) -> Result<&'a [f32]> {
     let values = tensors.f32(name, &[len])?;
-    Floats::F32(Cow::Borrowed(values)).ensure_finite(&format!("{name}: number"))?;
+    Floats::F32(Cow::Borrowed(values)).ensure_tensor_is_finite(name, &[len])?;
     Ok(values)
 }
 

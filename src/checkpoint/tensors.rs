@@ -44,7 +44,7 @@ impl Tensors {
     /// # Errors
     /// A file that is missing, truncated, or no safetensors file.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let file = crate::files::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         // SAFETY: the map is only read; nothing in this program writes to a finished file in place, it
         // is replaced by renaming. Someone else truncating it while it is mapped is outside our control, as with
         // every memory-mapped model.

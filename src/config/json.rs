@@ -1,13 +1,13 @@
 //! `config.json` to [`ModelConfig`], in both spellings of RoPE that are about (`rope_theta` beside
 //! `rope_scaling`, and `rope_parameters`). What the decoder cannot compute is refused by name.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::{Architecture, ModelConfig, Projection, RopeScaling};
+use crate::files;
 
 /// No dimension of a model is larger; products of two of them fit 64 bits.
 const LARGEST: u64 = 1 << 24;
@@ -24,10 +24,7 @@ const MAX_JSON: u64 = 1 << 20;
 /// # Errors
 /// A file that cannot be read, is too large, or is no JSON.
 pub(crate) fn read_json(path: &Path) -> Result<Value> {
-    let cannot = || format!("cannot read {}", path.display());
-    let size = fs::metadata(path).with_context(cannot)?.len();
-    ensure!(size <= MAX_JSON, "{} has {size} bytes, at most {MAX_JSON} are expected", path.display());
-    let bytes = fs::read(path).with_context(cannot)?;
+    let bytes = files::read(path, MAX_JSON).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&bytes).with_context(|| format!("{} is not valid JSON", path.display()))
 }
 
@@ -113,7 +110,11 @@ fn rope(json: &Value) -> Result<(f64, RopeScaling)> {
     let mut thetas = vec![positive(json, "rope_theta")?];
     let mut scalings = Vec::new();
     for (name, object) in ROPE_OBJECTS.into_iter().filter_map(|name| Some((name, present(json, name)?))) {
-        ensure!(object.is_object(), "{name} is {object}, an object or null is expected");
+        let fields =
+            object.as_object().with_context(|| format!("{name} is {object}, an object or null is expected"))?;
+        if fields.is_empty() {
+            continue;
+        }
         thetas.push(positive(object, "rope_theta")?);
         scalings.push(scaling(object).with_context(|| name)?);
     }
@@ -130,20 +131,31 @@ fn rope(json: &Value) -> Result<(f64, RopeScaling)> {
     Ok((theta, scalings.into_iter().next().unwrap_or(RopeScaling::None)))
 }
 
+/// What may stand in such an object. Others change what a type computes, or belong to types that are refused.
+const ROPE_KEYS: [&str; 9] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "finetuned",
+];
+
 /// How one object says that frequencies are scaled.
 fn scaling(object: &Value) -> Result<RopeScaling> {
     let rotated = positive(object, "partial_rotary_factor")?.unwrap_or(1.0);
     ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
     let number = |key: &str| positive(object, key)?.with_context(|| format!("the RoPE scaling has no {key}"));
-    let plain = |key: &String| matches!(key.as_str(), "rope_theta" | "partial_rotary_factor");
-    let kind = match text(object, "rope_type")?.or(text(object, "type")?) {
-        Some(kind) => kind,
-        None if object.as_object().is_some_and(|object| object.keys().all(plain)) => "default",
-        None => bail!("the RoPE scaling {object} has no rope_type, default, linear or llama3 is expected"),
-    };
-    Ok(match kind {
+    let kind = rope_type(object)?;
+    let scaling = match kind {
         "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: number("factor")? },
+        "linear" => match number("factor")? {
+            1.0 => RopeScaling::None,
+            factor => RopeScaling::Linear { factor },
+        },
         "llama3" => {
             let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
             ensure!(low < high, "low_freq_factor {low} is not below high_freq_factor {high}");
@@ -155,7 +167,26 @@ fn scaling(object: &Value) -> Result<RopeScaling> {
             }
         }
         other => bail!("RoPE type {other:?} is unknown, default, linear or llama3 is expected"),
-    })
+    };
+    let fields = object.as_object().into_iter().flatten();
+    let mut unknown = fields.filter(|(key, value)| !value.is_null() && !ROPE_KEYS.contains(&key.as_str()));
+    if let Some((key, value)) = unknown.next() {
+        bail!("{key} is {value}, which is not known for the RoPE type {kind:?}: leave it out if it changes nothing");
+    }
+    Ok(scaling)
+}
+
+/// The type of scaling, under the newer name or the older one. Versions of transformers differ in which of them counts.
+fn rope_type(object: &Value) -> Result<&str> {
+    let plain = |key: &String| matches!(key.as_str(), "rope_theta" | "partial_rotary_factor");
+    match (text(object, "rope_type")?, text(object, "type")?) {
+        (Some(new), Some(old)) if new != old => {
+            bail!("rope_type is {new:?}, but type is {old:?}, leave one out")
+        }
+        (Some(kind), _) | (None, Some(kind)) => Ok(kind),
+        (None, None) if object.as_object().is_some_and(|object| object.keys().all(plain)) => Ok("default"),
+        (None, None) => bail!("the RoPE scaling {object} has no rope_type, default, linear or llama3 is expected"),
+    }
 }
 
 /// Whether the class of the model has a bias in `projection`. GGUF does not say.

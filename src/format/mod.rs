@@ -13,6 +13,7 @@ use std::borrow::Cow;
 
 use anyhow::{Result, bail};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 pub use anyprec::AnyPrec;
 pub use lutgemm::LutGemm;
@@ -58,14 +59,32 @@ impl<'a> Floats<'a> {
     /// # Errors
     /// The first that is not; `what` names them.
     pub fn ensure_finite(&self, what: &str) -> Result<()> {
-        let broken = match self {
-            Self::F16(v) => v.iter().position(|x| !x.is_finite()),
-            Self::Bf16(v) => v.iter().position(|x| !x.is_finite()),
-            Self::F32(v) => v.iter().position(|x| !x.is_finite()),
-        };
-        match broken {
+        match self.first_not_finite() {
             Some(i) => bail!("{what} {i} is {}, finite numbers are expected", self.get(i)),
             None => Ok(()),
+        }
+    }
+
+    /// The same for the stored tensor `name` of this shape.
+    ///
+    /// # Errors
+    /// The first number that is not finite, with the tensor's name and the number's place in it.
+    pub(crate) fn ensure_tensor_is_finite(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let Some(i) = self.first_not_finite() else { return Ok(()) };
+        let place = if shape.len() > 1 { format!(" (at {:?})", place(i, shape)) } else { String::new() };
+        bail!(
+            "tensor {name}: number {i} is {}{place}, finite numbers are expected: get the file again, or another \
+             version of the model",
+            self.get(i)
+        )
+    }
+
+    /// The first number that is NaN or infinite, which is one whose exponent is all ones. Read at the speed of memory.
+    fn first_not_finite(&self) -> Option<usize> {
+        match self {
+            Self::F16(v) => first(v, |x| x.to_bits() & 0x7c00 == 0x7c00),
+            Self::Bf16(v) => first(v, |x| x.to_bits() & 0x7f80 == 0x7f80),
+            Self::F32(v) => first(v, |x| x.to_bits() & 0x7f80_0000 == 0x7f80_0000),
         }
     }
 
@@ -112,6 +131,31 @@ impl<'a> Floats<'a> {
     }
 }
 
+/// The first of `values` that is `wanted`.
+fn first<T: Sync>(values: &[T], wanted: impl Fn(&T) -> bool + Sync) -> Option<usize> {
+    const RUN: usize = 1 << 16;
+    values.par_chunks(RUN).enumerate().find_map_first(|(run, values)| {
+        // All of a run is looked at, without leaving early: that is what vectorizes.
+        let any = values.iter().fold(false, |any, value| any | wanted(value));
+        any.then(|| values.iter().position(&wanted)).flatten().map(|i| run * RUN + i)
+    })
+}
+
+/// Where number `i` of a tensor of this shape is, slowest dimension first.
+fn place(mut i: usize, shape: &[usize]) -> Vec<usize> {
+    let mut place: Vec<usize> = shape
+        .iter()
+        .rev()
+        .map(|&size| {
+            let at = i % size;
+            i /= size;
+            at
+        })
+        .collect();
+    place.reverse();
+    place
+}
+
 impl From<Vec<f32>> for Floats<'_> {
     fn from(v: Vec<f32>) -> Self {
         Self::F32(Cow::Owned(v))
@@ -146,4 +190,42 @@ fn ensure_shape(in_features: usize, out_features: usize) -> anyhow::Result<()> {
         "{out_features} output rows, a multiple of 8 is expected"
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every bit pattern of the 16-bit types, and the ends of every range of f32.
+    #[test]
+    fn what_is_not_finite_is_found_wherever_it_is() {
+        for bits in 0..=u16::MAX {
+            let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
+            assert_eq!(Floats::from(vec![half]).first_not_finite().is_none(), half.is_finite(), "{bits:#x}");
+            let brains = Floats::Bf16(Cow::Owned(vec![brain]));
+            assert_eq!(brains.first_not_finite().is_none(), brain.is_finite(), "{bits:#x}");
+        }
+        for value in [0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45, f32::INFINITY, f32::NAN, -f32::NAN] {
+            assert_eq!(Floats::from(vec![value]).first_not_finite().is_none(), value.is_finite(), "{value}");
+        }
+        // Long enough for several runs; the first is meant.
+        let mut values = vec![1f32; 200_003];
+        for at in [200_002, 131_072, 131_071, 65_536, 65_535, 7, 0] {
+            values[at] = f32::NAN;
+            assert_eq!(Floats::F32(Cow::Borrowed(&values)).first_not_finite(), Some(at));
+        }
+    }
+
+    #[test]
+    fn a_tensor_is_named_with_the_place_in_it() {
+        let mut values = vec![1f32; 2 * 3 * 4];
+        values[17] = f32::NEG_INFINITY;
+        let message = |shape: &[usize]| {
+            Floats::F32(Cow::Borrowed(&values)).ensure_tensor_is_finite("t", shape).unwrap_err().to_string()
+        };
+        let rest = "finite numbers are expected: get the file again, or another version of the model";
+        assert_eq!(message(&[24]), format!("tensor t: number 17 is -inf, {rest}"));
+        assert_eq!(message(&[6, 4]), format!("tensor t: number 17 is -inf (at [4, 1]), {rest}"));
+        assert_eq!(message(&[2, 3, 4]), format!("tensor t: number 17 is -inf (at [1, 1, 1]), {rest}"));
+    }
 }

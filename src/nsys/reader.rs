@@ -2,7 +2,6 @@
 //! never assumed, and whatever does not fit together is refused with what was found.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,6 +10,10 @@ use rusqlite::Connection;
 use super::trace::{self, Line};
 use super::writer::meta_rows;
 use super::{Capture, DEC_KERNEL, Identity, KernelRecord, rows};
+use crate::files;
+
+/// Bytes of a trace; a sweep of 100,000 kernels writes some 4 MB.
+const MAX_TRACE: u64 = 256 << 20;
 
 /// Both files of a profile, joined.
 #[derive(Debug, Clone)]
@@ -31,7 +34,7 @@ pub struct Profile {
 /// kernel without a time.
 pub fn read(trace: &Path, sqlite: &Path, identity: &Identity) -> Result<Profile> {
     let missing = |path: &Path| format!("cannot read {}: run decdec profile with the same names first", path.display());
-    let text = fs::read_to_string(trace).with_context(|| missing(trace))?;
+    let text = files::read_text(trace, MAX_TRACE).with_context(|| missing(trace))?;
     let lines = trace::parse(&text, identity.algo).with_context(|| trace.display().to_string())?;
     let db = rows::open(sqlite).with_context(|| missing(sqlite))?;
     join(&db, &lines, identity).with_context(|| sqlite.display().to_string())

@@ -1,7 +1,6 @@
 //! The rows of an export of Nsight Systems, whatever version wrote it.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -12,6 +11,7 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, Row};
 
 use super::KernelRecord;
+use crate::files;
 
 const KERNELS: &str = "CUPTI_ACTIVITY_KIND_KERNEL";
 
@@ -43,7 +43,7 @@ const STEPS: (u64, u64) = (16, 100_000);
 pub(super) fn open(path: &Path) -> Result<Connection> {
     const MAGIC: &[u8] = b"SQLite format 3\0";
     let mut head = Vec::new();
-    let file = File::open(path)?;
+    let file = files::open(path)?;
     let size = file.metadata()?.len();
     file.take(MAGIC.len() as u64).read_to_end(&mut head)?;
     ensure!(head == MAGIC, "it begins with {:?}, not as a SQLite file does", String::from_utf8_lossy(&head));

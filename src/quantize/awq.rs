@@ -94,7 +94,7 @@ pub(crate) fn search(linear: &Affine, x: &[f32], magnitudes: &[f32], bits: usize
     let sample: Vec<f32> = (0..sampled).flat_map(|i| &x[i * tokens / sampled * inputs..][..inputs]).copied().collect();
     let mut delta = vec![0.0; linear.weight.len()];
     let mut output = vec![0.0; sampled * linear.out_features];
-    let mut best = (f64::INFINITY, Vec::new());
+    let mut best = (f64::INFINITY, vec![1.0; inputs]);
     for ratio in 0..RATIOS {
         let scales = normalized(magnitudes, ratio as f32 / RATIOS as f32);
         delta.par_chunks_exact_mut(inputs).enumerate().for_each(|(row, delta)| {

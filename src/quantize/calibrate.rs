@@ -1,5 +1,6 @@
 //! Calibration: the texts' activations, layer by layer, and what is learned from them about each projection.
 
+use std::borrow::Cow;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, ensure};
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 
 use super::forward::{Inputs, KvCache, Layer, Rope, forward};
 use crate::config::ModelConfig;
-use crate::format::Dense;
+use crate::format::{Dense, Floats};
 
 /// Tokens that go through a layer at once: enough to keep the products busy.
 pub(super) const BATCH_TOKENS: usize = 2048;
@@ -53,7 +54,7 @@ impl Activations {
     /// `progress` grows by one per token.
     ///
     /// # Errors
-    /// [`super::Interrupted`].
+    /// [`super::Interrupted`], and activations that overflow.
     pub(crate) fn advance(
         &mut self,
         config: &ModelConfig,
@@ -76,6 +77,8 @@ impl Activations {
             let texts = h.len() / self.hidden / self.tokens;
             let mut cache = KvCache::new(config, texts, self.tokens);
             let inputs = forward(config, layer, rope, &mut cache, texts, h);
+            // The weights are finite: what is not comes of numbers too large for f32 on the way.
+            Floats::F32(Cow::Borrowed(h)).ensure_finite("what leaves it is too large for single precision: number")?;
             if collect {
                 all.iter_mut().zip(&inputs).for_each(|(all, x)| all.extend_from_slice(x));
             }

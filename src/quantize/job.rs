@@ -7,6 +7,7 @@ use indicatif::ProgressBar;
 
 use super::calibrate::Activations;
 use super::forward::{Inputs, Layer, Rope};
+use super::storable::ensure_storable;
 use super::{Calibration, Norms, Options, Refine, mixed, polish, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
 use crate::config::Projection;
@@ -108,7 +109,8 @@ impl Job<'_> {
             self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
             let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
             let missing = !self.writer.has_layer(index, bits);
-            let inputs = activations.advance(config, &layer, &rope, missing, self.stop, self.progress)?;
+            let inputs = activations.advance(config, &layer, &rope, missing, self.stop, self.progress);
+            let inputs = inputs.with_context(|| format!("layer {index}"))?;
             if missing {
                 let (norms, linears) = make(index, &layer, &inputs).with_context(|| format!("layer {index}"))?;
                 self.writer.write_layer(index, bits, &norms, &linears)?;
@@ -152,8 +154,10 @@ impl Job<'_> {
         for index in first..config.num_layers {
             self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
             let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
+            ensure_storable(config, index, &layer)?;
             let missing: Vec<u32> = widths.clone().filter(|&bits| !self.writer.has_layer(index, bits)).collect();
-            let inputs = activations.advance(config, &layer, &rope, !missing.is_empty(), self.stop, self.progress)?;
+            let inputs = activations.advance(config, &layer, &rope, !missing.is_empty(), self.stop, self.progress);
+            let inputs = inputs.with_context(|| format!("layer {index}"))?;
             for &bits in &missing {
                 super::ensure_running(self.stop)?;
                 let (norms, linears) =

@@ -28,6 +28,7 @@ mod refine;
 mod residuals;
 mod sample;
 mod sqllm;
+mod storable;
 
 use std::borrow::Cow;
 use std::path::Path;

@@ -10,6 +10,7 @@
 //! perpendicular to `w`, `s ≈ |w|² / ⟨w, q⟩`.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -18,11 +19,12 @@ use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
-use super::forward::{Inputs, Layer};
+use super::forward::{Affine, Inputs, Layer};
 use super::job::{self, Job, Made};
 use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{ModelConfig, Projection};
+use crate::source::stored_modules;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
@@ -31,6 +33,16 @@ const SAME_NORM: f32 = 1.0 / 256.0;
 
 /// Rows that were not scaled differ by what clipping takes, a per cent at most; AWQ's scales spread over factors.
 const UNSCALED: f32 = 0.03;
+
+/// The largest energy of `W_original − W_quantized` against that of both, `|W − Q|² / (|W|² + |Q|²)`, of two
+/// matrices that belong together.
+///
+/// It is `1 − 2⟨W, Q⟩ / (|W|² + |Q|²)`: 1 for matrices that have nothing to do with each other, give or take
+/// `2 / √weights`, and nearly 1 too where one is many times the other. Where rounding adds noise of `n` times the
+/// energy of `W`, it is `n / (2 + n)`: 0.06 for 2 bits in the best places a row can have, 0.2 for 2 bits between the
+/// smallest and the largest of 4096 normal weights (`n` ≈ 0.5). One half is noise of twice the energy of the weights,
+/// more than any rounding to 2 bits leaves and half of what strangers have.
+const RELATED: f64 = 0.5;
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,8 +60,8 @@ pub struct ResidualOptions {
 /// there. Setting `stop` ends it soon, with [`super::Interrupted`].
 ///
 /// # Errors
-/// Models of different shapes, an `original` that is not full precision or a `quantized` that is, an existing
-/// `out`, tensors that cannot be read, a disk that is full. `out` is as it was then.
+/// Models of different shapes or weights, an `original` that is not full precision or a `quantized` that is, an
+/// existing `out`, tensors that cannot be read, a disk that is full. `out` is as it was then.
 pub fn residuals(
     original: &dyn ModelWeights,
     quantized: &dyn ModelWeights,
@@ -63,6 +75,8 @@ pub fn residuals(
     ensure_pair(original, quantized)?;
     let config = quantized.config();
     options.calibration.validate(config)?;
+    // Said at once, not after calibration text was made.
+    Pair::new(original, quantized, 0, Cow::Owned(Layer::read(original, 0)?), Cow::Owned(Inputs::default()))?;
     let manifest = Manifest::describe(quantized, options.source.clone(), options.calibration.describe())?;
     let manifest = Manifest { residual_bits: 4, ..manifest };
     let job_options = Options {
@@ -83,7 +97,7 @@ pub fn residuals(
     progress.set_length(job.work_once());
     let ids = job.calibration()?;
     let bits: Vec<u32> = (0..config.num_layers).filter_map(|layer| quantized.bits(layer)).collect();
-    job.layers_once(&ids, &bits, |index, layer, inputs| complete(quantized, index, layer, inputs, stop))?;
+    job.layers_once(&ids, &bits, |index, layer, inputs| complete(original, quantized, index, layer, inputs, stop))?;
     progress.set_message("writing");
     // Embedding and head are the quantized model's own.
     let rest =
@@ -132,28 +146,82 @@ fn ensure_pair(original: &dyn ModelWeights, quantized: &dyn ModelWeights) -> Res
 
 /// A layer of `quantized` with what it lost of `layer`.
 fn complete<'a>(
+    original: &dyn ModelWeights,
     quantized: &'a dyn ModelWeights,
     index: usize,
     layer: &Layer,
     inputs: &Inputs,
     stop: &AtomicBool,
 ) -> Result<Made<'a>> {
-    let norms = quantized.layer_norms(index)?;
-    let linears = Projection::ALL.map(|projection| quantized.projection(index, projection));
-    let [qkv, o, gate_up, down] = linears;
-    let linears = [qkv?, o?, gate_up?, down?];
-    let (mut layer, mut inputs) = (Cow::Borrowed(layer), Cow::Borrowed(inputs));
-    if !same(&layer.input_norm, &norms.0) || !same(&layer.post_norm, &norms.1) {
-        scale_alike(quantized.config(), layer.to_mut(), inputs.to_mut(), &norms, &linears)?;
-    }
-    let finished = linears.into_iter().zip(&layer.linears).zip(inputs.iter()).map(|((quantized, linear), x)| {
+    let pair = Pair::new(original, quantized, index, Cow::Borrowed(layer), Cow::Borrowed(inputs))?;
+    let finished = pair.linears.into_iter().zip(&pair.layer.linears).zip(pair.inputs.iter());
+    let finished = finished.map(|((quantized, linear), x)| {
         ensure_running(stop)?;
         let Linear { weight, bias, .. } = quantized;
         Ok(Linear { bias, ..finish(linear, x, weight, &vec![1.0; linear.in_features])? })
     });
     let finished: Vec<_> = finished.collect::<Result<_>>()?;
     let finished = finished.try_into().ok().context("four projections")?;
-    Ok((norms, finished))
+    Ok((pair.norms, finished))
+}
+
+/// A layer of the original, scaled as the quantized one was, and that one.
+struct Pair<'a, 'b> {
+    layer: Cow<'b, Layer>,
+    inputs: Cow<'b, Inputs>,
+    norms: Norms,
+    linears: [Linear<'a>; 4],
+}
+
+impl<'a, 'b> Pair<'a, 'b> {
+    /// # Errors
+    /// Layers of models that have nothing to do with each other.
+    fn new(
+        original: &dyn ModelWeights,
+        quantized: &'a dyn ModelWeights,
+        index: usize,
+        mut layer: Cow<'b, Layer>,
+        mut inputs: Cow<'b, Inputs>,
+    ) -> Result<Self> {
+        let norms = quantized.layer_norms(index)?;
+        let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| quantized.projection(index, projection));
+        let linears = [qkv?, o?, gate_up?, down?];
+        if !same(&layer.input_norm, &norms.0) || !same(&layer.post_norm, &norms.1) {
+            scale_alike(quantized.config(), layer.to_mut(), inputs.to_mut(), &norms, &linears)?;
+        }
+        for (projection, theirs) in Projection::ALL.into_iter().zip(&linears) {
+            let mut first = 0;
+            for (name, rows) in stored_modules(original.config(), index, projection) {
+                ensure_related(&name, layer.linear(projection), &theirs.weight, first..first + rows)?;
+                first += rows;
+            }
+        }
+        Ok(Self { layer, inputs, norms, linears })
+    }
+}
+
+/// Checks that these rows, of the tensor `name`, are roughly what they were quantized to.
+fn ensure_related(name: &str, own: &Affine, theirs: &Weight<'_>, rows: Range<usize>) -> Result<()> {
+    let energies: Vec<[f64; 3]> = rows
+        .into_par_iter()
+        .map(|row| {
+            let mut quantized = vec![0.0; own.in_features];
+            theirs.row(row, &mut quantized);
+            own.row(row).iter().zip(&quantized).fold([0.0; 3], |[a, b, lost], (&w, &q)| {
+                let (w, q) = (f64::from(w), f64::from(q));
+                [a + w * w, b + q * q, lost + (w - q) * (w - q)]
+            })
+        })
+        .collect();
+    let [own, theirs, lost] = [0, 1, 2].map(|i| energies.iter().map(|row| row[i]).sum::<f64>());
+    // Weights that were rounded away altogether say nothing.
+    let share = if own == 0.0 || theirs == 0.0 { 0.0 } else { lost / (own + theirs) };
+    ensure!(
+        share <= RELATED,
+        "tensor {name}: what the quantized model lost of the original has {share:.2} of the energy of both, up to \
+         {RELATED} is expected and 1 is what two unrelated models have: give the very model that was quantized"
+    );
+    Ok(())
 }
 
 /// True if two norms are equal but for the type that they were stored in.

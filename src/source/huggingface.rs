@@ -9,6 +9,7 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
+use crate::config::read_json;
 use crate::format::Floats;
 
 const SINGLE: &str = "model.safetensors";
@@ -38,27 +39,17 @@ pub(super) struct Tensor<'a> {
     bytes: &'a [u8],
 }
 
-/// `config.json` of a model that is not quantized yet.
-pub(super) fn config_json(directory: &Path) -> Result<Value> {
-    let json = json_file(&directory.join("config.json"))?;
-    if let Some(quantized) = json.get("quantization_config").filter(|v| !v.is_null()) {
-        let method = quantized.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed method");
-        bail!("the model is already quantized ({method}), full precision is expected");
-    }
-    Ok(json)
-}
-
-pub(super) fn json_file(path: &Path) -> Result<Value> {
-    crate::config::read_json(path)
-}
-
 impl Shards {
     pub(super) fn open(directory: &Path) -> Result<Self> {
         let mut shards = Self { files: Vec::new(), names: BTreeMap::new() };
-        for name in file_names(directory)? {
-            let shard = Shard::open(&directory.join(&name)).with_context(|| format!("in {name}"))?;
-            let tensors = shard.header.offset_keys();
-            shards.names.extend(tensors.into_iter().map(|tensor| (tensor, shards.files.len())));
+        let files: Vec<String> = file_names(directory)?.into_iter().collect();
+        for (index, name) in files.iter().enumerate() {
+            let shard = Shard::open(&directory.join(name)).with_context(|| format!("in {name}"))?;
+            for tensor in shard.header.offset_keys() {
+                if let Some(before) = shards.names.insert(tensor.clone(), index) {
+                    bail!("tensor {tensor} is in {} and in {name}: which of them is meant?", files[before]);
+                }
+            }
             shards.files.push(shard);
         }
         Ok(shards)
@@ -68,29 +59,69 @@ impl Shards {
         let (name, &file) = self.names.get_key_value(name).with_context(|| format!("tensor {name} is missing"))?;
         self.files[file].tensor(name)
     }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
 }
 
-/// The safetensors files of the model, from the index if there is one.
+/// The safetensors files of the model: one of the usual name, those of the index, or the only one that there is.
 fn file_names(directory: &Path) -> Result<BTreeSet<String>> {
-    let index = directory.join(INDEX);
-    if index.is_file() {
-        let json = json_file(&index)?;
-        let map = json.get("weight_map").and_then(Value::as_object).context("the index has no weight_map")?;
-        let names: Option<BTreeSet<String>> = map.values().map(|v| v.as_str().map(str::to_owned)).collect();
-        let names = names.context("the weight_map of the index names no files")?;
-        for name in &names {
-            let plain = Path::new(name).file_name().is_some_and(|file| file == name.as_str());
-            ensure!(plain, "the index names the file {name:?}, a name without directories is expected");
+    let (single, index) = (directory.join(SINGLE), directory.join(INDEX));
+    if single.exists() {
+        if index.exists() {
+            // The same choice as transformers makes.
+            tracing::warn!("{SINGLE} is read, {INDEX} beside it is left aside with the files that it names");
         }
-        return Ok(names);
-    }
-    if directory.join(SINGLE).is_file() {
         return Ok(BTreeSet::from([SINGLE.to_owned()]));
     }
-    if directory.join("pytorch_model.bin").is_file() || directory.join("pytorch_model.bin.index.json").is_file() {
+    if index.exists() {
+        return indexed(&index);
+    }
+    let others = others(directory)?;
+    match &others[..] {
+        [adapter] if adapter.starts_with("adapter_") => {
+            bail!("there is only {adapter}, which changes another model: merge it into that model first")
+        }
+        // Older quantizers put bits and groups into the name.
+        [only] => return Ok(BTreeSet::from([only.clone()])),
+        [] => {}
+        [first, ..] => bail!(
+            "there is neither {SINGLE} nor {INDEX}, but {first} and {} more: the index is missing",
+            others.len() - 1
+        ),
+    }
+    if directory.join("pytorch_model.bin").exists() || directory.join("pytorch_model.bin.index.json").exists() {
         bail!("the weights are in pytorch_model.bin, save them as safetensors (save_pretrained does) and try again");
     }
     bail!("there is neither {SINGLE} nor {INDEX}")
+}
+
+/// The files that an index names.
+fn indexed(index: &Path) -> Result<BTreeSet<String>> {
+    let json = read_json(index)?;
+    let map = json.get("weight_map").and_then(Value::as_object).context("the index has no weight_map")?;
+    let names: Option<BTreeSet<String>> = map.values().map(|v| v.as_str().map(str::to_owned)).collect();
+    let names = names.context("the weight_map of the index names no files")?;
+    for name in &names {
+        let plain = Path::new(name).file_name().is_some_and(|file| file == name.as_str());
+        ensure!(plain, "the index names the file {name:?}, a name without directories is expected");
+    }
+    Ok(names)
+}
+
+/// All safetensors files, by name.
+fn others(directory: &Path) -> Result<Vec<String>> {
+    let cannot = || format!("cannot read {}", directory.display());
+    let mut names = Vec::new();
+    for entry in directory.read_dir().with_context(cannot)? {
+        let name = entry.with_context(cannot)?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".safetensors") {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 impl Shard {
@@ -116,13 +147,16 @@ impl<'a> Tensor<'a> {
         Ok(self.shape.to_vec())
     }
 
+    /// Its numbers, all of them finite.
     pub(super) fn read(&self) -> Result<Floats<'a>> {
-        match self.dtype {
-            Dtype::F16 => Ok(Floats::F16(super::numbers(self.bytes))),
-            Dtype::BF16 => Ok(Floats::Bf16(super::numbers(self.bytes))),
-            Dtype::F32 => Ok(Floats::F32(super::numbers(self.bytes))),
+        let values = match self.dtype {
+            Dtype::F16 => Floats::F16(super::numbers(self.bytes)),
+            Dtype::BF16 => Floats::Bf16(super::numbers(self.bytes)),
+            Dtype::F32 => Floats::F32(super::numbers(self.bytes)),
             other => bail!("tensor {} has type {other:?}, F16, BF16 or F32 is expected", self.name),
-        }
+        };
+        values.ensure_tensor_is_finite(self.name, self.shape)?;
+        Ok(values)
     }
 
     /// Shape and bits of an i32 tensor.

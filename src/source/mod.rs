@@ -17,15 +17,19 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use serde_json::Value;
 
-use crate::config::{ModelConfig, Projection, is_biased};
+use self::modules::{Part, parts};
+use crate::config::{ModelConfig, Projection, is_biased, read_json};
+use crate::files;
 use crate::format::{Dense, Floats};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
+
+pub(crate) use self::modules::stored_modules;
 
 /// A full-precision model on disk.
 #[derive(Debug)]
@@ -55,10 +59,12 @@ impl Source {
 
     fn read(path: &Path) -> Result<Self> {
         let (tensors, config_json, texts) = if path.is_dir() {
+            let config_json = read_json(&path.join("config.json"))?;
+            grouped::ensure_full_precision(path, &config_json)?;
             let shards = huggingface::Shards::open(path)?;
-            (Tensors::HuggingFace(shards), huggingface::config_json(path)?, TextFiles::read(path)?)
+            (Tensors::HuggingFace(shards), config_json, TextFiles::read(path)?)
         } else {
-            let model = gguf::Model::open(archive::open(path)?)?;
+            let model = gguf::Model::open(path)?;
             let (config_json, texts) = (model.config_json()?, model.texts()?);
             (Tensors::Gguf(model), config_json, texts)
         };
@@ -81,35 +87,47 @@ impl Source {
     /// Every tensor that the decoder needs is there, in the right shape and a known type.
     fn check(&self) -> Result<()> {
         let ModelConfig { vocab_size, hidden_size, .. } = self.config;
-        self.tensors.check(EMBEDDING, &[vocab_size, hidden_size])?;
-        self.tensors.check(FINAL_NORM, &[hidden_size])?;
+        let mut used = Vec::new();
+        let mut check = |name: String, shape: &[usize]| {
+            self.tensors.check(&name, shape)?;
+            used.push(name);
+            anyhow::Ok(())
+        };
+        check(EMBEDDING.into(), &[vocab_size, hidden_size])?;
+        check(FINAL_NORM.into(), &[hidden_size])?;
         if !self.config.tie_word_embeddings {
-            self.tensors.check(HEAD, &[vocab_size, hidden_size])?;
+            check(HEAD.into(), &[vocab_size, hidden_size])?;
         }
         for layer in 0..self.config.num_layers {
             for name in [norm_name(layer, "input"), norm_name(layer, "post_attention")] {
-                self.tensors.check(&name, &[hidden_size])?;
+                check(name, &[hidden_size])?;
             }
             for projection in Projection::ALL {
-                self.check_projection(layer, projection)?;
+                self.check_projection(layer, projection, &mut check)?;
             }
         }
-        Ok(())
+        // What a class of transformers computes is fixed by its name; a GGUF says it with the tensors that it has.
+        if let Tensors::Gguf(model) = &self.tensors { model.ensure_nothing_else(&used) } else { Ok(()) }
     }
 
-    fn check_projection(&self, layer: usize, projection: Projection) -> Result<()> {
+    fn check_projection(
+        &self,
+        layer: usize,
+        projection: Projection,
+        check: &mut impl FnMut(String, &[usize]) -> Result<()>,
+    ) -> Result<()> {
         let biased = match self.tensors {
             Tensors::HuggingFace(_) => Some(is_biased(&self.config_json, self.config.architecture, projection)?),
             Tensors::Gguf(_) => None,
         };
         for part in self.parts(layer, projection) {
             let columns = self.config.shape(projection).0;
-            self.tensors.check(&format!("{}.weight", part.name), &[part.rows, columns])?;
-            let bias = format!("{}.bias", part.name);
+            check(part.tensor("weight"), &[part.rows, columns])?;
+            let bias = part.tensor("bias");
             let is_there = self.tensors.contains(&bias);
             ensure!(!is_there || biased != Some(false), "tensor {bias} is there, the configuration asks for none");
             if is_there || biased == Some(true) {
-                self.tensors.check(&bias, &[part.rows])?;
+                check(bias, &[part.rows])?;
             }
         }
         Ok(())
@@ -117,22 +135,7 @@ impl Source {
 
     /// The stored matrices whose rows, one below the other, make `projection`.
     fn parts(&self, layer: usize, projection: Projection) -> Vec<Part> {
-        let fused = self.config.shape(projection).1;
-        let q = self.config.num_heads * self.config.head_dim;
-        let kv = self.config.num_kv_heads * self.config.head_dim;
-        let half = self.config.intermediate_size;
-        let part = |module: &str, rows| Part { name: format!("model.layers.{layer}.{module}"), rows };
-        let is_fused = |module: &str| self.tensors.contains(&format!("model.layers.{layer}.{module}.weight"));
-        match projection {
-            Projection::Qkv if is_fused("self_attn.qkv_proj") => vec![part("self_attn.qkv_proj", fused)],
-            Projection::Qkv => {
-                vec![part("self_attn.q_proj", q), part("self_attn.k_proj", kv), part("self_attn.v_proj", kv)]
-            }
-            Projection::O => vec![part("self_attn.o_proj", fused)],
-            Projection::GateUp if is_fused("mlp.gate_up_proj") => vec![part("mlp.gate_up_proj", fused)],
-            Projection::GateUp => vec![part("mlp.gate_proj", half), part("mlp.up_proj", half)],
-            Projection::Down => vec![part("mlp.down_proj", fused)],
-        }
+        parts(&self.config, layer, projection, |part| self.tensors.contains(&part.tensor("weight")))
     }
 
     fn vector(&self, name: &str) -> Result<Vec<f32>> {
@@ -149,7 +152,7 @@ impl Source {
         let mut bias = Vec::new();
         let mut found = false;
         for part in parts {
-            let name = format!("{}.bias", part.name);
+            let name = part.tensor("bias");
             if self.tensors.contains(&name) {
                 found = true;
                 bias.extend(self.vector(&name)?);
@@ -159,13 +162,6 @@ impl Source {
         }
         Ok(found.then_some(bias))
     }
-}
-
-/// A stored matrix, or rows of a fused one.
-struct Part {
-    /// Without `.weight` or `.bias`.
-    name: String,
-    rows: usize,
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -202,7 +198,7 @@ impl ModelWeights for Source {
         let parts = self.parts(layer, projection);
         let values = parts
             .iter()
-            .map(|part| self.tensors.read(&format!("{}.weight", part.name), &self.config))
+            .map(|part| self.tensors.read(&part.tensor("weight"), &self.config))
             .collect::<Result<Vec<_>>>()?;
         let weight = Weight::Dense(Dense { in_features, out_features, values: concatenate(values) });
         let bias = self.bias(&parts)?.map(Cow::Owned);
@@ -217,7 +213,7 @@ impl ModelWeights for Source {
 impl Tensors {
     fn contains(&self, name: &str) -> bool {
         match self {
-            Self::HuggingFace(shards) => shards.find(name).is_ok(),
+            Self::HuggingFace(shards) => shards.contains(name),
             Self::Gguf(model) => model.find(name).is_ok(),
         }
     }
@@ -231,6 +227,7 @@ impl Tensors {
         Ok(())
     }
 
+    /// The numbers of a tensor, all of them finite.
     fn read(&self, name: &str, config: &ModelConfig) -> Result<Floats<'_>> {
         match self {
             Self::HuggingFace(shards) => shards.find(name)?.read(),
@@ -277,13 +274,19 @@ fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
     }
 }
 
+/// How a file begins that stands for another, which git-lfs has not fetched.
+const GIT_LFS: &[u8] = b"version https://git-lfs";
+
 /// Maps a whole file into memory.
 fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    if file.metadata()?.is_dir() {
-        bail!("{} is a directory, a file is expected", path.display());
-    }
-    map_file(&file).with_context(|| format!("cannot map {}", path.display()))
+    let file = files::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let map = map_file(&file).with_context(|| format!("cannot map {}", path.display()))?;
+    ensure!(
+        !map.starts_with(GIT_LFS),
+        "{} is a pointer of git-lfs, not the file itself: git lfs pull fetches it",
+        path.display()
+    );
+    Ok(map)
 }
 
 fn map_file(file: &File) -> Result<Mmap> {

@@ -1,7 +1,13 @@
 //! Which stored modules make a projection: Llama's come one by one, Phi-3's fused.
 
-use super::Part;
-use crate::config::{ModelConfig, Projection};
+use crate::config::{Architecture, ModelConfig, Projection};
+
+/// A stored matrix, or rows of a fused one.
+pub(super) struct Part {
+    /// Without the names of its tensors: `.weight`, `.bias`, `.qweight` …
+    pub(super) name: String,
+    pub(super) rows: usize,
+}
 
 impl Part {
     /// The full name of one of the module's tensors.
@@ -33,4 +39,12 @@ pub(super) fn parts(
         return vec![whole];
     }
     single.iter().map(|&(module, rows)| part(module, rows)).collect()
+}
+
+/// The modules of `projection` as transformers stores a full-precision model of this architecture: the names of
+/// their weights, and the rows of each, one below the other.
+pub(crate) fn stored_modules(config: &ModelConfig, layer: usize, projection: Projection) -> Vec<(String, usize)> {
+    let fused = config.architecture == Architecture::Phi3;
+    let parts = parts(config, layer, projection, |_| fused);
+    parts.iter().map(|part| (part.tensor("weight"), part.rows)).collect()
 }

@@ -1,13 +1,13 @@
 //! The files that carry a model's tokenizer, in a Hugging Face directory or a checkpoint of ours.
 
-use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::config::token_ids;
+use crate::files;
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
@@ -87,17 +87,7 @@ impl TextFiles {
 
 /// The bytes of a file, at most `max`; none if there is no such file.
 fn read(path: &Path, max: u64) -> Result<Option<Vec<u8>>> {
-    let cannot = || format!("cannot read {}", path.display());
-    let mut file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e).with_context(cannot),
-    };
-    let size = file.metadata().with_context(cannot)?.len();
-    ensure!(size <= max, "{} has {size} bytes, at most {max} are expected", path.display());
-    let mut bytes = Vec::with_capacity(size as usize);
-    file.read_to_end(&mut bytes).with_context(cannot)?;
-    Ok(Some(bytes))
+    files::read_if_there(path, max).with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// A JSON file; null if there is no such file.

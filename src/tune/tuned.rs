@@ -8,9 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::DeviceInfo;
 use crate::dec::CHUNK;
+use crate::files;
 
 /// Version of the file's format.
 const FORMAT: u32 = 1;
+
+/// Bytes of a file of results; one takes some 700.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// The device that a result was tuned on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +70,7 @@ impl Tuned {
     /// # Errors
     /// A file that is missing, empty, of another version, or whose values are out of range.
     pub fn read(path: &Path) -> Result<Vec<Self>> {
-        let text = fs::read_to_string(path)
+        let text = files::read_text(path, MAX_BYTES)
             .with_context(|| format!("cannot read {}: decdec tune writes such files", path.display()))?;
         let one = || serde_json::from_str(&text).map(|tuned| vec![tuned]);
         let several = text.trim_start().starts_with('[');

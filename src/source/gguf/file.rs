@@ -2,6 +2,7 @@
 //! trusted: every length is checked against the file before it is used, and nothing is copied up front.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -58,6 +59,19 @@ enum Value {
     },
 }
 
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Integer(n) => n.fmt(f),
+            // Nearly all are single precision: 0.2, not 0.20000000298023224.
+            Self::Float(n) => (*n as f32).fmt(f),
+            Self::Bool(b) => b.fmt(f),
+            Self::Text(_) => f.write_str("a string"),
+            Self::Array { count, .. } => write!(f, "a list of {count}"),
+        }
+    }
+}
+
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 
@@ -78,8 +92,12 @@ impl File {
         ensure!(cursor.take(4).ok() == Some(b"GGUF"), "not a GGUF file: it does not start with \"GGUF\"");
         let version = cursor.u32()?;
         ensure!(
+            !matches!(version.swap_bytes(), 1..=3),
+            "the file is big-endian, convert the model again for a little-endian machine"
+        );
+        ensure!(
             matches!(version, 2 | 3),
-            "GGUF version {version} is not supported, 2 or 3 (little-endian) is expected"
+            "GGUF version {version} is not supported, 2 or 3 is expected: convert the model again"
         );
         let (tensor_count, value_count) = (cursor.u64()?, cursor.u64()?);
         ensure!(tensor_count <= MAX_TENSORS, "{tensor_count} tensors, at most {MAX_TENSORS} are expected");
@@ -90,6 +108,7 @@ impl File {
             let key = cursor.name()?.to_owned();
             let kind = cursor.u32()?;
             let value = cursor.value(kind).with_context(|| format!("in the metadata {key:?}"))?;
+            ensure!(!metadata.contains_key(&key), "the metadata {key:?} comes twice");
             metadata.insert(key, value);
         }
         let mut headers = Vec::new();
@@ -99,18 +118,27 @@ impl File {
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(Value::Integer(n @ 1..=4096)) => *n as usize,
-            Some(other) => bail!("general.alignment is {other:?}, 1 to 4096 is expected"),
+            Some(other) => bail!("general.alignment is {other}, 1 to 4096 is expected"),
         };
         let data_start = cursor.at.next_multiple_of(alignment);
-        let tensors = headers
-            .into_iter()
-            .map(|(name, kind, shape, offset)| {
-                let tensor = Tensor::place(kind, shape, data_start as u64, offset, bytes.len());
-                let tensor = tensor.with_context(|| format!("in tensor {name}"))?;
-                Ok((name, tensor))
-            })
-            .collect::<Result<_>>()?;
+        let mut tensors = HashMap::new();
+        for (name, kind, shape, offset) in headers {
+            let tensor = Tensor::place(kind, shape, data_start as u64, offset, bytes.len());
+            let tensor = tensor.with_context(|| format!("in tensor {name}"))?;
+            ensure!(!tensors.contains_key(&name), "tensor {name:?} comes twice");
+            tensors.insert(name, tensor);
+        }
         Ok(Self { bytes, metadata, tensors })
+    }
+
+    /// The names of all metadata values.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.metadata.keys().map(String::as_str)
+    }
+
+    /// The names of all tensors.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
     }
 
     pub(super) fn tensor(&self, name: &str) -> Option<&Tensor> {
@@ -125,17 +153,57 @@ impl File {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(Value::Integer(n)) => {
-                u64::try_from(*n).map(Some).with_context(|| format!("{key} is {n}, 0 or more is expected"))
+                u64::try_from(*n).ok().map(Some).with_context(|| format!("{key} is {n}, 0 or more is expected"))
             }
-            Some(other) => bail!("{key} is {other:?}, an integer is expected"),
+            Some(other) => bail!("{key} is {other}, an integer is expected"),
         }
+    }
+
+    /// An integer that every layer has, said once for all of the `layers` or for each.
+    pub(super) fn integer_of_layers(&self, key: &str, layers: u64) -> Result<Option<u64>> {
+        let Some(&Value::Array { kind: kind @ (4 | 5), count, .. }) = self.metadata.get(key) else {
+            return self.integer(key);
+        };
+        ensure!(count as u64 == layers, "{key} has {count} values, the model has {layers} layers");
+        let (_, mut cursor) = self.array(key, kind)?.with_context(|| format!("{key} is missing"))?;
+        let values = (0..count).map(|_| match cursor.value(kind)? {
+            Value::Integer(n) => u64::try_from(n).ok().with_context(|| format!("{key} has {n}, 0 or more is expected")),
+            other => bail!("{key} has {other}, an integer is expected"),
+        });
+        let values: Vec<u64> = values.collect::<Result<_>>()?;
+        let first = values.first().copied();
+        if let Some(layer) = values.iter().position(|&value| Some(value) != first) {
+            let (first, other) = (values[0], values[layer]);
+            bail!("{key} is {first} in layer 0 and {other} in layer {layer}, one for all layers is expected");
+        }
+        Ok(first)
+    }
+
+    /// A number of any type, or a truth value as 0 or 1; none if it is something else.
+    pub(super) fn number(&self, key: &str) -> Option<f64> {
+        match *self.metadata.get(key)? {
+            Value::Integer(n) => Some(n as f64),
+            Value::Float(n) => Some(n),
+            Value::Bool(b) => Some(b.into()),
+            _ => None,
+        }
+    }
+
+    /// A value in words; empty if there is none.
+    pub(super) fn described(&self, key: &str) -> String {
+        self.metadata.get(key).map(Value::to_string).unwrap_or_default()
+    }
+
+    /// How many elements a list has; 0 when missing.
+    pub(super) fn len(&self, key: &str) -> usize {
+        if let Some(&Value::Array { count, .. }) = self.metadata.get(key) { count } else { 0 }
     }
 
     pub(super) fn float(&self, key: &str) -> Result<Option<f64>> {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(Value::Float(n)) => Ok(Some(*n)),
-            Some(other) => bail!("{key} is {other:?}, a floating-point number is expected"),
+            Some(other) => bail!("{key} is {other}, a floating-point number is expected"),
         }
     }
 
@@ -143,7 +211,7 @@ impl File {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(Value::Bool(b)) => Ok(Some(*b)),
-            Some(other) => bail!("{key} is {other:?}, true or false is expected"),
+            Some(other) => bail!("{key} is {other}, true or false is expected"),
         }
     }
 
@@ -151,7 +219,7 @@ impl File {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(Value::Text(place)) => text(&self.bytes[place.clone()]).map(Some),
-            Some(other) => bail!("{key} is {other:?}, a string is expected"),
+            Some(other) => bail!("{key} is {other}, a string is expected"),
         }
     }
 
@@ -180,7 +248,7 @@ impl File {
                 ensure!(count <= MAX_LIST, "{key} has {count} elements, at most {MAX_LIST} are expected");
                 Ok(Some((count, Cursor { bytes: &self.bytes, at: start })))
             }
-            Some(other) => bail!("{key} is {other:?}, a list of values of type {wanted} is expected"),
+            Some(other) => bail!("{key} is {other}, a list of values of type {wanted} is expected"),
         }
     }
 }

@@ -2,7 +2,9 @@
 //! of word `c` belongs to row `8c + ORDER[i]`.
 
 use anyhow::{Result, ensure};
-use serde_json::Value;
+
+use super::BIT_KEYS;
+use super::quantization::Quantization;
 
 /// Bits of a code, the only width of the layout.
 pub(super) const BITS: u32 = 4;
@@ -10,15 +12,15 @@ pub(super) const BITS: u32 = 4;
 /// The rows of a word, from its lowest nibble up.
 const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
-/// Checks the fields of `quantization_config`: a key and what stands for it where it is missing.
-pub(super) fn understood(get: impl Fn(&str, Value) -> Value) -> Result<()> {
-    let bits = get("bits", Value::Null);
+/// Checks what is said of the quantization.
+pub(super) fn understood(quantization: &Quantization) -> Result<()> {
+    let bits = quantization.field(&BIT_KEYS)?;
     ensure!(bits == BITS, "bits is {bits}, {BITS} is expected");
-    let version = get("version", "gemm".into());
-    let is_gemm = version.as_str().is_some_and(|version| version.eq_ignore_ascii_case("gemm"));
+    let version = quantization.field(&["version", "checkpoint_format", "format"])?;
+    let is_gemm = version.is_null() || version == "gemm";
     ensure!(is_gemm, "version is {version}, \"gemm\" is expected: save it with that layout");
-    let zero_point = get("zero_point", true.into());
-    ensure!(zero_point == true, "zero_point is {zero_point}, true is expected");
+    let zero_point = quantization.field(&["zero_point"])?;
+    ensure!(zero_point.is_null() || zero_point == true, "zero_point is {zero_point}, true is expected");
     Ok(())
 }
 

@@ -6,8 +6,10 @@
 
 use std::borrow::Cow;
 
-use anyhow::{Result, ensure};
-use serde_json::Value;
+use anyhow::{Result, bail, ensure};
+
+use super::BIT_KEYS;
+use super::quantization::Quantization;
 
 /// What differs between checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,19 +21,21 @@ pub(super) struct Packing {
 }
 
 impl Packing {
-    /// Reads the fields of `quantization_config`: a key and what stands for it where it is missing.
-    pub(super) fn understood(get: impl Fn(&str, Value) -> Value) -> Result<Self> {
-        let bits = get("bits", Value::Null);
+    /// Reads what is said of the quantization.
+    pub(super) fn understood(quantization: &Quantization) -> Result<Self> {
+        let bits = quantization.field(&BIT_KEYS)?;
         let known = bits.as_u64().filter(|bits| matches!(bits, 3 | 4));
         ensure!(known.is_some(), "bits is {bits}, 3 or 4 is expected");
-        let format = get("checkpoint_format", "gptq".into());
-        let known_format = format == "gptq" || format == "gptq_v2";
-        ensure!(
-            known_format,
-            "checkpoint_format is {format}, \"gptq\" or \"gptq_v2\" is expected: save it as one of them"
-        );
-        let act_order = get("desc_act", false.into()) == true;
-        Ok(Self { bits: known.unwrap_or(4) as u32, less_one: format == "gptq", act_order })
+        // Newer versions of GPTQModel write the second of these.
+        let format = quantization.field(&["checkpoint_format", "format"])?;
+        let less_one = match format.as_str() {
+            None if format.is_null() => true,
+            Some("gptq") => true,
+            Some("gptq_v2") => false,
+            _ => bail!("checkpoint_format is {format}, \"gptq\" or \"gptq_v2\" is expected: save it as one of them"),
+        };
+        let act_order = quantization.field(&["desc_act"])? == true;
+        Ok(Self { bits: known.unwrap_or(4) as u32, less_one, act_order })
     }
 
     /// Shapes of `qweight` and `qzeros`, for channels and rows in multiples of 32.
@@ -55,7 +59,7 @@ impl Packing {
         ensure!(order.len() == channels, "g_idx has {} channels, {channels} are expected", order.len());
         let moved = order.iter().enumerate().find(|&(k, &group)| group as usize != k / group_size);
         if let Some((k, group)) = moved {
-            anyhow::bail!(
+            bail!(
                 "act-order (desc_act) is not supported: g_idx puts channel {k} into group {group}, {} is expected, {OUT}",
                 k / group_size
             );

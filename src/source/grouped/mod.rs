@@ -6,6 +6,7 @@
 
 mod awq;
 mod gptq;
+mod quantization;
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -13,13 +14,17 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::huggingface::{Shards, json_file};
-use super::modules::parts;
-use super::{EMBEDDING, FINAL_NORM, HEAD, Part, norm_name};
-use crate::config::{ModelConfig, Projection};
+use self::quantization::Quantization;
+use super::huggingface::Shards;
+use super::modules::{Part, parts};
+use super::{EMBEDDING, FINAL_NORM, HEAD, norm_name};
+use crate::config::{ModelConfig, Projection, read_json};
 use crate::format::{Dense, Floats, LutGemm};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
+
+/// Bits of a code, as quantizers call it now and as AutoAWQ first did.
+const BIT_KEYS: [&str; 2] = ["bits", "w_bit"];
 
 /// How codes and zeros are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,13 +45,10 @@ pub struct Grouped {
 }
 
 impl Grouped {
-    /// True if the `config.json` in `dir` says that AWQ or GPTQ made it.
+    /// True if the `config.json` in `dir`, or a file of an older quantizer beside it, says that AWQ or GPTQ made it.
     pub fn detect(dir: &Path) -> bool {
-        let known = |json: &Value| {
-            let method = json.get("quantization_config")?.get("quant_method")?;
-            Some(method == "awq" || method == "gptq")
-        };
-        json_file(&dir.join("config.json")).ok().as_ref().and_then(known).unwrap_or(false)
+        let found = read_json(&dir.join("config.json")).and_then(|config| Quantization::find(dir, &config));
+        found.is_ok_and(|found| found.is_some_and(|found| matches!(found.method.as_str(), "awq" | "gptq")))
     }
 
     /// Opens a directory.
@@ -58,9 +60,11 @@ impl Grouped {
     }
 
     fn read(dir: &Path) -> Result<Self> {
-        let config_json = json_file(&dir.join("config.json"))?;
+        let config_json = read_json(&dir.join("config.json"))?;
         let config = ModelConfig::from_json(&config_json)?;
-        let (layout, group_size) = layout(&config_json).context("in quantization_config")?;
+        let quantization = Quantization::find(dir, &config_json)?;
+        let quantization = quantization.context("quantization_config is missing: is the model quantized?")?;
+        let (layout, group_size) = layout(&quantization).with_context(|| format!("in {}", quantization.place))?;
         let (shards, texts) = (Shards::open(dir)?, TextFiles::read(dir)?);
         let model = Self { shards, config, config_json, texts, group_size, layout };
         model.check()?;
@@ -91,12 +95,19 @@ impl Grouped {
     }
 
     fn parts(&self, layer: usize, projection: Projection) -> Vec<Part> {
-        parts(&self.config, layer, projection, |part| self.shards.find(&part.tensor("qweight")).is_ok())
+        parts(&self.config, layer, projection, |part| self.shards.contains(&part.tensor("qweight")))
     }
 
     /// Every tensor is there, in its shape.
     fn check(&self) -> Result<()> {
         let ModelConfig { vocab_size, hidden_size, num_layers, .. } = self.config;
+        for table in [EMBEDDING, HEAD] {
+            let quantized = table.replace(".weight", ".qweight");
+            ensure!(
+                !self.shards.contains(&quantized),
+                "{quantized} is there: embedding and head are expected in full precision, only projections quantized"
+            );
+        }
         self.check_floats(EMBEDDING, &[vocab_size, hidden_size])?;
         self.check_floats(FINAL_NORM, &[hidden_size])?;
         if !self.config.tie_word_embeddings {
@@ -113,7 +124,7 @@ impl Grouped {
                 for part in self.parts(layer, projection) {
                     self.check_packed(&part, channels, groups)?;
                     self.check_floats(&part.tensor("scales"), &[groups, part.rows])?;
-                    if self.shards.find(&part.tensor("bias")).is_ok() {
+                    if self.shards.contains(&part.tensor("bias")) {
                         self.check_floats(&part.tensor("bias"), &[part.rows])?;
                     }
                 }
@@ -131,6 +142,10 @@ impl Grouped {
     /// Codes and zeros are there as the layout has them.
     fn check_packed(&self, part: &Part, channels: usize, groups: usize) -> Result<()> {
         let (name, rows) = (&part.name, part.rows);
+        ensure!(
+            self.shards.contains(&part.tensor("qweight")) || !self.shards.contains(&part.tensor("weight")),
+            "{name} is not quantized (modules_to_not_convert): every projection of every layer is expected to be"
+        );
         let whole = match self.layout {
             Layout::Awq => 8,
             Layout::Gptq(_) => 32,
@@ -157,12 +172,8 @@ impl Grouped {
         Ok(())
     }
 
-    /// The numbers of a tensor, which must be finite.
-    fn finite(&self, name: &str) -> Result<Vec<f32>> {
-        let values = self.shards.find(name)?.read()?.to_f32().into_owned();
-        let broken = values.iter().position(|value| !value.is_finite());
-        ensure!(broken.is_none(), "tensor {name}: number {} is not finite", broken.unwrap_or(0));
-        Ok(values)
+    fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.shards.find(name)?.read()?.to_f32().into_owned())
     }
 
     /// The table `[vocab_size, hidden_size]`.
@@ -191,7 +202,7 @@ impl Grouped {
                     packing.append_zeros(&qzeros, part.rows, groups, &mut zeros);
                 }
             }
-            let stored = self.finite(&part.tensor("scales"))?;
+            let stored = self.floats(&part.tensor("scales"))?;
             scales.extend(
                 (0..part.rows)
                     .flat_map(|row| (0..groups).map(move |g| (g, row)))
@@ -206,14 +217,14 @@ impl Grouped {
     /// The biases of all parts; zeros where only some have one.
     fn bias(&self, layer: usize, projection: Projection) -> Result<Option<Cow<'_, [f32]>>> {
         let parts = self.parts(layer, projection);
-        let is_stored = |part: &Part| self.shards.find(&part.tensor("bias")).is_ok();
+        let is_stored = |part: &Part| self.shards.contains(&part.tensor("bias"));
         if !parts.iter().any(is_stored) {
             return Ok(None);
         }
         let mut bias = Vec::new();
         for part in &parts {
             if is_stored(part) {
-                bias.extend(self.finite(&part.tensor("bias"))?);
+                bias.extend(self.floats(&part.tensor("bias"))?);
             } else {
                 bias.resize(bias.len() + part.rows, 0.0);
             }
@@ -236,11 +247,11 @@ impl ModelWeights for Grouped {
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        self.finite(FINAL_NORM)
+        self.floats(FINAL_NORM)
     }
 
     fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        Ok((self.finite(&norm_name(layer, "input"))?, self.finite(&norm_name(layer, "post_attention"))?))
+        Ok((self.floats(&norm_name(layer, "input"))?, self.floats(&norm_name(layer, "post_attention"))?))
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
@@ -254,17 +265,29 @@ impl ModelWeights for Grouped {
 }
 
 /// The layout and the group size, once everything else about the quantization is known to be understood.
-fn layout(config: &Value) -> Result<(Layout, usize)> {
-    let quantization = config.get("quantization_config").context("it is missing: is the model quantized?")?;
-    let get = |key: &str, default: Value| quantization.get(key).cloned().unwrap_or(default);
-    let method = get("quant_method", Value::Null);
-    let layout = match method.as_str() {
-        Some("awq") => awq::understood(get).map(|()| Layout::Awq)?,
-        Some("gptq") => Layout::Gptq(gptq::Packing::understood(get)?),
-        _ => bail!("quant_method is {method}, \"awq\" or \"gptq\" is expected"),
+fn layout(quantization: &Quantization) -> Result<(Layout, usize)> {
+    let layout = match quantization.method.as_str() {
+        "awq" => awq::understood(quantization).map(|()| Layout::Awq)?,
+        "gptq" => Layout::Gptq(gptq::Packing::understood(quantization)?),
+        other => bail!("quant_method is {other:?}, \"awq\" or \"gptq\" is expected"),
     };
-    let group_size = get("group_size", 128.into());
+    let group_size = quantization.field(&["group_size", "q_group_size"])?;
+    if group_size.is_null() {
+        return Ok((layout, 128));
+    }
     let size = group_size.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
-    let size = size.with_context(|| format!("group_size is {group_size}, a multiple of 32 is expected"))?;
+    let size = size.with_context(|| {
+        format!("group_size is {group_size}, a multiple of 32 is expected: quantize it again in groups of channels")
+    })?;
     Ok((layout, size))
+}
+
+/// Checks that nothing in `dir`, whose `config.json` is `config`, says that its model is quantized.
+pub(super) fn ensure_full_precision(dir: &Path, config: &Value) -> Result<()> {
+    let Some(quantization) = Quantization::find(dir, config)? else { return Ok(()) };
+    let method = match quantization.method.as_str() {
+        "" => "quant_method is missing",
+        method => method,
+    };
+    bail!("the model is already quantized ({method}), full precision is expected: give the model that it was made from")
 }

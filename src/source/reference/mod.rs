@@ -49,7 +49,7 @@ pub struct Reference {
 impl Reference {
     /// True if `dir` holds PyTorch weights, which only [`Reference::open`] reads.
     pub fn detect(dir: &Path) -> bool {
-        dir.join(WEIGHTS).is_file() || dir.join(INDEX).is_file()
+        dir.join(WEIGHTS).exists() || dir.join(INDEX).exists()
     }
 
     /// Opens a directory.
@@ -195,20 +195,20 @@ impl Reference {
         let parts = self.parts(layer, projection, codes(self.format));
         let bits = self.bits[layer] as usize;
         let words = |suffix| parts.iter().map(|p| self.tensors.words(&p.tensor(suffix))).collect::<Result<Vec<_>>>();
-        let finite =
-            |suffix: &str| parts.iter().map(|p| self.tensors.finite(&p.tensor(suffix))).collect::<Result<Vec<_>>>();
+        let floats =
+            |suffix: &str| parts.iter().map(|p| self.tensors.floats(&p.tensor(suffix))).collect::<Result<Vec<_>>>();
         Ok(match self.format {
             WeightFormat::AnyPrec => {
                 let planes = words("qweight")?.into_iter().zip(&parts);
                 let planes = planes.map(|(planes, part)| first(planes, bits * part.rows * (in_features / 32)));
                 let planes = interleave(planes.collect(), bits);
-                let lut = interleave_floats(finite(&lut(bits))?, 1);
+                let lut = interleave_floats(floats(&lut(bits))?, 1);
                 Weight::AnyPrec(AnyPrec::new(in_features, out_features, bits, planes, lut)?)
             }
             WeightFormat::LutGemm => {
                 let binary = interleave(words("binary")?, in_features / 32 * bits);
                 let groups = self.tensors.find(&parts[0].tensor("q_bias"))?.shape()[0];
-                let (alpha, q_bias) = (finite("alpha")?, finite("q_bias")?);
+                let (alpha, q_bias) = (floats("alpha")?, floats("q_bias")?);
                 let same = q_bias.iter().zip(&parts).all(|(q_bias, part)| q_bias.len() == groups * part.rows);
                 ensure!(same, "layer {layer}: the modules of {projection} have different group sizes");
                 let (alpha, q_bias) = (interleave_floats(alpha, groups * bits), interleave_floats(q_bias, groups));
@@ -223,7 +223,7 @@ impl Reference {
         let (mut words, mut scales) = (Vec::new(), Vec::new());
         for part in self.parts(layer, projection, "cheatsheet") {
             words.push(self.tensors.words(&part.tensor("cheatsheet"))?);
-            let stored = self.tensors.finite(&part.tensor("reordered_scales"))?;
+            let stored = self.tensors.floats(&part.tensor("reordered_scales"))?;
             scales.push(if self.compat_scale_order { stored } else { row_order(&stored) });
         }
         let scales = interleave_floats(scales, 1);
@@ -252,7 +252,7 @@ impl Reference {
         let mut bias = Vec::new();
         for part in parts {
             match part.tensor("bias") {
-                name if self.tensors.contains(&name) => bias.extend_from_slice(&self.tensors.finite(&name)?.to_f32()),
+                name if self.tensors.contains(&name) => bias.extend_from_slice(&self.tensors.floats(&name)?.to_f32()),
                 _ => bias.resize(bias.len() + part.rows, 0.0),
             }
         }
@@ -279,11 +279,11 @@ impl ModelWeights for Reference {
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        Ok(self.tensors.finite(FINAL_NORM)?.to_f32().into_owned())
+        Ok(self.tensors.floats(FINAL_NORM)?.to_f32().into_owned())
     }
 
     fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        let [attention, feed_forward] = NORMS.map(|which| self.tensors.finite(&norm_name(layer, which)));
+        let [attention, feed_forward] = NORMS.map(|which| self.tensors.floats(&norm_name(layer, which)));
         Ok((attention?.to_f32().into_owned(), feed_forward?.to_f32().into_owned()))
     }
 

@@ -109,18 +109,11 @@ impl Tensors {
         self.find(name)?.words().with_context(|| name.to_owned())
     }
 
-    /// The numbers of a tensor.
+    /// The numbers of a tensor, all of them finite.
     pub(super) fn floats(&self, name: &str) -> Result<Floats<'_>> {
-        self.find(name)?.floats().with_context(|| name.to_owned())
-    }
-
-    /// The numbers of a tensor, all of which must be finite.
-    pub(super) fn finite(&self, name: &str) -> Result<Floats<'_>> {
-        let floats = self.floats(name)?;
-        let broken = (0..floats.len()).find(|&i| !floats.get(i).is_finite());
-        if let Some(i) = broken {
-            bail!("{name}: number {i} is {}, finite numbers are expected", floats.get(i));
-        }
+        let tensor = self.find(name)?;
+        let floats = tensor.floats().with_context(|| name.to_owned())?;
+        floats.ensure_tensor_is_finite(name, tensor.shape())?;
         Ok(floats)
     }
 

@@ -1,8 +1,16 @@
 //! Full-precision sources: values, row order, fusing, and what bad files say.
 
+#[path = "../answers/mod.rs"]
 mod answers;
+#[path = "../devices/mod.rs"]
 mod devices;
+#[path = "../fixtures/mod.rs"]
 mod fixtures;
+
+mod finite;
+mod metadata;
+#[cfg(target_os = "linux")]
+mod small_files;
 
 use std::fs;
 

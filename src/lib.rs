@@ -33,6 +33,7 @@
 //! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
 //! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
+//! | `fingerprint`, `files` | what tells one model from another; writing that survives kills and other writers |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
@@ -47,6 +48,8 @@ pub mod config;
 pub mod convert;
 pub mod dec;
 pub mod eval;
+mod files;
+mod fingerprint;
 pub mod format;
 pub mod generate;
 pub mod model;

@@ -11,6 +11,7 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 
+use crate::files;
 use crate::format::Floats;
 
 /// Bytes of a header; that of a model with 10,000 tensors has 1.5 MB. Parsed, they take up to 12 times as much.
@@ -167,6 +168,7 @@ pub(crate) fn write(path: &Path, mut tensors: Vec<Tensor<'_>>) -> Result<()> {
     header.resize(header.len().next_multiple_of(8), b' ');
     let bytes = 8 + header.len() + end;
     let write = || -> std::io::Result<()> {
+        files::step();
         let mut file = BufWriter::new(File::create(path)?);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;

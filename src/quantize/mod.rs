@@ -16,7 +16,7 @@ mod estimate;
 mod exponential;
 mod fit;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod forward;
 mod gram;
 mod head;
@@ -51,7 +51,6 @@ use fit::Fit;
 use forward::{Affine, Inputs, Layer};
 pub use head::head;
 use job::Job;
-pub(crate) use job::fingerprint;
 pub use residuals::{ResidualOptions, residuals};
 
 /// What to make.
@@ -229,7 +228,9 @@ pub fn quantize(
     let config = source.config();
     ensure!(source.bits(0).is_none(), "the source is already quantized, a full-precision model is expected");
     let manifest = plan(config, options)?;
-    let key = job::key(source, &manifest, options)?;
+    CheckpointWriter::ensure_free(out, options.overwrite)?;
+    progress.set_message("reading the model");
+    let key = job::key(source, texts, &manifest, options, stop)?;
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
     progress.set_style(style()?);
     let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };

@@ -33,7 +33,7 @@
 //! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
 //! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
-//! | `fingerprint`, `files` | what tells one model from another; writing that survives kills and other writers |
+//! | `fingerprint`, `files`, [`mapped`] | what tells one model from another; writing that survives kills; reading |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
@@ -52,6 +52,7 @@ mod files;
 mod fingerprint;
 pub mod format;
 pub mod generate;
+pub mod mapped;
 pub mod model;
 pub mod nsys;
 pub mod open;

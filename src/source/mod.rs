@@ -14,12 +14,10 @@ pub mod simulated;
 pub mod torch;
 
 use std::borrow::Cow;
-use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
-use memmap2::Mmap;
 use serde_json::Value;
 
 use crate::config::{ModelConfig, Projection, is_biased};
@@ -275,19 +273,4 @@ fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
         Ok(values) => Cow::Borrowed(values),
         Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
     }
-}
-
-/// Maps a whole file into memory.
-fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    if file.metadata()?.is_dir() {
-        bail!("{} is a directory, a file is expected", path.display());
-    }
-    map_file(&file).with_context(|| format!("cannot map {}", path.display()))
-}
-
-fn map_file(file: &File) -> Result<Mmap> {
-    // SAFETY: the map is read-only and private to this process; model files are not written while they are
-    // in use (ours are replaced by renaming, never changed in place).
-    Ok(unsafe { Mmap::map(file) }?)
 }

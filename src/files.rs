@@ -196,8 +196,7 @@ impl Lock {
     pub(crate) fn take(path: &Path) -> Result<Option<Self>> {
         let cannot = || format!("cannot create {}", path.display());
         loop {
-            let file =
-                OpenOptions::new().create(true).truncate(false).write(true).open(path).with_context(cannot)?;
+            let file = OpenOptions::new().create(true).truncate(false).write(true).open(path).with_context(cannot)?;
             match file.try_lock() {
                 Err(TryLockError::WouldBlock) => return Ok(None),
                 // A file system without locks: nobody else can be told apart, so nobody is kept out.

@@ -111,7 +111,11 @@ impl Fingerprint {
             self.0.update(&(lengths as u64).to_le_bytes());
         }
         self.0.update(kind);
-        if bytes.len() < LONG { self.0.update(bytes) } else { self.0.update_rayon(bytes) };
+        if bytes.len() < LONG {
+            self.0.update(bytes)
+        } else {
+            self.0.update_rayon(bytes)
+        };
     }
 }
 

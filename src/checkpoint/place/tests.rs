@@ -65,7 +65,8 @@ const OTHERS: [&str; 6] = [MODEL, RESIDUALS, THRESHOLDS, BITWIDTHS, TUNED, "toke
 
 /// What people keep in the directory of a model: files, and directories (which end in `/`), also one named as a file of
 /// ours.
-const STRANGERS: [&str; 6] = [".git/", "README.md", "notes.txt", "model.safetensors.bak", "eval/", "tokenizer_config.json/"];
+const STRANGERS: [&str; 6] =
+    [".git/", "README.md", "notes.txt", "model.safetensors.bak", "eval/", "tokenizer_config.json/"];
 
 fn put_strangers(dir: &Path, strangers: &[&str]) {
     for name in strangers {
@@ -80,7 +81,7 @@ fn put_strangers(dir: &Path, strangers: &[&str]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(ProptestConfig::with_cases(8))]
     #[test]
     fn killed_anywhere_the_target_is_old_or_new_and_the_same_command_ends_it(
         there in any::<bool>(),

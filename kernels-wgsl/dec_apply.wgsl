@@ -6,9 +6,9 @@
 // x         f32 [tokens, in_features]
 // y         f32 [tokens, out_features], added to
 //
-// A group owns a stripe of `width` output words (eight rows each); n_tb of them share the matrix. `words`
-// and `first_word` are those of this block of it. One thread per word; sums in f32 over the list in order.
-// groups (stripes, tokens)
+// A group owns a stripe of output words (eight rows each); n_tb of them share the matrix, in whole lines of `line`
+// words. `words` and `first_word` are those of this block of it. One thread per word; sums in f32 over the list in order.
+// groups (n_tb, tokens)
 
 override SCALES: u32 = 1u;
 
@@ -16,7 +16,8 @@ struct Parameters {
     in_features: u32,
     out_features: u32,
     selected: u32,
-    width: u32, // words of a stripe
+    line: u32, // words that stay together
+    n_tb: u32,
     first_word: u32, // of this block of the matrix
     words: u32, // of this block
 }
@@ -38,10 +39,16 @@ fn add(out: u32, row: u32, sum: f32) {
     y[out + row] += number(scales[slot(row, SCALES)], row, SCALES) * sum;
 }
 
+// Where the stripe of a group begins; that of the last one may end after the last word.
+fn bound(group: u32) -> u32 {
+    let lines = (p.out_features / 8u + p.line - 1u) / p.line;
+    return lines * group / p.n_tb * p.line;
+}
+
 @compute @workgroup_size(THREADS)
 fn dec_apply(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let start = max(group.x * p.width, p.first_word);
-    let end = min((group.x + 1u) * p.width, p.first_word + p.words);
+    let start = max(bound(group.x), p.first_word);
+    let end = min(bound(group.x + 1u), p.first_word + p.words);
     for (var word = start + thread; word < end; word += THREADS) {
         var low = vec4<f32>();
         var high = vec4<f32>();

@@ -8,8 +8,9 @@ use indicatif::ProgressBar;
 
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized, WeightFormat};
 use crate::config::Projection;
+use crate::fingerprint::Fingerprint;
 use crate::open::Opened;
-use crate::quantize::{ensure_running, fingerprint};
+use crate::quantize::ensure_running;
 use crate::weights::{Linear, Weight};
 
 /// Writes a checkpoint at `out` that holds the numbers of `opened`, each in the type that it has there. Norms and
@@ -36,7 +37,12 @@ pub fn convert(
         None => foreign(opened)?,
     };
     let texts = opened.texts().context("random weights cannot be converted, give a checkpoint")?;
-    let key = format!("convert\n{}\n{}\n", serde_json::to_string(&manifest)?, fingerprint(weights)?);
+    CheckpointWriter::ensure_free(out, overwrite)?;
+    let mut fingerprint = Fingerprint::default();
+    fingerprint.model(weights, stop)?;
+    fingerprint.texts(texts);
+    let (version, manifest_json) = (env!("CARGO_PKG_VERSION"), serde_json::to_string(&manifest)?);
+    let key = format!("convert\n{version}\n{manifest_json}\n{}\n", fingerprint.digits());
     let writer = CheckpointWriter::create(out, &key, overwrite)?;
     progress.set_length(config.num_layers as u64);
     let mut bits = Vec::with_capacity(config.num_layers);

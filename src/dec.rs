@@ -103,11 +103,27 @@ impl DecPlan {
         self.chunks().map(|(_, k)| k).sum()
     }
 
-    /// The output words (eight rows each) of every compensating thread block; at most `n_tb` stripes, none empty.
-    pub fn stripes(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+    /// The output words (eight rows each) of every compensating thread block that has any: how every device divides the
+    /// rows, so that a sweep knows which `n_tb` differ.
+    ///
+    /// Blocks get whole lines of 32 words (128 bytes, as the host link carries them), as evenly as that goes; where there
+    /// are fewer lines than blocks, halves of lines and so on, down to pairs of words, or single ones where those are odd.
+    pub fn stripes(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (words, line, n_tb) = (self.out_features / 8, self.line(), self.n_tb);
+        let lines = words.div_ceil(line);
+        let bound = move |block: usize| (lines * block / n_tb * line).min(words);
+        (0..n_tb).map(move |block| bound(block)..bound(block + 1)).filter(|stripe| !stripe.is_empty())
+    }
+
+    /// Words that stay together when rows are divided.
+    pub fn line(&self) -> usize {
         let words = self.out_features / 8;
-        let width = words.div_ceil(self.n_tb);
-        (0..words).step_by(width).map(move |start| start..(start + width).min(words))
+        let least = if words.is_multiple_of(2) { 2 } else { 1 };
+        let mut line = 32;
+        while line > least && words < line * self.n_tb {
+            line /= 2;
+        }
+        line
     }
 
     /// The salient channels of `x`, ascending, written over `out`.

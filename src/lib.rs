@@ -24,7 +24,7 @@
 //! | [`format`](mod@format) | what is stored: AnyPrec, LUT-GEMM, residuals, thresholds; pure |
 //! | [`source`] | foreign files: Hugging Face, GGUF, PyTorch, the reference's directories, AWQ |
 //! | [`checkpoint`] | our directory: open, validate, map, write |
-//! | [`files`] | opening and reading what others made: regular files only, small ones through a limit |
+//! | [`files`], [`mapped`] | reading what others made, in limits; writing that survives kills; maps |
 //! | [`open`], [`convert`](mod@convert) | from a path to whichever of these it is, and from that to our directory |
 //! | [`config`], [`weights`] | what a model is, and where its numbers come from |
 //! | [`mod@quantize`] | calibration, codebooks, AWQ, refinement, mixed precision, residuals: source to checkpoint |
@@ -34,6 +34,7 @@
 //! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
 //! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
+//! | `fingerprint` | what tells one model from another |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
@@ -49,8 +50,10 @@ pub mod convert;
 pub mod dec;
 pub mod eval;
 pub mod files;
+mod fingerprint;
 pub mod format;
 pub mod generate;
+pub mod mapped;
 pub mod model;
 pub mod nsys;
 pub mod open;

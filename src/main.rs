@@ -14,6 +14,7 @@ use crate::commands::Interrupted;
 fn main() -> ExitCode {
     let cli = cli::parse();
     log_to_stderr();
+    decdec::mapped::exit_when_a_file_shrinks();
     let result = match &cli.command {
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Convert(args) => commands::convert::convert(args),

@@ -130,9 +130,14 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         self.backend
     }
 
+    /// Bits of a weight in every layer; `None` for full precision.
+    pub fn layer_bits(&self) -> impl Iterator<Item = Option<u32>> {
+        self.layers.iter().map(|layer| layer.bits)
+    }
+
     /// Bit widths of the layers, fewest first; empty for full precision.
     pub fn bit_widths(&self) -> Vec<u32> {
-        let mut widths: Vec<u32> = self.layers.iter().filter_map(|layer| layer.bits).collect();
+        let mut widths: Vec<u32> = self.layer_bits().flatten().collect();
         widths.sort_unstable();
         widths.dedup();
         widths

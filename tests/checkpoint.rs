@@ -160,7 +160,7 @@ fn killed_while_replacing_or_cleaning_up() {
     assert_eq!(Checkpoint::open(&out).unwrap().embedding().unwrap(), one.embedding().unwrap());
 
     // Old and new have changed places, the old one is still where the new one was made: none of its files stays.
-    fs::create_dir(partial.join("checkpoint")).unwrap();
+    fs::create_dir_all(partial.join("checkpoint")).unwrap();
     fs::copy(out.join("bitwidth_map.json"), partial.join("checkpoint/bitwidth_map.json")).unwrap();
     write(&other, &out, WeightFormat::AnyPrec, 3.0, true).unwrap();
     assert!(!out.join("bitwidth_map.json").exists() && !partial.exists());

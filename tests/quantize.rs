@@ -1,11 +1,11 @@
-//! From a small random model to a checkpoint, with interruptions, wrong options, and every kind of calibration.
+//! From a small random model to a checkpoint, with wrong options, and every kind of calibration.
 
 mod small_model;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
@@ -13,11 +13,8 @@ use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::eval;
-use decdec::format::Dense;
 use decdec::model::{Compensation, LayerCompensation, Model};
-use decdec::quantize::{
-    Calibration, Interrupted, Options, Refine, Report, ResidualOptions, estimate, quantize, residuals,
-};
+use decdec::quantize::{Calibration, Options, Refine, Report, ResidualOptions, estimate, quantize, residuals};
 use decdec::sampling::draws;
 use decdec::source::simulated::Simulated;
 use decdec::weights::{Linear, ModelWeights};
@@ -30,7 +27,7 @@ fn options(backend: WeightFormat, bits: f64) -> Options {
         bits: BitWidth::try_from(bits).unwrap(),
         group_size: None,
         awq: true,
-        refine: Refine::Compensated { k_chunks: [64; 4] },
+        refine: Refine::Compensated { k_chunks: [[64; 4]; 2] },
         calibration: text(6),
         source: "random".into(),
         overwrite: false,
@@ -152,7 +149,7 @@ fn refining_brings_the_model_nearer_to_its_source() {
         };
         let plain = with("none", Refine::None);
         let output = with("output", Refine::Output);
-        let compensated = with("compensated", Refine::Compensated { k_chunks: [64; 4] });
+        let compensated = with("compensated", Refine::Compensated { k_chunks: [[64; 4]; 2] });
         let seen = format!("{backend}: {plain:?} none, {output:?} output, {compensated:?} compensated");
         assert!(output[0] < plain[0], "without compensation: {seen}");
         assert!(compensated[1] < plain[1] && compensated[0] < plain[0], "compensated: {seen}");
@@ -198,94 +195,6 @@ fn sampled_text_follows_the_seed() {
     let (first, again, other) = (with("first", 1), with("again", 1), with("other", 2));
     assert_eq!(first, again);
     assert_ne!(first["thresholds.safetensors"], other["thresholds.safetensors"]);
-}
-
-/// A model during whose quantization someone presses Ctrl-C: when layer `at` is read.
-struct Interrupting<'a> {
-    model: &'a SmallModel,
-    stop: AtomicBool,
-    at: usize,
-}
-
-impl ModelWeights for Interrupting<'_> {
-    fn config(&self) -> &ModelConfig {
-        self.model.config()
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.model.embedding()
-    }
-
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        self.model.head()
-    }
-
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.model.final_norm()
-    }
-
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.model.layer_norms(layer)
-    }
-
-    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        if layer == self.at && projection == Projection::Down {
-            self.stop.store(true, Ordering::Relaxed);
-        }
-        self.model.projection(layer, projection)
-    }
-
-    fn bits(&self, layer: usize) -> Option<u32> {
-        self.model.bits(layer)
-    }
-}
-
-#[test]
-fn an_interrupted_job_ends_in_the_same_files() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = SmallModel::new(5, 4, false);
-    let out = dir.path().join("out");
-    // At 0 the layers are done, and read again to choose between widths.
-    let (mixed, single) = (&[1, 2, 3, 0][..], &[2, 3][..]);
-    for (backend, bits, reads) in [(WeightFormat::AnyPrec, 3.5, mixed), (WeightFormat::LutGemm, 3.0, single)] {
-        let whole = dir.path().join(format!("whole-{backend}"));
-        make(&model, &options(backend, bits), &whole).unwrap();
-        let before = out.exists().then(|| contents(&out));
-        let overwriting = Options { overwrite: true, ..options(backend, bits) };
-        for &at in reads {
-            let model = Interrupting { model: &model, stop: AtomicBool::new(false), at };
-            let error = quantize(&model, &texts(), &overwriting, &out, &model.stop, &ProgressBar::hidden());
-            assert!(error.unwrap_err().is::<Interrupted>());
-            assert_eq!(out.exists().then(|| contents(&out)), before, "what was there is left alone");
-        }
-        let kept = fs::read_dir(dir.path().join("out.partial")).unwrap().count();
-        assert!(kept > 3, "finished layers are kept");
-        make(&model, &overwriting, &out).unwrap();
-        assert_eq!(contents(&out), contents(&whole));
-        assert!(!dir.path().join("out.partial").exists());
-    }
-}
-
-#[test]
-fn interrupted_residuals_end_in_the_same_files() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = SmallModel::new(11, 4, false);
-    let options = Options { awq: false, refine: Refine::None, ..options(WeightFormat::LutGemm, 3.0) };
-    let [whole, out] = ["whole", "out"].map(|name| dir.path().join(name));
-    make(&model, &options, &whole).unwrap();
-    let quantized = Checkpoint::open(&whole).unwrap();
-    let wanted = ResidualOptions { calibration: options.calibration, source: options.source, overwrite: false };
-    for at in [1, 3] {
-        let model = Interrupting { model: &model, stop: AtomicBool::new(false), at };
-        let bar = ProgressBar::hidden();
-        let error = residuals(&model, &quantized, &texts(), &wanted, &out, &model.stop, &bar);
-        assert!(error.unwrap_err().is::<Interrupted>() && !out.exists());
-        assert!(dir.path().join("out.partial/layer-000-3bit.safetensors").exists(), "finished layers are kept");
-    }
-    let running = AtomicBool::new(false);
-    residuals(&model, &quantized, &texts(), &wanted, &out, &running, &ProgressBar::hidden()).unwrap();
-    assert_eq!(contents(&out), contents(&whole));
-    assert!(!dir.path().join("out.partial").exists());
 }
 
 /// Residuals for what is at `quantized`, as [`make`] would have made them with `options`.
@@ -425,7 +334,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     refused(Options { group_size: Some(48), ..lutgemm.clone() }, &["48", "64 or 32"]);
     let ap = options(WeightFormat::AnyPrec, 3.0);
     refused(Options { group_size: Some(64), ..ap.clone() }, &["lutgemm"]);
-    let refine = Refine::Compensated { k_chunks: [8, 8, 1025, 8] };
+    let refine = Refine::Compensated { k_chunks: [[8; 4], [8, 8, 1025, 8]] };
     refused(Options { refine, ..ap.clone() }, &["--for-k-chunks", "1025", "1024"]);
     let text = |tokens, seq_len, samples| Options {
         calibration: Calibration::Text { tokens: vec![1; tokens], seq_len, samples, name: "t".into() },

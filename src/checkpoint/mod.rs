@@ -17,6 +17,7 @@
 
 mod config_json;
 mod manifest;
+mod place;
 mod tensors;
 mod writer;
 

@@ -5,13 +5,14 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
-use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 
+use crate::files;
 use crate::format::Floats;
+use crate::mapped::Mapped;
 
 /// Bytes of a header; that of a model with 10,000 tensors has 1.5 MB. Parsed, they take up to 12 times as much.
 const MAX_HEADER: u64 = 4 << 20;
@@ -33,7 +34,7 @@ pub(crate) fn header(file: &[u8]) -> Result<(Metadata, usize)> {
 #[derive(Debug)]
 pub(crate) struct Tensors {
     path: PathBuf,
-    map: Mmap,
+    map: Mapped,
     header: Metadata,
     data: usize, // byte at which the tensors begin
 }
@@ -44,11 +45,7 @@ impl Tensors {
     /// # Errors
     /// A file that is missing, truncated, or no safetensors file.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let file = crate::files::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        // SAFETY: the map is only read; nothing in this program writes to a finished file in place, it
-        // is replaced by renaming. Someone else truncating it while it is mapped is outside our control, as with
-        // every memory-mapped model.
-        let map = unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
+        let map = Mapped::open(path)?;
         let (header, data) =
             header(&map).map_err(|e| anyhow!("{} is damaged or cut short ({e}), make it again", path.display()))?;
         Ok(Self { path: path.to_owned(), map, header, data })
@@ -167,6 +164,7 @@ pub(crate) fn write(path: &Path, mut tensors: Vec<Tensor<'_>>) -> Result<()> {
     header.resize(header.len().next_multiple_of(8), b' ');
     let bytes = 8 + header.len() + end;
     let write = || -> std::io::Result<()> {
+        files::step();
         let mut file = BufWriter::new(File::create(path)?);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;

@@ -1,60 +1,44 @@
 //! Writing a checkpoint: layer by layer into a directory beside the target, renamed into place at the end.
 
-use std::fs::{self, File, TryLockError};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use safetensors::tensor::Dtype;
 
+use super::place::{self, Place};
 use super::tensors::{self, Tensor, Tensors, write_error};
 use super::{BITWIDTHS, CONFIG, Checkpoint, MODEL, Manifest, RESIDUALS, Stored, THRESHOLDS};
 use super::{EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, POST_NORM, config_json, layer_prefix, prefix};
 use crate::config::{ModelConfig, Projection};
+use crate::files;
 use crate::format::Dense;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, Weight};
-
-const KEY: &str = "job.txt";
-const NO_JOB: &str = "finished";
-const LOCK: &str = "job.lock";
-const RESULT: &str = "checkpoint";
-const REPLACED: &str = "replaced";
 
 /// A checkpoint in the making: `OUT.partial` beside the target `OUT`, which stays as it is until
 /// [`CheckpointWriter::finish`]. Finished layers survive an interruption.
 #[derive(Debug)]
 pub struct CheckpointWriter {
-    out: PathBuf,
-    partial: PathBuf,
-    _lock: File,
+    place: Place,
 }
 
 impl CheckpointWriter {
-    /// Starts, or goes on, with a checkpoint at `out`. `key` says everything that the result depends on: what an
-    /// interrupted job with another key left is discarded.
+    /// Checks that a checkpoint can be made at `out`, before anything is spent on it.
     ///
     /// # Errors
-    /// `out` exists and `overwrite` is false, or is something other than a checkpoint; another process is at it.
+    /// `out` exists and `overwrite` is false, is something other than a checkpoint, holds what is not of one, or cannot
+    /// be replaced because of what it is (the current directory, a mount point).
+    pub fn ensure_free(out: &Path, overwrite: bool) -> Result<()> {
+        place::ensure_free(out, overwrite)
+    }
+
+    /// Starts, or goes on, with a checkpoint at `out`, or where `out` leads if it is a link. `key` says everything that
+    /// the result depends on: what an interrupted job with another key left is discarded.
+    ///
+    /// # Errors
+    /// As [`CheckpointWriter::ensure_free`]; another process is at it.
     pub fn create(out: &Path, key: &str, overwrite: bool) -> Result<Self> {
-        let name = out.file_name().with_context(|| format!("{} names no directory", out.display()))?;
-        let mut partial_name = name.to_owned();
-        partial_name.push(".partial");
-        let partial = out.with_file_name(partial_name);
-        bring_back(&partial, out)?;
-        ensure_replaceable(out, overwrite)?;
-        ensure_ours(&partial)?;
-        make_dir(&partial)?;
-        let lock = lock(&partial)?;
-        if let Some(found) = fs::read_to_string(partial.join(KEY)).ok().filter(|found| found != key) {
-            if found != NO_JOB {
-                tracing::warn!("{} is from another job, it is discarded", partial.display());
-            }
-            clear(&partial)?;
-        }
-        let writer = Self { out: out.to_owned(), partial, _lock: lock };
-        writer.write_file(KEY, key.as_bytes())?;
-        Ok(writer)
+        Ok(Self { place: Place::take(out, key, overwrite)? })
     }
 
     /// Keeps a file of the job beside the layers, atomically: what makes going on cheaper.
@@ -62,19 +46,12 @@ impl CheckpointWriter {
     /// # Errors
     /// Whatever the disk says.
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let (new, path) = (self.partial.join(format!("{name}.new")), self.partial.join(name));
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(|e| write_error(e, &path, bytes.len()))
+        self.place.keep(name, bytes)
     }
 
     /// What [`CheckpointWriter::write_file`] kept under that name; `None` if there is nothing.
     pub fn read_file(&self, name: &str) -> Option<Vec<u8>> {
-        fs::read(self.partial.join(name)).ok()
+        self.place.kept(name)
     }
 
     /// True if this layer is finished at this bit width.
@@ -104,7 +81,7 @@ impl CheckpointWriter {
         let path = self.layer_path(layer, bits);
         let new = path.with_extension("new");
         tensors::write(&new, list)?;
-        fs::rename(&new, &path).map_err(|e| write_error(e, &path, 0))
+        self.place.name(&new, &path).map_err(|e| write_error(e, &path, 0))
     }
 
     /// A finished layer, as the checkpoint will hold it.
@@ -128,12 +105,7 @@ impl CheckpointWriter {
         rest: &Unquantized<'_>,
         texts: &TextFiles,
     ) -> Result<()> {
-        // Files that an interrupted attempt has left, of this job or of the checkpoint that it replaced, are gone.
-        let dir = self.partial.join(RESULT);
-        if dir.exists() {
-            fs::remove_dir_all(&dir).with_context(|| format!("cannot empty {}", dir.display()))?;
-        }
-        make_dir(&dir)?;
+        let dir = self.place.result()?;
         let layers = bits
             .iter()
             .enumerate()
@@ -162,13 +134,11 @@ impl CheckpointWriter {
         }
         texts.write(&dir)?;
         Checkpoint::open(&dir).context("the finished checkpoint does not pass its own checks")?;
-        replace(&dir, &self.out)?;
-        clear(&self.partial)?;
-        fs::remove_dir_all(&self.partial).with_context(|| format!("cannot remove {}", self.partial.display()))
+        self.place.put()
     }
 
     fn layer_path(&self, layer: usize, bits: u32) -> PathBuf {
-        self.partial.join(format!("layer-{layer:03}-{bits}bit.safetensors"))
+        self.place.file(&format!("layer-{layer:03}-{bits}bit.safetensors"))
     }
 }
 
@@ -254,109 +224,7 @@ fn push_linear<'a>(list: &mut Vec<Tensor<'a>>, prefix: &str, linear: &'a Linear<
     Ok(())
 }
 
-/// Only a checkpoint of ours, or nothing, is ever replaced.
-fn ensure_replaceable(out: &Path, overwrite: bool) -> Result<()> {
-    let Ok(existing) = fs::symlink_metadata(out) else { return Ok(()) };
-    let empty = existing.is_dir() && fs::read_dir(out).is_ok_and(|mut files| files.next().is_none());
-    if empty {
-        return Ok(());
-    }
-    ensure!(
-        Checkpoint::is_at(out),
-        "{} exists and is not a decdec checkpoint, it will not be replaced: choose another --out",
-        out.display()
-    );
-    ensure!(overwrite, "{} exists, use --overwrite to replace it, or choose another --out", out.display());
-    Ok(())
-}
-
-/// The directory of a job is emptied in the end: it must not be one that someone else has filled.
-fn ensure_ours(partial: &Path) -> Result<()> {
-    let Ok(files) = fs::read_dir(partial) else { return Ok(()) };
-    let foreign = files.filter_map(Result::ok).any(|file| !file.file_name().to_string_lossy().starts_with("job."));
-    ensure!(
-        !foreign || partial.join(KEY).exists(),
-        "{} is needed for unfinished work, but holds something else: move it away or choose another --out",
-        partial.display()
-    );
-    Ok(())
-}
-
-fn make_dir(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))
-}
-
-fn lock(partial: &Path) -> Result<File> {
-    let path = partial.join(LOCK);
-    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            bail!("another process is writing {}, wait for it or choose another --out", partial.display())
-        }
-        // A file system without locks: nobody else can be told apart, so nobody is kept out.
-        Err(TryLockError::Error(_)) => Ok(file),
-    }
-}
-
-/// Empties the directory of a job, the lock excepted. The key goes last, since it says that the rest is ours, and
-/// is no job's key until then: a program that is killed here leaves nothing that another one would go on with.
-fn clear(partial: &Path) -> Result<()> {
-    let remove = || -> std::io::Result<()> {
-        let new = partial.join(format!("{KEY}.new"));
-        fs::write(&new, NO_JOB)?;
-        fs::rename(&new, partial.join(KEY))?;
-        for entry in fs::read_dir(partial)? {
-            let entry = entry?;
-            if entry.file_name() == LOCK || entry.file_name() == KEY {
-                continue;
-            }
-            if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
-        }
-        fs::remove_file(partial.join(KEY))
-    };
-    remove().with_context(|| format!("cannot empty {}", partial.display()))
-}
-
 fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
     let text = serde_json::to_vec_pretty(json)?;
-    fs::write(path, &text).map_err(|e| write_error(e, path, text.len()))
-}
-
-/// Renames `new` to `out`. What was there changes places with it, so that at no time nothing is there; on file
-/// systems that cannot do that, it is moved away first, and comes back if the program is killed then and run again.
-fn replace(new: &Path, out: &Path) -> Result<()> {
-    let context = || format!("cannot rename {} to {}", new.display(), out.display());
-    if !out.exists() {
-        return fs::rename(new, out).with_context(context);
-    }
-    if exchange(new, out) {
-        return Ok(());
-    }
-    let old = new.with_file_name(REPLACED);
-    fs::rename(out, &old).with_context(|| format!("cannot move {} away", out.display()))?;
-    fs::rename(new, out).or_else(|e| fs::rename(&old, out).and(Err(e))).with_context(context)
-}
-
-/// Lets two directories change places in one step, where the system and its file system can.
-fn exchange(new: &Path, out: &Path) -> bool {
-    #[cfg(target_os = "linux")]
-    return {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        renameat_with(CWD, new, CWD, out, RenameFlags::EXCHANGE).is_ok()
-    };
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = (new, out);
-        false
-    }
-}
-
-/// Brings back what a program was killed while replacing.
-fn bring_back(partial: &Path, out: &Path) -> Result<()> {
-    let old = partial.join(REPLACED);
-    if !out.exists() && Checkpoint::is_at(&old) {
-        fs::rename(&old, out).with_context(|| format!("cannot move {} back to {}", old.display(), out.display()))?;
-    }
-    Ok(())
+    files::write(path, &text).map_err(|e| write_error(e, path, text.len()))
 }

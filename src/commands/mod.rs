@@ -109,9 +109,8 @@ pub(crate) fn compensation<B: DecodeBackend>(
     }
     let selection: Selection = args.selection.into();
     if args.n_tbs.is_none() && args.k_chunks.is_none() {
-        if let Some(tuned) = tuned(model, path, args)? {
-            let own = LayerCompensation { n_tb: tuned.n_tb, k_chunks: tuned.k_chunks };
-            return Ok(Some(Compensation { by_bits: vec![own], selection }));
+        if let Some(by_bits) = tuned(model, path, args)? {
+            return Ok(Some(Compensation { by_bits, selection }));
         }
         if !model.has_residuals() {
             tracing::info!("the model has no residuals: nothing is compensated");
@@ -120,14 +119,17 @@ pub(crate) fn compensation<B: DecodeBackend>(
     }
     let by_bits = by_flags(&widths, model.backend().device(), args)?;
     if args.n_tbs.is_none() || args.k_chunks.is_none() {
-        let sets: Vec<_> = by_bits.iter().map(|set| format!("n_tb {}, k_chunk {:?}", set.n_tb, set.k_chunks)).collect();
-        tracing::info!("compensating with {} (not tuned for this device)", sets.join("; "));
+        tracing::info!("compensating with {} (not tuned for this device)", spelled(&by_bits));
     }
     Ok(Some(Compensation { by_bits, selection }))
 }
 
-/// The file of `--tuned`, or `tuned.json` of the checkpoint if it fits this device.
-fn tuned<B: DecodeBackend>(model: &Model<'_, B>, path: &Path, args: &RunArgs) -> Result<Option<Tuned>> {
+/// What the file of `--tuned` says, or `tuned.json` of the checkpoint if it fits this device: a set for each bit width.
+fn tuned<B: DecodeBackend>(
+    model: &Model<'_, B>,
+    path: &Path,
+    args: &RunArgs,
+) -> Result<Option<Vec<LayerCompensation>>> {
     let beside = path.join("tuned.json");
     let file = match &args.tuned {
         Some(file) => file,
@@ -135,26 +137,26 @@ fn tuned<B: DecodeBackend>(model: &Model<'_, B>, path: &Path, args: &RunArgs) ->
         None => return Ok(None),
     };
     let shapes = Projection::ALL.map(|p| model.config().shape(p));
-    let bits = model.bit_widths()[0];
-    let mut refused = None;
-    for tuned in Tuned::read(file)? {
-        match tuned.check(model.backend().device(), shapes, bits) {
-            Ok(()) => {
-                let (n_tb, k_chunks) = (tuned.n_tb, tuned.k_chunks);
-                tracing::info!("compensating with n_tb {n_tb}, k_chunk {k_chunks:?}, as {} says", file.display());
-                return Ok(Some(tuned));
-            }
-            Err(error) => refused = refused.or(Some(error)),
+    let chosen = Tuned::choose(&Tuned::read(file)?, model.backend().device(), shapes, &model.bit_widths());
+    match chosen {
+        Ok(chosen) => {
+            let sets: Vec<_> =
+                chosen.iter().map(|tuned| LayerCompensation { n_tb: tuned.n_tb, k_chunks: tuned.k_chunks }).collect();
+            tracing::info!("compensating with {}, as {} says", spelled(&sets), file.display());
+            Ok(Some(sets))
         }
-    }
-    match refused {
-        Some(error) if args.tuned.is_some() => Err(error.context(file.display().to_string())),
-        Some(error) => {
+        Err(error) if args.tuned.is_some() => Err(error.context(file.display().to_string())),
+        Err(error) => {
             tracing::info!("{} is left aside: {error:#}", file.display());
             Ok(None)
         }
-        None => Ok(None),
     }
+}
+
+/// Sets of `n_tb` and `k_chunk`, for a note.
+fn spelled(sets: &[LayerCompensation]) -> String {
+    let spell = |set: &LayerCompensation| format!("n_tb {}, k_chunk {:?}", set.n_tb, set.k_chunks);
+    sets.iter().map(spell).collect::<Vec<_>>().join("; ")
 }
 
 /// One set of `n_tb` and `k_chunk` for all layers, or one for each bit width.

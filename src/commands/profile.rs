@@ -20,7 +20,6 @@ use crate::cli::{DtypeArg, ProfileArgs, ProfileName};
 #[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
     let named = Named::resolve(&args.name)?;
-    let tuned = args.tuned.as_deref().map(|file| one_tuned(file, &named.identity)).transpose()?;
     let options = Options {
         identity: named.identity,
         weights: args.name.checkpoint_path.clone(),
@@ -28,17 +27,19 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         tokens: args.tokens,
         overwrite: args.overwrite,
         halve_layers: args.halve_layers,
-        min_n_tb: tuned.as_ref().map(|tuned| tuned.n_tb).or(args.min_n_tb),
-        max_n_tb: tuned.as_ref().map(|tuned| tuned.n_tb).or(args.max_n_tb),
+        min_n_tb: args.min_n_tb,
+        max_n_tb: args.max_n_tb,
         max_k_chunk: args.max_k_chunk,
-        k_chunks: tuned.as_ref().map(measured_k_chunks),
+        k_chunks: None,
         selection: args.selection.into(),
     };
+    let tuned = args.tuned.as_deref().map(|file| tuned_for(file, &options.identity)).transpose()?;
     if let Some(nsys) = &args.nsys_path {
         let (trace, sqlite) = profile::under_nsight(nsys, &options, own_command_line)?;
         println!("wrote {}\nwrote {}", trace.display(), sqlite.display());
     } else {
-        let sweep = Sweep { weights: named.weights.get(), options: &options, clock: args.clock, tuned: tuned.as_ref() };
+        let sweep =
+            Sweep { weights: named.weights.get(), options: &options, clock: args.clock, tuned: tuned.as_deref() };
         print!("{}", on_device(&target(&args.device, args.name.fp_dtype), sweep)?);
     }
     if let Some(tuned) = &tuned {
@@ -59,16 +60,19 @@ pub(crate) fn target(device: &str, precision: Precision) -> Target<'_> {
     Target { device, dtype: asked.then_some(dtype), ..Target::default() }
 }
 
-/// The result in `file` for this model's algorithm and width.
-fn one_tuned(file: &Path, identity: &Identity) -> Result<Tuned> {
-    let all = Tuned::read(file)?;
-    let fits = |tuned: &&Tuned| tuned.algo == identity.algo.name() && tuned.bits == identity.bits;
-    let Some(tuned) = all.iter().find(fits) else {
-        let (algo, bits) = (identity.algo.name(), identity.bits);
-        bail!("{} is for {} {}-bit, not for {algo} {bits}-bit", file.display(), all[0].algo, all[0].bits);
-    };
-    ensure!(tuned.k_chunks != [0; 4], "{} compensates nothing: there is nothing to measure", file.display());
-    Ok(tuned.clone())
+/// The results in `file` for this model's algorithm and width, of whatever device.
+fn tuned_for(file: &Path, identity: &Identity) -> Result<Vec<Tuned>> {
+    let mut all = Tuned::read(file)?;
+    let (algo, bits) = (identity.algo.name(), identity.bits);
+    let first = format!("{} {}-bit", all[0].algo, all[0].bits);
+    all.retain(|tuned| tuned.algo == algo && tuned.bits == bits);
+    ensure!(!all.is_empty(), "{} is for {first}, not for {algo} {bits}-bit", file.display());
+    ensure!(
+        all.iter().all(|tuned| tuned.k_chunks != [0; 4]),
+        "{} compensates nothing: there is nothing to measure",
+        file.display()
+    );
+    Ok(all)
 }
 
 /// Each `k_chunk` of a tuned result once, ascending, without 0.
@@ -80,10 +84,13 @@ fn measured_k_chunks(tuned: &Tuned) -> Vec<usize> {
     k_chunks
 }
 
-/// What a tuned result costs by the profile of `options`.
-fn now(tuned: &Tuned, options: &Options) -> Result<String> {
+/// What the tuned result of the profile's device costs by the profile of `options`.
+fn now(tuned: &[Tuned], options: &Options) -> Result<String> {
     let identity = &options.identity;
     let profile = nsys::read(&identity.trace(&options.dir), &identity.sqlite(&options.dir), identity)?;
+    let device = profile.capture.as_ref().map_or("", |capture| &capture.device_name);
+    let of_device = |tuned: &&Tuned| tuned.device.name.is_empty() || tuned.device.name == device;
+    let tuned = tuned.iter().find(of_device).with_context(|| format!("nothing was tuned on {device}"))?;
     let timings = tune::Table::new(&profile)?.timings(tuned.shapes);
     let (n_tb, k_chunks) = (tuned.n_tb, tuned.k_chunks);
     let missing = || format!("the profile that is there lacks n_tb {n_tb}, k_chunk {k_chunks:?}: use --overwrite");
@@ -120,18 +127,21 @@ struct Sweep<'a> {
     weights: &'a dyn ModelWeights,
     options: &'a Options,
     clock: Clock,
-    tuned: Option<&'a Tuned>,
+    tuned: Option<&'a [Tuned]>,
 }
 
 impl Job for Sweep<'_> {
     type Output = Outcome;
 
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Outcome> {
+        let mut options = self.options.clone();
         if let Some(tuned) = self.tuned {
-            let shapes = profile::shapes(self.weights.config());
-            tuned.check(backend.device(), shapes, self.options.identity.bits)?;
+            let (shapes, width) = (profile::shapes(self.weights.config()), [options.identity.bits]);
+            let tuned = &Tuned::choose(tuned, backend.device(), shapes, &width)?[0];
+            (options.min_n_tb, options.max_n_tb) = (Some(tuned.n_tb), Some(tuned.n_tb));
+            options.k_chunks = Some(measured_k_chunks(tuned));
         }
-        profile::run(backend, &mut backend.recorder(self.clock)?, self.weights, self.options)
+        profile::run(backend, &mut backend.recorder(self.clock)?, self.weights, &options)
     }
 }
 

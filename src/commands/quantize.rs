@@ -70,29 +70,29 @@ fn refine(args: &QuantizeArgs, config: &ModelConfig) -> Result<Refine> {
         (RefineArg::None, ..) => Refine::None,
         (RefineArg::Output, ..) => Refine::Output,
         (RefineArg::Compensated, _, Some(path)) => Refine::Compensated { k_chunks: tuned(path, args, config)? },
-        (RefineArg::Compensated, Some(k), None) => Refine::Compensated { k_chunks: std::array::from_fn(|i| k[i]) },
+        (RefineArg::Compensated, Some(k), None) => Refine::Compensated { k_chunks: [std::array::from_fn(|i| k[i]); 2] },
         (RefineArg::Compensated, None, None) => Refine::DEFAULT,
     })
 }
 
-/// What was tuned for this model and width; of several devices, the first.
-fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[usize; 4]> {
+/// What was tuned for this model, for each of its widths; of several devices, the first.
+fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[[usize; 4]; 2]> {
     let shapes = Projection::ALL.map(|p| config.shape(p));
-    let (low, high) = (args.bitwidth.low(), args.bitwidth.high());
     let all = Tuned::read(path)?;
-    let fits = |tuned: &&Tuned| tuned.shapes == shapes && (low..=high).contains(&tuned.bits);
-    match all.iter().find(fits) {
-        Some(tuned) => Ok(tuned.k_chunks),
-        None => bail!(
-            "{} was tuned for {} at {} bits with projections {:?}, {} bits and {shapes:?} are expected: give this model's \
-             own file or --for-k-chunks",
-            path.display(),
-            all[0].model,
-            all[0].bits,
-            all[0].shapes,
-            args.bitwidth
-        ),
-    }
+    let of_width = |bits| {
+        let Some(tuned) = all.iter().find(|tuned| tuned.shapes == shapes && tuned.bits == bits) else {
+            bail!(
+                "{} was tuned for {} at {} bits with projections {:?}, {bits} bits and {shapes:?} are expected: give this \
+                 model's own file or --for-k-chunks",
+                path.display(),
+                all[0].model,
+                all.iter().map(|tuned| tuned.bits.to_string()).collect::<Vec<_>>().join(" and "),
+                all[0].shapes
+            )
+        };
+        Ok(tuned.k_chunks)
+    };
+    Ok([of_width(args.bitwidth.low())?, of_width(args.bitwidth.high())?])
 }
 
 /// The text that the flags ask for, in the model's tokens.

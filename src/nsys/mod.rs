@@ -22,6 +22,7 @@ use crate::config::Projection;
 
 pub use crate::backend::record::KernelRecord;
 pub use adopt::adopt;
+pub(crate) use reader::capture;
 pub use reader::{Profile, read};
 pub use writer::Writer;
 
@@ -159,6 +160,8 @@ pub struct Capture {
     pub shapes: [(usize, usize); 4],
     /// Where the weights came from.
     pub weights: String,
+    /// What tells the layers that were measured from any others.
+    pub fingerprint: String,
     /// What took the times: `CUPTI`, `Nsight Systems 2025.1`, `host clock`.
     pub clock: String,
     /// The device as `--device` takes it.
@@ -193,6 +196,7 @@ impl Capture {
             ("ALGO", id.algo.name().into()),
             ("BITWIDTH", id.bits.to_string()),
             ("WEIGHTS", self.weights.clone()),
+            ("FINGERPRINT", self.fingerprint.clone()),
             ("CLOCK", self.clock.clone()),
             ("DEVICE", self.device.clone()),
             ("DEVICE_NAME", self.device_name.clone()),
@@ -244,6 +248,7 @@ impl Capture {
             },
             shapes,
             weights: text("WEIGHTS")?.into(),
+            fingerprint: text("FINGERPRINT")?.into(),
             clock: text("CLOCK")?.into(),
             device: text("DEVICE")?.into(),
             device_name: text("DEVICE_NAME")?.into(),

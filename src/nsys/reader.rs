@@ -40,6 +40,19 @@ pub fn read(trace: &Path, sqlite: &Path, identity: &Identity) -> Result<Profile>
     join(&db, &lines, identity).with_context(|| sqlite.display().to_string())
 }
 
+/// How the profile at `sqlite` was taken, finished or not; `None` where it does not say.
+///
+/// # Errors
+/// A file that is there but is no profile.
+pub(crate) fn capture(sqlite: &Path) -> Result<Option<Capture>> {
+    let in_file = || format!("cannot read {}", sqlite.display());
+    let db = rows::open(sqlite).with_context(in_file)?;
+    if !rows::tables(&db).with_context(in_file)?.iter().any(|table| table == "META_DATA_CAPTURE") {
+        return Ok(None);
+    }
+    Capture::from_rows(&meta_rows(&db, "META_DATA_CAPTURE").with_context(in_file)?)
+}
+
 fn join(db: &Connection, lines: &[Line], identity: &Identity) -> Result<Profile> {
     let tables = rows::tables(db)?;
     let has = |table: &str| tables.iter().any(|t| t == table);

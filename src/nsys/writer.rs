@@ -1,7 +1,8 @@
 //! Writing a profile: every configuration is one transaction, so that an interrupted sweep goes on.
 //!
 //! Until the last configuration is in, everything lies in `….sqlite.partial`: kernel rows in Nsight's schema,
-//! and each configuration's trace lines in a table of our own, which [`Writer::finish`] turns into the trace.
+//! and each configuration's trace lines in a table of our own, which [`Writer::finish`] turns into the trace. One
+//! process at a time has it; `….sqlite.lock` says so.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,6 +14,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::trace::{Line, Role};
 use super::{Capture, KernelRecord, PREFIX};
+use crate::files::{self, Lock};
 
 /// Tables of the export schema with the columns that describe a kernel, in Nsight's order.
 const SCHEMA: &str = "
@@ -48,49 +50,55 @@ pub struct Writer {
     configurations: usize,
     pairs: usize,
     last_end: u64,
+    _lock: Lock,
 }
 
 impl Writer {
     /// Goes on with the interrupted sweep at `sqlite`, if there is one that can be read; otherwise `None`.
-    pub fn resume(sqlite: &Path) -> Option<Self> {
+    ///
+    /// # Errors
+    /// Another process is writing it.
+    pub fn resume(sqlite: &Path) -> Result<Option<Self>> {
         let partial = partial_path(sqlite);
-        let resume = || -> Result<Option<Self>> {
-            if !partial.exists() {
-                return Ok(None);
-            }
-            let db = open(&partial)?;
-            let rows = meta_rows(&db, "META_DATA_CAPTURE")?;
-            let Some(capture) = Capture::from_rows(&rows)? else { return Ok(None) };
-            let strings = db
-                .prepare("SELECT value, id FROM StringIds")?
-                .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
-                .collect::<rusqlite::Result<_>>()?;
-            let (configurations, pairs) =
-                db.query_row("SELECT count(*), coalesce(sum(pairs), 0) FROM DECDEC_SWEEP", [], |row| {
-                    Ok((row.get::<_, i64>(0)? as usize, row.get::<_, i64>(1)? as usize))
-                })?;
-            let last_end = db.query_row("SELECT coalesce(max(end), 0) FROM CUPTI_ACTIVITY_KIND_KERNEL", [], |row| {
-                row.get::<_, i64>(0)
-            })?;
-            let last_end = last_end as u64;
-            let partial = partial.clone();
-            Ok(Some(Self { db, partial, capture, strings, configurations, pairs, last_end }))
-        };
-        resume().unwrap_or_else(|error| {
+        if !partial.exists() {
+            return Ok(None);
+        }
+        let lock = lock(sqlite)?;
+        Ok(Self::go_on(&partial, lock).unwrap_or_else(|error| {
             tracing::warn!("{}: {error:#}, the sweep starts over", partial.display());
             None
-        })
+        }))
+    }
+
+    fn go_on(partial: &Path, lock: Lock) -> Result<Option<Self>> {
+        let db = open(partial)?;
+        let rows = meta_rows(&db, "META_DATA_CAPTURE")?;
+        let Some(capture) = Capture::from_rows(&rows)? else { return Ok(None) };
+        let strings = db
+            .prepare("SELECT value, id FROM StringIds")?
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect::<rusqlite::Result<_>>()?;
+        let (configurations, pairs) =
+            db.query_row("SELECT count(*), coalesce(sum(pairs), 0) FROM DECDEC_SWEEP", [], |row| {
+                Ok((row.get::<_, i64>(0)? as usize, row.get::<_, i64>(1)? as usize))
+            })?;
+        let last_end = db.query_row("SELECT coalesce(max(end), 0) FROM CUPTI_ACTIVITY_KIND_KERNEL", [], |row| {
+            row.get::<_, i64>(0)
+        })?;
+        let (last_end, partial) = (last_end as u64, partial.to_owned());
+        Ok(Some(Self { db, partial, capture, strings, configurations, pairs, last_end, _lock: lock }))
     }
 
     /// Starts a sweep whose files will be at `sqlite` and its trace; an interrupted one there is dropped.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Another process is writing it; what the file system says.
     pub fn create(sqlite: &Path, capture: &Capture) -> Result<Self> {
         let partial = partial_path(sqlite);
         if let Some(dir) = partial.parent() {
-            fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+            files::make_directory(dir)?;
         }
+        let lock = lock(sqlite)?;
         if partial.exists() {
             fs::remove_file(&partial).with_context(|| format!("cannot replace {}", partial.display()))?;
         }
@@ -110,7 +118,7 @@ impl Writer {
         )?;
         transaction.commit()?;
         let (capture, strings) = (capture.clone(), HashMap::new());
-        Ok(Self { db, partial, capture, strings, configurations: 0, pairs: 0, last_end: 0 })
+        Ok(Self { db, partial, capture, strings, configurations: 0, pairs: 0, last_end: 0, _lock: lock })
     }
 
     /// How the sweep is taken, as its first run began it.
@@ -190,7 +198,7 @@ impl Writer {
                 file.write_all(row.get_ref(0)?.as_bytes()?).with_context(cannot)?;
             }
         }
-        file.flush().with_context(cannot)?;
+        file.into_inner().map_err(|e| e.into_error()).and_then(|file| file.sync_all()).with_context(cannot)?;
         // A copy without our own table: dropping it here would leave nothing to resume from if a rename failed.
         let finished = sqlite.with_extension("sqlite.finished");
         if finished.exists() {
@@ -198,10 +206,15 @@ impl Writer {
         }
         self.db.execute("VACUUM INTO ?1", [finished.to_string_lossy()])?;
         Connection::open(&finished)?.execute_batch("DROP TABLE DECDEC_SWEEP; VACUUM;")?;
-        fs::rename(&beside, trace).with_context(|| format!("cannot write {}", trace.display()))?;
-        fs::rename(&finished, sqlite).with_context(|| format!("cannot write {}", sqlite.display()))?;
+        fs::File::open(&finished).and_then(|file| file.sync_all()).with_context(|| finished.display().to_string())?;
+        let named = |from: &Path, to: &Path| {
+            let renamed = files::rename(from, to).and_then(|()| files::sync_directory(to.parent().unwrap_or(to)));
+            renamed.with_context(|| format!("cannot write {}", to.display()))
+        };
+        named(&beside, trace)?;
+        named(&finished, sqlite)?;
         drop(self.db);
-        fs::remove_file(&self.partial).with_context(|| format!("cannot remove {}", self.partial.display()))
+        files::remove_file(&self.partial).with_context(|| format!("cannot remove {}", self.partial.display()))
     }
 }
 
@@ -219,11 +232,16 @@ fn partial_path(sqlite: &Path) -> PathBuf {
     sqlite.with_extension("sqlite.partial")
 }
 
+/// The right to write the files of this name.
+fn lock(sqlite: &Path) -> Result<Lock> {
+    Lock::take(&sqlite.with_extension("sqlite.lock"))?.with_context(|| {
+        format!("another process is writing {}, wait for it or choose another prefix or --nsys-dir", sqlite.display())
+    })
+}
+
+/// Every transaction is on the disk before the next one, as SQLite does by itself: a power cut costs one configuration.
 fn open(path: &Path) -> Result<Connection> {
-    let db = Connection::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    // A killed program loses nothing without it, and a thousand small transactions do not wait for the disk.
-    db.pragma_update(None, "synchronous", "OFF")?;
-    Ok(db)
+    Connection::open(path).with_context(|| format!("cannot open {}", path.display()))
 }
 
 fn intern(db: &Connection, strings: &mut HashMap<String, i64>, value: &str) -> Result<i64> {

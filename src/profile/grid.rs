@@ -42,8 +42,9 @@ pub fn k_chunks(knee: f64, max: Option<usize>) -> Result<Vec<usize>> {
     Ok(values)
 }
 
-/// For each projection, the numbers of thread blocks in `min..=max` that divide its output differently: the
-/// smallest of each kind, ascending.
+/// For each projection, the numbers of thread blocks in `min..=max` that divide its output differently, as
+/// [`DecPlan::stripes`] says: the smallest of each kind, ascending. Above as many blocks as there is work for, all are of
+/// one kind.
 ///
 /// # Errors
 /// An empty range, or one that reaches 0.

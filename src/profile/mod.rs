@@ -14,15 +14,15 @@ mod nsight;
 mod sweep;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use crate::backend::GemvBackend;
+use crate::backend::{DeviceInfo, GemvBackend};
 use crate::config::{ModelConfig, Projection};
 use crate::dec::Selection;
-use crate::nsys::{Capture, Identity, Writer};
+use crate::nsys::{self, Capture, Identity, Writer};
 use crate::weights::ModelWeights;
 
 pub use crate::backend::record::{Bandwidths, ByClock, Clock, Launch, Recorder};
@@ -126,7 +126,12 @@ pub fn run<B: GemvBackend>(
     options.identity.validate()?;
     ensure!(options.tokens > 0, "--tokens is 0, at least 1 is needed");
     let (trace, sqlite) = (options.identity.trace(&options.dir), options.identity.sqlite(&options.dir));
-    let resumed = if options.overwrite { None } else { Writer::resume(&sqlite) };
+    let resumed = if options.overwrite { None } else { Writer::resume(&sqlite)? };
+    if !options.overwrite {
+        let finished = if sqlite.exists() { nsys::capture(&sqlite)? } else { None };
+        let there = [finished.as_ref(), resumed.as_ref().map(Writer::capture)];
+        there.into_iter().flatten().try_for_each(|there| ensure_same_device(there, backend.device(), &sqlite))?;
+    }
     if !options.overwrite && resumed.is_none() {
         match (trace.exists(), sqlite.exists()) {
             (true, true) => return Ok(Outcome { trace, sqlite, measured: None }),
@@ -157,6 +162,20 @@ pub fn run<B: GemvBackend>(
     };
     writer.finish(&trace, &sqlite)?;
     Ok(Outcome { trace, sqlite, measured: Some(measured) })
+}
+
+/// Two devices may not take turns with one name: what the first measured would be lost, or taken for the second's.
+fn ensure_same_device(there: &Capture, device: &DeviceInfo, sqlite: &Path) -> Result<()> {
+    ensure!(
+        there.device_name == device.name,
+        "{} is of {} ({}), this is {} ({}): choose another prefix or --nsys-dir, or replace it with --overwrite",
+        sqlite.display(),
+        there.device_name,
+        there.device,
+        device.name,
+        device.id
+    );
+    Ok(())
 }
 
 fn n_tb_range<B: GemvBackend>(backend: &B, options: &Options) -> Result<(usize, usize)> {

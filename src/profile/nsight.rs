@@ -31,20 +31,19 @@ pub fn under_nsight(
     }
     let version = output(Command::new(nsys).arg("--version"), nsys)?;
     let version = version.lines().next().unwrap_or_default().trim().to_owned();
-    let staging = options.dir.join(identity.stem() + ".nsys");
-    if staging.exists() {
-        fs::remove_dir_all(&staging).with_context(|| format!("cannot replace {}", staging.display()))?;
-    }
-    fs::create_dir_all(&staging).with_context(|| format!("cannot create {}", staging.display()))?;
-    let report = staging.join("report");
+    fs::create_dir_all(&options.dir).with_context(|| format!("cannot create {}", options.dir.display()))?;
+    let prefix = identity.stem() + ".nsys.";
+    let staging = tempfile::Builder::new().prefix(&prefix).tempdir_in(&options.dir);
+    let staging = staging.with_context(|| format!("cannot write to {}", options.dir.display()))?;
+    let report = staging.path().join("report");
     let mut command = Command::new(nsys);
     command.args(["profile", "--trace=cuda", "--cuda-graph-trace=node", "--export=sqlite", "--force-overwrite=true"]);
-    command.arg("--output").arg(&report).args(child(&staging));
+    command.arg("--output").arg(&report).args(child(staging.path()));
     output(&mut command, nsys)?;
     let export = report.with_extension("sqlite");
     let clock = if version.is_empty() { "Nsight Systems".into() } else { version };
-    nsys::adopt(identity, &staging, &export, &options.dir, &clock)?;
-    fs::remove_dir_all(&staging).with_context(|| format!("cannot remove {}", staging.display()))?;
+    nsys::adopt(identity, staging.path(), &export, &options.dir, &clock)?;
+    staging.close().context("cannot remove what nsys left")?;
     Ok((trace, sqlite))
 }
 

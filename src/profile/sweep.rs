@@ -9,6 +9,7 @@ use crate::backend::GemvBackend;
 use crate::backend::record::{Bandwidths, Launch, Recorder};
 use crate::config::Projection;
 use crate::dec::DecPlan;
+use crate::fingerprint::Fingerprint;
 use crate::nsys::trace::{Kernel, Line, Role};
 use crate::nsys::{Capture, KernelRecord, Writer};
 use crate::sampling::draws;
@@ -47,6 +48,7 @@ pub(super) struct Sweep<'a, B: GemvBackend> {
     inputs: Vec<[B::Vector; 4]>,
     outputs: [B::Vector; 4],
     layer_bytes: [usize; 4], // weights of one layer
+    fingerprint: String,     // of the layers
 }
 
 impl<'a, B: GemvBackend> Sweep<'a, B> {
@@ -71,13 +73,15 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         }
         let turns = ROTATED_BYTES.div_ceil(layer_bytes.iter().sum()).clamp(2, config.num_layers.max(2));
         let turns = if options.halve_layers { (turns / 2).max(1) } else { turns };
-        let layers: Vec<_> =
-            fitting.iter().take(turns).map(|&layer| upload(backend, weights, layer)).collect::<Result<_>>()?;
+        let mut fingerprint = Fingerprint::default();
+        let mut upload = |&layer| upload(backend, weights, layer, &mut fingerprint);
+        let layers: Vec<_> = fitting.iter().take(turns).map(&mut upload).collect::<Result<_>>()?;
+        let fingerprint = fingerprint.digits();
         let shapes = shapes(config);
         let inputs = (0..options.tokens.min(INPUTS)).map(|i| inputs(backend, &layers[0], i)).collect::<Result<_>>()?;
         let [a, b, c, d] = shapes.map(|(_, outputs)| backend.vector(outputs));
         let outputs = [a?, b?, c?, d?];
-        Ok(Self { backend, recorder, options, shapes, layers, inputs, outputs, layer_bytes })
+        Ok(Self { backend, recorder, options, shapes, layers, inputs, outputs, layer_bytes, fingerprint })
     }
 
     /// What the files say of this sweep, with nothing measured yet.
@@ -90,6 +94,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
             identity: self.options.identity.clone(),
             shapes: self.shapes,
             weights: self.options.weights.clone(),
+            fingerprint: self.fingerprint.clone(),
             clock: self.recorder.clock(),
             device: device.id.clone(),
             device_name: device.name.clone(),
@@ -276,17 +281,23 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
 }
 
 /// One layer's matrices and thresholds.
-fn upload<B: GemvBackend>(backend: &B, weights: &dyn ModelWeights, layer: usize) -> Result<Layer<B>> {
-    let read = |projection: Projection| -> Result<(B::Matrix, Vec<f32>)> {
+fn upload<B: GemvBackend>(
+    backend: &B,
+    weights: &dyn ModelWeights,
+    layer: usize,
+    fingerprint: &mut Fingerprint,
+) -> Result<Layer<B>> {
+    let mut read = |projection: Projection| -> Result<(B::Matrix, Vec<f32>)> {
         let linear = weights.projection(layer, projection)?;
         let Linear { residual: Some(_), thresholds: Some(thresholds), .. } = &linear else {
             anyhow::bail!(
                 "layer {layer}, {projection} has no residual or no thresholds: make them first, or profile random:SEED"
             );
         };
+        fingerprint.linear(&linear);
         Ok((backend.matrix(&linear)?, thresholds.to_vec()))
     };
-    let [qkv, o, gu, d] = Projection::ALL.map(read);
+    let [qkv, o, gu, d] = Projection::ALL.map(&mut read);
     let ((qkv, t0), (o, t1), (gu, t2), (d, t3)) = (qkv?, o?, gu?, d?);
     Ok(Layer { matrices: [qkv, o, gu, d], thresholds: [t0, t1, t2, t3] })
 }

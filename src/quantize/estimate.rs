@@ -223,10 +223,7 @@ fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
         Affine { in_features, out_features, weight: numbers(in_features * out_features), bias: None }
     });
     let originals = linears.each_ref().map(|linear| linear.weight.iter().map(|w| 1.1 * w).collect());
-    let k_chunks = match options.refine {
-        Refine::Compensated { k_chunks } => k_chunks,
-        Refine::None | Refine::Output => [0; 4],
-    };
+    let k_chunks = options.refine.k_chunks(options.bits.low(), options.bits);
     let norms = || vec![1.0; hidden_size];
     let layer = Compensated { layer: Layer { input_norm: norms(), post_norm: norms(), linears }, originals, k_chunks };
     let (rope, h) = (Rope::new(&config, tokens), numbers(tokens * hidden_size));
@@ -374,7 +371,7 @@ mod tests {
                 bits: BitWidth::try_from(3.0).unwrap(),
                 group_size: None,
                 awq: false,
-                refine: Refine::Compensated { k_chunks: [8; 4] },
+                refine: Refine::DEFAULT,
                 calibration,
                 source: "random".into(),
                 overwrite: false,

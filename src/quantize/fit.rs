@@ -32,12 +32,9 @@ pub(super) struct Fit<'a> {
 impl<'a> Fit<'a> {
     /// The way that the job's options ask for; `None` where every weight goes by itself.
     pub(super) fn new(job: &'a Job<'a>, bits: usize, projection: Projection) -> Option<Self> {
-        let k_chunk = match job.options.refine {
-            Refine::None => return None,
-            Refine::Output => 0,
-            Refine::Compensated { k_chunks } => k_chunks[projection.index()],
-        };
-        Some(Self { job, bits, k_chunk })
+        let refine = job.options.refine;
+        let k_chunk = refine.k_chunks(bits as u32, job.manifest.bits)[projection.index()];
+        (refine != Refine::None).then_some(Self { job, bits, k_chunk })
     }
 
     /// Quantizes `linear`, which `x` `[tokens, in_features]` enters: what is stored and its residual.

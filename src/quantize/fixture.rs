@@ -5,7 +5,7 @@ use crate::config::{Architecture, ModelConfig, Projection, RopeScaling};
 use crate::sampling;
 
 /// A model of one layer; two queries share a key.
-pub(super) fn config() -> ModelConfig {
+pub(crate) fn config() -> ModelConfig {
     ModelConfig {
         architecture: Architecture::Qwen2,
         hidden_size: 64,

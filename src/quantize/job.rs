@@ -10,7 +10,8 @@ use super::forward::{Inputs, Layer, Rope};
 use super::storable::ensure_storable;
 use super::{Calibration, Norms, Options, Refine, mixed, polish, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
-use crate::config::Projection;
+use crate::fingerprint::Fingerprint;
+use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights};
 
 /// File of the calibration tokens: u32, little-endian.
@@ -190,66 +191,22 @@ impl Job<'_> {
     }
 }
 
-/// Everything that a result depends on, in words and hashes: unfinished work with another key is of no use.
-pub(super) fn key(source: &dyn ModelWeights, manifest: &Manifest, options: &Options) -> Result<String> {
-    let config = source.config();
-    let mut hash = Fnv::new();
-    hash.model(source)?;
+/// Everything that a result depends on, in words and in a hash: unfinished work with another key is of no use.
+pub(super) fn key(
+    source: &dyn ModelWeights,
+    texts: &TextFiles,
+    manifest: &Manifest,
+    options: &Options,
+    stop: &AtomicBool,
+) -> Result<String> {
+    let mut fingerprint = Fingerprint::default();
+    fingerprint.model(source, stop)?;
+    fingerprint.texts(texts);
     if let Calibration::Text { tokens, .. } = &options.calibration {
-        hash.bytes(bytemuck::cast_slice(tokens));
+        fingerprint.numbers(b"calibration", tokens);
     }
     let manifest = serde_json::to_string(manifest)?;
     let version = env!("CARGO_PKG_VERSION");
     let Options { awq, refine, .. } = options;
-    Ok(format!("{version}\n{manifest}\nawq {awq}\nrefine {refine:?}\n{config:?}\n{:016x}\n", hash.0))
-}
-
-/// A quantized model in a few words: what tells it from others of its shapes.
-///
-/// # Errors
-/// A tensor that cannot be read.
-pub(crate) fn fingerprint(weights: &dyn ModelWeights) -> Result<String> {
-    let mut hash = Fnv::new();
-    hash.model(weights)?;
-    Ok(format!("{:?}\n{:016x}", weights.config(), hash.0))
-}
-
-/// The hash FNV-1a, the same in every version of this program.
-struct Fnv(u64);
-
-impl Fnv {
-    fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-        }
-    }
-
-    fn floats(&mut self, values: &[f32]) {
-        self.bytes(bytemuck::cast_slice(values));
-    }
-
-    fn model(&mut self, source: &dyn ModelWeights) -> Result<()> {
-        let config = source.config();
-        let mut row = vec![0.0; config.shape(Projection::O).0];
-        for layer in 0..config.num_layers {
-            let (input, post) = source.layer_norms(layer)?;
-            self.floats(&input);
-            self.floats(&post);
-            // A few rows stand for the layer: fine-tuned models share norms, not projections.
-            let linear = source.projection(layer, Projection::O)?;
-            for i in [0, linear.weight.out_features() / 2] {
-                linear.weight.row(i, &mut row);
-                self.floats(&row);
-                if let Some(residual) = &linear.residual {
-                    residual.row(i, &mut row);
-                    self.floats(&row);
-                }
-            }
-        }
-        Ok(())
-    }
+    Ok(format!("quantize\n{version}\n{manifest}\nawq {awq}\nrefine {refine:?}\n{}\n", fingerprint.digits()))
 }

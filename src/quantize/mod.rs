@@ -16,7 +16,7 @@ mod estimate;
 mod exponential;
 mod fit;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod forward;
 mod gram;
 mod head;
@@ -52,7 +52,6 @@ use fit::Fit;
 use forward::{Affine, Inputs, Layer};
 pub use head::head;
 use job::Job;
-pub(crate) use job::fingerprint;
 pub use residuals::{ResidualOptions, residuals};
 
 /// What to make.
@@ -85,21 +84,35 @@ pub enum Refine {
     Output,
     /// What a projection puts out once it is compensated.
     Compensated {
-        /// Channels of 1024 that will be compensated, for qkv, o, gate-up and down.
-        k_chunks: [usize; 4],
+        /// Channels of 1024 that will be compensated, for qkv, o, gate-up and down: in layers of the width asked for, and,
+        /// where half of the layers have one bit more, in those.
+        k_chunks: [[usize; 4]; 2],
     },
 }
 
 impl Refine {
     /// For `k_chunk` 8 everywhere.
-    pub const DEFAULT: Self = Self::Compensated { k_chunks: [8; 4] };
+    pub const DEFAULT: Self = Self::Compensated { k_chunks: [[8; 4]; 2] };
+
+    /// What will be compensated in layers of `bits`, where the model has `all`.
+    fn k_chunks(self, bits: u32, all: BitWidth) -> [usize; 4] {
+        match self {
+            Self::None | Self::Output => [0; 4],
+            Self::Compensated { k_chunks } => k_chunks[usize::from(bits > all.low())],
+        }
+    }
 
     /// For the record.
-    fn describe(self) -> String {
+    fn describe(self, bits: BitWidth) -> String {
         match self {
             Self::None => String::new(),
             Self::Output => ", refined for no compensation".into(),
-            Self::Compensated { k_chunks: [qkv, o, gu, d] } => format!(", refined for k_chunk {qkv} {o} {gu} {d}"),
+            Self::Compensated { k_chunks: [low, high] } => {
+                let spell = |k_chunks: [usize; 4]| k_chunks.map(|k| k.to_string()).join(" ");
+                let raised =
+                    if bits.is_mixed() && low != high { format!(" and {}", spell(high)) } else { String::new() };
+                format!(", refined for k_chunk {}{raised}", spell(low))
+            }
         }
     }
 }
@@ -230,7 +243,9 @@ pub fn quantize(
     let config = source.config();
     ensure!(source.bits(0).is_none(), "the source is already quantized, a full-precision model is expected");
     let manifest = plan(config, options)?;
-    let key = job::key(source, &manifest, options)?;
+    CheckpointWriter::ensure_free(out, options.overwrite)?;
+    progress.set_message("reading the model");
+    let key = job::key(source, texts, &manifest, options, stop)?;
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
     progress.set_style(style()?);
     let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };
@@ -260,7 +275,7 @@ fn style() -> Result<ProgressStyle> {
 fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
     options.calibration.validate(config)?;
     if let Refine::Compensated { k_chunks } = options.refine {
-        for k in k_chunks {
+        for k in k_chunks.concat() {
             ensure!(k <= CHUNK, "--for-k-chunks has {k}, 0 to {CHUNK} are allowed");
         }
     }
@@ -286,7 +301,7 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
         group_size,
         residual_bits: 4,
         source: options.source.clone(),
-        calibration: format!("{}{}", options.calibration.describe(), options.refine.describe()),
+        calibration: format!("{}{}", options.calibration.describe(), options.refine.describe(options.bits)),
     })
 }
 

@@ -18,11 +18,11 @@ use rayon::prelude::*;
 use super::backward::Compensated;
 use super::calibrate::{self, Activations};
 use super::divergence::Speaker;
+use super::fit;
 use super::forward::{Affine, Layer, Rope};
 use super::gram::Taken;
 use super::job::Job;
 use super::refine::{Codebook, Grid};
-use super::{Refine, fit};
 use crate::checkpoint::LayerFile;
 use crate::config::Projection;
 use crate::format::AnyPrec;
@@ -249,10 +249,7 @@ fn pair<'a>(job: &Job<'_>, file: &'a LayerFile, index: usize, projection: Projec
 /// A layer with these codebooks, and its codes.
 fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Result<(Compensated, [Vec<u8>; 4])> {
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
-    let k_chunks = match job.options.refine {
-        Refine::Compensated { k_chunks } => k_chunks,
-        Refine::None | Refine::Output => [0; 4],
-    };
+    let k_chunks = job.options.refine.k_chunks(bits, job.manifest.bits);
     let grid = Codebook { bits: bits as usize };
     // All four at once: some sources take them out of their blocks on one core.
     let each = Projection::ALL.into_par_iter().zip(learned).map(|(projection, learned)| {

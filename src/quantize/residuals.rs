@@ -24,6 +24,7 @@ use super::job::{self, Job, Made};
 use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{ModelConfig, Projection};
+use crate::fingerprint::Fingerprint;
 use crate::source::stored_modules;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -89,8 +90,12 @@ pub fn residuals(
         source: options.source.clone(),
         overwrite: options.overwrite,
     };
-    let key =
-        format!("residuals of {}\n{}", job::fingerprint(quantized)?, job::key(original, &manifest, &job_options)?);
+    CheckpointWriter::ensure_free(out, options.overwrite)?;
+    progress.set_message("reading the models");
+    let mut fingerprint = Fingerprint::default();
+    fingerprint.model(quantized, stop)?;
+    let key = job::key(original, texts, &manifest, &job_options, stop)?;
+    let key = format!("residuals of {}\n{key}", fingerprint.digits());
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
     let job = Job { source: original, options: &job_options, manifest: &manifest, writer: &writer, stop, progress };
     progress.set_style(style()?);

@@ -6,10 +6,10 @@ use std::ops::{Deref, Range};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use memmap2::Mmap;
 use zip::{CompressionMethod, ZipArchive};
 
 use super::torch;
+use crate::mapped::Mapped;
 
 /// Weights are nearly random: packing saves some 10 % of them.
 const SHRUNK: u64 = 16;
@@ -20,12 +20,12 @@ const SMALL: u64 = 1 << 20;
 /// A memory-mapped file, or the part of one that a stored zip entry takes.
 #[derive(Debug)]
 pub(super) struct Bytes {
-    map: Mmap,
+    map: Mapped,
     range: Range<usize>,
 }
 
-impl From<Mmap> for Bytes {
-    fn from(map: Mmap) -> Self {
+impl From<Mapped> for Bytes {
+    fn from(map: Mapped) -> Self {
         let range = 0..map.len();
         Self { map, range }
     }
@@ -42,7 +42,7 @@ impl Deref for Bytes {
 /// Maps `path`, or the one `.gguf` inside it if it is a zip: in place where it is stored, unpacked into an
 /// unnamed temporary file where it is compressed.
 pub(super) fn open(path: &Path) -> Result<Bytes> {
-    let map = super::map(path)?;
+    let map = Mapped::open(path)?;
     if !map.starts_with(b"PK\x03\x04") {
         return Ok(map.into());
     }
@@ -72,7 +72,7 @@ pub(super) fn open(path: &Path) -> Result<Bytes> {
         let directory = std::env::temp_dir();
         format!("cannot unpack the .gguf to {}, unpack it elsewhere and give its path", directory.display())
     })?;
-    Ok(super::map_file(&unpacked)?.into())
+    Ok(Mapped::of(&unpacked, &format!("the .gguf unpacked from {}", path.display()))?.into())
 }
 
 /// The `size` bytes of an entry; a longer one is damaged, and not followed to its end.

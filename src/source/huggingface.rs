@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
 use crate::config::read_json;
 use crate::format::Floats;
+use crate::mapped::Mapped;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -25,7 +25,7 @@ pub(super) struct Shards {
 
 #[derive(Debug)]
 struct Shard {
-    map: Mmap,
+    map: Mapped,
     header: Metadata,
     /// Where the tensors begin.
     data_start: usize,
@@ -126,7 +126,7 @@ fn others(directory: &Path) -> Result<Vec<String>> {
 
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
-        let map = super::map(path)?;
+        let map = Mapped::open(path)?;
         let (header, data_start) = crate::checkpoint::header(&map).context("truncated or no safetensors file")?;
         Ok(Self { map, header, data_start })
     }

@@ -14,17 +14,14 @@ pub mod simulated;
 pub mod torch;
 
 use std::borrow::Cow;
-use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
-use memmap2::Mmap;
 use serde_json::Value;
 
 use self::modules::{Part, parts};
 use crate::config::{ModelConfig, Projection, is_biased, read_json};
-use crate::files;
 use crate::format::{Dense, Floats};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -272,25 +269,4 @@ fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
         Ok(values) => Cow::Borrowed(values),
         Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
     }
-}
-
-/// How a file begins that stands for another, which git-lfs has not fetched.
-const GIT_LFS: &[u8] = b"version https://git-lfs";
-
-/// Maps a whole file into memory.
-fn map(path: &Path) -> Result<Mmap> {
-    let file = files::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let map = map_file(&file).with_context(|| format!("cannot map {}", path.display()))?;
-    ensure!(
-        !map.starts_with(GIT_LFS),
-        "{} is a pointer of git-lfs, not the file itself: git lfs pull fetches it",
-        path.display()
-    );
-    Ok(map)
-}
-
-fn map_file(file: &File) -> Result<Mmap> {
-    // SAFETY: the map is read-only and private to this process; model files are not written while they are
-    // in use (ours are replaced by renaming, never changed in place).
-    Ok(unsafe { Mmap::map(file) }?)
 }

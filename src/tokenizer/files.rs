@@ -21,7 +21,7 @@ const MAX_TOKENIZER: u64 = 64 << 20;
 const MAX_TEXT: u64 = 2 << 20;
 
 /// Everything about text that a checkpoint has to carry.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TextFiles {
     /// `tokenizer.json`, as it is.
     pub tokenizer_json: Vec<u8>,
@@ -36,6 +36,9 @@ pub struct TextFiles {
 }
 
 impl TextFiles {
+    /// The files that [`TextFiles::write`] makes.
+    pub(crate) const NAMES: [&str; 4] = [TOKENIZER, CONFIG, TEMPLATE, GENERATION];
+
     /// Reads `tokenizer.json`, and what else there is, from a directory.
     ///
     /// # Errors

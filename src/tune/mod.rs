@@ -15,11 +15,12 @@ mod tuned;
 mod verify;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::config::Projection;
+use crate::files;
 use crate::nsys::{self, Capture, Identity};
 
 use search::{Choice, Found, Timings};
@@ -217,30 +218,22 @@ impl Outcome {
             fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
         let mut written = vec![to.csv.join(format!("{stem}.csv"))];
-        replace(&written[0], |path| Ok(fs::write(path, report::csv(self)?)?))?;
+        files::replace(&written[0], |path| Ok(fs::write(path, report::csv(self)?)?))?;
         for projection in Projection::ALL {
             if !self.timings.0[projection.index()].curves.is_empty() {
                 let path = to.plots.join(format!("{stem}_{projection}.png"));
-                replace(&path, |path| plot::module(self, projection, path))?;
+                files::replace(&path, |path| plot::module(self, projection, path))?;
                 written.push(path);
             }
         }
         let overview = to.plots.join(format!("{stem}_overview.png"));
-        replace(&overview, |path| plot::overview(self, path))?;
+        files::replace(&overview, |path| plot::overview(self, path))?;
         written.push(overview);
         for tuning in &self.tunings {
             let path = to.tuned.join(format!("{stem}_{}.json", report::per_cent(tuning.target)));
-            replace(&path, |path| Ok(fs::write(path, tuned::json(&self.tuned(tuning))?)?))?;
+            files::replace(&path, |path| Ok(fs::write(path, tuned::json(&self.tuned(tuning))?)?))?;
             written.push(path);
         }
         Ok(written)
     }
-}
-
-/// Lets `write` make a file beside `path`, with the same extension, then gives it its name.
-fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let extension = path.extension().unwrap_or_default().to_string_lossy();
-    let beside = path.with_extension(format!("partial.{extension}"));
-    write(&beside).with_context(|| format!("cannot write {}", path.display()))?;
-    fs::rename(&beside, path).with_context(|| format!("cannot write {}", path.display()))
 }

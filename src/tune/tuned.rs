@@ -3,18 +3,16 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::DeviceInfo;
+use crate::config::read_json;
 use crate::dec::CHUNK;
 use crate::files;
 
 /// Version of the file's format.
 const FORMAT: u32 = 1;
-
-/// Bytes of a file of results; one takes some 700.
-const MAX_BYTES: u64 = 1 << 20;
 
 /// The device that a result was tuned on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,15 +68,33 @@ impl Tuned {
     /// # Errors
     /// A file that is missing, empty, of another version, or whose values are out of range.
     pub fn read(path: &Path) -> Result<Vec<Self>> {
-        let text = files::read_text(path, MAX_BYTES)
-            .with_context(|| format!("cannot read {}: decdec tune writes such files", path.display()))?;
-        let one = || serde_json::from_str(&text).map(|tuned| vec![tuned]);
-        let several = text.trim_start().starts_with('[');
-        let all: Vec<Self> = if several { serde_json::from_str(&text) } else { one() }
-            .with_context(|| format!("{} is no tuned result", path.display()))?;
+        let no_result = || format!("{} is no tuned result: decdec tune writes such files", path.display());
+        let json = read_json(path).with_context(no_result)?;
+        let several = if json.is_array() { json } else { serde_json::Value::Array(vec![json]) };
+        let all: Vec<Self> = serde_json::from_value(several).with_context(no_result)?;
         ensure!(!all.is_empty(), "{} holds no tuned result", path.display());
         all.iter().try_for_each(Self::validate).with_context(|| path.display().to_string())?;
         Ok(all)
+    }
+
+    /// Of `all`, the results for a model of these shapes on `device`: one for each of `widths`, in their order.
+    ///
+    /// # Errors
+    /// A width without a result, with why what is there does not fit.
+    pub fn choose(all: &[Self], device: &DeviceInfo, shapes: [(usize, usize); 4], widths: &[u32]) -> Result<Vec<Self>> {
+        let here: Vec<&Self> = all.iter().filter(|tuned| tuned.check_device(device).is_ok()).collect();
+        if here.is_empty() {
+            all.iter().try_for_each(|tuned| tuned.check_device(device))?;
+        }
+        let choose = |&bits: &u32| {
+            let Some(tuned) = here.iter().find(|tuned| tuned.check(device, shapes, bits).is_ok()) else {
+                here.iter().try_for_each(|tuned| tuned.check(device, shapes, bits))?;
+                bail!("there is no tuned result");
+            };
+            tuned.warn_of_driver(device);
+            Ok((*tuned).clone())
+        };
+        widths.iter().map(choose).collect()
     }
 
     /// Puts this result among those of `tuned.json` in `checkpoint`, in place of an earlier one for the same device
@@ -88,10 +104,14 @@ impl Tuned {
     /// A file there that cannot be read, or what the file system says.
     pub fn save(&self, checkpoint: &Path) -> Result<PathBuf> {
         let path = checkpoint.join("tuned.json");
+        // One at a time: another result may be on its way into the same file. Where directories cannot be locked, it is
+        // the last one that stays.
+        let directory = fs::File::open(checkpoint);
+        let _held = directory.as_ref().is_ok_and(|directory| directory.lock().is_ok());
         let mut all = if path.exists() { Self::read(&path)? } else { Vec::new() };
         all.retain(|other| other.device.name != self.device.name || other.bits != self.bits);
         all.push(self.clone());
-        super::replace(&path, |path| Ok(fs::write(path, json(&all)?)?))?;
+        files::replace(&path, |path| Ok(fs::write(path, json(&all)?)?))?;
         Ok(path)
     }
 
@@ -104,31 +124,44 @@ impl Tuned {
         Ok(())
     }
 
-    /// Checks that the result holds for `device` and for a model of these shapes and bits.
-    ///
-    /// Another driver is a warning: times may have changed, nothing is wrong.
+    /// Checks that the result holds for `device` and for layers of these shapes and bits.
     ///
     /// # Errors
     /// Another device, other shapes or another width, with what is there and what was tuned.
     pub fn check(&self, device: &DeviceInfo, shapes: [(usize, usize); 4], bits: u32) -> Result<()> {
-        let tuned = &self.device;
+        self.check_device(device)?;
         ensure!(
-            tuned.name.is_empty() || tuned.name == device.name,
-            "tuned on {}, but this is {}: run decdec profile and decdec tune here",
-            tuned.name,
-            device.name
-        );
-        ensure!(
-            self.shapes == shapes && self.bits == bits,
-            "tuned for {} at {} bits with projections {:?}, but this model has {bits} bits and {shapes:?}: give its own file",
+            self.shapes == shapes,
+            "tuned for {} with projections {:?}, but this model has {shapes:?}: give its own file",
             self.model,
-            self.bits,
             self.shapes
         );
-        if !tuned.driver.is_empty() && tuned.driver != device.driver {
-            tracing::warn!("tuned with driver {}, now {}: profile again if it got slower", tuned.driver, device.driver);
-        }
+        ensure!(
+            self.bits == bits,
+            "tuned for {} at {} bits, but this model has layers of {bits} bits: run decdec profile and decdec tune --save \
+             with --bitwidth {bits}, or give its own file",
+            self.model,
+            self.bits
+        );
         Ok(())
+    }
+
+    fn check_device(&self, device: &DeviceInfo) -> Result<()> {
+        ensure!(
+            self.device.name.is_empty() || self.device.name == device.name,
+            "tuned on {}, but this is {}: run decdec profile and decdec tune here",
+            self.device.name,
+            device.name
+        );
+        Ok(())
+    }
+
+    /// Another driver: times may have changed, nothing is wrong.
+    fn warn_of_driver(&self, device: &DeviceInfo) {
+        let tuned = &self.device.driver;
+        if !tuned.is_empty() && *tuned != device.driver {
+            tracing::warn!("tuned with driver {tuned}, now {}: profile again if it got slower", device.driver);
+        }
     }
 
     pub(super) const FORMAT: u32 = FORMAT;

@@ -7,7 +7,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::report::per_cent;
 use super::search::{Choice, Timings, median};
@@ -38,11 +38,11 @@ pub struct Verification {
 /// What real tokens took.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Verified {
-    /// Real slowdown of a token, per cent; at most the target. 0 where nothing is compensated in the end.
+    /// Real slowdown of a token (if all its layers are compensated alike), per cent; at most the target. 0 where nothing is compensated in the end.
     pub slowdown: f64,
     /// A token without compensation, ms.
     pub base_ms: f64,
-    /// A token at the chosen values, ms.
+    /// A token at the chosen values in all its layers, ms.
     pub tuned_ms: f64,
     /// What came of choices that were too slow, before this one: `k_chunk` of the four modules, real slowdown.
     pub missed: Vec<([usize; 4], f64)>,
@@ -61,12 +61,22 @@ impl Verification {
 /// Measures whole tokens of `model` at every target's values; where they are slower than the target, searches
 /// again with a target that is lower by as much, until one holds.
 ///
+/// Of a model with two bit widths, the layers of the profile's width are compensated and the others not. What that adds
+/// to a token is held against these layers' share of the weights: where both widths keep their target, a token does
+/// whose layers are all compensated.
+///
 /// # Errors
 /// No tokens or rounds, another device or model than the one profiled, what the device says.
 pub fn verify<B: DecodeBackend>(outcome: &mut Outcome, model: &mut Model<'_, B>, how: &Verification) -> Result<()> {
     ensure!(how.tokens > 0 && how.rounds > 0, "0 tokens or rounds were to be measured, at least 1 is needed");
-    let widths = model.bit_widths();
-    let bits = *widths.first().context("a full-precision model has nothing to compensate")?;
+    let (widths, bits) = (model.bit_widths(), outcome.identity.bits);
+    ensure!(!widths.is_empty(), "a full-precision model has nothing to compensate");
+    ensure!(
+        widths.contains(&bits),
+        "the profile is of {bits}-bit layers, the model has {}-bit ones: give the --bitwidth of one of these",
+        widths.iter().map(u32::to_string).collect::<Vec<_>>().join("- and ")
+    );
+    let share = share(model.layer_bits(), bits);
     for tuning in &outcome.tunings {
         outcome.tuned(tuning).check(model.backend().device(), outcome.shapes, bits)?;
     }
@@ -78,11 +88,23 @@ pub fn verify<B: DecodeBackend>(outcome: &mut Outcome, model: &mut Model<'_, B>,
         if let Some((_, times)) = measured.iter().find(|(before, _)| before == choice) {
             return Ok(*times);
         }
-        let times = measure(model, &mut state, how, choice)?;
+        let own = LayerCompensation { n_tb: choice.n_tb, k_chunks: choice.k_chunks() };
+        let none = LayerCompensation { k_chunks: [0; 4], ..own };
+        let by_bits = widths.iter().map(|&width| if width == bits { own } else { none }).collect();
+        let compensation = (choice.sum_k() > 0).then_some(Compensation { by_bits, selection: how.selection });
+        let (base, tuned) = measure(model, &mut state, how, compensation.as_ref())?;
+        let times = (base, base + (tuned - base) / share);
         measured.push((choice.clone(), times));
         Ok(times)
     };
     outcome.tunings.iter_mut().try_for_each(|tuning| hold(timings, tuning, &mut measure))
+}
+
+/// The share of layers of `bits` in what a token reads of all layers' weights.
+fn share(layers: impl Iterator<Item = Option<u32>>, bits: u32) -> f64 {
+    let (own, all) =
+        layers.flatten().fold((0, 0), |(own, all), width| (own + if width == bits { width } else { 0 }, all + width));
+    f64::from(own) / f64::from(all)
 }
 
 /// Searches until `measure` (milliseconds of a token without and with compensation) says that `tuning` holds.
@@ -124,20 +146,18 @@ pub fn hold(
     }
 }
 
-/// Milliseconds of a token without and with compensation: medians over the rounds.
+/// Milliseconds of a token without and with compensation, if there is one: medians over the rounds.
 fn measure<B: DecodeBackend>(
     model: &mut Model<'_, B>,
     state: &mut State<B>,
     how: &Verification,
-    choice: &Choice,
+    compensation: Option<&Compensation>,
 ) -> Result<(f64, f64)> {
-    let own = LayerCompensation { n_tb: choice.n_tb, k_chunks: choice.k_chunks() };
-    let compensation = Compensation { by_bits: vec![own], selection: how.selection };
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..how.rounds {
-        for (times, compensation) in times.iter_mut().zip([None, Some(&compensation)]) {
-            if compensation.is_none() || choice.sum_k() > 0 {
-                model.compensate(compensation)?;
+        for (times, own) in times.iter_mut().zip([Some(None), compensation.map(Some)]) {
+            if let Some(own) = own {
+                model.compensate(own)?;
                 times.push(token_ms(model, state, how.tokens)?);
             }
         }
@@ -167,4 +187,17 @@ fn token_ms<B: DecodeBackend>(model: &Model<'_, B>, state: &mut State<B>, tokens
     })?;
     ensure!(arrived.len() == WARM + tokens, "the text ended after {} of {} tokens", arrived.len(), WARM + tokens);
     Ok((arrived[WARM + tokens - 1] - arrived[WARM - 1]).as_secs_f64() * 1e3 / tokens as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widths_share_a_token_by_what_is_read_of_them() {
+        let of = |widths: &[u32], bits| share(widths.iter().map(|&width| Some(width)), bits);
+        assert_eq!(of(&[3, 3], 3), 1.0);
+        assert_eq!((of(&[3, 4, 3, 4], 3), of(&[3, 4, 3, 4], 4)), (6.0 / 14.0, 8.0 / 14.0));
+        assert_eq!(of(&[4, 3, 3, 3], 3) + of(&[4, 3, 3, 3], 4), 1.0);
+    }
 }

@@ -44,9 +44,11 @@ impl Workshop {
     fn quantize(&self, out: &str, more: &[&str]) -> Command {
         let mut command = decdec();
         command.arg("quantize").arg(self.path("small.gguf")).arg("--out").arg(self.path(out));
-        command.args(["--backend", "ap", "--bitwidth", "3", "--seq-len", "16"]).args(more);
-        if !more.contains(&"--samples") {
-            command.args(["--samples", "4"]);
+        command.args(["--backend", "ap", "--seq-len", "16"]).args(more);
+        for (flag, value) in [("--samples", "4"), ("--bitwidth", "3")] {
+            if !more.contains(&flag) {
+                command.args([flag, value]);
+            }
         }
         command
     }

@@ -1,9 +1,7 @@
 //! From a card that nobody has seen to a text at the promised slowdown.
 
-use std::fs;
-use std::path::Path;
-
 use predicates::boolean::PredicateBooleanExt;
+use std::fs;
 
 use super::{Command, Workshop, contains, decdec, refuses};
 
@@ -67,6 +65,42 @@ fn two_commands_and_generate_takes_what_they_found() {
     refuses(tune(&["--target-slowdown", "5,10", "--save"]), &["--save keeps one result, but 2 targets"]);
 }
 
+/// One result for each width of a checkpoint that has two; both are taken, and a file that lacks one is not.
+#[test]
+fn each_width_of_a_mixed_checkpoint_is_tuned_for_itself() {
+    let shop = Workshop::new();
+    shop.quantize("checkpoint", &["--bitwidth", "3.5", "--refine", "none"]).assert().success();
+    let checkpoint = shop.path("checkpoint");
+    let saved = checkpoint.join("tuned.json");
+    let saved = saved.to_str().expect("text");
+    let sweep = |bits, k_chunk| {
+        let flags =
+            ["--bitwidth", bits, "--tokens", "2", "--min-n-tb", "1", "--max-n-tb", "1", "--max-k-chunk", k_chunk];
+        about(&shop, "profile", "run", &flags).assert().success();
+        let flags = ["--bitwidth", bits, "--target-slowdown", "100000", "--verify", "--verify-tokens", "8", "--save"];
+        about(&shop, "tune", "run", &flags).assert().success().stdout(contains("Real slowdown of a token : "));
+    };
+    sweep("4", "3");
+    let lacks = "layers of 3 bits: run decdec profile and decdec tune --save with --bitwidth 3";
+    shop.generate(&checkpoint, &["--device", "cpu"])
+        .assert()
+        .success()
+        .stderr(contains("left aside").and(contains(lacks)));
+    refuses(shop.generate(&checkpoint, &["--device", "cpu", "--tuned", saved]), &["tuned.json", lacks]);
+    let quantize = ["--bitwidth", "3.5", "--overwrite", "--dry-run", "--for-tuned", saved];
+    refuses(shop.quantize("checkpoint", &quantize), &["at 4 bits", "3 bits", "are expected"]);
+    sweep("3", "5");
+    let both = contains("n_tb 1, k_chunk [5, 5, 5, 5]; n_tb 1, k_chunk [3, 3, 3, 3], as ");
+    shop.generate(&checkpoint, &["--device", "cpu"]).assert().success().stderr(both.clone());
+    shop.generate(&checkpoint, &["--device", "cpu", "--tuned", saved]).assert().success().stderr(both);
+    shop.quantize("checkpoint", &quantize).assert().success();
+    let out = shop.path("again");
+    let mut again = shop.quantize("again", &["--bitwidth", "3.5", "--for-tuned", saved]);
+    again.assert().success();
+    let config = fs::read_to_string(out.join("config.json")).expect("there");
+    assert!(config.contains("refined for k_chunk 5 5 5 5 and 3 3 3 3"), "{config}");
+}
+
 #[test]
 fn mistakes_of_the_manual_get_a_hint() {
     let shop = Workshop::new();
@@ -91,13 +125,11 @@ fn the_program_runs_itself_under_nsys() {
     use std::os::unix::fs::PermissionsExt;
     let shop = Workshop::new();
     shop.checkpoint();
-    let staging = shop.path("nsys").join(format!("{STEM}.nsys"));
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = --version ] && {{ echo 'Nsight Systems 2099.1'; exit 0; }}\necho \"$@\" > '{}'\n\
          while [ \"$1\" != --output ]; do shift; done\nout=\"$2\"; shift 2\n\"$@\" || exit 1\n\
-         cp '{}' \"$out.sqlite\"\n",
+         cp \"$(dirname \"$out\")/{STEM}.sqlite\" \"$out.sqlite\"\n",
         shop.path("arguments").display(),
-        staging.join(format!("{STEM}.sqlite")).display(),
     );
     let nsys = shop.path("fake-nsys");
     fs::write(&nsys, script).expect("written");
@@ -107,7 +139,7 @@ fn the_program_runs_itself_under_nsys() {
     let arguments = fs::read_to_string(shop.path("arguments")).expect("the stand-in ran");
     assert!(arguments.contains("--cuda-graph-trace=node --export=sqlite"), "{arguments}");
     assert!(!arguments.contains("--nsys_path") && arguments.contains("--clock once"), "{arguments}");
-    assert!(!Path::new(&staging).exists(), "nothing is left behind");
+    assert_eq!(fs::read_dir(shop.path("nsys")).expect("there").count(), 2, "nothing is left behind");
     let db = rusqlite::Connection::open(shop.path("nsys").join(format!("{STEM}.sqlite"))).expect("a database");
     let clock = "SELECT value FROM META_DATA_CAPTURE WHERE name = 'DECDEC_CLOCK'";
     let clock: String = db.query_row(clock, [], |row| row.get(0)).expect("the clock");

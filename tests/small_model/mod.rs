@@ -14,6 +14,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 pub(crate) struct SmallModel {
     pub(crate) config: ModelConfig,
     pub(crate) embedding: Vec<f32>,
+    pub(crate) head: Option<Vec<f32>>, // where it is not the embedding
+    pub(crate) final_norm: Vec<f32>,
     pub(crate) norms: Vec<(Vec<f32>, Vec<f32>)>,
     pub(crate) linears: Vec<[Vec<f32>; 4]>,
     pub(crate) qkv_bias: Option<Vec<f32>>, // the same in every layer
@@ -75,7 +77,13 @@ impl SmallModel {
             })
             .collect();
         let qkv_bias = bias.then(|| random(&mut rng, config.shape(Projection::Qkv).1, 0.5));
-        Self { config, embedding, norms, linears, qkv_bias }
+        let (head, final_norm) = (None, vec![1.0; config.hidden_size]);
+        Self { config, embedding, head, final_norm, norms, linears, qkv_bias }
+    }
+
+    fn table<'a>(&self, values: &'a [f32]) -> Dense<'a> {
+        let values = decdec::format::Floats::F32(Cow::Borrowed(values));
+        Dense { in_features: self.config.hidden_size, out_features: self.config.vocab_size, values }
     }
 }
 
@@ -85,16 +93,15 @@ impl ModelWeights for SmallModel {
     }
 
     fn embedding(&self) -> Result<Dense<'_>> {
-        let values = decdec::format::Floats::F32(Cow::Borrowed(&self.embedding));
-        Ok(Dense { in_features: self.config.hidden_size, out_features: self.config.vocab_size, values })
+        Ok(self.table(&self.embedding))
     }
 
     fn head(&self) -> Result<Option<Dense<'_>>> {
-        Ok(None)
+        Ok(self.head.as_ref().map(|head| self.table(head)))
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        Ok(vec![1.0; self.config.hidden_size])
+        Ok(self.final_norm.clone())
     }
 
     fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {

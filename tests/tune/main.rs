@@ -103,6 +103,7 @@ pub(crate) fn capture() -> Capture {
         identity: identity(),
         shapes: LLAMA,
         weights: "random:0".into(),
+        fingerprint: "0".into(),
         clock: "invented".into(),
         device: "cuda:0".into(),
         device_name: "Test Card".into(),

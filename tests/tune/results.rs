@@ -99,18 +99,77 @@ fn what_is_written_reads_back() {
     assert_eq!(read, outcome.tuned(&outcome.tunings[1]));
     assert_eq!((read.n_tb, read.k_chunks, read.target_slowdown), (14, [4, 4, 5, 5], 10.0));
     assert!(read.slowdown <= 10.0 && read.slowdown > 9.9);
-    let mut device = DeviceInfo {
+    let mut device = test_card();
+    read.check(&device, LLAMA, 3).unwrap();
+    assert!(read.check(&device, LLAMA, 4).unwrap_err().to_string().contains("this model has layers of 4 bits"));
+    device.name = "Other Card".into();
+    assert!(read.check(&device, LLAMA, 3).unwrap_err().to_string().contains("tuned on Test Card"));
+}
+
+fn test_card() -> DeviceInfo {
+    DeviceInfo {
         id: "cuda:0".into(),
         name: "Test Card".into(),
         driver: "1.3".into(),
         max_n_tb: 132,
         max_tokens: 1,
         lookahead: 0,
+    }
+}
+
+/// Results for these bits on these devices, told apart by their `n_tb`.
+fn results(of: &[(u32, &str, usize)]) -> Vec<Tuned> {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &Synthetic::manual().kernels());
+    let outcome = tuned(dir.path(), &[10.0]);
+    let result = |&(bits, device, n_tb): &(u32, &str, usize)| {
+        let mut tuned = outcome.tuned(&outcome.tunings[0]);
+        (tuned.bits, tuned.n_tb, tuned.device.name) = (bits, n_tb, device.into());
+        tuned
     };
-    read.check(&device, LLAMA, 3).unwrap();
-    assert!(read.check(&device, LLAMA, 4).unwrap_err().to_string().contains("this model has 4 bits"));
-    device.name = "Other Card".into();
-    assert!(read.check(&device, LLAMA, 3).unwrap_err().to_string().contains("tuned on Test Card"));
+    of.iter().map(result).collect()
+}
+
+#[test]
+fn every_width_gets_its_own_result_on_this_device() {
+    let all = results(&[(3, "Other Card", 1), (4, "Other Card", 2), (4, "Test Card", 9), (3, "Test Card", 14)]);
+    let choose = |all: &[Tuned], widths: &[u32]| Tuned::choose(all, &test_card(), LLAMA, widths);
+    assert_eq!(choose(&all, &[3, 4]).unwrap(), [all[3].clone(), all[2].clone()]);
+    assert_eq!(choose(&all, &[4]).unwrap(), [all[2].clone()]);
+    for (some, widths, says) in [
+        (&all[..], &[3, 4, 5][..], "layers of 5 bits"),
+        (&all[..3], &[3, 4], "run decdec profile and decdec tune --save with --bitwidth 3"),
+        (&all[..2], &[3, 4], "tuned on Other Card, but this is Test Card"),
+    ] {
+        let error = choose(some, widths).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    let error = Tuned::choose(&all, &test_card(), [(64, 64); 4], &[3]).unwrap_err().to_string();
+    assert!(error.contains("but this model has [(64, 64)"), "{error}");
+}
+
+/// Results of many devices and widths, saved at the same time.
+#[test]
+fn no_result_that_is_saved_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let names: Vec<_> = (0..6).map(|i| format!("card {i}")).collect();
+    let of: Vec<_> = (0..12).map(|i| (3 + i as u32 % 2, names[i / 2].as_str(), 1 + i)).collect();
+    let results = results(&of);
+    std::thread::scope(|scope| {
+        for result in &results {
+            scope.spawn(|| result.save(dir.path()).unwrap());
+        }
+    });
+    let file = dir.path().join("tuned.json");
+    let mut saved = Tuned::read(&file).unwrap();
+    saved.sort_by_key(|tuned| tuned.n_tb);
+    assert_eq!(saved, results);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing else is left");
+    // A later one for the same device and width takes the place of the earlier one.
+    let again = Tuned { n_tb: 99, ..results[5].clone() };
+    again.save(dir.path()).unwrap();
+    let saved = Tuned::read(&file).unwrap();
+    assert!(saved.len() == 12 && saved.contains(&again) && !saved.contains(&results[5]));
 }
 
 #[test]

@@ -1,7 +1,16 @@
 //! The promise: whatever tokens really take, what is kept is not above the target.
 
+use anyhow::Result;
+use decdec::backend::cpu::Cpu;
+use decdec::config::{Architecture, ModelConfig, Projection, RopeScaling};
+use decdec::dec::Selection;
+use decdec::format::Dense;
+use decdec::nsys::Identity;
+use decdec::profile::{self, ByClock};
+use decdec::random::{RandomFormat, RandomWeights};
 use decdec::tune::search::Choice;
-use decdec::tune::{Tuning, hold};
+use decdec::tune::{self, Tuning, hold};
+use decdec::weights::{Linear, ModelWeights};
 use proptest::prelude::*;
 
 use crate::Synthetic;
@@ -62,5 +71,91 @@ proptest! {
         let mut sums: Vec<_> = verified.missed.iter().map(|(k_chunks, _)| k_chunks.iter().sum()).collect();
         sums.push(tuning.found.fine.sum_k());
         prop_assert!(sums.is_sorted_by(|a: &usize, b| a >= b), "{sums:?}");
+    }
+}
+
+/// Two layers of 3 bits and two of 4.
+struct Mixed([RandomWeights; 2]);
+
+impl Mixed {
+    fn new() -> Self {
+        let config = ModelConfig {
+            architecture: Architecture::Llama,
+            hidden_size: 64,
+            intermediate_size: 96,
+            num_layers: 4,
+            num_heads: 2,
+            num_kv_heads: 1,
+            head_dim: 32,
+            vocab_size: 32,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::None,
+            sliding_window: None,
+            max_position_embeddings: 64,
+            tie_word_embeddings: false,
+            bos_token_id: None,
+            eos_token_ids: vec![1],
+        };
+        Self([3, 4].map(|bits| RandomWeights::new(config.clone(), RandomFormat::AnyPrec, bits, 7).unwrap()))
+    }
+}
+
+impl ModelWeights for Mixed {
+    fn config(&self) -> &ModelConfig {
+        self.0[0].config()
+    }
+    fn embedding(&self) -> Result<Dense<'_>> {
+        self.0[0].embedding()
+    }
+    fn head(&self) -> Result<Option<Dense<'_>>> {
+        self.0[0].head()
+    }
+    fn final_norm(&self) -> Result<Vec<f32>> {
+        self.0[0].final_norm()
+    }
+    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.0[layer / 2].layer_norms(layer)
+    }
+    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+        self.0[layer / 2].projection(layer, projection)
+    }
+    fn bits(&self, layer: usize) -> Option<u32> {
+        self.0[layer / 2].bits(layer)
+    }
+}
+
+/// Of a model with two widths, either may be tuned and verified; its own layers are compensated, the others are not.
+#[test]
+fn each_width_of_a_mixed_model_is_verified() {
+    let dir = tempfile::tempdir().unwrap();
+    let (weights, cpu) = (Mixed::new(), Cpu::new());
+    let mut model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
+    let how = tune::Verification { tokens: 20, rounds: 1, selection: Selection::Bucket };
+    for bits in [3, 4] {
+        let identity = Identity { bits, ..crate::identity() };
+        let options = profile::Options {
+            identity: identity.clone(),
+            weights: "mixed".into(),
+            dir: dir.path().to_path_buf(),
+            tokens: 1,
+            overwrite: false,
+            halve_layers: false,
+            min_n_tb: Some(1),
+            max_n_tb: Some(1),
+            max_k_chunk: None,
+            k_chunks: Some(vec![1024]),
+            selection: Selection::Bucket,
+        };
+        profile::run(&cpu, &mut ByClock::default(), &weights, &options).unwrap();
+        let (dir, targets) = (options.dir, vec![1e6]);
+        let tuning = tune::Options { identity, dir, shapes: [None; 4], targets, exhaustive: false };
+        let mut outcome = tune::run(&tuning).unwrap();
+        tune::verify(&mut outcome, &mut model, &how).unwrap();
+        assert_eq!(outcome.tunings[0].found.fine.k_chunks(), [1024; 4]);
+        assert!(outcome.tunings[0].verified.is_some());
+        outcome.identity.bits = 5;
+        let error = tune::verify(&mut outcome, &mut model, &how).unwrap_err().to_string();
+        assert!(error.contains("of 5-bit layers, the model has 3- and 4-bit ones"), "{error}");
     }
 }

@@ -6,6 +6,7 @@ mod codes;
 mod decode;
 mod kernels;
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -150,23 +151,27 @@ impl Cpu {
             return;
         }
         let row_words = matrix.out_features / 8;
-        let whole = selected.len() * row_words < MIN_RESIDUAL_WORDS;
-        let width = if whole { row_words } else { plan.stripes().next().map_or(row_words, |stripe| stripe.len()) };
-        let stripe = |(stripe, (y, scales)): (usize, (&mut [f32], &[f32]))| {
+        let add = |(stripe, y, scales): (Range<usize>, &mut [f32], &[f32])| {
             let mut sums = vec![0.0; y.len()];
             for &k in &selected {
-                let words = &residual.words()[k as usize * row_words + stripe * width..][..y.len() / 8];
+                let words = &residual.words()[k as usize * row_words..][stripe.clone()];
                 kernels::add_residual(self.isa, words, x[k as usize], &mut sums);
             }
             for ((y, s), sum) in y.iter_mut().zip(scales).zip(&sums) {
                 *y += s * sum;
             }
         };
-        if whole {
-            stripe((0, (y, scales)));
-        } else {
-            y.par_chunks_mut(8 * width).zip(scales.par_chunks(8 * width)).enumerate().for_each(stripe);
+        if selected.len() * row_words < MIN_RESIDUAL_WORDS {
+            return add((0..row_words, y, scales));
         }
+        let mut rest = (y, scales.as_slice());
+        let mut stripes = Vec::with_capacity(plan.n_tb());
+        for stripe in plan.stripes() {
+            let (y, scales) = (rest.0.split_at_mut(8 * stripe.len()), rest.1.split_at(8 * stripe.len()));
+            stripes.push((stripe, y.0, scales.0));
+            rest = (y.1, scales.1);
+        }
+        stripes.into_par_iter().for_each(add);
     }
 }
 

@@ -5,12 +5,12 @@
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::{env, fs, process, ptr};
+use std::{env, fs, ptr};
 
 use anyhow::{Context, Result, bail, ensure};
+
+use crate::files;
 
 /// Every kernel, as it stands in `kernels-cuda/`.
 const SOURCES: [(&str, &str); 12] = [
@@ -48,7 +48,7 @@ const HEADERS: [(&str, &str); 15] = [
 ];
 
 /// Marks a cache file; the number changes with its layout.
-const MAGIC: &[u8; 8] = b"decdec01";
+const MAGIC: &[u8] = b"decdec02";
 
 /// What NVRTC answers to an architecture that it does not know.
 const INVALID_OPTION: c_int = 5;
@@ -126,24 +126,22 @@ impl Compiler {
             return Ok(self.compile(file, source, defines)?.0);
         };
         let stem = file.trim_end_matches(".cu");
-        let path = directory.join(format!("{stem}-{:032x}.cubin", self.key(source, defines)?));
+        let path = directory.join(format!("{stem}-{}.cubin", &self.key(source, defines)?.to_hex()[..32]));
         if let Some(cubin) = fs::read(&path).ok().and_then(|bytes| unseal(&bytes).map(<[u8]>::to_vec)) {
             return Ok(cubin);
         }
         let (cubin, _) = self.compile(file, source, defines)?;
-        if let Err(error) = store(&path, &cubin) {
-            tracing::warn!("compiled kernels are not kept: {}: {error}", path.display());
+        let kept = files::make_directory(directory)
+            .and_then(|()| files::replace(&path, |aside| Ok(fs::write(aside, seal(&cubin))?)));
+        if let Err(error) = kept {
+            tracing::warn!("compiled kernels are not kept: {error:#}");
         }
         Ok(cubin)
     }
 
-    fn key(&self, source: &str, defines: &[String]) -> Result<u128> {
-        let mut all = format!("{} {:?} ", self.architecture, self.version);
-        for (name, _) in HEADERS {
-            all.push_str(&text(name)?);
-        }
-        let _ = write!(all, "{source}{defines:?}");
-        Ok(u128::from(hash(all.as_bytes(), 1)) << 64 | u128::from(hash(all.as_bytes(), 2)))
+    fn key(&self, source: &str, defines: &[String]) -> Result<blake3::Hash> {
+        let headers = HEADERS.iter().map(|(name, _)| text(name)).collect::<Result<Vec<_>>>()?;
+        Ok(blake3::hash(format!("{:?}", (&self.architecture, self.version, headers, source, defines)).as_bytes()))
     }
 
     /// Compiled code, and the compiler's log with the resources that each kernel takes.
@@ -243,34 +241,14 @@ pub(crate) fn cache_directory() -> Option<PathBuf> {
     Some(base.join("kernels"))
 }
 
-/// FNV-1a.
-fn hash(bytes: &[u8], seed: u64) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325 ^ seed, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
-}
-
 fn seal(cubin: &[u8]) -> Vec<u8> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend(hash(cubin, 0).to_le_bytes());
-    bytes.extend(cubin);
-    bytes
+    [MAGIC, blake3::hash(cubin).as_bytes(), cubin].concat()
 }
 
 /// The code in a cache file, if it is whole.
 fn unseal(bytes: &[u8]) -> Option<&[u8]> {
-    let rest = bytes.strip_prefix(MAGIC.as_slice())?;
-    let (sum, cubin) = rest.split_at_checked(8)?;
-    (sum == hash(cubin, 0).to_le_bytes()).then_some(cubin)
-}
-
-/// Written aside and renamed: a reader sees nothing or all of it, and two writers do no harm.
-fn store(path: &std::path::Path, cubin: &[u8]) -> std::io::Result<()> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
-    }
-    let aside = path.with_extension(format!("{}.{}.tmp", process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-    fs::write(&aside, seal(cubin))?;
-    fs::rename(&aside, path)
+    let (sum, cubin) = bytes.strip_prefix(MAGIC)?.split_first_chunk::<{ blake3::OUT_LEN }>()?;
+    (blake3::hash(cubin) == *sum).then_some(cubin)
 }
 
 #[cfg(test)]

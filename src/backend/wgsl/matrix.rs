@@ -62,8 +62,8 @@ pub struct Plan {
     k_chunk: usize,
     pub(super) selected: usize,
     selection: Selection,
-    width: usize, // words of a stripe
-    stripes: usize,
+    line: usize, // words that stay together
+    n_tb: usize,
 }
 
 /// What `floats.wgsl` calls the type of a table.
@@ -179,11 +179,11 @@ impl Matrix {
     ) {
         let residual = self.residual.as_ref().expect("a plan exists only for a matrix with a residual");
         for block in &residual.blocks {
-            let parameters =
-                [self.in_features, self.out_features, plan.selected, plan.width, block.first_word, block.words];
+            let (Plan { selected, line, n_tb, .. }, ResidualBlock { first_word, words: held, .. }) = (plan, block);
+            let parameters = [self.in_features, self.out_features, *selected, *line, *n_tb, *first_word, *held];
             let buffers = [list, &block.nibbles, &residual.scales, x, y];
             let overrides = [("SCALES", residual.kind)];
-            gpu.dispatch(&DEC_APPLY, &overrides, &buffers, &words(&parameters), [plan.stripes, tokens]);
+            gpu.dispatch(&DEC_APPLY, &overrides, &buffers, &words(&parameters), [plan.n_tb, tokens]);
         }
     }
 
@@ -276,8 +276,8 @@ impl Plan {
             k_chunk: plan.k_chunk(),
             selected: plan.selected(),
             selection: plan.selection(),
-            width: plan.stripes().next().map_or(0, |stripe| stripe.len()),
-            stripes: plan.stripes().count(),
+            line: plan.line(),
+            n_tb: plan.n_tb(),
         })
     }
 

@@ -18,13 +18,13 @@ use anyhow::{Context, Result, bail, ensure};
 use bytemuck::Pod;
 use half::slice::HalfBitsSliceExt;
 use half::vec::HalfBitsVecExt;
-use memmap2::Mmap;
 
 use self::archive::Archive;
 pub(super) use self::archive::End;
 pub(super) use self::pickle::Id;
 use self::pickle::{Object, View};
 use crate::format::Floats;
+use crate::mapped::Mapped;
 
 const _: () = assert!(cfg!(target_endian = "little"), "numbers are borrowed as they are stored, little-endian");
 
@@ -102,7 +102,7 @@ impl fmt::Display for DType {
 /// A file that `torch.save` wrote.
 #[derive(Debug)]
 pub struct TorchFile {
-    map: Mmap,
+    map: Mapped,
     objects: Vec<Object>,
     root: Id,
 }
@@ -115,10 +115,10 @@ impl TorchFile {
     /// inside it: truncation, compression, overlaps, strides that leave a storage, globals other than those of
     /// weights (by name), big-endian numbers, and sizes far beyond any model's.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::read(super::map(path)?).with_context(|| path.display().to_string())
+        Self::read(Mapped::open(path)?).with_context(|| path.display().to_string())
     }
 
-    fn read(map: Mmap) -> Result<Self> {
+    fn read(map: Mapped) -> Result<Self> {
         let archive = Archive::read(&map)?;
         if let Some(order) = archive.find("byteorder") {
             let order = &map[order];

@@ -1,0 +1,7 @@
+//! Files on disk: read without trusting them, written so that nobody ever sees half of one.
+
+mod reading;
+mod writing;
+
+pub use reading::{open, read, read_if_there, read_text};
+pub(crate) use writing::*;

@@ -1,0 +1,348 @@
+//! What tells one model from another: a hash of everything in it, so that work on one is never taken for another's.
+//!
+//! Every number counts, as the program reads it: two files with the same numbers are the same model, whatever they
+//! are called and however they are packed. A GB of weights takes about a tenth of a second beside what reading it
+//! takes (BLAKE3 on all cores).
+
+use std::hash::{Hash, Hasher};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+
+use crate::config::Projection;
+use crate::format::{Dense, Floats};
+use crate::quantize::ensure_running;
+use crate::tokenizer::TextFiles;
+use crate::weights::{Linear, ModelWeights, Weight};
+
+/// Bytes from which on a hash is worth all cores.
+const LONG: usize = 128 << 10;
+
+/// A hash in the making. What goes in is marked with its kind and its length, so that nothing is taken for what stands
+/// beside it.
+#[derive(Debug, Default)]
+pub(crate) struct Fingerprint(blake3::Hasher);
+
+impl Fingerprint {
+    /// Takes the tensors and the configuration of a model.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read; [`crate::quantize::Interrupted`] soon after `stop` is set.
+    pub(crate) fn model(&mut self, weights: &dyn ModelWeights, stop: &AtomicBool) -> Result<()> {
+        let config = weights.config();
+        self.bytes(b"configuration", format!("{config:?}").as_bytes());
+        self.dense(&weights.embedding()?);
+        if let Some(head) = weights.head()? {
+            self.dense(&head);
+        }
+        self.numbers(b"final norm", &weights.final_norm()?);
+        for layer in 0..config.num_layers {
+            let (input, post) = weights.layer_norms(layer)?;
+            self.bytes(b"bits", format!("{:?}", weights.bits(layer)).as_bytes());
+            self.numbers(b"input norm", &input);
+            self.numbers(b"post norm", &post);
+            for projection in Projection::ALL {
+                ensure_running(stop)?;
+                let linear = weights.projection(layer, projection);
+                self.linear(&linear.with_context(|| format!("layer {layer}, {projection}"))?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one projection with all that belongs to it.
+    pub(crate) fn linear(&mut self, linear: &Linear<'_>) {
+        match &linear.weight {
+            Weight::Dense(w) => self.dense(w),
+            Weight::AnyPrec(w) => {
+                self.numbers(b"planes", w.planes());
+                self.floats(w.lut());
+            }
+            Weight::LutGemm(w) => {
+                self.bytes(b"group size", &w.group_size().to_le_bytes());
+                self.numbers(b"binary", w.binary());
+                self.floats(w.alpha());
+                self.floats(w.q_bias());
+            }
+        }
+        if let Some(bias) = &linear.bias {
+            self.numbers(b"bias", bias);
+        }
+        if let Some(residual) = &linear.residual {
+            self.numbers(b"residual", residual.words());
+            self.floats(residual.scales());
+        }
+        if let Some(thresholds) = &linear.thresholds {
+            self.numbers(b"thresholds", thresholds);
+        }
+    }
+
+    /// Takes tokenizer, chat template and special tokens.
+    pub(crate) fn texts(&mut self, texts: &TextFiles) {
+        texts.hash(&mut Fields(&mut self.0));
+    }
+
+    /// Takes a list of numbers, bit for bit.
+    pub(crate) fn numbers<T: bytemuck::NoUninit>(&mut self, kind: &[u8], values: &[T]) {
+        self.bytes(kind, bytemuck::cast_slice(values));
+    }
+
+    /// The hash, in 64 digits.
+    pub(crate) fn digits(&self) -> String {
+        self.0.finalize().to_hex().to_string()
+    }
+
+    fn dense(&mut self, dense: &Dense<'_>) {
+        self.bytes(b"dense", format!("{} x {}", dense.out_features, dense.in_features).as_bytes());
+        self.floats(&dense.values);
+    }
+
+    fn floats(&mut self, values: &Floats<'_>) {
+        use half::slice::HalfFloatSliceExt;
+        match values {
+            Floats::F16(v) => self.numbers(b"f16", v.reinterpret_cast()),
+            Floats::Bf16(v) => self.numbers(b"bf16", v.reinterpret_cast()),
+            Floats::F32(v) => self.numbers(b"f32", v),
+        }
+    }
+
+    fn bytes(&mut self, kind: &[u8], bytes: &[u8]) {
+        for lengths in [kind.len(), bytes.len()] {
+            self.0.update(&(lengths as u64).to_le_bytes());
+        }
+        self.0.update(kind);
+        if bytes.len() < LONG {
+            self.0.update(bytes)
+        } else {
+            self.0.update_rayon(bytes)
+        };
+    }
+}
+
+/// The way of `#[derive(Hash)]`, which leaves no field out, into the same hash.
+struct Fields<'a>(&'a mut blake3::Hasher);
+
+impl Hasher for Fields<'_> {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    fn finish(&self) -> u64 {
+        unreachable!("the whole hash is asked for, never a short one")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::ModelConfig;
+    use crate::format::{AnyPrec, LutGemm, Residual};
+    use crate::quantize::fixture;
+    use crate::random::{RandomFormat, RandomWeights};
+
+    /// A model of which one bit of one tensor is flipped.
+    struct Flipped<'a> {
+        model: &'a dyn ModelWeights,
+        /// The tensor, counted as they are read, and its bit.
+        at: (usize, u64),
+        read: AtomicUsize,
+    }
+
+    impl Flipped<'_> {
+        /// These bytes, with the bit flipped if they are the tensor.
+        fn flip(&self, bytes: &mut [u8]) {
+            let (tensor, bit) = (self.at.0, self.at.1 % (8 * bytes.len() as u64));
+            if self.read.fetch_add(1, Ordering::Relaxed) == tensor {
+                bytes[bit as usize / 8] ^= 1 << (bit % 8);
+            }
+        }
+
+        fn list<T: bytemuck::Pod>(&self, values: &[T]) -> Vec<T> {
+            let mut values = values.to_vec();
+            self.flip(bytemuck::cast_slice_mut(&mut values));
+            values
+        }
+
+        fn floats(&self, values: &Floats<'_>) -> Floats<'static> {
+            match values {
+                Floats::F16(v) => Floats::F16(self.list(v).into()),
+                Floats::Bf16(v) => Floats::Bf16(self.list(v).into()),
+                Floats::F32(v) => Floats::F32(self.list(v).into()),
+            }
+        }
+
+        fn dense(&self, dense: Dense<'_>) -> Dense<'static> {
+            let Dense { in_features, out_features, values } = dense;
+            Dense { in_features, out_features, values: self.floats(&values) }
+        }
+    }
+
+    impl ModelWeights for Flipped<'_> {
+        fn config(&self) -> &ModelConfig {
+            self.model.config()
+        }
+        fn embedding(&self) -> Result<Dense<'_>> {
+            Ok(self.dense(self.model.embedding()?))
+        }
+        fn head(&self) -> Result<Option<Dense<'_>>> {
+            Ok(self.model.head()?.map(|head| self.dense(head)))
+        }
+        fn final_norm(&self) -> Result<Vec<f32>> {
+            Ok(self.list(&self.model.final_norm()?))
+        }
+        fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+            let (input, post) = self.model.layer_norms(layer)?;
+            Ok((self.list(&input), self.list(&post)))
+        }
+        fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+            let Linear { weight, bias, residual, thresholds } = self.model.projection(layer, projection)?;
+            let (inputs, outputs) = (weight.in_features(), weight.out_features());
+            let weight = match weight {
+                Weight::Dense(w) => Weight::Dense(self.dense(w)),
+                Weight::AnyPrec(w) => {
+                    let planes = Cow::Owned(self.list(w.planes()));
+                    Weight::AnyPrec(AnyPrec::new(inputs, outputs, w.bits(), planes, self.floats(w.lut()))?)
+                }
+                Weight::LutGemm(w) => {
+                    let binary = Cow::Owned(self.list(w.binary()));
+                    let (alpha, q_bias) = (self.floats(w.alpha()), self.floats(w.q_bias()));
+                    let (bits, group) = (w.bits(), w.group_size());
+                    Weight::LutGemm(LutGemm::new(inputs, outputs, bits, group, binary, alpha, q_bias)?)
+                }
+            };
+            let bias = bias.map(|bias| Cow::Owned(self.list(&bias)));
+            let residual = residual.map(|residual| {
+                let words = Cow::Owned(self.list(residual.words()));
+                Residual::new(inputs, outputs, words, self.floats(residual.scales()))
+            });
+            let thresholds = thresholds.map(|thresholds| Cow::Owned(self.list(&thresholds)));
+            Ok(Linear { weight, bias, residual: residual.transpose()?, thresholds })
+        }
+        fn bits(&self, layer: usize) -> Option<u32> {
+            self.model.bits(layer)
+        }
+    }
+
+    fn digits(model: &dyn ModelWeights) -> Result<String> {
+        let mut fingerprint = Fingerprint::default();
+        fingerprint.model(model, &AtomicBool::new(false))?;
+        Ok(fingerprint.digits())
+    }
+
+    /// The fingerprint with that bit flipped, and how many tensors there are.
+    fn flipped(model: &dyn ModelWeights, at: (usize, u64)) -> (Result<String>, usize) {
+        let flipped = Flipped { model, at, read: AtomicUsize::new(0) };
+        let digits = digits(&flipped);
+        (digits, flipped.read.into_inner())
+    }
+
+    /// The same numbers in full precision, with biases.
+    struct Whole(RandomWeights);
+
+    impl ModelWeights for Whole {
+        fn config(&self) -> &ModelConfig {
+            self.0.config()
+        }
+        fn embedding(&self) -> Result<Dense<'_>> {
+            self.0.embedding()
+        }
+        fn head(&self) -> Result<Option<Dense<'_>>> {
+            self.0.head()
+        }
+        fn final_norm(&self) -> Result<Vec<f32>> {
+            self.0.final_norm()
+        }
+        fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+            self.0.layer_norms(layer)
+        }
+        fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
+            let weight = self.0.projection(layer, projection)?.weight;
+            let (in_features, out_features) = (weight.in_features(), weight.out_features());
+            let mut values = vec![0.0; in_features * out_features];
+            values.chunks_exact_mut(in_features).enumerate().for_each(|(row, values)| weight.row(row, values));
+            let bias = Some(Cow::Owned(values[..out_features].to_vec()));
+            let dense = Dense { in_features, out_features, values: Floats::F32(values.into()) };
+            Ok(Linear { bias, ..Linear::plain(Weight::Dense(dense)) })
+        }
+        fn bits(&self, _layer: usize) -> Option<u32> {
+            None
+        }
+    }
+
+    fn models() -> [Box<dyn ModelWeights>; 3] {
+        let config = ModelConfig { num_layers: 2, tie_word_embeddings: false, ..fixture::config() };
+        let random = |format| RandomWeights::new(config.clone(), format, 3, 1).unwrap();
+        let [codes, groups] = [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 32 }].map(random);
+        [Box::new(Whole(random(RandomFormat::AnyPrec))), Box::new(codes), Box::new(groups)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn one_bit_of_any_tensor_makes_another_model(tensor in any::<usize>(), bit in any::<u64>()) {
+            for model in models() {
+                let own = digits(model.as_ref()).unwrap();
+                let (same, tensors) = flipped(model.as_ref(), (usize::MAX, 0));
+                prop_assert_eq!(&same.unwrap(), &own, "a copy is the same model");
+                prop_assert!(tensors > 20);
+                // What its reader refuses has no fingerprint, so it is not taken for another model either.
+                if let Ok(other) = flipped(model.as_ref(), (tensor % tensors, bit)).0 {
+                    prop_assert_ne!(other, own, "bit {} of tensor {} of {}", bit, tensor % tensors, tensors);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn texts_and_configuration_count_too() {
+        let [model, ..] = models();
+        let mut seen = std::collections::BTreeSet::from([digits(model.as_ref()).unwrap()]);
+        let changed = |change: fn(&mut ModelConfig)| {
+            let mut config = model.config().clone();
+            change(&mut config);
+            let model = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap();
+            digits(&Whole(model)).unwrap()
+        };
+        let changes: [fn(&mut ModelConfig); 4] = [
+            |c| c.rope_theta *= 1.0 + f64::EPSILON,
+            |c| c.rms_norm_eps *= 1.0 + f32::EPSILON,
+            |c| c.sliding_window = Some(7),
+            |c| c.eos_token_ids.push(3),
+        ];
+        assert!(changes.into_iter().all(|change| seen.insert(changed(change))));
+
+        let texts = TextFiles {
+            tokenizer_json: b"{}".to_vec(),
+            chat_template: None,
+            bos_token: None,
+            eos_token: Some("</s>".into()),
+            eos_token_ids: vec![2],
+        };
+        let digits = |texts: &TextFiles| {
+            let mut fingerprint = Fingerprint::default();
+            fingerprint.texts(texts);
+            fingerprint.digits()
+        };
+        let changes = [
+            texts.clone(),
+            TextFiles { tokenizer_json: b"{ }".to_vec(), ..texts.clone() },
+            TextFiles { chat_template: Some(String::new()), ..texts.clone() },
+            TextFiles { bos_token: Some("</s>".into()), eos_token: None, ..texts.clone() },
+            TextFiles { eos_token_ids: vec![2, 2], ..texts.clone() },
+        ];
+        assert!(changes.iter().all(|texts| seen.insert(digits(texts))));
+        assert!(!seen.insert(digits(&texts)), "the same texts give the same");
+    }
+
+    #[test]
+    fn a_program_that_is_told_to_stop_does() {
+        let [model, ..] = models();
+        let error = Fingerprint::default().model(model.as_ref(), &AtomicBool::new(true)).unwrap_err();
+        assert!(error.is::<crate::quantize::Interrupted>());
+    }
+}

@@ -17,9 +17,9 @@ pub struct Sequence {
     num_kv_heads: usize,
     head_dim: usize,
     window: usize,
-    keys: Vec<Vec<f32>>,        // per layer [num_kv_heads, max_seq_len, head_dim]
-    values: Vec<Vec<f32>>,      // likewise
-    rotations: Vec<(f32, f32)>, // cos and sin, [max_seq_len, head_dim / 2]
+    keys: Vec<Vec<f32>>,      // per layer [num_kv_heads, max_seq_len, head_dim]
+    values: Vec<Vec<f32>>,    // likewise
+    rotations: Vec<[f32; 2]>, // cos and sin, [max_seq_len, head_dim / 2]
     len: usize,
     sampling: Sampling,
     draws: Vec<f32>,
@@ -32,7 +32,7 @@ impl Sequence {
         let half = self.head_dim / 2;
         let (first, second) = head.split_at_mut(half);
         let rotations = &self.rotations[position * half..][..half];
-        for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(rotations) {
+        for ((a, b), [cos, sin]) in first.iter_mut().zip(second).zip(rotations) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
@@ -99,11 +99,6 @@ impl DecodeBackend for Cpu {
     fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
         ensure!(max_seq_len > 0, "the context has no room for a single token");
         let cache = config.num_kv_heads * max_seq_len * config.head_dim;
-        let frequencies = config.rope_frequencies();
-        let rotations = (0..max_seq_len)
-            .flat_map(|position| frequencies.iter().map(move |f| (position as f32 * f).sin_cos()))
-            .map(|(sin, cos)| (cos, sin))
-            .collect();
         Ok(Sequence {
             max_seq_len,
             num_heads: config.num_heads,
@@ -112,7 +107,7 @@ impl DecodeBackend for Cpu {
             window: config.sliding_window.unwrap_or(usize::MAX),
             keys: vec![vec![0.0; cache]; config.num_layers],
             values: vec![vec![0.0; cache]; config.num_layers],
-            rotations,
+            rotations: config.rope_table(max_seq_len),
             len: 0,
             sampling: Sampling::GREEDY,
             draws: Vec::new(),

@@ -85,7 +85,7 @@ impl Sequence {
             layer_bytes,
             keys: Buffer::new(driver, layer_bytes * config.num_layers)?,
             values: Buffer::new(driver, layer_bytes * config.num_layers)?,
-            angles: Buffer::of(driver, &angles(config, max_seq_len))?,
+            angles: Buffer::of(driver, &config.rope_table(max_seq_len))?,
             state: Buffer::new(driver, 16)?,
             parts: Buffer::new(driver, parts * 4)?,
             tickets: Buffer::new(driver, config.num_kv_heads * 4)?,
@@ -229,13 +229,4 @@ impl Sequence {
             std::hint::spin_loop();
         }
     }
-}
-
-/// Cosine and sine of every position and frequency, computed in f64.
-fn angles(config: &ModelConfig, max_seq_len: usize) -> Vec<f32> {
-    let frequencies = config.rope_frequencies();
-    (0..max_seq_len)
-        .flat_map(|p| frequencies.iter().map(move |&f| f64::from(p as u32) * f64::from(f)))
-        .flat_map(|angle| [angle.cos() as f32, angle.sin() as f32])
-        .collect()
 }

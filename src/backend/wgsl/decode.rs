@@ -36,19 +36,6 @@ struct Cache {
     values: wgpu::Buffer,
 }
 
-/// Cosine and sine of every position's angles; the angle is rounded to f32 first, as models were trained.
-fn angles(config: &ModelConfig, max_seq_len: usize) -> Vec<f32> {
-    let frequencies = config.rope_frequencies();
-    let mut angles = Vec::with_capacity(max_seq_len * config.head_dim);
-    for position in 0..max_seq_len {
-        for frequency in &frequencies {
-            let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
-            angles.extend([cos as f32, sin as f32]);
-        }
-    }
-    angles
-}
-
 impl DecodeBackend for Wgpu {
     type Sequence = Sequence;
     /// Operations are queued anew for every token.
@@ -71,7 +58,7 @@ impl DecodeBackend for Wgpu {
             window: config.sliding_window.unwrap_or(max_seq_len),
             vocab_size: config.vocab_size,
             layers: layers.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer"))?,
-            angles: self.gpu.upload(bytemuck::cast_slice(&angles(config, max_seq_len)))?,
+            angles: self.gpu.upload(bytemuck::cast_slice(&config.rope_table(max_seq_len)))?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
             len: 0,
             sampled: 0,

@@ -7,7 +7,7 @@ use super::{Cpu, Matrix, kernels};
 use crate::backend::{DecodeBackend, Input, Norm};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
-use crate::sampling::Sampling;
+use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// One text in host memory.
 #[derive(Debug)]
@@ -126,7 +126,7 @@ impl DecodeBackend for Cpu {
     fn embed(&self, sequence: &Sequence, table: &Matrix, input: Input<'_>, h: &mut Vec<f32>) -> Result<()> {
         let tokens = match input {
             Input::Prompt(tokens) => tokens,
-            Input::Sampled => std::slice::from_ref(sequence.sampled.last().expect("a token was sampled")),
+            Input::Sampled => std::slice::from_ref(sequence.sampled.last().unwrap_or(&NO_TOKEN)),
         };
         for (&token, h) in tokens.iter().zip(h.chunks_exact_mut(table.in_features)) {
             table.values.dequantize(token as usize, h);
@@ -228,12 +228,13 @@ impl DecodeBackend for Cpu {
 
     fn sample(&self, sequence: &mut Sequence, logits: &Vec<f32>) -> Result<()> {
         let draw = sequence.draws.get(sequence.sampled.len()).copied().unwrap_or(0.0);
-        sequence.sampled.push(sequence.sampling.choose(logits, draw));
+        sequence.sampled.push(sequence.sampling.choose(logits, draw).unwrap_or(NO_TOKEN));
         Ok(())
     }
 
     fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
-        Ok(sequence.sampled[i])
+        let Some(&token) = sequence.sampled.get(i) else { bail!("token {i} was read before it was sampled") };
+        sampling::token(i, token)
     }
 
     fn prepare(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<()> {

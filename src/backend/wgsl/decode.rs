@@ -7,7 +7,7 @@ use super::matrix::{Matrix, Plan, ROWS, words};
 use super::{Vector, Wgpu, scratch};
 use crate::backend::{DecodeBackend, GemvBackend, Input, Norm};
 use crate::config::ModelConfig;
-use crate::sampling::Sampling;
+use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// The widest head that `attend.wgsl` takes.
 const MAX_HEAD_DIM: usize = 256;
@@ -82,7 +82,10 @@ impl DecodeBackend for Wgpu {
                 self.gpu.write(tokens, &ids, 0);
                 table.embed(&self.gpu, &ids, 0, &h.0, tokens.len())
             }
-            Input::Sampled => table.embed(&self.gpu, &sequence.tokens, sequence.sampled - 1, &h.0, 1),
+            Input::Sampled => {
+                let last = sequence.sampled.checked_sub(1).context("a token was read before it was sampled")?;
+                table.embed(&self.gpu, &sequence.tokens, last, &h.0, 1)
+            }
         }
     }
 
@@ -161,12 +164,14 @@ impl DecodeBackend for Wgpu {
     fn sample(&self, sequence: &mut Sequence, logits: &Vector) -> Result<()> {
         let at = sequence.sampled;
         if sequence.sampling.temperature == 0.0 {
-            self.gpu.dispatch(&ARGMAX, &[], &[&logits.0, &sequence.tokens], &words(&[sequence.vocab_size, at]), [1, 1]);
+            let parameters = words(&[sequence.vocab_size, at]);
+            let overrides = [("NO_TOKEN", NO_TOKEN)];
+            self.gpu.dispatch(&ARGMAX, &overrides, &[&logits.0, &sequence.tokens], &parameters, [1, 1]);
         } else {
             let mut values = vec![0.0; sequence.vocab_size];
             self.read(logits, &mut values)?;
             let draw = sequence.draws.get(at).copied().unwrap_or(0.0);
-            let token = sequence.sampling.choose(&values, draw);
+            let token = sequence.sampling.choose(&values, draw).unwrap_or(NO_TOKEN);
             self.gpu.write(&[token], &sequence.tokens, at);
         }
         sequence.sampled += 1;
@@ -176,7 +181,7 @@ impl DecodeBackend for Wgpu {
     fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
         let mut token = [0];
         self.gpu.read(&sequence.tokens, i, &mut token)?;
-        Ok(token[0])
+        sampling::token(i, token[0])
     }
 
     fn prepare(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<()> {

@@ -11,11 +11,11 @@ use crate::UnderTest;
 use crate::common::{self, Stored, oracle};
 use crate::small_model::SmallModel;
 
-fn config() -> ModelConfig {
+pub(crate) fn config() -> ModelConfig {
     SmallModel::new(1, 2, false).config
 }
 
-fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
+pub(crate) fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
     let mut vector = backend.vector(values.len()).unwrap();
     backend.write(values, &mut vector).unwrap();
     vector
@@ -163,24 +163,14 @@ pub(crate) fn sliding_window<B: UnderTest>(backend: &B) {
     check_attention(backend, &small, &[[16; 25].as_slice(), &[1, 1]].concat());
 }
 
-/// The tokens that are sampled from `texts`, one after the other.
-fn sample<B: UnderTest>(backend: &B, sampling: &Sampling, draws: &[f32], texts: &[Vec<f32>]) -> Vec<u32> {
-    let config = ModelConfig { vocab_size: texts[0].len(), ..config() };
-    let mut sequence = backend.sequence(&config, texts.len()).unwrap();
-    backend.begin(&mut sequence, sampling, draws).unwrap();
-    for logits in texts {
-        backend.sample(&mut sequence, &upload(backend, logits)).unwrap();
-    }
-    (0..texts.len()).map(|i| backend.sampled(&sequence, i).unwrap()).collect()
-}
-
-pub(crate) fn greedy_sampling<B: UnderTest>(backend: &B) {
-    let vocab = 1003;
-    let base = common::uniform(1, vocab);
-    let with = |changes: &[(usize, f32)]| {
-        let mut logits = base.clone();
-        changes.iter().for_each(|&(i, value)| logits[i] = value);
-        logits
+/// Attention between the last two positions of the longest context: angles must be exact there.
+pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
+    const LAST: usize = 131_071;
+    let scaled = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192.0,
     };
     for (rope_theta, rope_scaling) in
         [(10_000.0, RopeScaling::None), (10_000.0, RopeScaling::Linear { factor: 2.0 }), (500_000.0, scaled)]

@@ -10,6 +10,8 @@ mod noise;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../small_model/mod.rs"]
 mod small_model;
+#[path = "../texts/mod.rs"]
+mod texts;
 
 mod agree;
 mod cases;
@@ -17,8 +19,11 @@ mod dec;
 mod decode;
 mod families;
 mod gemv;
+mod misuse;
 mod record;
+mod recording;
 mod reference;
+mod sampling;
 mod whole;
 
 use decdec::backend::DecodeBackend;
@@ -112,13 +117,8 @@ on_every_backend! {
     decode::swiglu,
     decode::attention,
     decode::sliding_window,
-    decode::greedy_sampling,
-    decode::random_sampling,
+    decode::rotation_far_out,
     decode::time_passes,
-    record::every_launch_is_timed,
-    record::bandwidths_are_measured,
-    reference::reference_directories,
-    families::every_family,
     sampling::greedy,
     sampling::draws_decide,
     sampling::awkward_logits,
@@ -129,6 +129,10 @@ on_every_backend! {
     misuse::arguments,
     misuse::logits_that_are_no_numbers,
     misuse::two_texts,
+    record::every_launch_is_timed,
+    record::bandwidths_are_measured,
+    reference::reference_directories,
+    families::every_family,
     whole::small_models,
     whole::small_heads,
 }

@@ -1,10 +1,10 @@
 //! A whole token on the CPU: norms, rotary attention, feed-forward, sampling.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use rayon::prelude::*;
 
 use super::{Cpu, Matrix, kernels};
-use crate::backend::{DecodeBackend, Input, Norm};
+use crate::backend::{DecodeBackend, Input, Norm, ensure_room};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
 use crate::sampling::{self, NO_TOKEN, Sampling};
@@ -27,6 +27,11 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    /// Fails if `tokens` more would go past the end of the cache.
+    fn fits(&self, tokens: usize) -> Result<()> {
+        ensure_room(self.len, tokens, self.max_seq_len)
+    }
+
     /// Rotates one head at `position`; channel `i` pairs with `i + head_dim / 2`.
     fn rotate(&self, head: &mut [f32], position: usize) {
         let half = self.head_dim / 2;
@@ -129,7 +134,10 @@ impl DecodeBackend for Cpu {
             Input::Sampled => std::slice::from_ref(sequence.sampled.last().unwrap_or(&NO_TOKEN)),
         };
         for (&token, h) in tokens.iter().zip(h.chunks_exact_mut(table.in_features)) {
-            table.values.dequantize(token as usize, h);
+            match token as usize {
+                row if row < table.out_features => table.values.dequantize(row, h),
+                _ => h.fill(f32::NAN),
+            }
         }
         Ok(())
     }
@@ -161,6 +169,7 @@ impl DecodeBackend for Cpu {
         tokens: usize,
     ) -> Result<()> {
         let start = sequence.len;
+        sequence.fits(tokens)?;
         let head_dim = sequence.head_dim;
         let q_width = sequence.num_heads * head_dim;
         let width = q_width + 2 * sequence.num_kv_heads * head_dim;
@@ -216,8 +225,8 @@ impl DecodeBackend for Cpu {
     }
 
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        sequence.fits(tokens)?;
         sequence.len += tokens;
-        debug_assert!(sequence.len <= sequence.max_seq_len);
         Ok(())
     }
 

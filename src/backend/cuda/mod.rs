@@ -232,6 +232,10 @@ impl GemvBackend for Cuda {
         Vector::new(&self.driver, len)
     }
 
+    fn room(&self, vector: &Vector) -> usize {
+        vector.len
+    }
+
     fn write(&self, values: &[f32], to: &mut Vector) -> Result<()> {
         to.settle();
         to.data.write(0, values)

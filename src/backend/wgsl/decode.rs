@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use super::kernels::{ARGMAX, ATTEND, RMS_NORM, ROPE_APPEND, SWIGLU};
 use super::matrix::{Matrix, Plan, ROWS, words};
 use super::{Vector, Wgpu, scratch};
-use crate::backend::{DecodeBackend, GemvBackend, Input, Norm};
+use crate::backend::{DecodeBackend, GemvBackend, Input, Norm, ensure_room};
 use crate::config::ModelConfig;
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
@@ -20,6 +20,7 @@ pub struct Sequence {
     head_dim: usize,
     window: usize,
     vocab_size: usize,
+    max_seq_len: usize,
     layers: Vec<Cache>,
     angles: wgpu::Buffer, // cosine and sine, [max_seq_len, head_dim / 2, 2]
     tokens: wgpu::Buffer, // sampled, u32 [max_seq_len + 1]
@@ -57,6 +58,7 @@ impl DecodeBackend for Wgpu {
             head_dim: config.head_dim,
             window: config.sliding_window.unwrap_or(max_seq_len),
             vocab_size: config.vocab_size,
+            max_seq_len,
             layers: layers.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer"))?,
             angles: self.gpu.upload(bytemuck::cast_slice(&config.rope_table(max_seq_len)))?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
@@ -113,6 +115,7 @@ impl DecodeBackend for Wgpu {
         tokens: usize,
     ) -> Result<()> {
         let Sequence { num_heads, num_kv_heads, head_dim, .. } = *sequence;
+        ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
         let Cache { keys, values } = &sequence.layers[layer];
         let q = scratch(&self.gpu, &self.scratch.q, tokens * num_heads * head_dim)?;
         let pairs = (num_heads + 2 * num_kv_heads) * head_dim / 2;
@@ -152,6 +155,7 @@ impl DecodeBackend for Wgpu {
     }
 
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
         sequence.len += tokens;
         Ok(())
     }
@@ -163,6 +167,7 @@ impl DecodeBackend for Wgpu {
 
     fn sample(&self, sequence: &mut Sequence, logits: &Vector) -> Result<()> {
         let at = sequence.sampled;
+        ensure!(at <= sequence.max_seq_len, "{at} tokens were sampled, a text of {} has no more", sequence.max_seq_len);
         if sequence.sampling.temperature == 0.0 {
             let parameters = words(&[sequence.vocab_size, at]);
             let overrides = [("NO_TOKEN", NO_TOKEN)];
@@ -179,6 +184,7 @@ impl DecodeBackend for Wgpu {
     }
 
     fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
+        ensure!(i < sequence.sampled, "token {i} was read before it was sampled");
         let mut token = [0];
         self.gpu.read(&sequence.tokens, i, &mut token)?;
         sampling::token(i, token[0])

@@ -41,9 +41,12 @@ mod tests {
         ModelConfig { rope_theta, head_dim, rope_scaling, ..preset }
     }
 
-    /// Known answers from decimal arithmetic with 80 digits: pair, cosine, sine at position [`FAR`]. Of Llama 3.1's
-    /// frequencies, the second is kept, the 32nd lies on the ramp, the 36th and the last are divided.
-    fn known() -> Vec<(ModelConfig, Vec<(usize, f64, f64)>)> {
+    /// A pair of channels, and the cosine and sine that it is rotated by.
+    type Rotation = (usize, f64, f64);
+
+    /// Known answers at position [`FAR`], from decimal arithmetic with 80 digits. Of Llama 3.1's frequencies, the second
+    /// and the 29th are kept, the 32nd lies on the ramp, the 36th and the last are divided.
+    fn known() -> Vec<(ModelConfig, Vec<Rotation>)> {
         let llama3 = RopeScaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid
     __shared__ u32 ticket;
     let_next_start();
     wait_for_previous();
-    int kv = blockIdx.x, position = g.state->position;
+    int kv = blockIdx.x, position = position_of(g.state, g.max_seq_len, 0);
     Span span(position);
     if ((int)blockIdx.y >= span.splits) return;
     int begin = span.begin(blockIdx.y), end = span.begin(blockIdx.y + 1);
@@ -24,7 +24,8 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) append(const __grid
     wait_for_previous();
     let_next_start();
     long long token = blockIdx.x;
-    append_head(g, g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM, blockIdx.y, g.state->position + token);
+    int position = position_of(g.state, g.max_seq_len, blockIdx.x);
+    append_head(g, g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM, blockIdx.y, position);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const __grid_constant__ Attend g) {
@@ -32,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const
     wait_for_previous();
     let_next_start();
     long long token = blockIdx.z;
-    int kv = blockIdx.x, position = g.state->position + token;
+    int kv = blockIdx.x, position = position_of(g.state, g.max_seq_len, blockIdx.z);
     int first = WINDOW > 0 ? max(0, position + 1 - WINDOW) : 0;
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
     for (int i = threadIdx.x; i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {

@@ -65,6 +65,11 @@ struct Attend {
     int max_seq_len;
 };
 
+// Where the token `behind` the text goes: never past the cache, whatever the text's length says.
+__device__ __forceinline__ int position_of(const State* state, int max_seq_len, u32 behind) {
+    return (int)min(__ldcg(&state->position) + behind, (u32)max_seq_len - 1);
+}
+
 #if KV == 2
 typedef float Stored;
 #else

@@ -374,7 +374,7 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
     int blocks = BLOCKS - g.n_tb;
 
     if (threadIdx.x < 32) Stream<MATRICES, Table>::init(shared_address(shared));
-    if (threadIdx.x == 0) *(int*)(shared + POSITION) = __ldcg(&g.state->position);
+    if (threadIdx.x == 0) *(int*)(shared + POSITION) = position_of(g.state, g.max_seq_len, 0);
     if (threadIdx.x < MATRICES) routes[threadIdx.x] = route_of(threadIdx.x - (threadIdx.x >= UP), blocks);
     All::sync();
     Stream<MATRICES, Table> stream(Table{table}, routes, MATRICES * g.count, shared_address(shared));

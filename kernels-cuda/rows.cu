@@ -9,23 +9,25 @@ struct State {
     u32 last;     // the latest of them
 };
 
-// h[token, :] = table[id, :]. kind 0: 16-bit numbers of DTYPE in gemv_dense.cu's units; 2: f32 rows.
-// `ids` null takes the token sampled last.
-extern "C" __global__ void __launch_bounds__(256) embed(const void* table, int kind, int features, const u32* ids,
-                                                        const State* state, float* h) {
+// h[token, :] = table[id, :], NaN where the table has no such row. kind 0: 16-bit numbers of DTYPE in gemv_dense.cu's
+// units; 2: f32 rows. `ids` null takes the token sampled last.
+extern "C" __global__ void __launch_bounds__(256) embed(const void* table, int kind, int features, u32 rows,
+                                                        const u32* ids, const State* state, float* h) {
     wait_for_previous();
     let_next_start();
     int token = blockIdx.y;
-    int row = ids ? ids[token] : state->last;
+    u32 row = ids ? ids[token] : state->last;
     int units = (features + 63) / 64;
     int k = blockIdx.x * 256 + threadIdx.x;
     if (k < features) {
         float v;
-        if (kind == 2) {
+        if (row >= rows) {
+            v = __uint_as_float(0x7fc00000u);
+        } else if (kind == 2) {
             v = ((const float*)table)[(long long)row * features + k];
         } else {
             long long unit = (long long)(row / 16) * units + k / 64;
-            int lane = row % 8 * 4 + k % 32 / 8, vector = k % 64 / 32 * 2 + row % 16 / 8;
+            int lane = (int)(row % 8) * 4 + k % 32 / 8, vector = k % 64 / 32 * 2 + (int)(row % 16) / 8;
             v = widen(((const u16*)table)[((unit * 4 + vector) * 32 + lane) * 8 + k % 8]);
         }
         h[(long long)token * features + k] = v;

@@ -1,7 +1,8 @@
-// The next token (spec §3.3): the largest logit, or a draw by temperature, top-k, top-p and min-p.
+// The next token (spec §3.3): the largest logit, or a draw by temperature, top-k, top-p and min-p. NaN is never chosen;
+// where the largest logit is infinite, or there is none, the token is NO_TOKEN (a define, sampling.rs).
 //
-//   logits f32 [vocab] (+ delta); rules as in sampling.rs; draws f32 [n], one per sampled token
-//   tokens u32 [n] in mapped host memory, overwritten one by one
+//   logits f32 [vocab] (+ delta), fewer than 2^19; rules as in sampling.rs; draws f32 [most], one per sampled token
+//   tokens u32 [most] in mapped host memory, overwritten one by one; what is sampled beyond them is not written
 //   best   u64 [gridDim.x], ticket u32 (zero before and after)
 //   list   (u64 key, u64 weight) [vocab], only read where temperature > 0
 //
@@ -34,6 +35,9 @@ __device__ __forceinline__ u32 ordered(float f) {
     u32 bits = __float_as_uint(f + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// Whether `o` is above −∞'s and below ∞'s.
+__device__ __forceinline__ bool is_finite(u32 o) { return o > 0x007fffffu && o < 0xff800000u; }
 
 __device__ __forceinline__ float unordered(u32 o) {
     return __uint_as_float(o & 0x80000000u ? o & 0x7fffffffu : ~o);
@@ -109,7 +113,9 @@ __device__ u32 draw_token(const float* logits, const float* delta, u32 vocab, co
     double top = unordered((u32)(best >> 24));
     for (u32 id = threadIdx.x; id < vocab; id += THREADS) {
         float logit = load1(logits, delta, id);
-        u64 weight = (u64)(exp(((double)logit - top) / (double)rules.temperature) * (double)ONE + 0.5);
+        double scaled = exp(((double)logit - top) / (double)rules.temperature) * (double)ONE + 0.5;
+        // Not of NaN: as a whole number that would be the largest weight of all.
+        u64 weight = logit > -INFINITY ? (u64)scaled : 0;
         // What weighs nothing is never drawn and adds to no sum.
         if (weight > 0) list[atomicAdd(&n, 1)] = Weighted{key_of(logit, id), weight};
     }
@@ -137,7 +143,8 @@ __device__ u32 draw_token(const float* logits, const float* delta, u32 vocab, co
 
 extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits, const float* delta, u32 vocab,
                                                              const Rules* rules, const float* draws, State* state,
-                                                             u64* best, u32* ticket, Weighted* list, u32* tokens) {
+                                                             u64* best, u32* ticket, Weighted* list, u32* tokens,
+                                                             u32 most) {
     __shared__ u32 order;
     let_next_start();
     wait_for_previous();
@@ -156,15 +163,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits
     if (order != gridDim.x - 1) return;
     __threadfence();
     largest = block_largest(threadIdx.x < gridDim.x ? __ldcg(best + threadIdx.x) : 0);
-    u32 token = 0xffffffu - (u32)(largest & 0xffffffu);
-    if (rules->temperature > 0.0f)
-        token = draw_token(logits, delta, vocab, *rules, draws[state->sampled], largest, list);
+    u32 token = NO_TOKEN, n = state->sampled;
+    if (is_finite((u32)(largest >> 24))) {
+        token = 0xffffffu - (u32)(largest & 0xffffffu);
+        // Within [0, 1), whatever is there.
+        float draw = fminf(fmaxf(n < most ? draws[n] : 0.0f, 0.0f), 0x1.fffffep-1f);
+        if (rules->temperature > 0.0f) token = draw_token(logits, delta, vocab, *rules, draw, largest, list);
+    }
     if (threadIdx.x == 0) {
         *ticket = 0;
-        u32 n = state->sampled;
-        state->sampled = n + 1;
         state->last = token;
-        // The host watches this word.
-        asm volatile("st.release.sys.u32 [%0], %1;" ::"l"(tokens + n), "r"(token) : "memory");
+        if (n < most) {
+            state->sampled = n + 1;
+            // The host watches this word.
+            asm volatile("st.release.sys.u32 [%0], %1;" ::"l"(tokens + n), "r"(token) : "memory");
+        }
     }
 }

@@ -1,4 +1,5 @@
-// argmax: tokens[at] = the index of the largest logit, the lowest among equals; NaN counts as smallest
+// argmax: tokens[at] = the index of the largest logit, the lowest among equals; NaN is passed over, and where the
+//         largest is infinite or there is none, tokens[at] = NO_TOKEN
 //
 // logits  u32 [vocab_size], bit patterns
 // tokens  u32, tokens[at] overwritten
@@ -6,6 +7,8 @@
 // One group; each of its threads looks at every 256th logit, one compares their 256 finds. Logits are compared as
 // unsigned keys in the order of the numbers, so that no implementation's view of NaN matters.
 // groups (1)
+
+override NO_TOKEN: u32 = 0u;
 
 struct Parameters {
     vocab_size: u32,
@@ -17,6 +20,10 @@ struct Parameters {
 var<immediate> p: Parameters;
 
 const THREADS: u32 = 256u;
+
+// Keys of −∞ and ∞.
+const LEAST: u32 = 0x007fffffu;
+const MOST: u32 = 0xff800000u;
 
 var<workgroup> keys: array<u32, THREADS>;
 var<workgroup> ids: array<u32, THREADS>;
@@ -51,6 +58,6 @@ fn argmax(@builtin(local_invocation_index) thread: u32) {
                 id = ids[i];
             }
         }
-        tokens[p.at] = id;
+        tokens[p.at] = select(NO_TOKEN, id, best > LEAST && best < MOST);
     }
 }

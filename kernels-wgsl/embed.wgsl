@@ -1,33 +1,44 @@
-// embed: h[t] = values[ids[first + t]]
+// embed: h[t] = values[ids[first + t]], NaN where the table has no such row
 //
-// ids     u32, ids[first + t] below the table's rows
+// ids     u32
 // values  VALUES [rows, features], the rows from first_row on
-// h       f32 [tokens, features], overwritten where the token's row is in this block
+// h       f32 [tokens, features] as bit patterns, overwritten where the token's row is in this block or in none
 //
 // One thread per feature and token.
 // groups (features / 64 rounded up, tokens)
 
 override VALUES: u32 = 1u;
 
+const NAN: u32 = 0x7fc00000u;
+
 struct Parameters {
     features: u32,
     rows: u32, // of this block
     first_row: u32, // of this block in the table
     first: u32, // of the ids
+    table_rows: u32, // of all blocks
 }
 
 @group(0) @binding(0) var<storage, read> ids: array<u32>;
 @group(0) @binding(1) var<storage, read> values: array<u32>;
-@group(0) @binding(2) var<storage, read_write> h: array<f32>;
+@group(0) @binding(2) var<storage, read_write> h: array<u32>;
 var<immediate> p: Parameters;
 
 @compute @workgroup_size(64)
 fn embed(@builtin(global_invocation_id) id: vec3<u32>) {
-    // Below first_row this wraps around to more than any block has.
-    let row = ids[p.first + id.y] - p.first_row;
-    if id.x >= p.features || row >= p.rows {
+    if id.x >= p.features {
         return;
     }
-    let i = row * p.features + id.x;
-    h[id.y * p.features + id.x] = number(values[slot(i, VALUES)], i, VALUES);
+    let token = ids[p.first + id.y];
+    let to = id.y * p.features + id.x;
+    if token >= p.table_rows {
+        h[to] = NAN;
+        return;
+    }
+    // Below first_row this wraps around to more than any block has.
+    let row = token - p.first_row;
+    if row < p.rows {
+        let i = row * p.features + id.x;
+        h[to] = bitcast<u32>(number(values[slot(i, VALUES)], i, VALUES));
+    }
 }

@@ -4,6 +4,7 @@ pub(crate) use json::{is_biased, read_json, token_ids};
 
 mod json;
 mod preset;
+mod rope;
 
 use std::fmt;
 
@@ -145,17 +146,6 @@ impl ModelConfig {
             Projection::GateUp => (self.hidden_size, 2 * self.intermediate_size),
             Projection::Down => (self.intermediate_size, self.hidden_size),
         }
-    }
-
-    /// The inverse frequencies of RoPE, `[head_dim / 2]`, scaling applied (computed in f64, rounded once).
-    pub fn rope_frequencies(&self) -> Vec<f32> {
-        let half = self.head_dim / 2;
-        (0..half)
-            .map(|i| {
-                let frequency = self.rope_theta.powf(-((2 * i) as f64) / self.head_dim as f64);
-                self.rope_scaling.apply(frequency) as f32
-            })
-            .collect()
     }
 }
 

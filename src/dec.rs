@@ -41,7 +41,8 @@ impl DecPlan {
     /// Plans `k_chunk` channels of each chunk of 1024, spread over `n_tb` thread blocks.
     ///
     /// # Errors
-    /// `k_chunk` above 1024, `n_tb` of 0, thresholds that are not `in_features` non-increasing numbers.
+    /// No input channels, output rows that are no multiple of 8, `k_chunk` above 1024, `n_tb` of 0, thresholds that are
+    /// not `in_features` non-increasing numbers.
     pub fn new(
         in_features: usize,
         out_features: usize,
@@ -50,6 +51,10 @@ impl DecPlan {
         n_tb: usize,
         selection: Selection,
     ) -> Result<Self> {
+        ensure!(
+            in_features > 0 && out_features > 0 && out_features.is_multiple_of(8),
+            "a matrix of {out_features} x {in_features}, rows in eights and at least one channel are needed to compensate"
+        );
         ensure!(k_chunk <= CHUNK, "k_chunk is {k_chunk}, 0 to {CHUNK} are allowed");
         ensure!(
             n_tb > 0,
@@ -75,7 +80,7 @@ impl DecPlan {
         self.k_chunk
     }
 
-    /// Thread blocks that compensate.
+    /// Thread blocks that compensate; fewer do where there are not rows for all of them.
     pub fn n_tb(&self) -> usize {
         self.n_tb
     }
@@ -212,4 +217,41 @@ fn bucket_edges(thresholds: &[f32], k: usize) -> [f32; BUCKETS] {
         *edge = below;
     }
     edges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever `n_tb`, every row is in one stripe, and no stripe is empty.
+    #[test]
+    fn no_stripe_is_without_rows() {
+        for out_features in [8, 24, 32, 40, 64, 576, 1000, 4096] {
+            for n_tb in [1, 2, 3, 5, 18, 31, 66, 128, 132, 1000] {
+                let plan = DecPlan::new(64, out_features, &[1.0; 64], 8, n_tb, Selection::Bucket).unwrap();
+                let what = format!("{out_features} rows, n_tb {n_tb}");
+                let stripes: Vec<_> = plan.stripes().collect();
+                assert!(stripes.len() <= n_tb && stripes.iter().all(|s| !s.is_empty()), "{what}: {stripes:?}");
+                assert_eq!(
+                    stripes.into_iter().flatten().collect::<Vec<_>>(),
+                    (0..out_features / 8).collect::<Vec<_>>()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_compensated_is_refused() {
+        for (inputs, outputs, k_chunk, n_tb, message) in [
+            (64, 0, 8, 2, "0 x 64"),
+            (64, 12, 8, 2, "12 x 64"),
+            (0, 8, 8, 2, "8 x 0"),
+            (64, 8, 1025, 2, "k_chunk is 1025"),
+            (64, 8, 8, 0, "n_tb is 0"),
+        ] {
+            let error =
+                DecPlan::new(inputs, outputs, &vec![1.0; inputs], k_chunk, n_tb, Selection::Bucket).unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+        }
+    }
 }

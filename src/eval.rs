@@ -12,7 +12,7 @@ use crate::model::{Model, State};
 use crate::sampling::{Sampling, argmax};
 
 /// What to make of a logit that is no number: weights are finite, so something was too large on the way.
-const OVERFLOW: &str = "the model overflows the numbers of the device, try --dtype bfloat16 or --device cpu";
+const OVERFLOW: &str = "the logits are not finite numbers, try --dtype bfloat16 or --dtype float32; if they stay so, the weights are damaged";
 
 /// What was measured over all windows.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
@@ -62,15 +62,19 @@ pub fn windows(tokens: &[u32], seq_len: usize, windows: Range<usize>) -> Result<
 /// which the windows are read once more without it). `done` hears of every window and may end it all.
 ///
 /// # Errors
-/// Logits that are not finite numbers; whatever the device or `done` says.
+/// No windows, windows of different lengths or of fewer than two tokens, an id outside the vocabulary, a source of
+/// another vocabulary, logits that are not finite numbers, what `done` says, or what the device says.
 pub fn perplexity<B: DecodeBackend>(
     model: &Model<'_, B>,
     source: Option<&Model<'_, B>>,
     windows: &[&[u32]],
     mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Evaluation> {
-    let seq_len = windows.first().map_or(0, |w| w.len());
     let vocab = model.config().vocab_size;
+    let seq_len = check(windows, vocab)?;
+    if let Some(theirs) = source.map(|source| source.config().vocab_size) {
+        ensure!(theirs == vocab, "a source of {theirs} tokens for a model of {vocab}, give the model's own source");
+    }
     let mut reader = Reader::new(model, seq_len, true)?;
     let mut source = source.map(|source| Reader::new(source, seq_len, true)).transpose()?;
     let mut base = match source.is_some() && model.is_compensated() {
@@ -116,6 +120,19 @@ pub fn perplexity<B: DecodeBackend>(
         base_perplexity: base.is_some().then_some(alone.exp()),
         recovered: (base.is_some() && alone != theirs).then(|| (alone - ours) / (alone - theirs)),
     })
+}
+
+/// The length of all `windows`.
+fn check(windows: &[&[u32]], vocab: usize) -> Result<usize> {
+    let seq_len = windows.first().map_or(0, |window| window.len());
+    ensure!(seq_len >= 2, "windows of {seq_len} tokens predict nothing, at least 2 are needed");
+    for (w, window) in windows.iter().enumerate() {
+        ensure!(window.len() == seq_len, "window {w} has {} tokens, the first has {seq_len}", window.len());
+        if let Some(id) = window.iter().find(|&&id| id as usize >= vocab) {
+            anyhow::bail!("window {w} has token id {id}, the vocabulary ends at {}", vocab - 1);
+        }
+    }
+    Ok(seq_len)
 }
 
 /// A model that reads windows and hands out logits in host memory.

@@ -70,7 +70,9 @@ impl Generated {
 /// Makes one text; `on_token` hears each token in order and may end it.
 ///
 /// # Errors
-/// An empty prompt, one longer than the state has room for, or a failing device.
+/// An empty prompt, one longer than the state has room for, a state of another model, rules that say nothing
+/// ([`Sampling::validate`]), logits that no token can be chosen by since the largest is not a finite number, what
+/// `on_token` says, or a failing device.
 pub fn generate<B: DecodeBackend>(
     model: &Model<'_, B>,
     state: &mut State<B>,
@@ -114,7 +116,7 @@ pub fn generate<B: DecodeBackend>(
             model.step(state)?;
             queued += 1;
         }
-        let token = backend.sampled(&state.sequence, i)?;
+        let token = model.sampled(state, i)?;
         if i == 0 {
             made.prompt_time = start.elapsed();
         } else {

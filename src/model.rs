@@ -1,10 +1,13 @@
 //! A decoder on a device: weights, the state of one text, and the forward pass. Generic over the backend.
 
 mod operations;
+mod state;
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::backend::{Activations, DecodeBackend, Input, LayerOperands, Norm};
+use crate::backend::{DecodeBackend, Input, LayerOperands, Norm};
 use crate::config::{ModelConfig, Projection};
 use crate::dec::{DecPlan, Selection};
 use crate::format::Dense;
@@ -12,6 +15,7 @@ use crate::sampling::Sampling;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use operations::Operation;
+pub use state::State;
 
 /// How the layers of one bit width are compensated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +50,16 @@ pub struct Model<'b, B: DecodeBackend> {
     head: Option<B::Matrix>,
     final_norm: Norm<B::Vector>,
     layers: Vec<Layer<B>>,
+    /// No other model has the same: a state belongs to one.
+    id: u64,
+    /// Another number whenever plans change: recorded tokens point to those of their time.
+    planned: u64,
+}
+
+/// A number that was not given before.
+fn unique() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 struct Layer<B: DecodeBackend> {
@@ -62,26 +76,19 @@ struct Projected<B: DecodeBackend> {
     plan: Option<B::Plan>,
 }
 
-/// One text in the making, and the activations of the tokens at hand.
-pub struct State<B: DecodeBackend> {
-    /// Key-value cache, length, sampled tokens.
-    pub sequence: B::Sequence,
-    max_seq_len: usize,
-    len: usize,
-    max_tokens: usize,
-    activations: Activations<B>,
-    last: B::Vector,   // [hidden_size]
-    logits: B::Vector, // [vocab_size]
-    graph: Option<B::Graph>,
-}
-
 impl<'b, B: DecodeBackend> Model<'b, B> {
     /// Uploads all tensors; `loaded` hears of every layer.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read, or no memory.
     pub fn load(backend: &'b B, weights: &dyn ModelWeights, loaded: impl FnMut(usize)) -> Result<Self> {
         Self::load_with_head(backend, weights, None, loaded)
     }
 
     /// The same with another head `[vocab_size, hidden_size]`, such as one of fewer bits, in place of the model's own.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`], and a head of another shape.
     pub fn load_with_head(
         backend: &'b B,
         weights: &dyn ModelWeights,
@@ -117,7 +124,8 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
             layers.push(Layer { input_norm: norm(input)?, post_norm: norm(post)?, projections, bits: weights.bits(l) });
             loaded(l + 1);
         }
-        Ok(Self { backend, config, embedding, head, final_norm, layers })
+        let (id, planned) = (unique(), unique());
+        Ok(Self { backend, config, embedding, head, final_norm, layers, id, planned })
     }
 
     /// Shapes and constants.
@@ -148,26 +156,26 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         self.layers.iter().any(|layer| layer.projections.iter().any(|p| p.thresholds.is_some()))
     }
 
-    /// Compensates from now on as `compensation` says; `None` stops it.
-    ///
-    /// States made before must not have a recorded token any more: make new ones, or [`State::forget_graph`].
+    /// Compensates from now on as `compensation` says; `None` stops it. Texts in the making go on with it.
     ///
     /// # Errors
-    /// As many entries as bit widths are needed; a plan the device cannot run; a model without residuals.
+    /// As many entries as bit widths are needed; a plan the device cannot run; a model without residuals. Nothing has
+    /// changed then.
     pub fn compensate(&mut self, compensation: Option<&Compensation>) -> Result<()> {
         let widths = self.bit_widths();
         if let Some(c) = compensation {
             let n = c.by_bits.len();
             ensure!(
-                n == 1 || n == widths.len(),
+                n == 1 || n > 0 && n == widths.len(),
                 "{n} sets of n_tb and k_chunk were given for a model of {} bit width(s), give one set or one for each",
                 widths.len()
             );
         }
-        for (l, layer) in self.layers.iter_mut().enumerate() {
+        let mut plans = Vec::with_capacity(4 * self.layers.len());
+        for (l, layer) in self.layers.iter().enumerate() {
             let width = widths.iter().position(|&w| Some(w) == layer.bits).unwrap_or(0);
-            for (p, projected) in Projection::ALL.into_iter().zip(&mut layer.projections) {
-                projected.plan = match compensation {
+            for (p, projected) in Projection::ALL.into_iter().zip(&layer.projections) {
+                plans.push(match compensation {
                     None => None,
                     Some(c) => {
                         let own = c.by_bits[if c.by_bits.len() == 1 { 0 } else { width }];
@@ -175,9 +183,12 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
                             .plan(self.backend, own.k_chunks[p.index()], own.n_tb, c.selection)
                             .with_context(|| format!("layer {l}, {p}"))?
                     }
-                };
+                });
             }
         }
+        self.planned = unique();
+        let projections = self.layers.iter_mut().flat_map(|layer| &mut layer.projections);
+        projections.zip(plans).for_each(|(projected, plan)| projected.plan = plan);
         Ok(())
     }
 
@@ -186,103 +197,63 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         self.layers.iter().any(|layer| layer.projections.iter().any(|p| p.plan.is_some()))
     }
 
-    /// Room for one text of at most `max_seq_len` tokens.
-    ///
-    /// # Errors
-    /// A context the model was not trained for, or no memory.
-    pub fn state(&self, max_seq_len: usize) -> Result<State<B>> {
-        let (c, b) = (&self.config, self.backend);
-        let max = c.max_position_embeddings;
-        ensure!(max_seq_len <= max, "{max_seq_len} tokens are asked for, the model's context is {max}");
-        let max_tokens = b.device().max_tokens.min(max_seq_len).max(1);
-        let width = |p: Projection| c.shape(p).1;
-        Ok(State {
-            sequence: b.sequence(c, max_seq_len)?,
-            max_seq_len,
-            len: 0,
-            max_tokens,
-            activations: Activations {
-                h: b.vector(max_tokens * c.hidden_size)?,
-                qkv: b.vector(max_tokens * width(Projection::Qkv))?,
-                attended: b.vector(max_tokens * c.num_heads * c.head_dim)?,
-                gu: b.vector(max_tokens * width(Projection::GateUp))?,
-            },
-            last: b.vector(c.hidden_size)?,
-            logits: b.vector(c.vocab_size)?,
-            graph: None,
-        })
-    }
-
-    /// Starts over with an empty text; `draws[i]` decides the `i`-th sampled token.
-    pub fn begin(&self, state: &mut State<B>, sampling: &Sampling, draws: &[f32]) -> Result<()> {
-        state.len = 0;
-        state.graph = None;
-        self.backend.begin(&mut state.sequence, sampling, draws)
-    }
-
     /// Makes ready what a prompt of `prompt` tokens and the tokens after it need; what `state` holds is lost.
     ///
     /// # Errors
-    /// A device that cannot, for instance because a kernel does not compile.
+    /// A state of another model, a prompt that it has no room for, or a device that cannot, for instance because a
+    /// kernel does not compile.
     pub fn prepare(&self, state: &mut State<B>, prompt: usize, compensated: bool) -> Result<()> {
+        self.begin(state, &Sampling::GREEDY, &[])?;
+        state.takes(prompt)?;
         let most = state.max_tokens;
         // The passes of a long prompt are alike but for the last.
         let passes = if prompt > most { [most, prompt % most] } else { [prompt, 0] };
-        self.begin(state, &Sampling::GREEDY, &[])?;
-        self.backend.prepare(&mut || {
-            for tokens in passes.into_iter().filter(|&tokens| tokens > 0) {
-                self.prompt(state, &vec![0; tokens], compensated)?;
-                state.len = 0;
-            }
-            self.token(state)?;
-            state.len = 0;
-            Ok(())
+        // Without effect on the device: the text stays empty.
+        state.grow(0, 0, |state| {
+            self.backend.prepare(&mut || {
+                for tokens in passes.into_iter().filter(|&tokens| tokens > 0) {
+                    self.read(state, &vec![0; tokens], compensated)?;
+                }
+                self.token(state)
+            })
         })
     }
 
     /// Reads `tokens`, and chooses the first token after them.
     ///
     /// # Errors
-    /// No tokens, an id outside the vocabulary, or no room.
+    /// A state of another model or one on which an operation has failed, no tokens, an id outside the vocabulary, no
+    /// room, no draw for the choice: nothing was read then. Or what the device says.
     pub fn prompt(&self, state: &mut State<B>, tokens: &[u32], compensated: bool) -> Result<()> {
-        let b = self.backend;
-        ensure!(!tokens.is_empty(), "the prompt is empty, give at least one token");
-        let mut count = 0;
-        for tokens in tokens.chunks(state.max_tokens) {
-            count = tokens.len();
-            self.layers(state, Input::Prompt(tokens), count, compensated)?;
-        }
-        b.last_row(&state.activations.h, self.config.hidden_size, count, &mut state.last)?;
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        b.norm_gemv(&self.final_norm, head, None, &state.last, &mut state.logits, 1)?;
-        b.sample(&mut state.sequence, &state.logits)
+        self.admit(state, tokens)?;
+        state.chooses()?;
+        state.grow(tokens.len(), 1, |state| self.read(state, tokens, compensated))
     }
 
     /// Reads the token chosen last, and chooses the next one.
+    ///
+    /// # Errors
+    /// A state of another model or one on which an operation has failed, a text that no token was chosen for yet, no
+    /// room, no draw for the choice: nothing was read then. Or what the device says.
     pub fn step(&self, state: &mut State<B>) -> Result<()> {
-        let len = state.len;
-        let mut graph = state.graph.take();
-        self.backend.replay(&mut graph, &mut || {
-            state.len = len;
-            self.token(state)
-        })?;
-        state.graph = graph;
-        state.len = len + 1;
+        self.own(state)?;
+        state.goes_on()?;
+        state.takes(1)?;
+        state.chooses()?;
+        // A token recorded with other plans points to what is no longer there.
+        let recorded = state.graph.take().filter(|(planned, _)| *planned == self.planned);
+        let mut graph = recorded.map(|(_, graph)| graph);
+        // Recorded tokens run nothing of this again: whatever has to be checked was checked above.
+        state.grow(1, 1, |state| self.backend.replay(&mut graph, &mut || self.token(state)))?;
+        state.graph = graph.map(|graph| (self.planned, graph));
         Ok(())
-    }
-
-    /// The operations of one token.
-    fn token(&self, state: &mut State<B>) -> Result<()> {
-        let (b, head) = (self.backend, self.head.as_ref().unwrap_or(&self.embedding));
-        self.layers(state, Input::Sampled, 1, true)?;
-        b.norm_gemv(&self.final_norm, head, None, &state.activations.h, &mut state.logits, 1)?;
-        b.sample(&mut state.sequence, &state.logits)
     }
 
     /// Reads `tokens` behind the text and overwrites `logits` `[tokens, vocab_size]` with what follows each.
     ///
     /// # Errors
-    /// More tokens than [`State::max_tokens`], an id outside the vocabulary, or no room.
+    /// A state of another model or one on which an operation has failed, no tokens, more than [`State::max_tokens`], an
+    /// id outside the vocabulary, no room, or too small a vector: nothing was read then. Or what the device says.
     pub fn logits(
         &self,
         state: &mut State<B>,
@@ -290,28 +261,61 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         compensated: bool,
         logits: &mut B::Vector,
     ) -> Result<()> {
-        self.layers(state, Input::Prompt(tokens), tokens.len(), compensated)?;
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        self.backend.norm_gemv(&self.final_norm, head, None, &state.activations.h, logits, tokens.len())
+        self.admit(state, tokens)?;
+        let (count, most) = (tokens.len(), state.max_tokens);
+        ensure!(count <= most, "{count} tokens at once, 1 to {most} are allowed, read them in parts");
+        let (room, needed) = (self.backend.room(logits), count * self.config.vocab_size);
+        ensure!(room >= needed, "a vector of {room} numbers for the logits of {count} tokens, {needed} are needed");
+        state.grow(count, 0, |state| {
+            self.layers(state, Input::Prompt(tokens), count, compensated)?;
+            self.backend.norm_gemv(&self.final_norm, self.head(), None, &state.activations.h, logits, count)
+        })
     }
 
-    /// Embeds and runs all layers; the text grows by `tokens`.
+    /// Fails if `tokens` cannot be read behind the text.
+    fn admit(&self, state: &State<B>, tokens: &[u32]) -> Result<()> {
+        self.own(state)?;
+        ensure!(!tokens.is_empty(), "the prompt is empty, give at least one token");
+        state.takes(tokens.len())?;
+        let vocab = self.config.vocab_size;
+        if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
+            bail!("token id {id}, the vocabulary ends at {}", vocab - 1);
+        }
+        Ok(())
+    }
+
+    /// The operations of a prompt.
+    fn read(&self, state: &mut State<B>, tokens: &[u32], compensated: bool) -> Result<()> {
+        let b = self.backend;
+        let mut count = 0;
+        for tokens in tokens.chunks(state.max_tokens) {
+            count = tokens.len();
+            self.layers(state, Input::Prompt(tokens), count, compensated)?;
+        }
+        b.last_row(&state.activations.h, self.config.hidden_size, count, &mut state.last)?;
+        b.norm_gemv(&self.final_norm, self.head(), None, &state.last, &mut state.logits, 1)?;
+        b.sample(&mut state.sequence, &state.logits)
+    }
+
+    /// The operations of one token.
+    fn token(&self, state: &mut State<B>) -> Result<()> {
+        let b = self.backend;
+        self.layers(state, Input::Sampled, 1, true)?;
+        b.norm_gemv(&self.final_norm, self.head(), None, &state.activations.h, &mut state.logits, 1)?;
+        b.sample(&mut state.sequence, &state.logits)
+    }
+
+    fn head(&self) -> &B::Matrix {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Embeds and runs all layers over `tokens` more.
     fn layers(&self, state: &mut State<B>, input: Input<'_>, tokens: usize, compensated: bool) -> Result<()> {
         let b = self.backend;
-        let room = state.max_seq_len - state.len;
-        ensure!(tokens <= room, "{tokens} more tokens, but the context of {} has room for {room}", state.max_seq_len);
-        if let Input::Prompt(ids) = input {
-            let vocab = self.config.vocab_size;
-            if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-                bail!("token id {id}, the vocabulary ends at {}", vocab - 1);
-            }
-        }
         b.embed(&state.sequence, &self.embedding, input, &mut state.activations.h)?;
         let layers: Vec<_> = self.layers.iter().map(|layer| layer.operands(compensated)).collect();
         b.layers(&mut state.sequence, 0, &layers, &mut state.activations, tokens)?;
-        b.advance(&mut state.sequence, tokens)?;
-        state.len += tokens;
-        Ok(())
+        b.advance(&mut state.sequence, tokens)
     }
 }
 
@@ -346,32 +350,5 @@ impl<B: DecodeBackend> Projected<B> {
 
     fn active(&self, compensated: bool) -> Option<&B::Plan> {
         self.plan.as_ref().filter(|_| compensated)
-    }
-}
-
-impl<B: DecodeBackend> State<B> {
-    /// Tokens read so far.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// True before the first token.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Tokens that there is still room for.
-    pub fn room(&self) -> usize {
-        self.max_seq_len - self.len
-    }
-
-    /// The most tokens that one pass takes.
-    pub fn max_tokens(&self) -> usize {
-        self.max_tokens
-    }
-
-    /// Drops the recorded token, after the model's compensation has changed.
-    pub fn forget_graph(&mut self) {
-        self.graph = None;
     }
 }

@@ -3,6 +3,8 @@
 //! Runs where `DECDEC_TEST_DEVICES` names `cuda`; then a missing device fails.
 
 mod cuda_common;
+#[path = "texts/mod.rs"]
+mod texts;
 
 use std::ops::ControlFlow;
 
@@ -10,13 +12,14 @@ use cuda_common::{Noise, cuda, options};
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::record::{Clock, Recorder};
-use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::backend::{DecodeBackend, GemvBackend, Input};
 use decdec::config::{Architecture, ModelConfig, RopeScaling};
 use decdec::dec::Selection;
 use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::random::{RandomFormat, RandomWeights};
-use decdec::sampling::Sampling;
+use decdec::sampling::{NO_TOKEN, Sampling};
+use decdec::weights::{Linear, ModelWeights, Weight};
 
 /// A model with every awkward width: rows that are no whole tiles, channels that are no whole units or chunks.
 fn small(sliding_window: Option<usize>, kv_heads: usize) -> ModelConfig {
@@ -374,6 +377,65 @@ fn texts_beside_each_other_are_those_of_one_alone() {
     }
 }
 
+/// Two texts in turn on two states, and one whose model is compensated otherwise under it: in one launch, which shares
+/// its work space and its table of layers, and operation by operation.
+#[test]
+fn texts_on_two_states_are_those_of_one() {
+    for (dtype, compile, layers_always) in [
+        (Dtype::Float16, 2, true),
+        (Dtype::Bfloat16, 2, true),
+        (Dtype::Float16, 1, true),
+        (Dtype::Float16, 2, false),
+        (Dtype::Float32, 2, false),
+    ] {
+        let tuning = Tuning { layers_always, ..Tuning::default() };
+        let Some(mut cuda) = cuda(Options { tuning, ..options(dtype, compile) }) else { return };
+        cuda.watch_layers().unwrap();
+        for (bits, format) in [(3, RandomFormat::AnyPrec), (4, RandomFormat::LutGemm { group_size: 32 })] {
+            let weights = RandomWeights::new(small(None, 2), format, bits, 5).unwrap();
+            let mut model = Model::load(&cuda, &weights, |_| ()).unwrap();
+            texts::interleaved(&model);
+            model.compensate(Some(&Compensation::uniform(5, 32, Selection::Bucket))).unwrap();
+            texts::interleaved(&model);
+            texts::recompensated(&mut model, 32);
+        }
+        let fused = !cuda.timeline().unwrap().is_empty();
+        assert_eq!(fused, layers_always, "{dtype:?}, --compile {compile}: layers in one launch");
+    }
+}
+
+/// The contract broken on purpose: a text that is longer than its cache, more tokens than it has places for, ids that the
+/// embedding does not have. Nothing lies there, so nothing is read or written.
+#[test]
+fn nothing_is_touched_behind_the_end() {
+    for dtype in [Dtype::Float16, Dtype::Bfloat16, Dtype::Float32] {
+        let Some(cuda) = cuda(options(dtype, 2)) else { return };
+        let weights = RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 5).unwrap();
+        let config = weights.config();
+        let mut sequence = cuda.sequence(config, 8).unwrap();
+        cuda.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+        let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+        let (qkv, mut out) =
+            (cuda.vector(3 * width).unwrap(), cuda.vector(3 * config.num_heads * config.head_dim).unwrap());
+        for tokens in [1, 3] {
+            cuda.advance(&mut sequence, 1 << 30).unwrap();
+            cuda.attend(&mut sequence, config.num_layers - 1, &qkv, &mut out, tokens).unwrap();
+        }
+        let logits = cuda.vector(config.vocab_size).unwrap();
+        (0..50).for_each(|_| cuda.sample(&mut sequence, &logits).unwrap());
+        assert_eq!((cuda.sampled(&sequence, 8).unwrap(), cuda.sampled(&sequence, 9).is_err()), (0, true), "{dtype:?}");
+
+        let table = cuda.matrix(&Linear::plain(Weight::Dense(weights.embedding().unwrap()))).unwrap();
+        let mut h = cuda.vector(5 * config.hidden_size).unwrap();
+        let ids = [999, 1000, 1007, NO_TOKEN, u32::MAX];
+        cuda.embed(&sequence, &table, Input::Prompt(&ids), &mut h).unwrap();
+        let mut values = vec![0f32; 5 * config.hidden_size];
+        cuda.read(&h, &mut values).unwrap();
+        let (there, not) = values.split_at(config.hidden_size);
+        assert!(there.iter().all(|h| h.is_finite()) && not.iter().all(|h| h.is_nan()), "{dtype:?}");
+    }
+}
+
 #[test]
 fn sampling_follows_the_rules() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
@@ -399,7 +461,7 @@ fn sampling_follows_the_rules() {
         for (i, &draw) in draws.iter().enumerate() {
             cuda.sample(&mut sequence, &logits).unwrap();
             let (got, want) = (cuda.sampled(&sequence, i).unwrap(), rules.choose(&values, draw));
-            assert_eq!(got, want, "case {case}, {rules:?}, draw {draw}");
+            assert_eq!(Some(got), want, "case {case}, {rules:?}, draw {draw}");
             different += usize::from(want != rules.choose(&values, 0.0));
         }
     }

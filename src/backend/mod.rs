@@ -20,7 +20,7 @@ pub mod wgsl;
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use self::record::{Clock, Recorder};
 use crate::config::ModelConfig;
@@ -61,6 +61,9 @@ pub trait GemvBackend {
 
     /// `len` zeros.
     fn vector(&self, len: usize) -> Result<Self::Vector>;
+
+    /// How many numbers `vector` has room for: at least as many as it was made for.
+    fn room(&self, vector: &Self::Vector) -> usize;
 
     /// Overwrites the first `values.len()` numbers of `to`.
     fn write(&self, values: &[f32], to: &mut Self::Vector) -> Result<()>;
@@ -151,10 +154,11 @@ pub trait DecodeBackend: GemvBackend {
     /// Room for one text of at most `max_seq_len` tokens.
     fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Self::Sequence>;
 
-    /// Starts over with an empty text. `draws[i]`, uniform in `[0, 1)`, decides the `i`-th sampled token.
+    /// Starts over with an empty text. `draws[i]`, uniform in `[0, 1)`, decides the `i`-th sampled token; where there is
+    /// none, 0 does.
     fn begin(&self, sequence: &mut Self::Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()>;
 
-    /// `h = table[token]` for every input token; ids are below the table's rows.
+    /// `h = table[token]` for every input token; NaN, and nothing is read, where the table has no such row.
     fn embed(
         &self,
         sequence: &Self::Sequence,
@@ -234,10 +238,14 @@ pub trait DecodeBackend: GemvBackend {
     /// Overwrites `last` with the last of the `tokens` rows of `h`, each `len` long.
     fn last_row(&self, h: &Self::Vector, len: usize, tokens: usize, last: &mut Self::Vector) -> Result<()>;
 
-    /// Chooses the next token from `logits` `[vocab_size]`, by the rules and draws of [`DecodeBackend::begin`].
+    /// Chooses the next token from `logits` `[vocab_size]`, by the rules and draws of [`DecodeBackend::begin`]: what
+    /// [`Sampling::choose`] does, or [`NO_TOKEN`](crate::sampling::NO_TOKEN) where that finds none.
     fn sample(&self, sequence: &mut Self::Sequence, logits: &Self::Vector) -> Result<()>;
 
     /// Waits for the `i`-th token sampled since [`DecodeBackend::begin`] and returns it.
+    ///
+    /// # Errors
+    /// There was none to choose, since the largest logit was not a finite number; or it was not sampled yet.
     fn sampled(&self, sequence: &Self::Sequence, i: usize) -> Result<u32>;
 
     /// Makes ready whatever the operations that `work` queues will need, such as compiled kernels, so that the first
@@ -247,6 +255,13 @@ pub trait DecodeBackend: GemvBackend {
     /// Issues the operations of one token: runs `token`, or replays what it queued the first time, kept in
     /// `graph`. The caller empties `graph` whenever `token` would queue something else.
     fn replay(&self, graph: &mut Option<Self::Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+}
+
+/// Fails if `tokens` behind `len` would go past the end of a text of `max_seq_len`.
+pub(crate) fn ensure_room(len: usize, tokens: usize, max_seq_len: usize) -> Result<()> {
+    let room = max_seq_len.saturating_sub(len);
+    ensure!(tokens <= room, "{tokens} more tokens, but the context of {max_seq_len} has room for {room}");
+    Ok(())
 }
 
 /// [`DecodeBackend::layers`], operation by operation.

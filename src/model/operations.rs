@@ -1,6 +1,6 @@
 //! A token operation by operation, for clocks.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::{Model, State};
 use crate::backend::{DecodeBackend, Input};
@@ -40,9 +40,25 @@ impl<B: DecodeBackend> Model<'_, B> {
     /// Queues one operation for the token that was chosen last; what it computes is for nobody.
     ///
     /// # Errors
-    /// What the device says. The state must have room for one more token.
+    /// A state of another model or one on which an operation has failed, a layer that the model does not have, a text
+    /// that no token was chosen for yet or that has no room for one more. Or what the device says.
     pub fn operate(&self, state: &mut State<B>, operation: Operation) -> Result<()> {
-        let (b, head) = (self.backend, self.head.as_ref().unwrap_or(&self.embedding));
+        self.own(state)?;
+        state.goes_on()?;
+        state.takes(1)?;
+        let layers = self.layers.len();
+        if let Operation::Project(l, _) | Operation::Attend(l) = operation {
+            ensure!(l < layers, "layer {l}, the model has {layers}");
+        }
+        let chosen = usize::from(operation == Operation::Sample);
+        if chosen > 0 {
+            state.chooses()?;
+        }
+        state.grow(0, chosen, |state| self.queue(state, operation))
+    }
+
+    fn queue(&self, state: &mut State<B>, operation: Operation) -> Result<()> {
+        let b = self.backend;
         let State { sequence, activations: a, logits, .. } = state;
         match operation {
             Operation::Embed => b.embed(sequence, &self.embedding, Input::Sampled, &mut a.h),
@@ -62,7 +78,7 @@ impl<B: DecodeBackend> Model<'_, B> {
                 b.layers(sequence, 0, &layers, a, 1)
             }
             Operation::Advance => b.advance(sequence, 0),
-            Operation::Head => b.norm_gemv(&self.final_norm, head, None, &a.h, logits, 1),
+            Operation::Head => b.norm_gemv(&self.final_norm, self.head(), None, &a.h, logits, 1),
             Operation::Sample => b.sample(sequence, logits),
         }
     }

@@ -77,27 +77,22 @@ impl Layer {
     }
 }
 
-/// Sines and cosines of the rotary embedding.
+/// Rotations of the rotary embedding.
 #[derive(Debug)]
 pub(crate) struct Rope {
-    angles: Vec<(f32, f32)>, // [positions, head_dim / 2] of (cos, sin)
+    table: Vec<[f32; 2]>, // [positions, head_dim / 2] of (cos, sin)
     half: usize,
 }
 
 impl Rope {
     pub(crate) fn new(config: &ModelConfig, positions: usize) -> Self {
-        let frequencies = config.rope_frequencies();
-        let angles = (0..positions)
-            .flat_map(|p| frequencies.iter().map(move |f| (p as f32 * f).sin_cos()))
-            .map(|(sin, cos)| (cos, sin))
-            .collect();
-        Self { angles, half: frequencies.len() }
+        Self { table: config.rope_table(positions), half: config.head_dim / 2 }
     }
 
     fn rotate(&self, head: &mut [f32], position: usize) {
         let (low, high) = head.split_at_mut(self.half);
-        let angles = &self.angles[position * self.half..][..self.half];
-        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+        let pairs = &self.table[position * self.half..][..self.half];
+        for ((a, b), [cos, sin]) in low.iter_mut().zip(high).zip(pairs) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
@@ -105,8 +100,8 @@ impl Rope {
     /// Undoes [`Rope::rotate`].
     pub(crate) fn rotate_back(&self, head: &mut [f32], position: usize) {
         let (low, high) = head.split_at_mut(self.half);
-        let angles = &self.angles[position * self.half..][..self.half];
-        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+        let pairs = &self.table[position * self.half..][..self.half];
+        for ((a, b), [cos, sin]) in low.iter_mut().zip(high).zip(pairs) {
             (*a, *b) = (*a * cos + *b * sin, *b * cos - *a * sin);
         }
     }

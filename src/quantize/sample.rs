@@ -3,12 +3,12 @@
 
 use std::sync::atomic::AtomicBool;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::calibrate::Activations;
-use super::exponential::softmax;
+use super::exponential::{exp, largest};
 use super::forward::{KvCache, Layer, Rope, forward, norm};
 use super::product::{product, product_beside};
 use crate::config::ModelConfig;
@@ -31,7 +31,7 @@ pub(crate) const HEAD_ROWS: usize = 4096;
 /// `progress` grows by [`SAMPLED_TOKEN`] for every token and layer.
 ///
 /// # Errors
-/// [`super::Interrupted`], or a tensor that cannot be read.
+/// [`super::Interrupted`], a tensor that cannot be read, or logits that are not finite numbers.
 pub(crate) fn sample(
     weights: &dyn ModelWeights,
     texts: usize,
@@ -65,7 +65,8 @@ pub(crate) fn sample(
             };
         }
         let mut logits = self::logits(head, &norm(&h, &final_norm, config.rms_norm_eps));
-        last = logits.par_chunks_exact_mut(config.vocab_size).zip(draws).map(|(l, &draw)| draw_from(l, draw)).collect();
+        let of_texts = logits.par_chunks_exact_mut(config.vocab_size).zip(draws);
+        last = of_texts.map(|(logits, &draw)| draw_from(logits, draw)).collect::<Result<_>>()?;
         last.iter_mut().filter(|id| config.eos_token_ids.contains(id)).for_each(|id| *id = first);
     }
     Ok(ids)
@@ -111,15 +112,28 @@ pub(crate) fn logits(head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
     y
 }
 
-/// The token that `draw`, uniform in `[0, 1)`, chooses from the distribution of `logits`.
-fn draw_from(logits: &mut [f32], draw: f32) -> u32 {
-    softmax(logits);
+/// The token that `draw`, uniform in `[0, 1)`, chooses from the distribution of `logits`, which are used up. As in
+/// [`sampling::Sampling::choose`], but in the order of the ids: nothing is sorted.
+///
+/// # Errors
+/// The largest logit is not a finite number.
+fn draw_from(logits: &mut [f32], draw: f32) -> Result<u32> {
+    let top = largest(logits);
+    ensure!(
+        top.is_finite(),
+        "text cannot be sampled, the model's largest logit is not a finite number: give a calibration text, or check the \
+         model's weights"
+    );
+    for l in logits.iter_mut() {
+        *l = if l.is_finite() { exp(*l - top) } else { 0.0 };
+    }
     let mut left = f64::from(draw) * logits.iter().map(|&p| f64::from(p)).sum::<f64>();
     let chosen = logits.iter().position(|&p| {
         left -= f64::from(p);
         left < 0.0
     });
-    chosen.unwrap_or(logits.len() - 1) as u32
+    let last = || logits.iter().rposition(|&p| p > 0.0);
+    Ok(chosen.or_else(last).unwrap_or(0) as u32)
 }
 
 #[cfg(test)]
@@ -132,12 +146,32 @@ mod tests {
         let mut counts = [0; 4];
         for draw in sampling::draws(7, 8000) {
             let mut logits = probabilities.map(f32::ln);
-            counts[draw_from(&mut logits, draw) as usize] += 1;
+            counts[draw_from(&mut logits, draw).unwrap() as usize] += 1;
         }
         for (count, p) in counts.into_iter().zip(probabilities) {
             // Five standard deviations of a binomial count.
             let (mean, deviation) = (8000.0 * p, (8000.0 * p * (1.0 - p)).sqrt());
             assert!((count as f32 - mean).abs() < 5.0 * deviation, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn only_finite_logits_are_drawn() {
+        const NONE: f32 = f32::NEG_INFINITY;
+        let draws = [0.0, 0.3, 0.6, 0.999_999_9];
+        for (logits, legal) in [
+            (vec![f32::NAN, 1.0, NONE, 1.0, f32::NAN], vec![1, 3]),
+            (vec![NONE, NONE, -3e38, NONE], vec![2]),
+            (vec![f32::MAX; 40], (0..40).collect()),
+            (vec![5.0, f32::NAN, NONE], vec![0]),
+        ] {
+            let drawn = draws.map(|draw| draw_from(&mut logits.clone(), draw).unwrap());
+            assert!(drawn.iter().all(|id| legal.contains(id)), "{logits:?}: {drawn:?}");
+            assert!(legal.len() == 1 || drawn[0] != drawn[3], "{logits:?}: the draw does not decide");
+        }
+        for logits in [vec![f32::NAN; 3], vec![NONE; 40], vec![1.0, f32::INFINITY, 2.0], vec![f32::NAN, NONE]] {
+            let error = draw_from(&mut logits.clone(), 0.5).unwrap_err().to_string();
+            assert!(error.contains("not a finite number") && error.contains("calibration text"), "{error}");
         }
     }
 

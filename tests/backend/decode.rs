@@ -3,19 +3,19 @@
 use std::time::Duration;
 
 use decdec::backend::{Input, Norm};
-use decdec::config::ModelConfig;
-use decdec::sampling::{Sampling, draws};
+use decdec::config::{ModelConfig, RopeScaling};
+use decdec::sampling::Sampling;
 use decdec::weights::{Linear, Weight};
 
 use crate::UnderTest;
 use crate::common::{self, Stored, oracle};
 use crate::small_model::SmallModel;
 
-fn config() -> ModelConfig {
+pub(crate) fn config() -> ModelConfig {
     SmallModel::new(1, 2, false).config
 }
 
-fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
+pub(crate) fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
     let mut vector = backend.vector(values.len()).unwrap();
     backend.write(values, &mut vector).unwrap();
     vector
@@ -50,11 +50,20 @@ pub(crate) fn embed_and_last_row<B: UnderTest>(backend: &B) {
         backend.last_row(&h, 72, 2, &mut last).unwrap();
         assert_eq!(download(backend, &last, 72), row(0));
 
+        // Ids that the table does not have, such as those of a text that has no next token: nothing is read.
+        backend.embed(&sequence, &matrix, Input::Prompt(&[50, 3, u32::MAX]), &mut h).unwrap();
+        let got = download(backend, &h, 3 * 72);
+        assert!(got[..72].iter().chain(&got[144..]).all(|h| h.is_nan()), "{got:?}");
+        assert_eq!(got[72..144], row(3));
+
         let mut logits = vec![0.0; 96];
         logits[31] = 1.0;
         backend.sample(&mut sequence, &upload(backend, &logits)).unwrap();
         backend.embed(&sequence, &matrix, Input::Sampled, &mut h).unwrap();
         assert_eq!(download(backend, &h, 72), row(31));
+        backend.sample(&mut sequence, &upload(backend, &[f32::NAN; 96])).unwrap();
+        backend.embed(&sequence, &matrix, Input::Sampled, &mut h).unwrap();
+        assert!(download(backend, &h, 72).iter().all(|h| h.is_nan()), "no token has a row");
     }
 }
 
@@ -154,50 +163,77 @@ pub(crate) fn sliding_window<B: UnderTest>(backend: &B) {
     check_attention(backend, &small, &[[16; 25].as_slice(), &[1, 1]].concat());
 }
 
-/// The tokens that are sampled from `texts`, one after the other.
-fn sample<B: UnderTest>(backend: &B, sampling: &Sampling, draws: &[f32], texts: &[Vec<f32>]) -> Vec<u32> {
-    let config = ModelConfig { vocab_size: texts[0].len(), ..config() };
-    let mut sequence = backend.sequence(&config, texts.len()).unwrap();
-    backend.begin(&mut sequence, sampling, draws).unwrap();
-    for logits in texts {
-        backend.sample(&mut sequence, &upload(backend, logits)).unwrap();
-    }
-    (0..texts.len()).map(|i| backend.sampled(&sequence, i).unwrap()).collect()
-}
-
-pub(crate) fn greedy_sampling<B: UnderTest>(backend: &B) {
-    let vocab = 1003;
-    let base = common::uniform(1, vocab);
-    let with = |changes: &[(usize, f32)]| {
-        let mut logits = base.clone();
-        changes.iter().for_each(|&(i, value)| logits[i] = value);
-        logits
+/// Attention between the last two positions of the longest context: angles must be exact there.
+pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
+    const LAST: usize = 131_071;
+    let scaled = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192.0,
     };
-    let negative: Vec<f32> = base.iter().map(|x| x - 5.0).collect();
-    let largest = (0..vocab).rev().max_by(|&a, &b| negative[a].total_cmp(&negative[b])).unwrap() as u32;
-    let mut zeros = vec![0.0; vocab];
-    zeros[..9].fill(-0.0);
-    let cases = [
-        (with(&[(1002, 7.0)]), 1002),
-        (with(&[(700, 7.0), (256, 7.0), (900, 7.0)]), 256),
-        (with(&[(3, f32::NAN), (800, 2.0), (1002, f32::NAN)]), 800),
-        (with(&[(5, f32::INFINITY), (4, f32::MAX)]), 5),
-        (vec![f32::NEG_INFINITY; vocab], 0),
-        (zeros, 0),
-        (negative, largest),
-    ];
-    let (texts, want): (Vec<_>, Vec<u32>) = cases.into_iter().unzip();
-    assert_eq!(sample(backend, &Sampling::GREEDY, &[], &texts), want);
-}
-
-pub(crate) fn random_sampling<B: UnderTest>(backend: &B) {
-    let sampling = Sampling { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.02 };
-    let texts: Vec<Vec<f32>> = (0..24).map(|i| common::heavy_tailed(i, 517)).collect();
-    let draws = draws(5, texts.len());
-    let want: Vec<u32> = texts.iter().zip(&draws).map(|(logits, &draw)| sampling.choose(logits, draw)).collect();
-    assert_eq!(sample(backend, &sampling, &draws, &texts), want);
-    let other: Vec<f32> = draws.iter().map(|draw| 0.999 - draw).collect();
-    assert_ne!(sample(backend, &sampling, &other, &texts), want, "the draws do not decide");
+    for (rope_theta, rope_scaling) in
+        [(10_000.0, RopeScaling::None), (10_000.0, RopeScaling::Linear { factor: 2.0 }), (500_000.0, scaled)]
+    {
+        let (num_heads, num_kv_heads, head_dim) = (2, 1, 16);
+        let sliding_window = Some(2);
+        let config = ModelConfig {
+            num_layers: 1,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rope_theta,
+            rope_scaling,
+            sliding_window,
+            ..config()
+        };
+        let width = (num_heads + 2 * num_kv_heads) * head_dim;
+        // Scores of about 1: shares that an error of an angle moves.
+        let tokens: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, width).iter().map(|x| 2.0 * x).collect());
+        let mut sequence = backend.sequence(&config, LAST + 1).unwrap();
+        backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+        backend.advance(&mut sequence, LAST - 1).unwrap();
+        let mut out = backend.vector(num_heads * head_dim).unwrap();
+        for qkv in &tokens {
+            backend.attend(&mut sequence, 0, &upload(backend, qkv), &mut out, 1).unwrap();
+            backend.advance(&mut sequence, 1).unwrap();
+        }
+        let got = download(backend, &out, num_heads * head_dim);
+        let head = |t: usize, i: usize| exact(&tokens[t][i * head_dim..][..head_dim]);
+        let turned = |t: usize, i: usize, angle: &dyn Fn(usize, f64) -> f64| {
+            let angles: Vec<f64> = config.rope_frequencies().iter().map(|&f| angle(LAST - 1 + t, f)).collect();
+            oracle::rotate(&head(t, i), &angles, 1)
+        };
+        let products = |h: usize, s: usize, angle: &dyn Fn(usize, f64) -> f64| -> Vec<f64> {
+            let pairs = turned(1, h, angle).into_iter().zip(turned(s, num_heads, angle));
+            pairs.map(|(q, k)| q * k / (head_dim as f64).sqrt()).collect()
+        };
+        let of_head = |h: usize, angle: &dyn Fn(usize, f64) -> f64| -> Vec<f64> {
+            let scores = [0, 1].map(|s| products(h, s, angle).iter().sum::<f64>());
+            let first = 1.0 / (1.0 + (scores[1] - scores[0]).exp());
+            let values = head(0, num_heads + 1).into_iter().zip(head(1, num_heads + 1));
+            values.map(|(a, b)| first * a + (1.0 - first) * b).collect()
+        };
+        let want = |angle: &dyn Fn(usize, f64) -> f64| -> Vec<f64> {
+            (0..num_heads).flat_map(|h| of_head(h, angle)).collect()
+        };
+        let in_f64 = |position: usize, f: f64| position as f64 * f;
+        let sizes = (0..num_heads).flat_map(|h| [0, 1].map(|s| products(h, s, &in_f64).iter().map(|p| p.abs()).sum()));
+        // Two scores are off by this, a share by half of it, the result by twice that: values are 4 apart at most.
+        let score = common::tolerance(0.0, 0.0, head_dim + 8, sizes.fold(0.0, f64::max));
+        let exact = want(&in_f64);
+        let allowed = |i: usize| common::tolerance(B::ROUNDING, exact[i], 8, 2.0) + 2.0 * score;
+        assert_eq!(common::misfit(&got, &exact, allowed), None, "{:?}", config.rope_scaling);
+        let of_f32 = want(&|position, f| f64::from(position as f32 * f as f32));
+        assert!(common::misfit(&got, &of_f32, allowed).is_some(), "{:?}: angles of f32 go unseen", config.rope_scaling);
+    }
+    // Nothing is attended to, or advanced over, behind the end.
+    let mut sequence = backend.sequence(&config(), 3).unwrap();
+    backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+    if !backend.device().id.starts_with("cuda") {
+        let error = backend.advance(&mut sequence, 4).unwrap_err().to_string();
+        assert!(error.contains("4 more tokens") && error.contains("room for 3"), "{error}");
+    }
 }
 
 /// More work takes longer, by the device's own clock.

@@ -12,6 +12,8 @@ mod noise;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../small_model/mod.rs"]
 mod small_model;
+#[path = "../texts/mod.rs"]
+mod texts;
 
 mod agree;
 mod cases;
@@ -19,8 +21,11 @@ mod dec;
 mod decode;
 mod families;
 mod gemv;
+mod misuse;
 mod record;
+mod recording;
 mod reference;
+mod sampling;
 mod whole;
 
 use common::devices;
@@ -115,9 +120,18 @@ on_every_backend! {
     decode::swiglu,
     decode::attention,
     decode::sliding_window,
-    decode::greedy_sampling,
-    decode::random_sampling,
+    decode::rotation_far_out,
     decode::time_passes,
+    sampling::greedy,
+    sampling::draws_decide,
+    sampling::awkward_logits,
+    sampling::after_no_token,
+    misuse::past_the_end,
+    misuse::compensation_changes,
+    misuse::a_state_of_another_model,
+    misuse::arguments,
+    misuse::logits_that_are_no_numbers,
+    misuse::two_texts,
     record::every_launch_is_timed,
     record::bandwidths_are_measured,
     reference::reference_directories,

@@ -20,9 +20,9 @@ use crate::small_model::SmallModel;
 const LOGITS: f64 = 1e-4;
 
 /// The small model with every projection replaced by random codes with a random residual.
-struct Quantized {
-    model: SmallModel,
-    lutgemm: bool,
+pub(crate) struct Quantized {
+    pub(crate) model: SmallModel,
+    pub(crate) lutgemm: bool,
 }
 
 impl ModelWeights for Quantized {
@@ -136,7 +136,7 @@ fn check_with_head<B: UnderTest>(backend: &B, weights: &dyn ModelWeights, head: 
     model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
     model.prompt(&mut state, &text, compensated).unwrap();
     for i in 0..8 {
-        let token = backend.sampled(&state.sequence, i).unwrap();
+        let token = model.sampled(&state, i).unwrap();
         let logits = oracle::forward(weights, &text, compensated).pop().unwrap();
         let best = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let chosen = logits[token as usize];

@@ -92,12 +92,12 @@ pub(crate) fn swiglu(gu: &[f64]) -> Vec<f64> {
     gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
 }
 
-/// One head, rotated by half-split RoPE. The angle is an f32 product, as in the training code of these models.
-fn rotate(head: &[f64], frequencies: &[f32], position: usize) -> Vec<f64> {
+/// One head, rotated by half-split RoPE.
+pub(crate) fn rotate(head: &[f64], frequencies: &[f64], position: usize) -> Vec<f64> {
     let half = head.len() / 2;
     let mut out = vec![0.0; head.len()];
     for i in 0..half {
-        let (sin, cos) = f64::from(position as f32 * frequencies[i]).sin_cos();
+        let (sin, cos) = (position as f64 * frequencies[i]).sin_cos();
         out[i] = head[i] * cos - head[i + half] * sin;
         out[i + half] = head[i + half] * cos + head[i] * sin;
     }

@@ -163,7 +163,7 @@ impl Model {
 /// The inverse frequencies of RoPE; where they are scaled, those of the configuration, which has its own tests.
 fn rotary(config: &ModelConfig) -> Vec<f64> {
     if config.rope_scaling != RopeScaling::None {
-        return config.rope_frequencies().into_iter().map(f64::from).collect();
+        return config.rope_frequencies();
     }
     let dim = config.head_dim as f64;
     (0..config.head_dim / 2).map(|i| config.rope_theta.powf(-(2.0 * i as f64) / dim)).collect()

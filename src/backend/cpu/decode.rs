@@ -1,13 +1,13 @@
 //! A whole token on the CPU: norms, rotary attention, feed-forward, sampling.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use rayon::prelude::*;
 
 use super::{Cpu, Matrix, kernels};
-use crate::backend::{DecodeBackend, Input, Norm};
+use crate::backend::{DecodeBackend, Input, Norm, ensure_room};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
-use crate::sampling::Sampling;
+use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// One text in host memory.
 #[derive(Debug)]
@@ -17,9 +17,9 @@ pub struct Sequence {
     num_kv_heads: usize,
     head_dim: usize,
     window: usize,
-    keys: Vec<Vec<f32>>,        // per layer [num_kv_heads, max_seq_len, head_dim]
-    values: Vec<Vec<f32>>,      // likewise
-    rotations: Vec<(f32, f32)>, // cos and sin, [max_seq_len, head_dim / 2]
+    keys: Vec<Vec<f32>>,      // per layer [num_kv_heads, max_seq_len, head_dim]
+    values: Vec<Vec<f32>>,    // likewise
+    rotations: Vec<[f32; 2]>, // cos and sin, [max_seq_len, head_dim / 2]
     len: usize,
     sampling: Sampling,
     draws: Vec<f32>,
@@ -27,12 +27,17 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    /// Fails if `tokens` more would go past the end of the cache.
+    fn fits(&self, tokens: usize) -> Result<()> {
+        ensure_room(self.len, tokens, self.max_seq_len)
+    }
+
     /// Rotates one head at `position`; channel `i` pairs with `i + head_dim / 2`.
     fn rotate(&self, head: &mut [f32], position: usize) {
         let half = self.head_dim / 2;
         let (first, second) = head.split_at_mut(half);
         let rotations = &self.rotations[position * half..][..half];
-        for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(rotations) {
+        for ((a, b), [cos, sin]) in first.iter_mut().zip(second).zip(rotations) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
@@ -99,11 +104,6 @@ impl DecodeBackend for Cpu {
     fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
         ensure!(max_seq_len > 0, "the context has no room for a single token");
         let cache = config.num_kv_heads * max_seq_len * config.head_dim;
-        let frequencies = config.rope_frequencies();
-        let rotations = (0..max_seq_len)
-            .flat_map(|position| frequencies.iter().map(move |f| (position as f32 * f).sin_cos()))
-            .map(|(sin, cos)| (cos, sin))
-            .collect();
         Ok(Sequence {
             max_seq_len,
             num_heads: config.num_heads,
@@ -112,7 +112,7 @@ impl DecodeBackend for Cpu {
             window: config.sliding_window.unwrap_or(usize::MAX),
             keys: vec![vec![0.0; cache]; config.num_layers],
             values: vec![vec![0.0; cache]; config.num_layers],
-            rotations,
+            rotations: config.rope_table(max_seq_len),
             len: 0,
             sampling: Sampling::GREEDY,
             draws: Vec::new(),
@@ -131,10 +131,13 @@ impl DecodeBackend for Cpu {
     fn embed(&self, sequence: &Sequence, table: &Matrix, input: Input<'_>, h: &mut Vec<f32>) -> Result<()> {
         let tokens = match input {
             Input::Prompt(tokens) => tokens,
-            Input::Sampled => std::slice::from_ref(sequence.sampled.last().expect("a token was sampled")),
+            Input::Sampled => std::slice::from_ref(sequence.sampled.last().unwrap_or(&NO_TOKEN)),
         };
         for (&token, h) in tokens.iter().zip(h.chunks_exact_mut(table.in_features)) {
-            table.values.dequantize(token as usize, h);
+            match token as usize {
+                row if row < table.out_features => table.values.dequantize(row, h),
+                _ => h.fill(f32::NAN),
+            }
         }
         Ok(())
     }
@@ -166,6 +169,7 @@ impl DecodeBackend for Cpu {
         tokens: usize,
     ) -> Result<()> {
         let start = sequence.len;
+        sequence.fits(tokens)?;
         let head_dim = sequence.head_dim;
         let q_width = sequence.num_heads * head_dim;
         let width = q_width + 2 * sequence.num_kv_heads * head_dim;
@@ -221,8 +225,8 @@ impl DecodeBackend for Cpu {
     }
 
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        sequence.fits(tokens)?;
         sequence.len += tokens;
-        debug_assert!(sequence.len <= sequence.max_seq_len);
         Ok(())
     }
 
@@ -233,12 +237,13 @@ impl DecodeBackend for Cpu {
 
     fn sample(&self, sequence: &mut Sequence, logits: &Vec<f32>) -> Result<()> {
         let draw = sequence.draws.get(sequence.sampled.len()).copied().unwrap_or(0.0);
-        sequence.sampled.push(sequence.sampling.choose(logits, draw));
+        sequence.sampled.push(sequence.sampling.choose(logits, draw).unwrap_or(NO_TOKEN));
         Ok(())
     }
 
     fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
-        Ok(sequence.sampled[i])
+        let Some(&token) = sequence.sampled.get(i) else { bail!("token {i} was read before it was sampled") };
+        sampling::token(i, token)
     }
 
     fn prepare(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<()> {

@@ -226,6 +226,10 @@ impl GemvBackend for Cpu {
         Ok(vec![0.0; len])
     }
 
+    fn room(&self, vector: &Vec<f32>) -> usize {
+        vector.len()
+    }
+
     fn write(&self, values: &[f32], to: &mut Vec<f32>) -> Result<()> {
         to[..values.len()].copy_from_slice(values);
         Ok(())

@@ -301,7 +301,7 @@ mod tests {
         }
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
-        all.push(("sample.cu", split("DTYPE=0")));
+        all.push(("sample.cu", split("DTYPE=0 NO_TOKEN=4294967294")));
         all.push(("read.cu", split("DTYPE=0")));
         all.push(("occupy.cu", split("DTYPE=0")));
         all

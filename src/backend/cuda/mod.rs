@@ -232,6 +232,10 @@ impl GemvBackend for Cuda {
         Vector::new(&self.driver, len)
     }
 
+    fn room(&self, vector: &Vector) -> usize {
+        vector.len
+    }
+
     fn write(&self, values: &[f32], to: &mut Vector) -> Result<()> {
         to.settle();
         to.data.write(0, values)
@@ -297,12 +301,13 @@ impl DecodeBackend for Cuda {
             }
         };
         h.settle();
-        let (features, state, to) = (table.in_features as i32, sequence.state.pointer(), h.at());
+        let (features, rows) = (table.in_features as i32, table.out_features as u32);
+        let (state, to) = (sequence.state.pointer(), h.at());
         let launch = Launch { grid: (table.in_features.div_ceil(256), tokens, 1), ..Launch::new(1, 256) };
         self.driver.launch(
             &self.kernel("rows.cu", "embed", &[])?,
             launch,
-            &mut Arguments::new().with(&at).with(&kind).with(&features).with(&ids).with(&state).with(&to),
+            &mut Arguments::new().with(&at).with(&kind).with(&features).with(&rows).with(&ids).with(&state).with(&to),
         )
     }
 

@@ -12,10 +12,13 @@ use super::layers::Shapes;
 use super::vector::Vector;
 use super::{Cuda, Dtype};
 use crate::config::ModelConfig;
-use crate::sampling::Sampling;
+use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// What the host finds where no token has been written yet.
 const NONE: u32 = u32::MAX;
+
+/// Tokens whose weights `sample.cu` adds up in 64 bits: 2^44 each.
+const MOST_VOCABULARY: usize = 1 << 19;
 
 /// Blocks that look for the largest logit.
 const SAMPLE_BLOCKS: usize = 64;
@@ -71,6 +74,11 @@ impl Sequence {
             "cuda: heads of {head_dim} numbers, multiples of 8 up to 256 are supported, use --device cpu"
         );
         ensure!(max_seq_len > 0, "a sequence of 0 tokens, at least 1 is expected");
+        ensure!(
+            config.vocab_size < MOST_VOCABULARY,
+            "cuda: a vocabulary of {} tokens, fewer than {MOST_VOCABULARY} are supported, use --device cpu",
+            config.vocab_size
+        );
         let driver = &cuda.driver;
         let layer_bytes = cache_bytes(config, cuda.options.dtype, max_seq_len) / 2;
         let group = config.num_heads / config.num_kv_heads;
@@ -85,7 +93,7 @@ impl Sequence {
             layer_bytes,
             keys: Buffer::new(driver, layer_bytes * config.num_layers)?,
             values: Buffer::new(driver, layer_bytes * config.num_layers)?,
-            angles: Buffer::of(driver, &angles(config, max_seq_len))?,
+            angles: Buffer::of(driver, &config.rope_table(max_seq_len))?,
             state: Buffer::new(driver, 16)?,
             parts: Buffer::new(driver, parts * 4)?,
             tickets: Buffer::new(driver, config.num_kv_heads * 4)?,
@@ -101,7 +109,7 @@ impl Sequence {
     pub(super) fn begin(&self, cuda: &Cuda, sampling: &Sampling, draws: &[f32]) -> Result<()> {
         // Nothing may still write tokens of the text before.
         cuda.driver.wait()?;
-        self.state.write(0, &[0u32; 3])?;
+        self.state.write(0, &[0, 0, NO_TOKEN])?;
         self.tickets.clear()?;
         self.best.clear()?;
         let rules = [
@@ -111,6 +119,7 @@ impl Sequence {
             sampling.min_p.to_bits(),
         ];
         self.rules.write(0, &rules)?;
+        self.draws.clear()?;
         self.draws.write(0, &draws[..draws.len().min(self.max_seq_len + 1)])?;
         self.tokens.write(&vec![NONE; self.max_seq_len + 1]);
         self.begun.set(true);
@@ -190,9 +199,9 @@ impl Sequence {
         let (at, delta, vocab) = (logits.at(), logits.delta(), logits.len as u32);
         let (rules, draws, state) = (self.rules.pointer(), self.draws.pointer(), self.state.pointer());
         let (best, list, tokens) = (self.best.pointer(), self.list.pointer(), self.tokens.pointer());
-        let ticket = best + (SAMPLE_BLOCKS * 8) as u64;
+        let (ticket, most) = (best + (SAMPLE_BLOCKS * 8) as u64, self.max_seq_len as u32 + 1);
         cuda.driver.launch(
-            &cuda.kernel("sample.cu", "sample", &[])?,
+            &cuda.kernel("sample.cu", "sample", &[format!("NO_TOKEN={NO_TOKEN}")])?,
             Launch::new(SAMPLE_BLOCKS, 512),
             &mut Arguments::new()
                 .with(&at)
@@ -204,7 +213,8 @@ impl Sequence {
                 .with(&best)
                 .with(&ticket)
                 .with(&list)
-                .with(&tokens),
+                .with(&tokens)
+                .with(&most),
         )
     }
 
@@ -217,7 +227,7 @@ impl Sequence {
         loop {
             let token = word.load(Ordering::Acquire);
             if token != NONE {
-                return Ok(token);
+                return sampling::token(i, token);
             }
             if Instant::now() > next_check {
                 // A failed kernel would leave the word as it is for ever; so would one that was never queued.
@@ -229,13 +239,4 @@ impl Sequence {
             std::hint::spin_loop();
         }
     }
-}
-
-/// Cosine and sine of every position and frequency, computed in f64.
-fn angles(config: &ModelConfig, max_seq_len: usize) -> Vec<f32> {
-    let frequencies = config.rope_frequencies();
-    (0..max_seq_len)
-        .flat_map(|p| frequencies.iter().map(move |&f| f64::from(p as u32) * f64::from(f)))
-        .flat_map(|angle| [angle.cos() as f32, angle.sin() as f32])
-        .collect()
 }

@@ -5,9 +5,9 @@ use anyhow::{Context, Result, ensure};
 use super::kernels::{ARGMAX, ATTEND, RMS_NORM, ROPE_APPEND, SWIGLU};
 use super::matrix::{Matrix, Plan, ROWS, words};
 use super::{Vector, Wgpu, scratch};
-use crate::backend::{DecodeBackend, GemvBackend, Input, Norm};
+use crate::backend::{DecodeBackend, GemvBackend, Input, Norm, ensure_room};
 use crate::config::ModelConfig;
-use crate::sampling::Sampling;
+use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// The widest head that `attend.wgsl` takes.
 const MAX_HEAD_DIM: usize = 256;
@@ -20,6 +20,7 @@ pub struct Sequence {
     head_dim: usize,
     window: usize,
     vocab_size: usize,
+    max_seq_len: usize,
     layers: Vec<Cache>,
     angles: wgpu::Buffer, // cosine and sine, [max_seq_len, head_dim / 2, 2]
     tokens: wgpu::Buffer, // sampled, u32 [max_seq_len + 1]
@@ -34,19 +35,6 @@ pub struct Sequence {
 struct Cache {
     keys: wgpu::Buffer,
     values: wgpu::Buffer,
-}
-
-/// Cosine and sine of every position's angles; the angle is rounded to f32 first, as models were trained.
-fn angles(config: &ModelConfig, max_seq_len: usize) -> Vec<f32> {
-    let frequencies = config.rope_frequencies();
-    let mut angles = Vec::with_capacity(max_seq_len * config.head_dim);
-    for position in 0..max_seq_len {
-        for frequency in &frequencies {
-            let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
-            angles.extend([cos as f32, sin as f32]);
-        }
-    }
-    angles
 }
 
 impl DecodeBackend for Wgpu {
@@ -70,8 +58,9 @@ impl DecodeBackend for Wgpu {
             head_dim: config.head_dim,
             window: config.sliding_window.unwrap_or(max_seq_len),
             vocab_size: config.vocab_size,
+            max_seq_len,
             layers: layers.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer"))?,
-            angles: self.gpu.upload(bytemuck::cast_slice(&angles(config, max_seq_len)))?,
+            angles: self.gpu.upload(bytemuck::cast_slice(&config.rope_table(max_seq_len)))?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
             len: 0,
             sampled: 0,
@@ -95,7 +84,10 @@ impl DecodeBackend for Wgpu {
                 self.gpu.write(tokens, &ids, 0);
                 table.embed(&self.gpu, &ids, 0, &h.0, tokens.len())
             }
-            Input::Sampled => table.embed(&self.gpu, &sequence.tokens, sequence.sampled - 1, &h.0, 1),
+            Input::Sampled => {
+                let last = sequence.sampled.checked_sub(1).context("a token was read before it was sampled")?;
+                table.embed(&self.gpu, &sequence.tokens, last, &h.0, 1)
+            }
         }
     }
 
@@ -123,6 +115,7 @@ impl DecodeBackend for Wgpu {
         tokens: usize,
     ) -> Result<()> {
         let Sequence { num_heads, num_kv_heads, head_dim, .. } = *sequence;
+        ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
         let Cache { keys, values } = &sequence.layers[layer];
         let q = scratch(&self.gpu, &self.scratch.q, tokens * num_heads * head_dim)?;
         let pairs = (num_heads + 2 * num_kv_heads) * head_dim / 2;
@@ -162,6 +155,7 @@ impl DecodeBackend for Wgpu {
     }
 
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
         sequence.len += tokens;
         Ok(())
     }
@@ -173,13 +167,16 @@ impl DecodeBackend for Wgpu {
 
     fn sample(&self, sequence: &mut Sequence, logits: &Vector) -> Result<()> {
         let at = sequence.sampled;
+        ensure!(at <= sequence.max_seq_len, "{at} tokens were sampled, a text of {} has no more", sequence.max_seq_len);
         if sequence.sampling.temperature == 0.0 {
-            self.gpu.dispatch(&ARGMAX, &[], &[&logits.0, &sequence.tokens], &words(&[sequence.vocab_size, at]), [1, 1]);
+            let parameters = words(&[sequence.vocab_size, at]);
+            let overrides = [("NO_TOKEN", NO_TOKEN)];
+            self.gpu.dispatch(&ARGMAX, &overrides, &[&logits.0, &sequence.tokens], &parameters, [1, 1]);
         } else {
             let mut values = vec![0.0; sequence.vocab_size];
             self.read(logits, &mut values)?;
             let draw = sequence.draws.get(at).copied().unwrap_or(0.0);
-            let token = sequence.sampling.choose(&values, draw);
+            let token = sequence.sampling.choose(&values, draw).unwrap_or(NO_TOKEN);
             self.gpu.write(&[token], &sequence.tokens, at);
         }
         sequence.sampled += 1;
@@ -187,9 +184,10 @@ impl DecodeBackend for Wgpu {
     }
 
     fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
+        ensure!(i < sequence.sampled, "token {i} was read before it was sampled");
         let mut token = [0];
         self.gpu.read(&sequence.tokens, i, &mut token)?;
-        Ok(token[0])
+        sampling::token(i, token[0])
     }
 
     fn prepare(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<()> {

@@ -44,7 +44,7 @@ kernels! {
     DEC_SELECT      "dec_select"   2     1      None,    4;
     DEC_APPLY       "dec_apply"    4     1      None,    6;
     RMS_NORM        "rms_norm"     2     1      None,    2;
-    EMBED           "embed"        2     1      None,    4;
+    EMBED           "embed"        2     1      None,    5;
     ROPE_APPEND     "rope_append"  2     3      None,    4;
     ATTEND          "attend"       3     1      None,    5;
     SWIGLU          "swiglu"       1     1      None,    1;

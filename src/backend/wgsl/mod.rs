@@ -111,6 +111,10 @@ impl GemvBackend for Wgpu {
         Ok(Vector(self.gpu.zeros(4 * len)?))
     }
 
+    fn room(&self, vector: &Vector) -> usize {
+        vector.0.size() as usize / 4
+    }
+
     fn write(&self, values: &[f32], to: &mut Vector) -> Result<()> {
         self.gpu.write(bytemuck::cast_slice(values), &to.0, 0);
         Ok(())

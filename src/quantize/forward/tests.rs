@@ -36,7 +36,7 @@ fn oracle(config: &ModelConfig, layer: &Layer, h: &[Vec<f64>]) -> Vec<(Vec<f64>,
             let mut qkv = oracle_apply(&layer.linears[0], &x);
             for head in 0..config.num_heads + config.num_kv_heads {
                 for (i, &f) in frequencies.iter().enumerate() {
-                    let (sin, cos) = (position as f64 * f64::from(f)).sin_cos();
+                    let (sin, cos) = (position as f64 * f).sin_cos();
                     let (a, b) = (qkv[head * d + i], qkv[head * d + i + d / 2]);
                     qkv[head * d + i] = a * cos - b * sin;
                     qkv[head * d + i + d / 2] = b * cos + a * sin;
@@ -108,6 +108,31 @@ fn a_layer_is_what_the_formulas_say() {
         forward(&other, &layer, &Rope::new(&other, tokens), &mut cache, texts, &mut h);
         assert!(difference(&h, want.iter().flat_map(|w| w.0.clone())) > tolerance, "a wrong angle must show");
     }
+}
+
+/// Forth by exact angles, and back to where it was.
+#[test]
+fn rotations_are_exact_far_out() {
+    let position = 131_071;
+    let config = ModelConfig { rope_theta: 500_000.0, ..config(None) };
+    let rope = Rope::new(&config, position + 1);
+    let half = config.head_dim / 2;
+    let start = numbers(5, config.head_dim, 1.0);
+    let rotated = |angle: &dyn Fn(f64) -> f64| {
+        let turn = |i: usize| angle(config.rope_frequencies()[i % half]).sin_cos();
+        let number = |i: usize| f64::from(start[i]);
+        let first = (0..half).map(|i| number(i) * turn(i).1 - number(i + half) * turn(i).0);
+        first.chain((half..2 * half).map(|i| number(i) * turn(i).1 + number(i - half) * turn(i).0)).collect::<Vec<_>>()
+    };
+    let mut head = start.clone();
+    rope.rotate(&mut head, position);
+    // Two products and a sum of numbers of about 1, and a rounded cosine and sine.
+    let tolerance = 8.0 * 2f64.powi(-24);
+    assert!(difference(&head, rotated(&|f| position as f64 * f).into_iter()) < tolerance);
+    let of_f32 = difference(&head, rotated(&|f| f64::from(position as f32 * f as f32)).into_iter());
+    assert!(of_f32 > 4.0 * tolerance, "angles of f32 would go unseen: {of_f32}");
+    rope.rotate_back(&mut head, position);
+    assert!(difference(&head, start.iter().map(|&x| f64::from(x))) < tolerance);
 }
 
 #[test]

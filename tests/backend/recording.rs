@@ -1,0 +1,227 @@
+//! A backend that records a token as CUDA does, on any other: what it records is replayed without a look at what the
+//! model would queue now, and it notes where that is not the same any more.
+
+use std::cell::{Cell, RefCell};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use decdec::backend::record::{ByClock, Clock};
+use decdec::backend::{DecodeBackend, DeviceInfo, GemvBackend, Input, Norm};
+use decdec::config::ModelConfig;
+use decdec::dec::DecPlan;
+use decdec::sampling::Sampling;
+use decdec::weights::Linear;
+
+use crate::UnderTest;
+
+/// Another backend, watched.
+pub(crate) struct Recording<'a, B> {
+    inner: &'a B,
+    plans: Cell<usize>,
+    /// What is queued while a token is recorded or replayed: operation, tokens, plan.
+    queued: RefCell<Vec<Queued>>,
+    replayed: Cell<usize>,
+    wrong: RefCell<Vec<String>>,
+    /// The next product fails.
+    pub(crate) fails: Cell<bool>,
+}
+
+type Queued = (&'static str, usize, Option<usize>);
+
+/// A plan that is told from every other.
+pub(crate) struct Plan<P> {
+    inner: P,
+    id: usize,
+}
+
+impl<'a, B> Recording<'a, B> {
+    pub(crate) fn new(inner: &'a B) -> Self {
+        let (plans, replayed, fails) = Default::default();
+        Self { inner, plans, queued: RefCell::default(), replayed, wrong: RefCell::default(), fails }
+    }
+
+    /// Fails if a replayed token was not what the model would have queued, or if none was replayed.
+    pub(crate) fn check(&self) {
+        assert!(self.wrong.borrow().is_empty(), "{:#?}", self.wrong.borrow());
+        assert!(self.replayed.get() > 0, "nothing was replayed");
+    }
+
+    fn queue<P>(&self, what: &'static str, tokens: usize, plan: Option<&Plan<P>>) -> Result<()> {
+        self.queued.borrow_mut().push((what, tokens, plan.map(|plan| plan.id)));
+        ensure!(!self.fails.replace(false), "the device fails");
+        Ok(())
+    }
+}
+
+impl<B: UnderTest> UnderTest for Recording<'_, B> {
+    const ROUNDING: f64 = B::ROUNDING;
+    const SMALLEST: f64 = B::SMALLEST;
+    const CASES: usize = B::CASES;
+}
+
+impl<B: GemvBackend> GemvBackend for Recording<'_, B> {
+    type Vector = B::Vector;
+    type Matrix = B::Matrix;
+    type Plan = Plan<B::Plan>;
+    type Recorder = ByClock;
+
+    fn device(&self) -> &DeviceInfo {
+        self.inner.device()
+    }
+
+    fn vector(&self, len: usize) -> Result<B::Vector> {
+        self.inner.vector(len)
+    }
+
+    fn room(&self, vector: &B::Vector) -> usize {
+        self.inner.room(vector)
+    }
+
+    fn write(&self, values: &[f32], to: &mut B::Vector) -> Result<()> {
+        self.inner.write(values, to)
+    }
+
+    fn read(&self, from: &B::Vector, out: &mut [f32]) -> Result<()> {
+        self.inner.read(from, out)
+    }
+
+    fn matrix(&self, linear: &Linear<'_>) -> Result<B::Matrix> {
+        self.inner.matrix(linear)
+    }
+
+    fn plan(&self, matrix: &B::Matrix, plan: &DecPlan) -> Result<Plan<B::Plan>> {
+        self.plans.set(self.plans.get() + 1);
+        Ok(Plan { inner: self.inner.plan(matrix, plan)?, id: self.plans.get() })
+    }
+
+    fn gemv(&self, matrix: &B::Matrix, x: &B::Vector, y: &mut B::Vector) -> Result<()> {
+        self.inner.gemv(matrix, x, y)
+    }
+
+    fn dec_gemv(&self, matrix: &B::Matrix, plan: &Self::Plan, x: &B::Vector, y: &mut B::Vector) -> Result<()> {
+        self.inner.dec_gemv(matrix, &plan.inner, x, y)
+    }
+
+    fn select(&self, plan: &Self::Plan, x: &B::Vector) -> Result<Vec<u32>> {
+        self.inner.select(&plan.inner, x)
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        self.inner.time(work)
+    }
+
+    fn recorder(&self, _: Clock) -> Result<ByClock> {
+        Ok(ByClock::default())
+    }
+}
+
+impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
+    type Sequence = B::Sequence;
+    type Graph = Option<Vec<Queued>>;
+
+    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<B::Sequence> {
+        self.inner.sequence(config, max_seq_len)
+    }
+
+    fn begin(&self, sequence: &mut B::Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        self.inner.begin(sequence, sampling, draws)
+    }
+
+    fn embed(&self, sequence: &B::Sequence, table: &B::Matrix, input: Input<'_>, h: &mut B::Vector) -> Result<()> {
+        self.queue::<B::Plan>("embed", 0, None)?;
+        self.inner.embed(sequence, table, input, h)
+    }
+
+    fn norm_gemv(
+        &self,
+        norm: &Norm<B::Vector>,
+        matrix: &B::Matrix,
+        plan: Option<&Self::Plan>,
+        h: &B::Vector,
+        y: &mut B::Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        self.queue("norm_gemv", tokens, plan)?;
+        self.inner.norm_gemv(norm, matrix, plan.map(|plan| &plan.inner), h, y, tokens)
+    }
+
+    fn attend(
+        &self,
+        sequence: &mut B::Sequence,
+        layer: usize,
+        qkv: &B::Vector,
+        out: &mut B::Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        self.queue::<B::Plan>("attend", tokens, None)?;
+        self.inner.attend(sequence, layer, qkv, out, tokens)
+    }
+
+    fn gemv_add(
+        &self,
+        matrix: &B::Matrix,
+        plan: Option<&Self::Plan>,
+        x: &B::Vector,
+        h: &mut B::Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        self.queue("gemv_add", tokens, plan)?;
+        self.inner.gemv_add(matrix, plan.map(|plan| &plan.inner), x, h, tokens)
+    }
+
+    fn swiglu_gemv_add(
+        &self,
+        matrix: &B::Matrix,
+        plan: Option<&Self::Plan>,
+        gu: &B::Vector,
+        h: &mut B::Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        self.queue("swiglu_gemv_add", tokens, plan)?;
+        self.inner.swiglu_gemv_add(matrix, plan.map(|plan| &plan.inner), gu, h, tokens)
+    }
+
+    fn advance(&self, sequence: &mut B::Sequence, tokens: usize) -> Result<()> {
+        self.queue::<B::Plan>("advance", tokens, None)?;
+        self.inner.advance(sequence, tokens)
+    }
+
+    fn last_row(&self, h: &B::Vector, len: usize, tokens: usize, last: &mut B::Vector) -> Result<()> {
+        self.inner.last_row(h, len, tokens, last)
+    }
+
+    fn sample(&self, sequence: &mut B::Sequence, logits: &B::Vector) -> Result<()> {
+        self.queue::<B::Plan>("sample", 1, None)?;
+        self.inner.sample(sequence, logits)
+    }
+
+    fn sampled(&self, sequence: &B::Sequence, i: usize) -> Result<u32> {
+        self.inner.sampled(sequence, i)
+    }
+
+    fn prepare(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.inner.prepare(work)
+    }
+
+    /// First runs, then records, then replays: as on a GPU, nothing that is wrong with a replayed token stops it.
+    fn replay(&self, graph: &mut Option<Self::Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.queued.borrow_mut().clear();
+        let done = token();
+        let queued = self.queued.take();
+        match graph {
+            None => *graph = Some(None),
+            Some(recorded @ None) => *recorded = Some(queued),
+            Some(Some(recorded)) => {
+                self.replayed.set(self.replayed.get() + 1);
+                if *recorded != queued {
+                    self.wrong.borrow_mut().push(format!("{recorded:?} was replayed, {queued:?} was meant"));
+                }
+                if let Err(error) = done {
+                    self.wrong.borrow_mut().push(format!("replayed where it should have failed: {error:#}"));
+                }
+                return Ok(());
+            }
+        }
+        done
+    }
+}

@@ -99,7 +99,7 @@ fn invocations(text: &str) -> Vec<(&'static str, Vec<String>)> {
 }
 
 /// Words as a shell splits them; double quotes keep blanks.
-fn words(line: &str) -> Vec<String> {
+pub(super) fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     for (i, part) in line.split('"').enumerate() {
         match i % 2 {

@@ -9,6 +9,7 @@ mod fixtures;
 
 mod convert;
 mod flags;
+mod messages;
 mod tuning;
 
 use std::path::{Path, PathBuf};
@@ -19,7 +20,8 @@ use predicates::str::contains;
 
 fn decdec() -> Command {
     let mut command = Command::cargo_bin("decdec").expect("built");
-    command.env_remove("RUST_LOG");
+    // What a terminal would change: notes, and where lines of the help break.
+    command.env_remove("RUST_LOG").env_remove("COLUMNS");
     command
 }
 

@@ -58,13 +58,18 @@ pub struct Generated {
 impl Generated {
     /// Tokens made each second, the prompt's time included, as the reference counts.
     pub fn tokens_per_second(&self) -> f64 {
-        self.tokens.len() as f64 / (self.prompt_time + self.decode_time).as_secs_f64()
+        per_second(self.tokens.len(), self.prompt_time + self.decode_time)
     }
 
     /// Tokens decoded each second, the prompt left out; 0 when there was at most one.
     pub fn decode_per_second(&self) -> f64 {
-        if self.decoded == 0 { 0.0 } else { self.decoded as f64 / self.decode_time.as_secs_f64() }
+        per_second(self.decoded, self.decode_time)
     }
+}
+
+/// `count / time`; 0 where no time has passed, so that it is a number whatever was asked for.
+pub fn per_second(count: usize, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
 }
 
 /// Makes one text; `on_token` hears each token in order and may end it.
@@ -78,22 +83,17 @@ pub fn generate<B: DecodeBackend>(
     mut on_token: impl FnMut(u32) -> Result<ControlFlow<()>>,
 ) -> Result<Generated> {
     let backend = model.backend();
-    let draws = if request.sampling.temperature > 0.0 {
-        sampling::draws(request.seed, request.max_new_tokens)
-    } else {
-        Vec::new()
-    };
-    model.begin(state, &request.sampling, &draws)?;
-    ensure!(!request.prompt.is_empty(), "the prompt is empty, give at least one token");
+    let (prompt, context) = (request.prompt.len(), state.max_seq_len());
+    ensure!(prompt > 0, "the prompt is empty, give at least one token");
     ensure!(
-        request.prompt.len() <= state.room(),
-        "the prompt has {} tokens, the context has room for {}, shorten the prompt",
-        request.prompt.len(),
-        state.room()
+        prompt <= context,
+        "the prompt has {prompt} tokens, the context has room for {context}, shorten the prompt"
     );
     // The last token needs no place in the context: nothing reads it.
-    let possible = state.room() - request.prompt.len() + 1;
-    let most = request.max_new_tokens.min(possible);
+    let most = request.max_new_tokens.min(context - prompt + 1);
+    // As many as there can be, however many were asked for.
+    let draws = if request.sampling.temperature > 0.0 { sampling::draws(request.seed, most) } else { Vec::new() };
+    model.begin(state, &request.sampling, &draws)?;
     let mut made = Generated {
         tokens: Vec::new(),
         finish: if most < request.max_new_tokens { Finish::Context } else { Finish::Length },

@@ -34,6 +34,7 @@
 //! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
 //! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
+//! | [`host`] | the memory that this process may take |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
@@ -51,6 +52,7 @@ pub mod eval;
 pub mod files;
 pub mod format;
 pub mod generate;
+pub mod host;
 pub mod model;
 pub mod nsys;
 pub mod open;

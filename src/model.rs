@@ -360,6 +360,11 @@ impl<B: DecodeBackend> State<B> {
         self.max_seq_len - self.len
     }
 
+    /// Tokens of the longest text.
+    pub fn max_seq_len(&self) -> usize {
+        self.max_seq_len
+    }
+
     /// The most tokens that one pass takes.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens

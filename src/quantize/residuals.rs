@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::forward::{Affine, Inputs, Layer};
 use super::job::{self, Job, Made};
-use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, finish, style};
+use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, estimate, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{ModelConfig, Projection};
 use crate::source::stored_modules;
@@ -89,6 +89,7 @@ pub fn residuals(
         source: options.source.clone(),
         overwrite: options.overwrite,
     };
+    estimate::ensure_memory(config, &job_options, &manifest)?;
     let key =
         format!("residuals of {}\n{}", job::fingerprint(quantized)?, job::key(original, &manifest, &job_options)?);
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;

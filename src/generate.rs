@@ -133,3 +133,48 @@ pub fn generate<B: DecodeBackend>(
     }
     Ok(made)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::config::ModelConfig;
+    use crate::random::{RandomFormat, RandomWeights};
+
+    /// However many tokens are asked for, there are as many as the context has room for, and rates are numbers.
+    #[test]
+    fn counts_are_bounded_by_the_room() {
+        let config = ModelConfig {
+            hidden_size: 64,
+            intermediate_size: 64,
+            num_layers: 1,
+            num_heads: 2,
+            num_kv_heads: 2,
+            head_dim: 32,
+            vocab_size: 32,
+            ..ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap()
+        };
+        let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap();
+        let backend = Cpu::new();
+        let model = Model::load(&backend, &weights, |_| ()).unwrap();
+        let mut state = model.state(8).unwrap();
+        let prompt = [1, 2, 3];
+        for temperature in [0.0, 1.0] {
+            let mut make = |max_new_tokens| {
+                let sampling = Sampling { temperature, ..Sampling::GREEDY };
+                let stop_ids = &[][..];
+                let (prompt, seed, compensate_prompt) = (&prompt[..], 7, false);
+                let request = Request { prompt, max_new_tokens, sampling, seed, stop_ids, compensate_prompt };
+                generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap()
+            };
+            // Of the eight places three are taken, and the last token needs none.
+            for (asked, expected) in [(0, 0), (1, 1), (6, 6), (7, 6), (1 << 40, 6), (1 << 63, 6), (usize::MAX, 6)] {
+                let made = make(asked);
+                assert_eq!(made.tokens.len(), expected, "{asked} at temperature {temperature}");
+                assert_eq!(made.finish, if asked > 6 { Finish::Context } else { Finish::Length }, "{asked}");
+                assert!(made.tokens_per_second().is_finite() && made.decode_per_second().is_finite(), "{asked}");
+                assert_eq!(made.tokens, make(6).tokens[..expected], "the same draws decide, however many there are");
+            }
+        }
+    }
+}

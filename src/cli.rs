@@ -11,7 +11,6 @@ mod numbers;
 mod profile;
 mod shared;
 
-use std::ffi::OsString;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -60,7 +59,14 @@ pub(crate) struct Cli {
 /// The command line of this process, or what to print in its place: a help text, or an error with what may have been
 /// meant.
 pub(crate) fn parse() -> Result<Cli, clap::Error> {
-    read(std::env::args_os())
+    let mut root = flags::with_negative_numbers(Cli::command());
+    let line = flags::Line::new(&root, std::env::args_os());
+    let matches = root.try_get_matches_from_mut(&line.words).map_err(|error| line.better(&root, error))?;
+    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut root))?;
+    for note in line.notes {
+        tracing::warn!("{note}");
+    }
+    Ok(cli)
 }
 
 /// Prints what there is in place of a command, and says how the program ends.
@@ -73,17 +79,6 @@ pub(crate) fn show(instead: &clap::Error) -> Result<ExitCode> {
         printed?;
     }
     Ok(u8::try_from(instead.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from))
-}
-
-fn read(words: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
-    let mut root = flags::with_negative_numbers(Cli::command());
-    let line = flags::Line::new(&root, words);
-    let matches = root.try_get_matches_from_mut(&line.words).map_err(|error| line.better(&root, error))?;
-    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut root))?;
-    for note in line.notes {
-        tracing::warn!("{note}");
-    }
-    Ok(cli)
 }
 
 /// The completion script of a shell.

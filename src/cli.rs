@@ -1,23 +1,34 @@
 //! The command line. Doc comments here are the help texts.
 //!
-//! Flags that users of the reference know are accepted in their spelling too (`--max_new_tokens`).
+//! Flags that users of the reference know are accepted in their spelling too (`--max_new_tokens`): `flags` replaces
+//! underscores before anything is parsed.
 
 mod bench;
 mod convert;
 mod flags;
+mod generate;
+mod numbers;
 mod profile;
+mod shared;
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
-use crate::commands::devices::Target;
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use decdec::checkpoint::{BitWidth, WeightFormat};
-use decdec::dec::Selection;
+use anyhow::Result;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use decdec::checkpoint::BitWidth;
+use decdec::dec::CHUNK;
 
+use crate::output;
 pub(crate) use bench::BenchArgs;
-pub(crate) use convert::{CalibrationArgs, ConvertArgs, ResidualsArgs};
+pub(crate) use convert::{ConvertArgs, ResidualsArgs};
+pub(crate) use generate::GenerateArgs;
+use numbers::whole;
 pub(crate) use profile::{ProfileArgs, ProfileName, TuneArgs};
+pub(crate) use shared::{
+    BackendArg, CalibrationArgs, DtypeArg, JsonArg, ModelArgs, OutArgs, ResidualsArg, RunArgs, WidthArg,
+};
 
 /// What the list of commands does not say: in which order they come.
 const ROAD: &str = "\
@@ -45,9 +56,36 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// The command line of this process; a wrong one ends it, with what may have been meant.
-pub(crate) fn parse() -> Cli {
-    Cli::try_parse().unwrap_or_else(|error| flags::better(error).exit())
+/// The command line of this process, or what to print in its place: a help text, or an error with what may have been
+/// meant.
+pub(crate) fn parse() -> Result<Cli, clap::Error> {
+    let mut root = flags::with_negative_numbers(Cli::command());
+    let line = flags::Line::new(&root, std::env::args_os());
+    let matches = root.try_get_matches_from_mut(&line.words).map_err(|error| line.better(&root, error))?;
+    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut root))?;
+    for note in line.notes {
+        tracing::warn!("{note}");
+    }
+    Ok(cli)
+}
+
+/// Prints what there is in place of a command, and says how the program ends.
+///
+/// # Errors
+/// A help text that cannot be written.
+pub(crate) fn show(instead: &clap::Error) -> Result<ExitCode> {
+    let printed = output::sent(instead.print());
+    if !instead.use_stderr() {
+        printed?;
+    }
+    Ok(u8::try_from(instead.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// The completion script of a shell.
+pub(crate) fn completions(shell: clap_complete::Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "decdec", &mut script);
+    script
 }
 
 /// One variant for each command.
@@ -73,64 +111,14 @@ pub(crate) enum Command {
     /// Show what a checkpoint or a source holds
     Inspect(InspectArgs),
     /// List what can run here, and what is missing otherwise
-    Devices(DevicesArgs),
+    Devices(JsonArg),
     /// Say what this machine can do: drivers, libraries, host link, memory, cores
-    Doctor(DoctorArgs),
+    Doctor(JsonArg),
     /// Print a completion script for a shell
     Completions {
         /// The shell that is to complete
         shell: clap_complete::Shell,
     },
-}
-
-/// How weights are stored and multiplied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BackendArg {
-    /// AnyPrec: one codebook per row
-    Ap,
-    /// LUT-GEMM: binary-coded groups of channels
-    Lutgemm,
-}
-
-impl From<BackendArg> for WeightFormat {
-    fn from(backend: BackendArg) -> Self {
-        match backend {
-            BackendArg::Ap => Self::AnyPrec,
-            BackendArg::Lutgemm => Self::LutGemm,
-        }
-    }
-}
-
-/// The type that products are computed with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DtypeArg {
-    /// IEEE half precision
-    #[value(alias = "fp16")]
-    Float16,
-    /// bfloat16
-    #[value(alias = "bf16")]
-    Bfloat16,
-    /// IEEE single precision
-    #[value(alias = "fp32")]
-    Float32,
-}
-
-/// How salient channels are found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum SelectionArg {
-    /// By calibrated buckets of |x|, as in the paper
-    Bucket,
-    /// The largest |x| of each chunk
-    Exact,
-}
-
-impl From<SelectionArg> for Selection {
-    fn from(selection: SelectionArg) -> Self {
-        match selection {
-            SelectionArg::Bucket => Self::Bucket,
-            SelectionArg::Exact => Self::Exact,
-        }
-    }
 }
 
 /// `decdec quantize`
@@ -142,34 +130,30 @@ pub(crate) struct QuantizeArgs {
     #[arg(long, value_enum)]
     pub(crate) backend: BackendArg,
     /// Bits of a weight: 2 to 8, or 3.5 (half the layers at 4 bits)
-    #[arg(long)]
+    #[arg(long, value_name = "BITS")]
     pub(crate) bitwidth: BitWidth,
-    /// Where the checkpoint goes
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) to: OutArgs,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Channels that share a scale in lutgemm [default: the largest of 128, 64, 32 that divides]
-    #[arg(long, alias = "group_size")]
+    #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
     pub(crate) group_size: Option<usize>,
     /// Plain rounding instead of AWQ's scale and clipping search, in lutgemm
-    #[arg(long, alias = "no_awq")]
+    #[arg(long)]
     pub(crate) no_awq: bool,
     /// What codes are fitted to: every weight by itself, a projection's output, or its output beside compensation
     #[arg(long, value_enum, default_value_t = RefineArg::Compensated)]
     pub(crate) refine: RefineArg,
     /// For --refine compensated: channels that will be compensated per 1024, for qkv, o, gu, d [default: 8 8 8 8]
-    #[arg(long, alias = "for_k_chunks", num_args = 4, value_name = "K")]
+    #[arg(long, num_args = 4, value_name = "K", value_parser = whole(0..=CHUNK))]
     pub(crate) for_k_chunks: Option<Vec<usize>>,
     /// The same from what decdec tune found
-    #[arg(long, alias = "for_tuned", value_name = "FILE", conflicts_with = "for_k_chunks")]
+    #[arg(long, value_name = "FILE", conflicts_with = "for_k_chunks")]
     pub(crate) for_tuned: Option<PathBuf>,
     /// Print sizes and time estimates, write nothing
-    #[arg(long, alias = "dry_run")]
-    pub(crate) dry_run: bool,
-    /// Replace the checkpoint that is there
     #[arg(long)]
-    pub(crate) overwrite: bool,
+    pub(crate) dry_run: bool,
 }
 
 /// What codes are fitted to.
@@ -181,126 +165,6 @@ pub(crate) enum RefineArg {
     Output,
     /// What a projection puts out beside compensation
     Compensated,
-}
-
-/// Where residuals wait on a GPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub(crate) enum ResidualsArg {
-    /// In pinned host memory, fetched over the host link
-    #[default]
-    Host,
-    /// In device memory, for cards with room
-    Device,
-}
-
-/// Where a model runs and how it is compensated.
-#[derive(Debug, Args)]
-pub(crate) struct RunArgs {
-    /// auto, cpu, wgpu[:N] or cuda[:N]
-    #[arg(long, default_value = "auto")]
-    pub(crate) device: String,
-    /// Type of the products [default: float16 on cuda, float32 elsewhere]
-    #[arg(long, value_enum)]
-    pub(crate) dtype: Option<DtypeArg>,
-    /// Where residuals wait (cuda)
-    #[arg(long, value_enum, default_value_t = ResidualsArg::Host)]
-    pub(crate) residuals: ResidualsArg,
-    /// Thread blocks that compensate: one number, or one for each bit width of a mixed checkpoint
-    #[arg(long, alias = "n_tbs", num_args = 1..=2, value_name = "N")]
-    pub(crate) n_tbs: Option<Vec<usize>>,
-    /// Channels compensated per 1024, for qkv, o, gu, d: four numbers, or four for each bit width
-    #[arg(long, alias = "k_chunks", num_args = 1..=8, value_name = "K")]
-    pub(crate) k_chunks: Option<Vec<usize>>,
-    /// What decdec tune found, in place of --n-tbs and --k-chunks [default: tuned.json of the checkpoint]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["n_tbs", "k_chunks"])]
-    pub(crate) tuned: Option<PathBuf>,
-    /// How channels are found
-    #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]
-    pub(crate) selection: SelectionArg,
-    /// Bits of the head: 16 as it is stored, 8 or 4 rounded while loading, which moves fewer bytes for each token
-    #[arg(long, alias = "head_bits", value_name = "BITS", default_value_t = 16, value_parser = bench::parse_head_bits)]
-    pub(crate) head_bits: usize,
-}
-
-impl RunArgs {
-    /// The device, set up with everything recorded.
-    pub(crate) fn target(&self) -> Target<'_> {
-        Target { device: &self.device, dtype: self.dtype, residuals: self.residuals, ..Target::default() }
-    }
-}
-
-/// `decdec generate`
-#[derive(Debug, Args)]
-pub(crate) struct GenerateArgs {
-    /// A checkpoint, a directory as the reference's scripts write it, a full-precision source, or random:SEED
-    /// (with --model-name, --backend and --bitwidth) to measure speed without weights
-    #[arg(long, alias = "checkpoint_path", value_name = "PATH")]
-    pub(crate) checkpoint_path: PathBuf,
-    /// Text to go on from; without one, a single BOS token
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) prompt: Option<String>,
-    /// Independent generations [default: 1 with --prompt, 5 without]
-    #[arg(long, alias = "num_samples", value_name = "N")]
-    pub(crate) num_samples: Option<usize>,
-    /// The most tokens to make in each, the prompt not counted
-    #[arg(long, alias = "max_new_tokens", value_name = "N", default_value_t = 200)]
-    pub(crate) max_new_tokens: usize,
-    /// Sample among this many of the most probable tokens; 0 for all
-    #[arg(long, alias = "top_k", value_name = "K", default_value_t = 200)]
-    pub(crate) top_k: usize,
-    /// Sample among the fewest tokens whose probabilities reach this sum
-    #[arg(long, alias = "top_p", value_name = "P", default_value_t = 1.0)]
-    pub(crate) top_p: f32,
-    /// Sample among tokens at least this share as probable as the most probable one
-    #[arg(long, alias = "min_p", value_name = "P", default_value_t = 0.0)]
-    pub(crate) min_p: f32,
-    /// 0 takes the most probable token; above, tokens are sampled
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
-    pub(crate) temperature: f32,
-    /// Decides what is sampled; printed when it was not given
-    #[arg(long, value_name = "N")]
-    pub(crate) seed: Option<u64>,
-    /// 0 generic kernels, 1 specialized kernels, 2 specialized and recorded in a graph (cuda)
-    #[arg(long, value_name = "MODE", default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2))]
-    pub(crate) compile: u8,
-    /// The model's name, checked against the checkpoint
-    #[arg(long, alias = "model_name", value_name = "NAME")]
-    pub(crate) model_name: Option<String>,
-    /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
-    #[arg(long)]
-    pub(crate) bitwidth: Option<BitWidth>,
-    /// Storage of the weights, checked against the checkpoint
-    #[arg(long, value_enum)]
-    pub(crate) backend: Option<BackendArg>,
-    #[command(flatten)]
-    pub(crate) run: RunArgs,
-    /// Leave the residual scales of a reference directory in the order in which the reference leaves them
-    #[arg(long, alias = "compat_scale_order")]
-    pub(crate) compat_scale_order: bool,
-    /// Put the prompt into the model's chat template
-    #[arg(long)]
-    pub(crate) chat: bool,
-    /// System message of the chat
-    #[arg(long, value_name = "TEXT", requires = "chat")]
-    pub(crate) system: Option<String>,
-    /// End where this text appears; may be given several times
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) stop: Vec<String>,
-    /// Go on after tokens that end a text
-    #[arg(long, alias = "ignore_eos")]
-    pub(crate) ignore_eos: bool,
-    /// Compensate the prompt too
-    #[arg(long, alias = "compensate_prompt")]
-    pub(crate) compensate_prompt: bool,
-    /// The longest context, prompt included [default: what the prompt and --max-new-tokens need]
-    #[arg(long, alias = "max_seq_len", value_name = "N")]
-    pub(crate) max_seq_len: Option<usize>,
-    /// Print the text although there is no --prompt
-    #[arg(long, alias = "print_result")]
-    pub(crate) print_result: bool,
-    /// Print one JSON object per generation instead of text
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// `decdec eval …`
@@ -315,29 +179,24 @@ pub(crate) enum EvalCommand {
 pub(crate) struct PerplexityArgs {
     /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
-    /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
-    #[arg(long)]
-    pub(crate) bitwidth: Option<BitWidth>,
+    #[command(flatten)]
+    pub(crate) width: WidthArg,
     /// The text
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
     /// Tokens of a window
-    #[arg(long, alias = "seq_len", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = whole(2..=usize::MAX))]
     pub(crate) seq_len: usize,
     /// Which windows, the end excluded, as in 100..112 [default: all]
-    #[arg(long, value_parser = parse_range)]
+    #[arg(long, value_name = "A..B", value_parser = parse_range)]
     pub(crate) windows: Option<Range<usize>>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
-    /// Leave the residual scales of a reference directory in the order in which the reference leaves them
-    #[arg(long, alias = "compat_scale_order")]
-    pub(crate) compat_scale_order: bool,
     /// A full-precision source to measure divergence from
     #[arg(long, value_name = "SOURCE")]
     pub(crate) compare: Option<PathBuf>,
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) output: JsonArg,
 }
 
 /// `decdec inspect`
@@ -345,28 +204,10 @@ pub(crate) struct PerplexityArgs {
 pub(crate) struct InspectArgs {
     /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
     pub(crate) path: PathBuf,
-    /// Bits of a weight: which of the precisions that are stored
-    #[arg(long)]
-    pub(crate) bitwidth: Option<BitWidth>,
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// `decdec devices`
-#[derive(Debug, Args)]
-pub(crate) struct DevicesArgs {
-    /// Print one JSON array
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// `decdec doctor`
-#[derive(Debug, Args)]
-pub(crate) struct DoctorArgs {
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) width: WidthArg,
+    #[command(flatten)]
+    pub(crate) output: JsonArg,
 }
 
 /// `A..B`

@@ -58,13 +58,18 @@ pub struct Generated {
 impl Generated {
     /// Tokens made each second, the prompt's time included, as the reference counts.
     pub fn tokens_per_second(&self) -> f64 {
-        self.tokens.len() as f64 / (self.prompt_time + self.decode_time).as_secs_f64()
+        per_second(self.tokens.len(), self.prompt_time + self.decode_time)
     }
 
     /// Tokens decoded each second, the prompt left out; 0 when there was at most one.
     pub fn decode_per_second(&self) -> f64 {
-        if self.decoded == 0 { 0.0 } else { self.decoded as f64 / self.decode_time.as_secs_f64() }
+        per_second(self.decoded, self.decode_time)
     }
+}
+
+/// `count / time`; 0 where no time has passed, so that it is a number whatever was asked for.
+pub fn per_second(count: usize, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
 }
 
 /// Makes one text; `on_token` hears each token in order and may end it.
@@ -80,22 +85,17 @@ pub fn generate<B: DecodeBackend>(
     mut on_token: impl FnMut(u32) -> Result<ControlFlow<()>>,
 ) -> Result<Generated> {
     let backend = model.backend();
-    let draws = if request.sampling.temperature > 0.0 {
-        sampling::draws(request.seed, request.max_new_tokens)
-    } else {
-        Vec::new()
-    };
-    model.begin(state, &request.sampling, &draws)?;
-    ensure!(!request.prompt.is_empty(), "the prompt is empty, give at least one token");
+    let (prompt, context) = (request.prompt.len(), state.max_seq_len());
+    ensure!(prompt > 0, "the prompt is empty, give at least one token");
     ensure!(
-        request.prompt.len() <= state.room(),
-        "the prompt has {} tokens, the context has room for {}, shorten the prompt",
-        request.prompt.len(),
-        state.room()
+        prompt <= context,
+        "the prompt has {prompt} tokens, the context has room for {context}, shorten the prompt"
     );
     // The last token needs no place in the context: nothing reads it.
-    let possible = state.room() - request.prompt.len() + 1;
-    let most = request.max_new_tokens.min(possible);
+    let most = request.max_new_tokens.min(context - prompt + 1);
+    // As many as there can be, however many were asked for.
+    let draws = if request.sampling.temperature > 0.0 { sampling::draws(request.seed, most) } else { Vec::new() };
+    model.begin(state, &request.sampling, &draws)?;
     let mut made = Generated {
         tokens: Vec::new(),
         finish: if most < request.max_new_tokens { Finish::Context } else { Finish::Length },
@@ -134,4 +134,49 @@ pub fn generate<B: DecodeBackend>(
         }
     }
     Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::config::ModelConfig;
+    use crate::random::{RandomFormat, RandomWeights};
+
+    /// However many tokens are asked for, there are as many as the context has room for, and rates are numbers.
+    #[test]
+    fn counts_are_bounded_by_the_room() {
+        let config = ModelConfig {
+            hidden_size: 64,
+            intermediate_size: 64,
+            num_layers: 1,
+            num_heads: 2,
+            num_kv_heads: 2,
+            head_dim: 32,
+            vocab_size: 32,
+            ..ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap()
+        };
+        let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap();
+        let backend = Cpu::new();
+        let model = Model::load(&backend, &weights, |_| ()).unwrap();
+        let mut state = model.state(8).unwrap();
+        let prompt = [1, 2, 3];
+        for temperature in [0.0, 1.0] {
+            let mut make = |max_new_tokens| {
+                let sampling = Sampling { temperature, ..Sampling::GREEDY };
+                let stop_ids = &[][..];
+                let (prompt, seed, compensate_prompt) = (&prompt[..], 7, false);
+                let request = Request { prompt, max_new_tokens, sampling, seed, stop_ids, compensate_prompt };
+                generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap()
+            };
+            // Of the eight places three are taken, and the last token needs none.
+            for (asked, expected) in [(0, 0), (1, 1), (6, 6), (7, 6), (1 << 40, 6), (1 << 63, 6), (usize::MAX, 6)] {
+                let made = make(asked);
+                assert_eq!(made.tokens.len(), expected, "{asked} at temperature {temperature}");
+                assert_eq!(made.finish, if asked > 6 { Finish::Context } else { Finish::Length }, "{asked}");
+                assert!(made.tokens_per_second().is_finite() && made.decode_per_second().is_finite(), "{asked}");
+                assert_eq!(made.tokens, make(6).tokens[..expected], "the same draws decide, however many there are");
+            }
+        }
+    }
 }

@@ -35,6 +35,7 @@
 //! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
 //! | `fingerprint` | what tells one model from another |
+//! | [`host`] | the memory that this process may take |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
@@ -53,6 +54,7 @@ pub mod files;
 mod fingerprint;
 pub mod format;
 pub mod generate;
+pub mod host;
 pub mod mapped;
 pub mod model;
 pub mod nsys;

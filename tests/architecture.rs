@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Crate, and the only files of `src` that may name it.
-const DOORS: [(&str, &[&str]); 8] = [
+const DOORS: [(&str, &[&str]); 11] = [
     ("cudarc", &["backend/cuda", "cupti"]),
     ("wgpu", &["backend/wgsl"]),
     ("pollster", &["backend/wgsl"]),
@@ -11,6 +11,9 @@ const DOORS: [(&str, &[&str]); 8] = [
     ("tokenizers", &["tokenizer"]),
     ("minijinja", &["tokenizer"]),
     ("clap", &["cli", "main.rs"]),
+    ("clap_complete", &["cli"]),
+    ("ctrlc", &["commands/interrupt.rs"]),
+    ("tracing_subscriber", &["main.rs"]),
     ("plotters", &["tune", "timeline/plot.rs"]),
 ];
 
@@ -45,4 +48,19 @@ fn each_outside_crate_has_one_door() {
             assert!(!names_it || allowed, "{relative} names {name}, whose door is {doors:?}");
         }
     }
+}
+
+/// Who writes to stdout or stderr by other ways than `output.rs` panics, or says nothing, where nobody reads.
+#[test]
+fn the_program_has_one_way_out() {
+    let mut files = Vec::new();
+    sources(Path::new("src/commands"), &mut files);
+    sources(Path::new("src/cli"), &mut files);
+    files.extend(["src/cli.rs", "src/output.rs"].map(PathBuf::from));
+    let writes = |file: &Path| {
+        let text = std::fs::read_to_string(file).expect("text");
+        ["io::stdout", "io::stderr", "println!", "print!("].iter().any(|way| text.contains(way))
+    };
+    let ways: Vec<_> = files.into_iter().filter(|file| writes(file)).collect();
+    assert_eq!(ways, [Path::new("src/output.rs")]);
 }

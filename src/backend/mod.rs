@@ -13,6 +13,7 @@
 
 pub mod cpu;
 pub mod cuda;
+mod exit;
 pub mod kernels;
 pub mod record;
 #[cfg(feature = "reference-wgpu")]
@@ -21,6 +22,8 @@ pub mod wgsl;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+
+pub use self::exit::exit_at_once;
 
 use self::record::{Clock, Recorder};
 use crate::config::ModelConfig;

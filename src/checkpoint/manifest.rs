@@ -71,7 +71,7 @@ impl TryFrom<f64> for BitWidth {
         let halves = bits * 2.0;
         ensure!(
             halves.fract() == 0.0 && (4.0..=16.0).contains(&halves),
-            "bit width {bits}, 2 to 8 in steps of 0.5 are allowed, for example 3, 3.5 or 4"
+            "bit width {bits:?}, 2 to 8 in steps of 0.5 are allowed, for example 3, 3.5 or 4"
         );
         Ok(Self { low: halves as u32 / 2, mixed: halves as u32 % 2 == 1 })
     }

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use anyhow::{Result, ensure};
 use decdec::backend::DecodeBackend;
-use decdec::generate::{Request, generate};
+use decdec::generate::{Generated, Request, generate};
 use decdec::model::Model;
 use decdec::open::Opened;
 use decdec::profile::Clock;
@@ -14,13 +14,22 @@ use decdec::weights::ModelWeights;
 
 use super::devices::{Job, Target, on_device};
 use crate::cli::BenchArgs;
+use crate::output;
 
 /// Runs the command.
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
-    ensure!(args.context > 0, "--context is 0, at least 1 token is needed");
-    ensure!(args.tokens > 1, "--tokens is {}, at least 2 are needed", args.tokens);
-    let opened = super::open(&args.checkpoint_path, (args.model_name.as_deref(), args.backend, args.bitwidth), false)?;
+    let opened = super::open(&args.model, args.run.compat_scale_order)?;
+    let (longest, max) = (longest(args), opened.weights().config().max_position_embeddings);
+    ensure!(
+        longest <= max,
+        "a text of {longest} tokens is to be made, the model's context is {max}: give less --context or --tokens"
+    );
     on_device(&Target { watch: args.timeline, ..args.run.target() }, Bench { args, opened: &opened })
+}
+
+/// Tokens of the longest text that is made.
+fn longest(args: &BenchArgs) -> usize {
+    args.context.saturating_add(args.tokens.max(if args.timeline { timeline::ROOM } else { 0 }))
 }
 
 struct Bench<'a> {
@@ -32,16 +41,15 @@ impl Job for Bench<'_> {
     type Output = ();
 
     fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
-        Some((self.opened.weights(), self.args.context + self.args.tokens.max(timeline::ROOM)))
+        Some((self.opened.weights(), longest(self.args)))
     }
 
-    #[allow(clippy::print_stdout, reason = "the command's result")]
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
         let (args, weights) = (self.args, self.opened.weights());
         let bits = args.run.head_bits;
         let head = (bits < 16).then(|| decdec::quantize::head(weights, bits)).transpose()?;
         let mut model = Model::load_with_head(backend, weights, head.clone(), |_| ())?;
-        let compensation = super::compensation(&model, &args.checkpoint_path, &args.run)?;
+        let compensation = super::compensation(&model, &args.model.named.checkpoint_path, &args.run)?;
         model.compensate(compensation.as_ref())?;
         let device = backend.device();
         let title = format!(
@@ -51,16 +59,17 @@ impl Job for Bench<'_> {
             device.id,
             args.context
         );
-        println!("{title}");
-        let rate = tokens_per_second(&model, args)?;
-        println!("whole tokens: {rate:.1} tokens/s, {:.1} us each", 1e6 / rate);
+        output::line(&title)?;
+        let made = whole_tokens(&model, args)?;
+        let (rate, us) = (made.decode_per_second(), made.decode_time.as_secs_f64() * 1e6 / made.decoded.max(1) as f64);
+        output::line(format_args!("whole tokens: {rate:.1} tokens/s, {us:.1} us each"))?;
         if !args.timeline {
             return Ok(());
         }
         let mut recorder = backend.recorder(Clock::Auto)?;
         let sources = (weights, head.as_ref());
         let timeline = timeline::measure(&model, &mut recorder, sources, compensation.as_ref(), args.context)?;
-        print(&timeline);
+        print(&timeline)?;
         if let Some(picture) = &args.picture {
             timeline::draw(&timeline, &format!("{title}: {rate:.1} tokens/s"), picture)?;
             tracing::info!("wrote {}", picture.display());
@@ -70,12 +79,11 @@ impl Job for Bench<'_> {
 }
 
 /// Greedy tokens behind a context; a first, short text compiles and records.
-fn tokens_per_second<B: DecodeBackend>(model: &Model<'_, B>, args: &BenchArgs) -> Result<f64> {
+fn whole_tokens<B: DecodeBackend>(model: &Model<'_, B>, args: &BenchArgs) -> Result<Generated> {
     let mut state = model.state(args.context + args.tokens)?;
     let prompt = vec![model.config().bos_token_id.unwrap_or(0); args.context];
     model.prepare(&mut state, args.context, false)?;
-    let mut rate = 0.0;
-    for max_new_tokens in [args.tokens.min(8), args.tokens] {
+    let mut text = |max_new_tokens| {
         let request = Request {
             prompt: &prompt,
             max_new_tokens,
@@ -84,17 +92,19 @@ fn tokens_per_second<B: DecodeBackend>(model: &Model<'_, B>, args: &BenchArgs) -
             stop_ids: &[],
             compensate_prompt: false,
         };
-        rate = generate(model, &mut state, &request, |_| Ok(ControlFlow::Continue(())))?.decode_per_second();
-    }
-    Ok(rate)
+        generate(model, &mut state, &request, |_| Ok(ControlFlow::Continue(())))
+    };
+    text(args.tokens.min(8))?;
+    text(args.tokens)
 }
 
-#[allow(clippy::print_stdout, reason = "the command's result")]
-fn print(timeline: &Timeline) {
+fn print(timeline: &Timeline) -> Result<()> {
     let Timeline { clock, bandwidths, measured, parts, layers_us } = timeline;
     let how = if *measured { "by plain reads" } else { "of the fastest part" };
     let (memory, link) = (bandwidths.device_memory / 1e9, bandwidths.host_link / 1e9);
-    println!("times from {clock}; floors at {memory:.1} GB/s of memory, {link:.1} GB/s of the host link ({how})");
+    output::line(format_args!(
+        "times from {clock}; floors at {memory:.1} GB/s of memory, {link:.1} GB/s of the host link ({how})"
+    ))?;
     let mut table = super::table();
     table.set_header([
         "part",
@@ -119,7 +129,9 @@ fn print(timeline: &Timeline) {
             p.fused_us.map_or_else(String::new, |us| format!("{us:.1}")),
         ]);
     }
-    println!("{table}");
+    output::line(&table)?;
     let (floor, us) = (timeline.floor_us(), timeline.us());
-    println!("token: floor {floor:.1} us, operation by operation {us:.1} us; its layers as one: {layers_us:.1} us");
+    output::line(format_args!(
+        "token: floor {floor:.1} us, operation by operation {us:.1} us; its layers as one: {layers_us:.1} us"
+    ))
 }

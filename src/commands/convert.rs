@@ -9,27 +9,27 @@ use decdec::open::Opened;
 use decdec::quantize::{self, ResidualOptions};
 use decdec::source::Source;
 
-use crate::cli::{CalibrationArgs, ConvertArgs, ResidualsArgs};
+use crate::cli::{CalibrationArgs, ConvertArgs, OutArgs, ResidualsArgs};
 
 /// Runs `decdec convert`.
 pub(crate) fn convert(args: &ConvertArgs) -> Result<()> {
-    let opened = open(&args.path, args.bitwidth)?;
+    let opened = open(&args.path, args.width.bitwidth)?;
     if let Some(original) = &args.original {
-        return complete(original, &opened, &args.out, &args.calibration, args.overwrite);
+        return complete(original, &opened, &args.to, &args.calibration);
     }
     if args.calibration.calib.is_some() {
         bail!("--calib is for --original, which makes residuals and thresholds: give both or neither");
     }
-    let stop = super::interrupt_flag()?;
+    let stop = super::interrupt::stop_flag(quantize::Interrupted);
     let bar = super::progress(0, "converting");
-    let manifest = super::resumable(convert::convert(&opened, &args.out, args.overwrite, stop, &bar))?;
+    let manifest = super::resumable(convert::convert(&opened, &args.to.out, args.to.overwrite, stop, &bar))?;
     bar.finish_and_clear();
     tracing::info!(
         "converted {} layers ({} {} bits) into {}",
         opened.weights().config().num_layers,
         manifest.backend,
         manifest.bits,
-        args.out.display()
+        args.to.out.display()
     );
     if !manifest.has_residuals() {
         tracing::info!("there are no residuals: give --original SOURCE to make them");
@@ -39,8 +39,8 @@ pub(crate) fn convert(args: &ConvertArgs) -> Result<()> {
 
 /// Runs `decdec residuals`.
 pub(crate) fn residuals(args: &ResidualsArgs) -> Result<()> {
-    let opened = open(&args.quantized, args.bitwidth)?;
-    complete(&args.original, &opened, &args.out, &args.calibration, args.overwrite)
+    let opened = open(&args.quantized, args.width.bitwidth)?;
+    complete(&args.original, &opened, &args.to, &args.calibration)
 }
 
 /// The quantized model, in the precision that was asked for.
@@ -51,25 +51,25 @@ fn open(path: &Path, bits: Option<BitWidth>) -> Result<Opened> {
 }
 
 /// Writes the quantized weights with residuals and thresholds against `original`.
-fn complete(original: &Path, opened: &Opened, out: &Path, args: &CalibrationArgs, overwrite: bool) -> Result<()> {
+fn complete(original: &Path, opened: &Opened, to: &OutArgs, args: &CalibrationArgs) -> Result<()> {
     let source = Source::open(original)?;
     let weights = opened.weights();
     let texts = opened.texts().context("the quantized model has no tokenizer")?;
     let options = ResidualOptions {
         calibration: super::quantize::calibration(args, texts, weights.config())?,
         source: opened.manifest().map_or(opened.name(), |manifest| &manifest.source).to_owned(),
-        overwrite,
+        overwrite: to.overwrite,
     };
-    let stop = super::interrupt_flag()?;
+    let stop = super::interrupt::stop_flag(quantize::Interrupted);
     let bar = super::progress(0, "");
-    let report = super::resumable(quantize::residuals(&source, weights, texts, &options, out, stop, &bar))?;
+    let report = super::resumable(quantize::residuals(&source, weights, texts, &options, &to.out, stop, &bar))?;
     bar.finish_and_clear();
     tracing::info!(
         "made residuals and thresholds of {} layers in {:.1} s ({} calibration tokens) into {}",
         report.bits.len(),
         report.elapsed.as_secs_f64(),
         report.tokens,
-        out.display()
+        to.out.display()
     );
     Ok(())
 }

@@ -6,7 +6,8 @@ use decdec::backend::cuda::{self, Cuda};
 use decdec::backend::{DecodeBackend, DeviceInfo};
 use decdec::weights::ModelWeights;
 
-use crate::cli::{DevicesArgs, DtypeArg, ResidualsArg};
+use crate::cli::{DtypeArg, JsonArg, ResidualsArg};
+use crate::output;
 
 /// What is to be done on a device, whatever its backend.
 pub(crate) trait Job {
@@ -140,8 +141,7 @@ pub(crate) fn vulkan() -> Result<Vec<DeviceInfo>> {
 }
 
 /// Prints what can run here, and why not otherwise.
-#[allow(clippy::print_stdout, reason = "the command's result")]
-pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
+pub(crate) fn run(args: &JsonArg) -> Result<()> {
     let found = find();
     if args.json {
         let rows: Vec<_> = found
@@ -158,8 +158,7 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
             }
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
-        return Ok(());
+        return output::line(serde_json::to_string_pretty(&rows)?);
     }
     let mut table = super::table();
     table.set_header(["device", "name", "driver", "n_tb at most"]);
@@ -175,6 +174,5 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<()> {
             }
         }
     }
-    println!("{table}");
-    Ok(())
+    output::line(&table)
 }

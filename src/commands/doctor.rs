@@ -2,13 +2,14 @@
 
 use anyhow::Result;
 use decdec::backend::cuda::doctor::{self, Device, Report};
+use decdec::host;
 use serde_json::{Value, json};
 
-use crate::cli::DoctorArgs;
+use crate::cli::JsonArg;
+use crate::output;
 
 /// Prints what this machine can do. What is missing is a finding, not a failure.
-#[allow(clippy::print_stdout, reason = "the command's result")]
-pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
+pub(crate) fn run(args: &JsonArg) -> Result<()> {
     let (host, cuda, vulkan) = (Host::look(), doctor::examine(), super::devices::vulkan());
     if args.json {
         let vulkan =
@@ -17,8 +18,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
             "version": env!("CARGO_PKG_VERSION"), "cpu": host.cpu(), "memory": host.memory(), "cuda": in_json(&cuda),
             "vulkan": vulkan,
         });
-        println!("{}", serde_json::to_string_pretty(&all)?);
-        return Ok(());
+        return output::line(serde_json::to_string_pretty(&all)?);
     }
     let mut lines = vec![
         ("cpu".to_owned(), format!("{}, {} cores, {}", host.name, host.cores, host.simd.join(" "))),
@@ -48,10 +48,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
         names.join(", ")
     });
     lines.push(("Vulkan".into(), in_words(&vulkan)));
-    for (what, finding) in lines {
-        println!("{what:<18} {finding}");
-    }
-    Ok(())
+    lines.iter().try_for_each(|(what, finding)| output::line(format_args!("{what:<18} {finding}")))
 }
 
 /// A finding, or what is missing and how to get it.
@@ -146,8 +143,6 @@ impl Host {
             let line = text.lines().find_map(|line| line.strip_prefix(key))?;
             Some(line.trim_start_matches([':', ' ', '\t']).trim().to_owned())
         };
-        let memory = read("/proc/meminfo");
-        let bytes = |key| value(&memory, key)?.trim_end_matches(" kB").parse::<u64>().ok().map(|kb| kb * 1024);
         let locked = value(&read("/proc/self/limits"), "Max locked memory").map(|limits| {
             let mut limits = limits.split_whitespace().map(|limit| limit.parse().ok());
             [limits.next().flatten(), limits.next().flatten()]
@@ -156,8 +151,8 @@ impl Host {
             name: value(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             simd: simd(),
-            total: bytes("MemTotal"),
-            available: bytes("MemAvailable"),
+            total: host::total_memory(),
+            available: host::available_memory(),
             locked,
         }
     }

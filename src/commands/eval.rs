@@ -8,12 +8,14 @@ use decdec::weights::ModelWeights;
 
 use super::devices::{Job, on_device};
 use crate::cli::PerplexityArgs;
+use crate::output;
 
 /// Runs the command.
-#[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
-    let opened = Opened::open(&args.path, args.bitwidth, args.compat_scale_order)?;
-    opened.expect(None, args.bitwidth, None)?;
+    let opened = Opened::open(&args.path, args.width.bitwidth, args.run.compat_scale_order)?;
+    opened.expect(None, args.width.bitwidth, None)?;
+    let context = opened.weights().config().max_position_embeddings;
+    ensure!(args.seq_len <= context, "--seq-len is {}, 2 to {context} (the model's context) are allowed", args.seq_len);
     let source = args.compare.as_deref().map(|path| Opened::open(path, None, false)).transpose()?;
     if let Some(source) = &source {
         let (ours, theirs) = (opened.weights().config().vocab_size, source.weights().config().vocab_size);
@@ -27,22 +29,26 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
         &args.run.target(),
         Perplexity { args, opened: &opened, source: source.as_ref(), windows: &windows },
     )?;
-    if args.json {
-        println!("{}", serde_json::to_string(&evaluation)?);
-        return Ok(());
+    let Evaluation { perplexity, kl_divergence, source_perplexity, base_perplexity, recovered, .. } = evaluation;
+    let numbers = [Some(perplexity), kl_divergence, source_perplexity, base_perplexity, recovered];
+    if let Some(number) = numbers.into_iter().flatten().find(|number| !number.is_finite()) {
+        bail!("{number} comes out where a number should: the model's logits are not finite, or far too large");
     }
-    println!("perplexity {:.3} over {} predictions", evaluation.perplexity, evaluation.predictions);
-    if let (Some(kl), Some(agreement)) = (evaluation.kl_divergence, evaluation.top1_agreement) {
-        println!("KL divergence {kl:.5} nats, top-1 agreement {:.2} %", 100.0 * agreement);
+    if args.output.json {
+        return output::line(serde_json::to_string(&evaluation)?);
     }
-    if let Some(source) = evaluation.source_perplexity {
-        println!("source: perplexity {source:.3}");
+    output::line(format_args!("perplexity {perplexity:.3} over {} predictions", evaluation.predictions))?;
+    if let (Some(kl), Some(agreement)) = (kl_divergence, evaluation.top1_agreement) {
+        output::line(format_args!("KL divergence {kl:.5} nats, top-1 agreement {:.2} %", 100.0 * agreement))?;
     }
-    if let (Some(base), Some(recovered)) = (evaluation.base_perplexity, evaluation.recovered) {
-        println!(
+    if let Some(source) = source_perplexity {
+        output::line(format_args!("source: perplexity {source:.3}"))?;
+    }
+    if let (Some(base), Some(recovered)) = (base_perplexity, recovered) {
+        output::line(format_args!(
             "without compensation: perplexity {base:.3}; compensation recovers {:.1} % of the lost log-perplexity",
             100.0 * recovered
-        );
+        ))?;
     }
     Ok(())
 }
@@ -67,12 +73,8 @@ impl Job for Perplexity<'_> {
         model.compensate(compensation.as_ref())?;
         let source = self.source.map(|source| super::load(backend, source.weights(), 16)).transpose()?;
         let bar = super::progress(self.windows.len(), "reading");
-        let interrupted = super::interrupt_flag()?;
         let evaluation = eval::perplexity(&model, source.as_ref(), self.windows, |done| {
             bar.set_position(done as u64);
-            if interrupted.load(std::sync::atomic::Ordering::SeqCst) {
-                bail!(super::Interrupted);
-            }
             Ok(())
         })?;
         bar.finish_and_clear();

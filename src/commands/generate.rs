@@ -1,29 +1,30 @@
 //! `decdec generate`
 
-use std::io::Write;
+use std::fmt::{self, Display};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::DecodeBackend;
-use decdec::generate::{Finish, Generated, Request, generate};
+use decdec::generate::{Finish, Generated, Request, generate, per_second};
 use decdec::model::{Compensation, Model, State};
 use decdec::open::Opened;
 use decdec::sampling::Sampling;
 use decdec::tokenizer::{Message, TextStream, Tokenizer};
 use decdec::weights::ModelWeights;
 
-use super::Interrupted;
 use super::devices::{Job, Target, on_device};
+use super::interrupt::{Interrupted, stop_flag};
 use crate::cli::GenerateArgs;
+use crate::output;
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let started = Instant::now();
-    let sampling = sampling(args)?;
-    let opened = open(args)?;
-    opened.expect(args.backend.map(Into::into), args.bitwidth, args.model_name.as_deref())?;
+    let opened = super::open(&args.model, args.run.compat_scale_order)?;
+    let named = args.model.named.model_name.as_deref();
+    opened.expect(args.model.backend.map(Into::into), args.model.width.bitwidth, named)?;
     let tokenizer = opened.texts().map(|_| opened.tokenizer()).transpose()?;
     let prompt = match &tokenizer {
         Some(tokenizer) => prompt(args, tokenizer)?,
@@ -34,36 +35,16 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     };
     let max = opened.weights().config().max_position_embeddings;
     let limit = args.max_seq_len.unwrap_or(max);
-    ensure!(limit <= max, "--max-seq-len is {limit}, the model's context is {max}");
+    ensure!(limit <= max, "--max-seq-len is {limit}, 1 to {max} (the model's context) are allowed");
     ensure!(
         prompt.len() <= limit,
         "the prompt has {} tokens, the context has room for {limit}, shorten the prompt",
         prompt.len()
     );
     let tokenizer = tokenizer.as_ref();
+    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p };
     let job = Generation { args, opened: &opened, tokenizer, prompt: &prompt, limit, sampling, started };
     on_device(&Target { compile: args.compile, ..args.run.target() }, job)
-}
-
-/// The model at `--checkpoint-path`, or one of random numbers.
-fn open(args: &GenerateArgs) -> Result<Opened> {
-    let named = (args.model_name.as_deref(), args.backend, args.bitwidth);
-    super::open(&args.checkpoint_path, named, args.compat_scale_order)
-}
-
-fn sampling(args: &GenerateArgs) -> Result<Sampling> {
-    let share = |flag: &str, value: f32| {
-        ensure!((0.0..=1.0).contains(&value), "{flag} is {value}, 0 to 1 are allowed");
-        Ok(value)
-    };
-    let temperature = args.temperature;
-    ensure!(temperature >= 0.0 && temperature.is_finite(), "--temperature is {temperature}, 0 or more is allowed");
-    Ok(Sampling {
-        temperature,
-        top_k: args.top_k,
-        top_p: share("--top-p", args.top_p)?,
-        min_p: share("--min-p", args.min_p)?,
-    })
 }
 
 /// The tokens to go on from.
@@ -104,7 +85,7 @@ impl Job for Generation<'_> {
         let args = self.args;
         let opened = Instant::now();
         let mut model = super::load(backend, self.opened.weights(), args.run.head_bits)?;
-        let compensation = super::compensation(&model, &args.checkpoint_path, &args.run)?;
+        let compensation = super::compensation(&model, &args.model.named.checkpoint_path, &args.run)?;
         model.compensate(compensation.as_ref())?;
         let mut state = model.state(self.max_seq_len())?;
         let loaded = Instant::now();
@@ -115,7 +96,7 @@ impl Job for Generation<'_> {
             tracing::info!("--seed {seed}");
         }
         let samples = args.num_samples.unwrap_or(if args.prompt.is_some() { 1 } else { 5 });
-        let mut all = Vec::with_capacity(samples);
+        let mut means = Means::default();
         for i in 0..samples {
             let sample = self.sample(&model, &mut state, i, seed.wrapping_add(i as u64), compensation.as_ref())?;
             if i == 0 {
@@ -127,36 +108,32 @@ impl Job for Generation<'_> {
                     sample.prompt_time.as_secs_f64()
                 );
             }
-            all.push(sample);
+            means.add(&sample, self.prompt.len());
         }
-        if !all.is_empty() {
-            self.report(&summary(&all, self.prompt.len()));
-        }
-        Ok(())
+        self.report(means)
     }
 }
 
 impl Generation<'_> {
     fn max_seq_len(&self) -> usize {
-        self.limit.min(self.prompt.len() + self.args.max_new_tokens)
+        self.limit.min(self.prompt.len().saturating_add(self.args.max_new_tokens))
     }
 
     /// Text goes to stdout when there is a prompt or it was asked for.
     fn prints_text(&self) -> bool {
-        !self.args.json && self.tokenizer.is_some() && (self.args.print_result || self.args.prompt.is_some())
+        !self.args.output.json && self.tokenizer.is_some() && (self.args.print_result || self.args.prompt.is_some())
     }
 
     /// Measurements go to stdout unless text or JSON is there.
-    #[allow(clippy::print_stdout, clippy::print_stderr, reason = "the command's result")]
-    fn report(&self, line: &str) {
-        if self.args.json || self.prints_text() {
-            eprintln!("{line}");
+    fn report(&self, line: impl Display) -> Result<()> {
+        if self.args.output.json || self.prints_text() {
+            output::aside(line);
+            Ok(())
         } else {
-            println!("{line}");
+            output::line(line)
         }
     }
 
-    #[allow(clippy::print_stdout, reason = "the command's result")]
     fn sample<B: DecodeBackend>(
         &self,
         model: &Model<'_, B>,
@@ -174,11 +151,11 @@ impl Generation<'_> {
             stop_ids,
             compensate_prompt: self.args.compensate_prompt,
         };
-        let interrupted = super::interrupt_flag()?;
+        let interrupted = stop_flag("");
         let mut writer = Writer::new(self.tokenizer.map(Tokenizer::stream), &self.args.stop, self.prints_text());
         let made = generate(model, state, &request, |id| writer.push(id, interrupted))?;
         let text = writer.finish()?;
-        if self.args.json {
+        if self.args.output.json {
             let run = model.backend().device();
             let line = serde_json::json!({
                 "sample": index + 1,
@@ -198,17 +175,17 @@ impl Generation<'_> {
                 "k_chunks": compensation.map(|c| c.by_bits.iter().flat_map(|l| l.k_chunks).collect::<Vec<_>>()),
                 "selection": compensation.map(|c| c.selection),
             });
-            println!("{line}");
+            output::line(line)?;
         }
         if interrupted.load(Ordering::SeqCst) {
             bail!(Interrupted);
         }
         let total = (made.prompt_time + made.decode_time).as_secs_f64();
-        self.report(&format!(
+        self.report(format_args!(
             "Time for inference {}: {total:.2} sec total, {:.2} tokens/sec",
             index + 1,
             made.tokens_per_second()
-        ));
+        ))?;
         if made.finish == Finish::Context {
             tracing::warn!("the context of {} tokens is full", self.limit);
         }
@@ -217,15 +194,28 @@ impl Generation<'_> {
 }
 
 /// Averages over all samples, prompt and decode apart.
-fn summary(all: &[Generated], prompt_tokens: usize) -> String {
-    let mean = |of: &dyn Fn(&Generated) -> f64| all.iter().map(of).sum::<f64>() / all.len() as f64;
-    let per_second = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-    format!(
-        "Average tokens/sec: {:.2} (prompt {:.2} tokens/sec, decode {:.2} tokens/sec)",
-        mean(&Generated::tokens_per_second),
-        mean(&|g| per_second(prompt_tokens, g.prompt_time)),
-        mean(&Generated::decode_per_second),
-    )
+#[derive(Default)]
+struct Means {
+    samples: usize,
+    all: f64,
+    prompt: f64,
+    decode: f64,
+}
+
+impl Means {
+    fn add(&mut self, made: &Generated, prompt_tokens: usize) {
+        self.samples += 1;
+        self.all += made.tokens_per_second();
+        self.prompt += per_second(prompt_tokens, made.prompt_time);
+        self.decode += made.decode_per_second();
+    }
+}
+
+impl Display for Means {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [all, prompt, decode] = [self.all, self.prompt, self.decode].map(|sum| sum / self.samples.max(1) as f64);
+        write!(f, "Average tokens/sec: {all:.2} (prompt {prompt:.2} tokens/sec, decode {decode:.2} tokens/sec)")
+    }
 }
 
 /// A seed that differs from run to run.
@@ -286,8 +276,7 @@ impl<'a> Writer<'a> {
 
     fn print_to(&mut self, end: usize) -> Result<()> {
         if self.print && end > self.printed {
-            let mut stdout = std::io::stdout().lock();
-            stdout.write_all(&self.text.as_bytes()[self.printed..end]).and_then(|()| stdout.flush())?;
+            output::text(&self.text.as_bytes()[self.printed..end])?;
         }
         self.printed = self.printed.max(end);
         Ok(())
@@ -300,7 +289,7 @@ impl<'a> Writer<'a> {
         }
         self.print_to(self.text.len())?;
         if self.print {
-            writeln!(std::io::stdout())?;
+            output::line("")?;
         }
         Ok(self.text)
     }

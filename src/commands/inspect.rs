@@ -6,6 +6,7 @@ use decdec::open::Opened;
 use decdec::weights::{ModelWeights, Weight};
 
 use crate::cli::InspectArgs;
+use crate::output;
 
 /// Bytes and weights of one part of a model.
 #[derive(Debug, Default, Clone, Copy, serde::Serialize)]
@@ -23,15 +24,14 @@ impl Part {
     }
 
     fn bits_per_weight(&self) -> f64 {
-        self.device_bytes as f64 * 8.0 / self.weights as f64
+        self.device_bytes as f64 * 8.0 / self.weights.max(1) as f64
     }
 }
 
 /// Runs the command.
-#[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let opened = Opened::open(&args.path, args.bitwidth, false)?;
-    opened.expect(None, args.bitwidth, None)?;
+    let opened = Opened::open(&args.path, args.width.bitwidth, false)?;
+    opened.expect(None, args.width.bitwidth, None)?;
     let weights = opened.weights();
     let config = weights.config();
     let projections = Projection::ALL.map(|p| measure(weights, p));
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         None => ("full precision".into(), String::new()),
     };
     let layer_bits: Vec<_> = (0..config.num_layers).map(|l| weights.bits(l)).collect();
-    if args.json {
+    if args.output.json {
         let parts: serde_json::Map<_, _> = rows
             .iter()
             .map(|(name, _, part)| Ok((name.clone(), serde_json::to_value(part)?)))
@@ -64,12 +64,12 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
             "format": format, "bits": bits, "layers": config.num_layers, "layer_bits": layer_bits,
             "bits_per_weight": quantized.bits_per_weight(), "parts": parts,
         });
-        println!("{line}");
-        return Ok(());
+        return output::line(line);
     }
-    println!("{:?}, {} layers, {format} {bits}", config.architecture, config.num_layers);
+    output::line(format_args!("{:?}, {} layers, {format} {bits}", config.architecture, config.num_layers))?;
     if bits.contains('.') {
-        println!("bits of each layer: {}", layer_bits.iter().flatten().map(u32::to_string).collect::<String>());
+        let each: String = layer_bits.iter().flatten().map(u32::to_string).collect();
+        output::line(format_args!("bits of each layer: {each}"))?;
     }
     let mut table = super::table();
     table.set_header(["part of all layers", "in × out", "device MB", "host MB", "bits per weight"]);
@@ -83,8 +83,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
             format!("{:.2}", part.bits_per_weight()),
         ]);
     }
-    println!("{table}");
-    Ok(())
+    output::line(&table)
 }
 
 /// One projection of all layers: quantized weights on the device, residuals in host memory.

@@ -7,17 +7,16 @@ pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod interrupt;
 pub(crate) mod profile;
 pub(crate) mod quantize;
 pub(crate) mod tune;
 
 use std::path::Path;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::{DecodeBackend, DeviceInfo};
-use decdec::checkpoint::{BitWidth, WeightFormat};
+use decdec::checkpoint::WeightFormat;
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::model::{Compensation, LayerCompensation, Model};
@@ -27,37 +26,10 @@ use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::cli::{BackendArg, RunArgs};
+use crate::cli::{ModelArgs, RunArgs};
 
 /// `n_tb` and `k_chunk` where neither the user nor a tuned file says otherwise.
 const DEFAULT_COMPENSATION: LayerCompensation = LayerCompensation { n_tb: 8, k_chunks: [8; 4] };
-
-/// The program was interrupted; what could be saved has been.
-#[derive(Debug)]
-pub(crate) struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
-/// Becomes true at the first Ctrl-C; a second one ends the program at once.
-pub(crate) fn interrupt_flag() -> Result<&'static AtomicBool> {
-    static FLAG: AtomicBool = AtomicBool::new(false);
-    static INSTALLED: OnceLock<()> = OnceLock::new();
-    if INSTALLED.set(()).is_ok() {
-        let handler = || {
-            if FLAG.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-        };
-        ctrlc::set_handler(handler).context("cannot listen for ctrl-c")?;
-    }
-    Ok(&FLAG)
-}
 
 /// The result of a job that goes on where it was interrupted: that it was is said once, as a note, and ends the
 /// program with its own exit code.
@@ -65,7 +37,7 @@ pub(crate) fn resumable<T>(result: Result<T>) -> Result<T> {
     result.map_err(|error| match error.is::<decdec::quantize::Interrupted>() {
         true => {
             tracing::info!("{error}");
-            Interrupted.into()
+            interrupt::Interrupted.into()
         }
         false => error,
     })
@@ -107,7 +79,7 @@ pub(crate) fn compensation<B: DecodeBackend>(
         ensure!(!given, "a full-precision model has nothing to compensate, leave --k-chunks and --tuned out");
         return Ok(None);
     }
-    let selection: Selection = args.selection.into();
+    let selection: Selection = args.on.selection.into();
     if args.n_tbs.is_none() && args.k_chunks.is_none() {
         if let Some(by_bits) = tuned(model, path, args)? {
             return Ok(Some(Compensation { by_bits, selection }));
@@ -167,9 +139,6 @@ fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<L
         bail!("--n-tbs is {n_tb}, 1 to {max} are allowed on {}", device.id);
     }
     let k_chunks = args.k_chunks.clone().unwrap_or_else(|| DEFAULT_COMPENSATION.k_chunks.to_vec());
-    if let Some(k) = k_chunks.iter().find(|&&k| k > decdec::dec::CHUNK) {
-        bail!("--k-chunks has {k}, 0 to {} are allowed", decdec::dec::CHUNK);
-    }
     ensure!(
         k_chunks.len() == 4 || k_chunks.len() == 4 * widths.len(),
         "--k-chunks has {} numbers, {} are expected: one each for qkv, o, gu, d{}",
@@ -191,12 +160,10 @@ fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<L
     Ok((0..n_tbs.len().max(k_chunks.len() / 4)).map(set).collect())
 }
 
-/// The model at `path`, or for `random:SEED` one of random numbers with the shapes of the named preset.
-pub(crate) fn open(
-    path: &Path,
-    (name, backend, bits): (Option<&str>, Option<BackendArg>, Option<BitWidth>),
-    compat_scale_order: bool,
-) -> Result<Opened> {
+/// The model that is named, or for `random:SEED` one of random numbers with the shapes of the named preset.
+pub(crate) fn open(args: &ModelArgs, compat_scale_order: bool) -> Result<Opened> {
+    let (path, name) = (args.named.checkpoint_path.as_path(), args.named.model_name.as_deref());
+    let (backend, bits) = (args.backend, args.width.bitwidth);
     let text = path.to_string_lossy();
     let Some(seed) = text.strip_prefix("random:") else {
         return Opened::open(path, bits, compat_scale_order);

@@ -15,14 +15,14 @@ use decdec::weights::ModelWeights;
 
 use super::devices::{Job, Target, on_device};
 use crate::cli::{DtypeArg, ProfileArgs, ProfileName};
+use crate::output;
 
 /// Runs the command.
-#[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
     let named = Named::resolve(&args.name)?;
     let options = Options {
         identity: named.identity,
-        weights: args.name.checkpoint_path.clone(),
+        weights: args.name.named.checkpoint_path.display().to_string(),
         dir: args.name.nsys_dir.clone(),
         tokens: args.tokens,
         overwrite: args.overwrite,
@@ -31,19 +31,19 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         max_n_tb: args.max_n_tb,
         max_k_chunk: args.max_k_chunk,
         k_chunks: None,
-        selection: args.selection.into(),
+        selection: args.on.selection.into(),
     };
     let tuned = args.tuned.as_deref().map(|file| tuned_for(file, &options.identity)).transpose()?;
     if let Some(nsys) = &args.nsys_path {
         let (trace, sqlite) = profile::under_nsight(nsys, &options, own_command_line)?;
-        println!("wrote {}\nwrote {}", trace.display(), sqlite.display());
+        output::line(format_args!("wrote {}\nwrote {}", trace.display(), sqlite.display()))?;
     } else {
         let sweep =
             Sweep { weights: named.weights.get(), options: &options, clock: args.clock, tuned: tuned.as_deref() };
-        print!("{}", on_device(&target(&args.device, args.name.fp_dtype), sweep)?);
+        output::text(on_device(&target(&args.on.device, args.name.fp_dtype), sweep)?.to_string())?;
     }
     if let Some(tuned) = &tuned {
-        println!("{}", now(tuned, &options)?);
+        output::line(now(tuned, &options)?)?;
     }
     Ok(())
 }
@@ -160,6 +160,15 @@ impl Weights {
     }
 }
 
+/// The width that is asked for; a profile is of one.
+pub(crate) fn one_width(name: &ProfileName) -> Result<Option<BitWidth>> {
+    let asked = name.width.bitwidth;
+    if let Some(width) = asked.filter(|width| width.is_mixed()) {
+        bail!("--bitwidth is {width}, a profile is of one width, use {} or {}", width.low(), width.high());
+    }
+    Ok(asked)
+}
+
 /// A profile's name and its model, with what the flags leave out filled in.
 pub(crate) struct Named {
     pub(crate) identity: Identity,
@@ -176,9 +185,11 @@ impl Named {
             algo,
             bits,
         };
-        if let Some(seed) = name.checkpoint_path.strip_prefix("random:") {
+        let asked = one_width(name)?;
+        let path = name.named.checkpoint_path.as_path();
+        if let Some(seed) = path.to_str().and_then(|path| path.strip_prefix("random:")) {
             let seed = seed.parse().with_context(|| format!("random:{seed}: a number is expected after random:"))?;
-            let model = name.model_name.clone().context("random weights need the --model-name of a preset")?;
+            let model = name.named.model_name.clone().context("random weights need the --model-name of a preset")?;
             let config = ModelConfig::preset(&model).with_context(|| {
                 format!(
                     "--model-name {model} is no preset, {} are, or give a --checkpoint-path",
@@ -186,12 +197,10 @@ impl Named {
                 )
             })?;
             let algo = name.algo.context("random weights need --algo sqllm or awq")?;
-            let bits = name.bitwidth.context("random weights need a --bitwidth, such as 3 or 4")?;
+            let bits = asked.context("random weights need a --bitwidth, such as 3 or 4")?.low();
             let weights = Weights::Random(Box::new(super::random(config, algo == Algo::Awq, bits as usize, seed)?));
             return Ok(Self { identity: identity(model, algo, bits), weights });
         }
-        let path = Path::new(&name.checkpoint_path);
-        let asked = name.bitwidth.map(|bits| BitWidth::try_from(f64::from(bits))).transpose()?;
         let opened = Opened::open(path, asked, false)?;
         let Some((format, width)) = opened.quantization() else {
             bail!("{} is full precision: quantize it first, or profile random:SEED", path.display());
@@ -204,15 +213,15 @@ impl Named {
             ensure!(asked == algo, "--algo is {}, but {} is {}", asked.name(), path.display(), algo.name());
         }
         ensure!(
-            name.bitwidth.is_some() || !width.is_mixed(),
+            asked.is_some() || !width.is_mixed(),
             "{} mixes {} and {} bits: profile and tune them one after the other with --bitwidth",
             path.display(),
             width.low(),
             width.high()
         );
         let file_name = path.canonicalize()?.file_name().map(|name| name.to_string_lossy().into_owned());
-        let model = name.model_name.clone().or(file_name).context("give a --model-name")?;
-        let bits = name.bitwidth.unwrap_or(width.low());
+        let model = name.named.model_name.clone().or(file_name).context("give a --model-name")?;
+        let bits = asked.unwrap_or(width).low();
         Ok(Self { identity: identity(model, algo, bits), weights: Weights::Opened(Box::new(opened)) })
     }
 }

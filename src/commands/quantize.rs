@@ -10,7 +10,9 @@ use decdec::tokenizer::{TextFiles, Tokenizer};
 use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 
+use super::interrupt::stop_flag;
 use crate::cli::{CalibrationArgs, QuantizeArgs, RefineArg};
+use crate::output;
 
 /// Runs the command.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
@@ -23,30 +25,29 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         refine: refine(args, source.config())?,
         calibration: calibration(&args.calibration, source.texts(), source.config())?,
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
-        overwrite: args.overwrite,
+        overwrite: args.to.overwrite,
     };
     if args.dry_run {
         return dry_run(&source, &options);
     }
-    let stop = super::interrupt_flag()?;
+    let stop = stop_flag(decdec::quantize::Interrupted);
     let bar = super::progress(0, "");
-    let report = super::resumable(quantize(&source, source.texts(), &options, &args.out, stop, &bar))?;
+    let report = super::resumable(quantize(&source, source.texts(), &options, &args.to.out, stop, &bar))?;
     bar.finish_and_clear();
     tracing::info!(
         "quantized {} layers in {:.1} s ({} calibration tokens) into {}",
         report.bits.len(),
         report.elapsed.as_secs_f64(),
         report.tokens,
-        args.out.display()
+        args.to.out.display()
     );
-    if let Some(peak) = peak_memory() {
-        tracing::info!("peak memory {peak} MB");
+    if let Some(peak) = decdec::host::peak_memory() {
+        tracing::info!("peak memory {} MB", peak / 1_000_000);
     }
     Ok(())
 }
 
 /// Prints what the job would take and leave.
-#[allow(clippy::print_stdout, reason = "the command's result")]
 fn dry_run(source: &Source, options: &Options) -> Result<()> {
     let estimate = estimate(source.config(), options)?;
     let megabytes = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
@@ -56,8 +57,7 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     table.add_row(["disk while it is made".into(), megabytes(estimate.disk_bytes)]);
     table.add_row(["memory while it is made, mapped files aside".into(), megabytes(estimate.memory_bytes)]);
     table.add_row(["time on this machine".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
-    println!("{table}");
-    Ok(())
+    output::line(&table)
 }
 
 fn refine(args: &QuantizeArgs, config: &ModelConfig) -> Result<Refine> {
@@ -116,11 +116,4 @@ pub(crate) fn calibration(args: &CalibrationArgs, texts: &TextFiles, config: &Mo
         tracing::warn!("{wanted} calibration samples wanted, the text has {found}: all are taken");
     }
     Ok(calibration)
-}
-
-/// The most memory that this process has had at once, in MB, where the system tells.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kb| kb / 1000)
 }

@@ -1,7 +1,5 @@
 //! `decdec tune`
 
-use std::path::Path;
-
 use anyhow::{Result, bail, ensure};
 use decdec::backend::DecodeBackend;
 use decdec::config::{ModelConfig, Projection};
@@ -9,11 +7,11 @@ use decdec::tune::{self, Directories, Options, Outcome, Verification};
 use decdec::weights::ModelWeights;
 
 use super::devices::{Job, on_device};
-use super::profile::{Named, target};
+use super::profile::{Named, one_width, target};
 use crate::cli::TuneArgs;
+use crate::output;
 
 /// Runs the command.
-#[allow(clippy::print_stdout, reason = "the command's result")]
 pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     if let Some(stray) = args.stray.first() {
         let flag = stray.replace('_', "-");
@@ -23,10 +21,10 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     let mut shapes = given.map(|shape| shape.as_ref().map(|s| (s[0], s[1])));
     // With all names given, nothing has to be opened: a profile may have come from another machine.
     let name = &args.name;
-    let identity = match (&name.model_name, name.algo, name.bitwidth) {
+    let identity = match (&name.named.model_name, name.algo, one_width(name)?) {
         (Some(model), Some(algo), Some(bits)) => {
             let (prefix, model) = (name.prefix.clone(), model.clone());
-            decdec::nsys::Identity { prefix, model, precision: name.fp_dtype, algo, bits }
+            decdec::nsys::Identity { prefix, model, precision: name.fp_dtype, algo, bits: bits.low() }
         }
         _ => Named::resolve(name)?.identity,
     };
@@ -40,6 +38,12 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
         "--save keeps one result, but {} targets are given: give one --target-slowdown",
         args.target_slowdown.len()
     );
+    let checkpoint = &name.named.checkpoint_path;
+    ensure!(
+        !args.save || checkpoint.is_dir(),
+        "--save needs the --checkpoint-path of a directory, not {}",
+        checkpoint.display()
+    );
     let mut outcome = tune::run(&Options {
         identity,
         dir: name.nsys_dir.clone(),
@@ -51,27 +55,25 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     if args.verify {
         // Whole tokens of a large model take minutes, and may be ended from outside: what was found stays.
         outcome.write(&to)?;
-        println!("found, to be verified:\n{}", outcome.summary());
+        output::line(format_args!("found, to be verified:\n{}", outcome.summary()))?;
         let named = Named::resolve(name)?;
         let context = named.weights.get().config().max_position_embeddings;
         let tokens = args.verify_tokens.min(context.saturating_sub(Verification::OVERHEAD));
-        let how = Verification { tokens, rounds: ROUNDS, selection: args.selection.into() };
-        let target = target(&args.device, name.fp_dtype);
+        let how = Verification { tokens, rounds: ROUNDS, selection: args.on.selection.into() };
+        let target = target(&args.on.device, name.fp_dtype);
         on_device(&target, Verify { weights: named.weights.get(), outcome: &mut outcome, how })?;
     }
     let written = outcome.write(&to)?;
-    print!("{outcome}");
     for path in written {
         tracing::info!("wrote {}", path.display());
     }
     if args.save {
-        let checkpoint = Path::new(&name.checkpoint_path);
-        ensure!(checkpoint.is_dir(), "--save needs the --checkpoint-path of a directory, not {}", checkpoint.display());
         for tuning in &outcome.tunings {
             tracing::info!("wrote {}", outcome.tuned(tuning).save(checkpoint)?.display());
         }
     }
-    Ok(())
+    // Last, so that all is written where the reader of the report has gone.
+    output::text(outcome.to_string())
 }
 
 /// Texts that a choice is measured with.

@@ -19,6 +19,7 @@ use super::{
 use crate::checkpoint::{Manifest, WeightFormat};
 use crate::config::{ModelConfig, Projection};
 use crate::format::Dense;
+use crate::host;
 use crate::sampling;
 
 /// Tokens, channels and rows of the sample.
@@ -131,6 +132,17 @@ fn sampling_memory(config: &ModelConfig, calibration: &Calibration) -> usize {
 /// True if codebooks are learned in the end.
 fn learns(options: &Options, manifest: &Manifest) -> bool {
     options.refine != Refine::None && manifest.group_size.is_none()
+}
+
+/// Refuses what this machine cannot hold, before anything is sized by it.
+pub(super) fn ensure_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<()> {
+    let tokens = options.calibration.samples() * options.calibration.seq_len();
+    let bytes = memory(config, options, manifest) as u64;
+    host::ensure_memory(
+        bytes,
+        &format!("calibrating with {tokens} tokens"),
+        "use fewer --samples or a shorter --seq-len",
+    )
 }
 
 /// Embedding and head in half precision, what full precision says, what a window leaves in every layer, codebooks with

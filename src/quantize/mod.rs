@@ -149,6 +149,8 @@ impl Calibration {
     pub const TEXT_SAMPLES: usize = 24;
     /// Tokens of a sampled text, unless something else is asked for.
     pub const SAMPLED_SEQ_LEN: usize = 256;
+    /// Tokens that all windows may have together: sizes in bytes that follow from them do not overflow.
+    pub const MOST_TOKENS: usize = 1 << 32;
     /// Sampled texts, unless something else is asked for.
     pub const SAMPLED_SAMPLES: usize = 16;
 
@@ -188,7 +190,13 @@ impl Calibration {
                  or a smaller --seq-len"
             );
         }
-        ensure!(self.samples() > 0, "0 windows of calibration text, at least 1 is needed, use --samples");
+        let samples = self.samples();
+        ensure!(samples > 0, "0 windows of calibration text, at least 1 is needed, use --samples");
+        ensure!(
+            samples.checked_mul(seq_len).is_some_and(|tokens| tokens <= Self::MOST_TOKENS),
+            "{samples} windows of {seq_len} tokens, {} tokens in all are allowed, use fewer --samples",
+            Self::MOST_TOKENS
+        );
         Ok(())
     }
 }
@@ -243,6 +251,7 @@ pub fn quantize(
     let config = source.config();
     ensure!(source.bits(0).is_none(), "the source is already quantized, a full-precision model is expected");
     let manifest = plan(config, options)?;
+    estimate::ensure_memory(config, options, &manifest)?;
     CheckpointWriter::ensure_free(out, options.overwrite)?;
     progress.set_message("reading the model");
     let key = job::key(source, texts, &manifest, options, stop)?;

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::forward::{Affine, Inputs, Layer};
 use super::job::{self, Job, Made};
-use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, finish, style};
+use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, estimate, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{ModelConfig, Projection};
 use crate::fingerprint::Fingerprint;
@@ -90,6 +90,7 @@ pub fn residuals(
         source: options.source.clone(),
         overwrite: options.overwrite,
     };
+    estimate::ensure_memory(config, &job_options, &manifest)?;
     CheckpointWriter::ensure_free(out, options.overwrite)?;
     progress.set_message("reading the models");
     let mut fingerprint = Fingerprint::default();

@@ -116,8 +116,16 @@ impl Table {
                 "the trace has no standalone kernel of {projection}: take the profile again"
             );
         }
+        let base = base.map(Runs::sample);
+        for (projection, sample) in Projection::ALL.into_iter().zip(&base) {
+            // Every result is a ratio to these.
+            ensure!(
+                sample.decdec_us > 0.0,
+                "the standalone kernels of {projection} took no time by this trace: take the profile again"
+            );
+        }
         let pairs = grouped.into_iter().map(|(key, runs)| (key, runs.sample())).collect();
-        Ok(Self { base: base.map(Runs::sample), pairs })
+        Ok(Self { base, pairs })
     }
 
     /// What the search works on.

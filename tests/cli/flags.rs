@@ -99,7 +99,7 @@ fn invocations(text: &str) -> Vec<(&'static str, Vec<String>)> {
 }
 
 /// Words as a shell splits them; double quotes keep blanks.
-fn words(line: &str) -> Vec<String> {
+pub(super) fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     for (i, part) in line.split('"').enumerate() {
         match i % 2 {
@@ -146,7 +146,7 @@ fn every_flag_of_the_reference_s_manuals_is_known() {
 #[test]
 fn a_wrong_flag_suggests_the_right_one() {
     let cases: [(&[&str], &str); 17] = [
-        (&["generate", "--k_chunk", "8"], "k_chunks"),
+        (&["generate", "--k_chunk", "8"], "--k-chunks"),
         (&["generate", "--k-chunk", "8"], "--k-chunks"),
         (&["generate", "--n-tb", "8"], "--n-tbs"),
         (&["generate", "--max-tokens", "8"], "--max-new-tokens"),
@@ -196,4 +196,26 @@ fn help_reads_from_top_to_bottom() {
             flags.iter().find(|line| line.split_whitespace().count() < 2 && !text.contains(&format!("{line}\n     ")));
         assert!(unnamed.is_none(), "{name}: a flag without a word: {unnamed:?}");
     }
+}
+
+/// A text is what follows its flag, whatever it begins with.
+#[test]
+fn texts_may_begin_with_a_dash() {
+    let shop = Workshop::new();
+    let checkpoint = shop.plain_checkpoint();
+    let prompt_tokens = |flags: &[&str]| {
+        let output = shop.generate(&checkpoint, flags).arg("--json").assert().success().get_output().clone();
+        let made: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
+        made["prompt_tokens"].as_u64().expect("a count")
+    };
+    for text in ["- a", "-1", "-", "--", "---", "-h", "--ab", "--json", "--max_new_tokens", "--help", "-a\n-b"] {
+        // The attached spelling cannot be taken for anything else.
+        let attached = prompt_tokens(&[&format!("--prompt={text}")]);
+        assert_eq!(prompt_tokens(&["--prompt", text]), attached, "{text}");
+        assert_eq!(prompt_tokens(&["--stop", text, "--prompt", text]), attached, "{text}");
+        let system = ["--checkpoint-path", "/nowhere", "--chat", "--prompt", "a", "--system", text];
+        decdec().arg("generate").args(system).assert().code(1);
+    }
+    // The next flag is a flag again.
+    refuses(shop.generate(&checkpoint, &["--prompt", "a", "--top-p", "--json"]), &["--top-p"]);
 }

@@ -9,6 +9,11 @@ mod fixtures;
 
 mod convert;
 mod flags;
+#[cfg(unix)]
+mod interrupt;
+mod messages;
+mod numbers;
+mod output;
 mod tuning;
 
 use std::path::{Path, PathBuf};
@@ -18,9 +23,15 @@ use predicates::prelude::*;
 use predicates::str::contains;
 
 fn decdec() -> Command {
-    let mut command = Command::cargo_bin("decdec").expect("built");
-    command.env_remove("RUST_LOG");
-    command
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
+    settle(&mut command);
+    Command::from_std(command)
+}
+
+/// Leaves out of a command's environment what changes its words: notes that are asked for, the width of a terminal, and
+/// what Mesa says where there is no session.
+fn settle(command: &mut std::process::Command) {
+    command.env_remove("RUST_LOG").env_remove("COLUMNS").env_remove("RUST_BACKTRACE").env("XDG_RUNTIME_DIR", "/tmp");
 }
 
 /// A small source, and a directory to work in.

@@ -186,5 +186,5 @@ fn bench_says_where_a_token_goes() {
     // A vocabulary of 300 does not go into whole words of eight rows.
     refuses(bench(&["--head-bits", "8"]), &["quantizing the head", "300", "a multiple of 8"]);
     refuses(bench(&["--head-bits", "5"]), &["5", "16, 8 and 4 are allowed"]);
-    refuses(bench(&["--context", "0"]), &["--context is 0", "at least 1"]);
+    refuses(bench(&["--context", "0"]), &["'0' for '--context", "from 1"]);
 }

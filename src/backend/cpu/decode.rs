@@ -7,6 +7,7 @@ use super::{Cpu, Matrix, kernels};
 use crate::backend::{DecodeBackend, Input, Norm, ensure_room};
 use crate::config::ModelConfig;
 use crate::dec::DecPlan;
+use crate::host;
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// One text in host memory.
@@ -104,6 +105,9 @@ impl DecodeBackend for Cpu {
     fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
         ensure!(max_seq_len > 0, "the context has no room for a single token");
         let cache = config.num_kv_heads * max_seq_len * config.head_dim;
+        let bytes = 4 * (2 * config.num_layers * cache + max_seq_len * config.head_dim);
+        let what = format!("a context of {max_seq_len} tokens");
+        host::ensure_memory(bytes as u64, &what, "make fewer tokens, or set --max-seq-len")?;
         Ok(Sequence {
             max_seq_len,
             num_heads: config.num_heads,

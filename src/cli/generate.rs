@@ -1,0 +1,65 @@
+//! Arguments of `decdec generate`.
+
+use clap::Args;
+
+use super::numbers::{mode, seed, share, temperature, whole};
+use super::{JsonArg, ModelArgs, RunArgs};
+
+/// `decdec generate`
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Text to go on from; without one, a single BOS token
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) prompt: Option<String>,
+    /// Independent generations [default: 1 with --prompt, 5 without]
+    #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
+    pub(crate) num_samples: Option<usize>,
+    /// The most tokens to make in each, the prompt not counted
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = whole(0..=usize::MAX))]
+    pub(crate) max_new_tokens: usize,
+    /// Sample among this many of the most probable tokens; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = whole(0..=usize::MAX))]
+    pub(crate) top_k: usize,
+    /// Sample among the fewest tokens whose probabilities reach this sum
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    pub(crate) top_p: f32,
+    /// Sample among tokens at least this share as probable as the most probable one
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = share)]
+    pub(crate) min_p: f32,
+    /// 0 takes the most probable token; above, tokens are sampled
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub(crate) temperature: f32,
+    /// Decides what is sampled; printed when it was not given
+    #[arg(long, value_name = "N", value_parser = seed)]
+    pub(crate) seed: Option<u64>,
+    /// 0 generic kernels, 1 specialized kernels, 2 specialized and recorded in a graph (cuda)
+    #[arg(long, value_name = "MODE", default_value_t = 2, value_parser = mode)]
+    pub(crate) compile: u8,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Put the prompt into the model's chat template
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// System message of the chat
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "chat")]
+    pub(crate) system: Option<String>,
+    /// End where this text appears; may be given several times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) stop: Vec<String>,
+    /// Go on after tokens that end a text
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Compensate the prompt too
+    #[arg(long)]
+    pub(crate) compensate_prompt: bool,
+    /// The longest context, prompt included [default: what the prompt and --max-new-tokens need]
+    #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
+    pub(crate) max_seq_len: Option<usize>,
+    /// Print the text although there is no --prompt
+    #[arg(long)]
+    pub(crate) print_result: bool,
+    #[command(flatten)]
+    pub(crate) output: JsonArg,
+}

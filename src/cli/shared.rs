@@ -1,0 +1,184 @@
+//! Flags that several commands have, each defined once.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use decdec::checkpoint::{BitWidth, WeightFormat};
+use decdec::dec::{CHUNK, Selection};
+
+use super::numbers::{head_bits, seed, whole};
+use crate::commands::devices::Target;
+
+/// How weights are stored and multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// AnyPrec: one codebook per row
+    Ap,
+    /// LUT-GEMM: binary-coded groups of channels
+    Lutgemm,
+}
+
+impl From<BackendArg> for WeightFormat {
+    fn from(backend: BackendArg) -> Self {
+        match backend {
+            BackendArg::Ap => Self::AnyPrec,
+            BackendArg::Lutgemm => Self::LutGemm,
+        }
+    }
+}
+
+/// The type that products are computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    /// IEEE half precision
+    #[value(alias = "fp16")]
+    Float16,
+    /// bfloat16
+    #[value(alias = "bf16")]
+    Bfloat16,
+    /// IEEE single precision
+    #[value(alias = "fp32")]
+    Float32,
+}
+
+/// How salient channels are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SelectionArg {
+    /// By calibrated buckets of |x|, as in the paper
+    Bucket,
+    /// The largest |x| of each chunk
+    Exact,
+}
+
+impl From<SelectionArg> for Selection {
+    fn from(selection: SelectionArg) -> Self {
+        match selection {
+            SelectionArg::Bucket => Self::Bucket,
+            SelectionArg::Exact => Self::Exact,
+        }
+    }
+}
+
+/// Where residuals wait on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum ResidualsArg {
+    /// In pinned host memory, fetched over the host link
+    #[default]
+    Host,
+    /// In device memory, for cards with room
+    Device,
+}
+
+/// Which model.
+#[derive(Debug, Args)]
+pub(crate) struct NamedArgs {
+    /// A checkpoint, a directory as the reference's scripts write it, a full-precision source, or random:SEED for
+    /// random numbers in the shapes of the preset --model-name, to measure speed without weights
+    #[arg(long, value_name = "PATH")]
+    pub(crate) checkpoint_path: PathBuf,
+    /// The model's name: checked against the checkpoint, or the preset of random weights
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+}
+
+/// Which of the precisions that a model is stored in.
+#[derive(Debug, Args)]
+pub(crate) struct WidthArg {
+    /// Bits of a weight: which of the precisions that are stored, else checked against the checkpoint
+    #[arg(long, value_name = "BITS")]
+    pub(crate) bitwidth: Option<BitWidth>,
+}
+
+/// Which model, and what it is.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    #[command(flatten)]
+    pub(crate) named: NamedArgs,
+    #[command(flatten)]
+    pub(crate) width: WidthArg,
+    /// Storage of the weights, checked against the checkpoint
+    #[arg(long, value_enum)]
+    pub(crate) backend: Option<BackendArg>,
+}
+
+/// Which device, and how channels are found there.
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArgs {
+    /// auto, cpu, wgpu[:N] or cuda[:N]
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// How channels are found
+    #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]
+    pub(crate) selection: SelectionArg,
+}
+
+/// Where a model runs and how it is compensated.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) on: DeviceArgs,
+    /// Type of the products [default: float16 on cuda, float32 elsewhere]
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<DtypeArg>,
+    /// Where residuals wait (cuda)
+    #[arg(long, value_enum, default_value_t = ResidualsArg::Host)]
+    pub(crate) residuals: ResidualsArg,
+    /// Thread blocks that compensate: one number, or one for each bit width of a mixed checkpoint
+    #[arg(long, num_args = 1..=2, value_name = "N", value_parser = whole(0..=usize::MAX))]
+    pub(crate) n_tbs: Option<Vec<usize>>,
+    /// Channels compensated per 1024, for qkv, o, gu, d: four numbers, or four for each bit width
+    #[arg(long, num_args = 1..=8, value_name = "K", value_parser = whole(0..=CHUNK))]
+    pub(crate) k_chunks: Option<Vec<usize>>,
+    /// What decdec tune found, in place of --n-tbs and --k-chunks [default: tuned.json of the checkpoint]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["n_tbs", "k_chunks"])]
+    pub(crate) tuned: Option<PathBuf>,
+    /// Bits of the head: 16 as it is stored, 8 or 4 rounded while loading, which moves fewer bytes for each token
+    #[arg(long, value_name = "BITS", default_value_t = 16, value_parser = head_bits)]
+    pub(crate) head_bits: usize,
+    /// Leave the residual scales of a reference directory in the order in which the reference leaves them
+    #[arg(long)]
+    pub(crate) compat_scale_order: bool,
+}
+
+impl RunArgs {
+    /// The device, set up with everything recorded.
+    pub(crate) fn target(&self) -> Target<'_> {
+        Target { device: &self.on.device, dtype: self.dtype, residuals: self.residuals, ..Target::default() }
+    }
+}
+
+/// Where a checkpoint goes.
+#[derive(Debug, Args)]
+pub(crate) struct OutArgs {
+    /// Where the checkpoint goes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Replace the checkpoint that is there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+}
+
+/// What a model reads while it is watched.
+#[derive(Debug, Args)]
+pub(crate) struct CalibrationArgs {
+    /// Calibration text; when absent, the model's own
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calib: Option<PathBuf>,
+    /// Tokens of a calibration sample [default: 512 with --calib, 256 without]
+    #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
+    pub(crate) seq_len: Option<usize>,
+    /// Calibration samples [default: 24 with --calib, 16 without]
+    #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
+    pub(crate) samples: Option<usize>,
+    /// Decides the calibration text that the model makes
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed)]
+    pub(crate) seed: u64,
+}
+
+/// How a result is printed.
+#[derive(Debug, Args)]
+pub(crate) struct JsonArg {
+    /// Print JSON in place of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}

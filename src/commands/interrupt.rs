@@ -1,0 +1,52 @@
+//! Ctrl-C: at once where a job keeps nothing, and soon where it wants to end well.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+/// What a shell reports of a program that Ctrl-C ended.
+pub(crate) const EXIT_CODE: u8 = 130;
+
+/// How long a job that was told to stop may take to do so before it is ended.
+const GRACE: Duration = Duration::from_millis(500);
+
+static STOP: AtomicBool = AtomicBool::new(false);
+/// What is said where a job is ended before it has stopped; empty until a job wants to stop by itself.
+static LAST_WORDS: OnceLock<String> = OnceLock::new();
+
+/// The program was interrupted; what could be saved has been.
+#[derive(Debug)]
+pub(crate) struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Listens for Ctrl-C from now on. It ends the program at once, whatever that waits for, unless a job has asked for
+/// [`stop_flag`].
+pub(crate) fn listen() -> Result<()> {
+    let heard = || {
+        if let Some(words) = LAST_WORDS.get() {
+            STOP.store(true, Ordering::SeqCst);
+            std::thread::sleep(GRACE);
+            // From a thread of its own: who holds stderr may wait for a reader that never comes.
+            std::thread::spawn(move || (!words.is_empty()).then(|| tracing::info!("{words}")));
+            std::thread::sleep(GRACE / 10);
+        }
+        decdec::backend::exit_at_once(EXIT_CODE.into());
+    };
+    ctrlc::set_handler(heard).context("cannot listen for ctrl-c")
+}
+
+/// A flag that Ctrl-C sets, for a job that has something to save. It gets [`GRACE`] for that: a job that waits, for a
+/// device or a long product, does not hear. `last_words` are said where it was ended before it could say so itself.
+pub(crate) fn stop_flag(last_words: impl std::fmt::Display) -> &'static AtomicBool {
+    LAST_WORDS.get_or_init(|| last_words.to_string());
+    &STOP
+}

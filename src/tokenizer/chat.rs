@@ -8,14 +8,14 @@ mod source;
 mod strftime;
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, anyhow, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind, context};
 
-use limits::Writer;
+use limits::{MAX_TEXT, Writer};
 use marks::Marks;
 pub(super) use marks::private;
 
@@ -39,7 +39,7 @@ const NAME: &str = "chat template";
 
 /// A chat template. It is compiled when a conversation asks for it, so that one that is not Jinja stands in nobody
 /// else's way.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Chat {
     template: String,
     /// Special tokens by the name of their variable, such as `bos_token`.
@@ -62,7 +62,12 @@ impl Chat {
 
     /// The text of a conversation.
     pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        limits::with_stack(|| self.write(&self.compile()?, messages, add_generation_prompt))
+        self.render_within(limits::MAX_TIME, messages, add_generation_prompt)
+    }
+
+    fn render_within(&self, limit: Duration, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let (chat, messages) = (self.clone(), messages.to_vec());
+        limits::bounded(limit, move || chat.write(&chat.compile()?, &messages, add_generation_prompt))
     }
 
     /// The text of a conversation, and which of its characters came with the messages.
@@ -74,19 +79,20 @@ impl Chat {
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
-        specials: &[&str],
+        specials: Vec<String>,
     ) -> Result<Rendering> {
-        limits::with_stack(|| {
-            let environment = self.compile()?;
-            let text = self.write(&environment, messages, add_generation_prompt)?;
-            let marks = Marks::new(specials, messages, &[&text, &self.template]);
-            for messages in marks.choices(messages) {
-                match self.write(&environment, &messages, add_generation_prompt) {
+        let (chat, messages) = (self.clone(), messages.to_vec());
+        limits::bounded(limits::MAX_TIME, move || {
+            let environment = chat.compile()?;
+            let text = chat.write(&environment, &messages, add_generation_prompt)?;
+            let marks = Marks::new(&specials, &messages, &[&text, &chat.template]);
+            for messages in marks.choices(&messages) {
+                match chat.write(&environment, &messages, add_generation_prompt) {
                     Ok(marked) if marks.remove(&marked) == text => return Ok(Rendering { text, marked }),
                     _ => (),
                 }
             }
-            let token = marks.spelled(messages).unwrap_or_default();
+            let token = marks.spelled(&messages).unwrap_or_default();
             Err(anyhow!(
                 "the chat template acts on the special token {token} in a message, leave it out of the message"
             ))
@@ -118,6 +124,8 @@ impl Chat {
         for Message { role, .. } in messages {
             ensure!(is_word(role), "the role of a message is {role:?}, letters, digits, _ and - are allowed");
         }
+        let bytes: usize = messages.iter().map(|m| m.content.len()).sum();
+        ensure!(bytes <= MAX_TEXT, "the messages of a chat have {bytes} bytes, at most {MAX_TEXT} are allowed");
         let messages: Vec<Value> =
             messages.iter().map(|m| context! { role => &m.role, content => &m.content }).collect();
         let tokens = self.tokens.iter().map(|(name, token)| (name.clone(), Value::from(token)));

@@ -23,8 +23,8 @@ impl Tokenizer {
     /// message that has one.
     pub fn chat_ids(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>> {
         let specials = self.specials();
-        let spellings: Vec<&str> = specials.values().map(String::as_str).collect();
-        let rendering = self.template()?.render_marked(messages, add_generation_prompt, &spellings)?;
+        let spellings = specials.values().cloned().collect();
+        let rendering = self.template()?.render_marked(messages, add_generation_prompt, spellings)?;
         let Rendering { text, marked } = &rendering;
         let own = guard(|| self.special_places(marked, &specials))?;
         let encoding = guard(|| self.inner.encode_char_offsets(text.as_str(), false).map_err(|e| anyhow!("{e}")))?;

@@ -2,7 +2,9 @@
 //! fill the memory, nor nest values so deeply that they exhaust the stack.
 
 use std::io;
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use minijinja::value::{Value, ValueKind};
@@ -10,11 +12,11 @@ use minijinja::{Error, ErrorKind, Output, State};
 
 use crate::tokenizer::guard::guard_as;
 
-/// Bytes of a text, be it one value or all that is written.
-pub(super) const MAX_TEXT: usize = 16 << 20;
+/// Bytes of a text, be it one value or all that is written: a million tokens.
+pub(super) const MAX_TEXT: usize = 4 << 20;
 
 /// Bytes that are written in all, counting what is kept in variables.
-const MAX_WRITTEN: usize = 256 << 20;
+const MAX_WRITTEN: usize = 64 << 20;
 
 /// Levels of lists in lists.
 const MAX_DEPTH: usize = 64;
@@ -25,6 +27,9 @@ const MAX_STEPS: u64 = 10_000_000;
 /// Bytes that instructions may write between them, each the longest plain text of the template.
 const MAX_PLAIN: u64 = 1 << 30;
 
+/// Time that a rendering may take.
+pub(super) const MAX_TIME: Duration = Duration::from_secs(60);
+
 /// Bytes of stack for a rendering: macros call each other a hundred levels deep.
 const STACK: usize = 64 << 20;
 
@@ -33,13 +38,21 @@ pub(super) fn steps(longest: usize) -> u64 {
     (MAX_PLAIN / longest.max(1) as u64).min(MAX_STEPS)
 }
 
-/// Runs `work` with a stack that deep macros do not exhaust; a panic becomes an error.
-pub(super) fn with_stack<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    thread::scope(|scope| {
-        let worker = thread::Builder::new().stack_size(STACK);
-        let worker = worker.spawn_scoped(scope, || guard_as("the chat template fails", work));
-        worker.context("cannot start a thread for the chat template")?.join().map_err(|_| anyhow!("it panicked"))?
-    })
+/// What `work` returns, if it does so within `limit`, on a stack that deep macros do not exhaust; a panic becomes an
+/// error. Work that takes longer is left behind: it ends when it ends, or with the program.
+pub(super) fn bounded<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (sender, receiver) = mpsc::channel();
+    let work = move || {
+        // Nobody listens any more when it took too long.
+        let _ = sender.send(guard_as("the chat template fails", work));
+    };
+    let worker = thread::Builder::new().name("chat template".into()).stack_size(STACK);
+    worker.spawn(work).context("cannot start a thread for the chat template")?;
+    let late = || anyhow!("the chat template takes more than {} s", limit.as_secs_f64());
+    receiver.recv_timeout(limit).unwrap_or_else(|_| Err(late()))
 }
 
 fn refused(message: String) -> Error {

@@ -4,7 +4,7 @@
 //! - `{% generation %}` marks the answers of a conversation for training. Here it is a block without effect.
 //! - `a % b` becomes `(a)|percent(b)`, since minijinja has `%` for numbers only.
 //! - What is joined or repeated (`+`, `~`, `*`), and each list, dict and tuple that is written out, passes through
-//!   the filter `operand`. It changes nothing and refuses what is too large ([`super::limits`]): a short template
+//!   the filter `operand`; so does what becomes an attribute (`{% set a.b = c %}`). It changes nothing and refuses what is too large ([`super::limits`]): a short template
 //!   could otherwise double a text until memory ends, and minijinja counts instructions, not bytes.
 //!
 //! A filter binds closer than any operator, so that putting `|operand` behind an operand never changes what an
@@ -86,6 +86,8 @@ struct Tag {
     in_operand: bool,
     /// Names before `in` or `=` are being assigned to.
     targets: bool,
+    /// An attribute is, and its value is being read.
+    attribute: bool,
 }
 
 /// What is known within one pair of brackets, or outside of all.
@@ -116,6 +118,7 @@ impl Tag {
             after_operand: false,
             in_operand: false,
             targets: false,
+            attribute: false,
         };
         let closing = if text.starts_with("{%") { "%}" } else { "}}" };
         let mut expects_name = closing == "%}";
@@ -127,6 +130,9 @@ impl Tag {
             let marked = rest.starts_with(['-', '+']) && rest[1..].starts_with(closing);
             if tag.levels.len() == 1 && (marked || rest.starts_with(closing)) {
                 tag.end_product();
+                if tag.attribute {
+                    tag.out.push_str(")|operand ");
+                }
                 tag.take(text, usize::from(marked) + 2);
                 break;
             }
@@ -191,8 +197,13 @@ impl Tag {
                 self.separate(token);
             }
             "=" => {
+                let of_set = self.targets && self.name == "set" && self.levels.len() == 1;
                 self.targets = false;
                 self.separate(token);
+                if of_set && self.out.contains('.') {
+                    self.out.push_str(" (");
+                    self.attribute = true;
+                }
             }
             "(" | "[" | "{" => self.open(token),
             ")" | "]" | "}" => self.close(token),
@@ -369,6 +380,7 @@ mod tests {
             ("{{ f(a * 2, b) }}", "{{ f(a |operand * 2|operand , b) }}"),
             ("{% set x = [a, {'b': c}] %}", "{% set x = ([a, ({'b': c}|operand)]|operand) %}"),
             ("{% set x = (a, b) %}", "{% set x = ((a, b)|operand) %}"),
+            ("{% set a.b = c, d %}{% set e = f.g %}", "{% set a.b = ( c, d )|operand %}{% set e = f.g %}"),
             ("{{ -a + 1.5 - b }}", "{{ -a |operand + 1.5 |operand - b }}"),
         ] {
             assert_eq!(prepared(template), expected);

@@ -34,11 +34,11 @@ fn templates_mean_what_they_mean_to_transformers() {
 #[test]
 fn a_template_takes_no_more_than_it_may() {
     let megabyte = "x".repeat(1 << 20);
-    let large = "a value takes more than 16777216 bytes";
+    let large = "a value takes more than 4194304 bytes";
     let deep = "a value nests deeper than 64 levels";
-    let written = "the chat template writes more than 16777216 bytes";
+    let written = "the chat template writes more than 4194304 bytes";
     let long = "it takes too many steps";
-    let wide = "expressions write more than 268435456 bytes";
+    let wide = "expressions write more than 67108864 bytes";
     let looped =
         |body: &str| format!("{{% set ns = namespace(x='ab') %}}{{% for i in range(99999) %}}{body}{{% endfor %}}");
     let cases: Vec<(String, &str)> = vec![
@@ -47,10 +47,10 @@ fn a_template_takes_no_more_than_it_may() {
         ("{% for i in range(100000) %}{{ 'x' * 10000 }}{% endfor %}".into(), written),
         ("{% set x %}{% for i in range(100000) %}{{ 'x' * 10000 }}{% endfor %}{% endset %}".into(), wide),
         ("{{ 'a' * 10**9 }}".into(), "repeated string is too large"),
-        ("{{ 'a' * 99999999 }}".into(), large),
+        ("{{ 'a' * 9999999 }}".into(), large),
         ("{{ ('a' * 99999) * 99999 }}".into(), "repeated string is too large"),
-        ("{{ ([0] * 99999999) | list | length }}".into(), large),
-        ("{% set x = [0] * 99999999 %}{{ x | list | length }}".into(), large),
+        ("{{ ([0] * 9999999) | list | length }}".into(), large),
+        ("{% set x = [0] * 9999999 %}{{ x | list | length }}".into(), large),
         (looped("{% set ns.x = ns.x ~ ns.x %}"), large),
         (looped("{% set ns.x = ns.x + ns.x %}"), large),
         (looped("{% set ns.x = [ns.x, ns.x] %}"), large),
@@ -68,6 +68,7 @@ fn a_template_takes_no_more_than_it_may() {
         (looped("{% set ns.x = (ns.x,) %}"), deep),
         (looped("{% set ns.x = dict(x=ns.x) %}"), deep),
         (looped("{% set ns.x = namespace(x=ns.x) %}"), deep),
+        (looped("{% set n = namespace() %}{% set n.x = ns.x %}{% set ns.x = n %}"), deep),
         ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}".into(), deep),
         ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns | tojson }}".into(), deep),
         ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns | string }}".into(), deep),
@@ -97,6 +98,16 @@ fn a_template_takes_no_more_than_it_may() {
         assert!(error.ends_with(expected) && !error.contains('\n'), "{shown}: {error}");
         assert!(started.elapsed() < Duration::from_secs(20), "{shown}: {:?}", started.elapsed());
     }
+}
+
+#[test]
+fn a_template_that_takes_too_long_is_left_behind() {
+    // Each step takes long, so that counting steps does not help.
+    let slow = "{% set x = 'a' * 4000000 %}{% for i in range(500) %}{% if x[1:] == '' %}{% endif %}{% endfor %}";
+    let started = Instant::now();
+    let error = Chat::new(slow, vec![]).render_within(Duration::from_millis(50), &[], true).expect_err("it is slow");
+    assert_eq!(error.to_string(), "the chat template takes more than 0.05 s");
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
 }
 
 #[test]
@@ -143,6 +154,9 @@ fn errors_are_one_line() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let content = "x".repeat((4 << 20) + 1);
+    let error = render("", &[Message::new("user", &content)]).expect_err("too long").to_string();
+    assert_eq!(error, "the messages of a chat have 4194305 bytes, at most 4194304 are allowed");
     let long = render(&format!("{{{{ raise_exception('{}') }}}}", "long ".repeat(10_000)), &[]).expect_err("it fails");
     assert_eq!(long.to_string().len(), "the chat template fails in line 1: ".len() + 300);
 }

@@ -16,7 +16,7 @@ const AROUND: usize = 256;
 const TRIES: usize = 16;
 
 /// A text that is read as it is needed: UTF-8, each line ending as `\n` wherever it was saved, without the byte
-/// order mark that some editors put first.
+/// order marks that editors put first.
 #[derive(Debug)]
 pub struct TextReader<R> {
     source: R,
@@ -50,9 +50,9 @@ impl<R: Read> TextReader<R> {
         let rest = self.bytes.split_off(ready);
         let piece = String::from_utf8(std::mem::replace(&mut self.bytes, rest))?;
         let mut piece = piece.as_str();
-        if !self.has_started && !piece.is_empty() {
-            piece = piece.strip_prefix('\u{feff}').unwrap_or(piece);
-            self.has_started = true;
+        if !self.has_started {
+            piece = piece.trim_start_matches('\u{feff}');
+            self.has_started = !piece.is_empty();
         }
         text.push_str(&piece.replace("\r\n", "\n").replace('\r', "\n"));
         Ok(!is_last || before > 0)

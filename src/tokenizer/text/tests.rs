@@ -111,7 +111,7 @@ fn texts_are_read_as_they_are_meant() {
     let text = |bytes: &str| read(bytes.as_bytes(), 1).expect("a text");
     assert_eq!(text("\u{feff}a\r\nb\rc\n\r\n\r"), "a\nb\nc\n\n\n");
     assert_eq!(text("a\u{feff}b"), "a\u{feff}b", "a mark inside is text");
-    assert_eq!(text("\u{feff}\u{feff}b"), "\u{feff}b", "one mark is taken");
+    assert_eq!(text("\u{feff}\u{feff}b\u{feff}"), "b\u{feff}", "a file that was marked twice");
     assert_eq!(text(""), "");
     assert_eq!(text("\u{feff}"), "");
     // Line endings and characters that end where a portion of the file ends.

@@ -306,6 +306,8 @@ fn text_files_survive_a_directory() {
     let read = TextFiles::read(dir.path()).expect("readable");
     assert_eq!((read.bos_token, read.eos_token.as_deref()), (None, Some("<|im_end|>")));
     assert_eq!((read.chat_template.as_deref(), read.eos_token_ids), (Some("yes"), vec![]));
+    write(json!({ "chat_template": { "tools": "no", "default": "yes" } }));
+    assert_eq!(TextFiles::read(dir.path()).expect("readable").chat_template.as_deref(), Some("yes"));
     write(json!({ "chat_template": 3 }));
     let error = format!("{:#}", TextFiles::read(dir.path()).expect_err("no template"));
     assert_eq!(error, "in tokenizer_config.json: chat_template is 3, a string or a list of named strings is expected");

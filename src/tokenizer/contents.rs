@@ -1,10 +1,9 @@
 //! The ids of a conversation: special tokens come from the template, never from what a message says.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
-use tokenizers::{OffsetReferential, OffsetType};
 
 use super::Tokenizer;
 use super::chat::{Message, Rendering, private};
@@ -25,13 +24,11 @@ impl Tokenizer {
         let specials = self.specials();
         let spellings = specials.values().cloned().collect();
         let rendering = self.template()?.render_marked(messages, add_generation_prompt, spellings)?;
-        let Rendering { text, marked } = &rendering;
-        let own = guard(|| self.special_places(marked, &specials))?;
-        let encoding = guard(|| self.inner.encode_char_offsets(text.as_str(), false).map_err(|e| anyhow!("{e}")))?;
-        let mut tokens = encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().copied());
-        let ids = match tokens.all(|token| !specials.contains_key(&token.0) || own.contains(&token)) {
-            true => encoding.get_ids().to_vec(),
-            false => guard(|| self.encode_but(text, &own, &specials))?,
+        let encode = || self.inner.encode_char_offsets(rendering.text.as_str(), false);
+        let encoding = guard(|| encode().map_err(|e| anyhow!("cannot tokenize the text: {e}")))?;
+        let ids = match own_places(&encoding, &rendering, &specials) {
+            None => encoding.get_ids().to_vec(),
+            Some(own) => guard(|| self.encode_but(&rendering.text, &own, &specials))?,
         };
         self.known(&ids)?;
         Ok(ids)
@@ -44,26 +41,15 @@ impl Tokenizer {
         added.filter(|(id, token)| token.special || is_special(*id)).map(|(id, token)| (id, token.content)).collect()
     }
 
-    /// Where `text` has special tokens.
-    fn special_places(&self, text: &str, specials: &BTreeMap<u32, String>) -> Result<BTreeSet<Place>> {
-        let vocabulary = self.inner.get_added_vocabulary();
-        let parts = vocabulary.extract_and_normalize(self.inner.get_normalizer(), text);
-        let parts = parts.get_splits(OffsetReferential::Original, OffsetType::Char);
-        let places = parts.into_iter().filter_map(|(_, place, tokens)| Some((tokens.as_ref()?.first()?.id, place)));
-        Ok(places.filter(|(id, _)| specials.contains_key(id)).collect())
-    }
-
     /// The ids of `text` with special tokens at the places `own` and nowhere else.
     ///
     /// A second tokenizer knows each special token by a private character that the text does not have. With those
     /// characters in their places, it reads the rest as text, and everything else as the first one does.
-    fn encode_but(&self, text: &str, own: &BTreeSet<Place>, specials: &BTreeMap<u32, String>) -> Result<Vec<u32>> {
+    fn encode_but(&self, text: &str, own: &[Place], specials: &BTreeMap<u32, String>) -> Result<Vec<u32>> {
         let free = private().filter(|&c| !text.contains(c) && self.inner.token_to_id(&c.to_string()).is_none());
         let stand_ins: BTreeMap<u32, char> = specials.keys().copied().zip(free).collect();
         let blind = self.blind(specials, &stand_ins).context("cannot tell messages from special tokens")?;
-        let mut places: Vec<&Place> = own.iter().collect();
-        places.sort_by_key(|(_, place)| *place);
-        let mut places = places.into_iter().peekable();
+        let mut places = own.iter().peekable();
         let mut replaced = String::with_capacity(text.len());
         for (i, c) in text.chars().enumerate() {
             while places.next_if(|(_, (_, end))| *end <= i).is_some() {}
@@ -103,6 +89,27 @@ impl Tokenizer {
         }
         Ok(blind)
     }
+}
+
+/// Where the template wrote special tokens, if there are others that have a character of a message; none if all are
+/// its own.
+fn own_places(
+    encoding: &tokenizers::Encoding,
+    rendering: &Rendering,
+    specials: &BTreeMap<u32, String>,
+) -> Option<Vec<Place>> {
+    let text: Vec<char> = rendering.text.chars().collect();
+    let from_message: Vec<bool> = text.iter().zip(rendering.marked.chars()).map(|(&c, marked)| c != marked).collect();
+    let places = encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().copied());
+    let places = places.filter(|(id, _)| specials.contains_key(id));
+    let (own, others): (Vec<Place>, Vec<Place>) =
+        places.partition(|&(_, (start, end))| from_message.get(start..end).is_some_and(|c| !c.contains(&true)));
+    // A character that the vocabulary does not have becomes a special token too, and need not be replaced.
+    let is_spelled = |&(id, (start, end)): &Place| {
+        let spelling: String = text[start..end].iter().collect();
+        spelling.trim().eq_ignore_ascii_case(specials[&id].trim())
+    };
+    (!others.is_empty()).then(|| own.into_iter().filter(is_spelled).collect())
 }
 
 /// Gives tokens of a model other names; merges that make one of them go.

@@ -67,6 +67,28 @@ pub(super) fn kinds() -> Vec<(&'static str, Tokenizer)> {
     ]
 }
 
+/// Kinds whose special tokens are found, or not, depending on the text next to them.
+pub(super) fn odd_kinds() -> Vec<(&'static str, Tokenizer)> {
+    let change = |name, of: &str, key: &str| {
+        let (_, tokenizer) = kinds().into_iter().find(|(kind, _)| *kind == of).expect("a kind");
+        let mut json: Value = serde_json::from_str(&tokenizer.inner.to_string(false).expect("JSON")).expect("JSON");
+        for token in json["added_tokens"].as_array_mut().into_iter().flatten() {
+            if token["content"] != "<tool>" {
+                token[key] = (!token[key].as_bool().expect("a flag")).into();
+            }
+        }
+        (name, with_template(json.to_string().into_bytes(), None))
+    };
+    vec![
+        change("normalized, bytes", "qwen2", "normalized"),
+        change("normalized, pieces", "llama-2", "normalized"),
+        change("whole words", "gpt-2", "single_word"),
+        change("space before", "llama-3", "lstrip"),
+        change("space behind", "llama-2", "rstrip"),
+        change("not special", "gpt-2", "special"),
+    ]
+}
+
 /// A BPE tokenizer on bytes, or on pieces of text with bytes to fall back on.
 fn trained(on_bytes: bool) -> Value {
     let trainer = BpeTrainer::builder().vocab_size(900).show_progress(false);

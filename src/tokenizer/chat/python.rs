@@ -54,7 +54,7 @@ fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
             Some(tuple) => tuple.to_vec(),
             None => vec![right.clone()],
         };
-        limits::call("percent", &[&[left.clone()], &args[..]].concat())?;
+        limits::call("percent", &[std::slice::from_ref(left), &args[..]].concat())?;
         return format(FormatStyle::Printf, text, &args).map(Value::from);
     }
     let zero = || refused(format!("unable to calculate {left} % {right}"));
@@ -79,7 +79,7 @@ fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
 
 /// Methods that minijinja's values do not have themselves.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    let all = [&[value.clone()], args].concat();
+    let all = [std::slice::from_ref(value), args].concat();
     limits::call(name, &all)?;
     let own = match value.as_str() {
         Some(text) => text_method(text, name, args)?,

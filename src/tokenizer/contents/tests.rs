@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use tokenizers::AddedToken;
 
-use super::super::fixture::{SPECIALS, kinds, with_template};
+use super::super::fixture::{SPECIALS, kinds, odd_kinds, with_template};
 use super::{Message, Tokenizer};
 
 /// Templates that put contents where tokens could be spoiled: bare, trimmed, joined to special tokens by `+` and
@@ -66,21 +66,25 @@ fn spells(messages: &[Message]) -> bool {
 
 #[test]
 fn text_without_special_tokens_is_encoded_as_in_one_go() {
-    let kinds = kinds();
+    let mut kinds = kinds();
+    let plain = kinds.len() * TEMPLATES.len();
+    kinds.extend(odd_kinds());
     let kinds: Vec<_> =
         kinds.iter().flat_map(|(kind, t)| TEMPLATES.map(|template| (kind, with(t, template)))).collect();
     let seen = std::cell::Cell::new(0);
     runner(60)
         .run(&(conversation(false), prop::bool::ANY), |(messages, prompt)| {
             prop_assume!(!spells(&messages));
-            for (kind, tokenizer) in &kinds {
+            for (i, (kind, tokenizer)) in kinds.iter().enumerate() {
                 let text = tokenizer.chat(&messages, prompt).expect("a text");
                 let whole = tokenizer.encode_chat(&text).expect("tokens");
                 let specials = tokenizer.specials();
                 prop_assert_eq!(&tokenizer.chat_ids(&messages, prompt).expect("tokens"), &whole, "{} {:?}", kind, text);
                 // The way that forged texts take agrees where nothing is forged.
-                let own = tokenizer.special_places(&text, &specials).expect("places");
-                if seen.get() % 7 == 0 {
+                if i < plain && seen.get() % 7 == 0 {
+                    let encoding = tokenizer.inner.encode_char_offsets(text.as_str(), false).expect("tokens");
+                    let places = encoding.get_ids().iter().copied().zip(encoding.get_offsets().iter().copied());
+                    let own: Vec<_> = places.filter(|(id, _)| special_ids(tokenizer, &[*id]) == [*id]).collect();
                     let other = tokenizer.encode_but(&text, &own, &specials).expect("tokens");
                     prop_assert_eq!(&other, &whole, "{} {:?}", kind, text);
                 }

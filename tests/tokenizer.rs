@@ -31,6 +31,8 @@ fn golden_smollm2_ids_and_texts() {
         let chat = tokenizer.chat(&[Message::new("user", text("prompt"))], true).expect("the template works");
         assert_eq!(chat, text("chat"));
         assert_eq!(tokenizer.encode_chat(&chat).expect("ids"), ids(&case["chat_ids"]));
+        let messages = [Message::new("user", text("prompt"))];
+        assert_eq!(tokenizer.chat_ids(&messages, true).expect("ids"), ids(&case["chat_ids"]));
         assert_eq!(tokenizer.encode(&chat).expect("ids"), ids(&case["chat_ids"]), "BOS is there already");
 
         for (tokens, expected) in [("ids", "prompt"), ("greedy", "greedy_text"), ("chat_greedy", "chat_text")] {
@@ -214,8 +216,11 @@ A:
 
     let refused = render("\n{{ raise_exception('roles must alternate') }}", true).expect_err("it refuses");
     assert_eq!(refused.to_string(), "the chat template fails in line 2: roles must alternate");
-    let broken = with_template("{% for %}").expect_err("no Jinja").to_string();
-    assert!(broken.starts_with("the chat template fails in line 1: ") && !broken.contains('\n'), "{broken}");
+    let broken = with_template("{% for %}").expect("a template that is not Jinja stands in nobody's way");
+    assert!(broken.has_chat() && broken.encode("a").is_ok());
+    let error = broken.chat(&messages, true).expect_err("no Jinja").to_string();
+    assert!(error.starts_with("the chat template fails in line 1: ") && !error.contains('\n'), "{error}");
+    assert_eq!(broken.chat_ids(&messages, true).expect_err("no Jinja").to_string(), error);
     let (plain, config) = texts(|_| ());
     let tokenizer = Tokenizer::new(&plain, &config).expect("it loads");
     let none = tokenizer.chat(&messages, true).expect_err("no template").to_string();
@@ -276,13 +281,6 @@ fn chat_templates_of_every_family() {
 }
 
 #[test]
-fn a_template_without_end_is_stopped() {
-    let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}";
-    let error = with_template(endless).expect("it compiles").chat(&[], true).expect_err("stopped").to_string();
-    assert_eq!(error, "the chat template fails in line 1: engine ran out of fuel");
-}
-
-#[test]
 fn text_files_survive_a_directory() {
     let (full, config) = texts(|texts| {
         texts.chat_template = Some("{{ messages[0].content }}\n".into());
@@ -308,6 +306,8 @@ fn text_files_survive_a_directory() {
     let read = TextFiles::read(dir.path()).expect("readable");
     assert_eq!((read.bos_token, read.eos_token.as_deref()), (None, Some("<|im_end|>")));
     assert_eq!((read.chat_template.as_deref(), read.eos_token_ids), (Some("yes"), vec![]));
+    write(json!({ "chat_template": { "tools": "no", "default": "yes" } }));
+    assert_eq!(TextFiles::read(dir.path()).expect("readable").chat_template.as_deref(), Some("yes"));
     write(json!({ "chat_template": 3 }));
     let error = format!("{:#}", TextFiles::read(dir.path()).expect_err("no template"));
     assert_eq!(error, "in tokenizer_config.json: chat_template is 3, a string or a list of named strings is expected");

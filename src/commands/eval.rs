@@ -21,8 +21,8 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
         let (ours, theirs) = (opened.weights().config().vocab_size, source.weights().config().vocab_size);
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs}, they cannot be compared");
     }
-    let text = super::read_text(&args.text)?;
-    let tokens = opened.tokenizer()?.encode(&text)?;
+    let wanted = args.windows.as_ref().map_or(usize::MAX, |windows| windows.end.saturating_mul(args.seq_len));
+    let tokens = super::read_tokens(&args.text, &opened.tokenizer()?, wanted)?;
     let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
     let windows = eval::windows(&tokens, args.seq_len, range)?;
     let evaluation = on_device(

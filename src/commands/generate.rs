@@ -61,7 +61,7 @@ fn prompt(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     let mut messages = Vec::new();
     messages.extend(args.system.as_deref().map(|system| Message::new("system", system)));
     messages.push(Message::new("user", text));
-    tokenizer.encode_chat(&tokenizer.chat(&messages, true)?)
+    tokenizer.chat_ids(&messages, true)
 }
 
 struct Generation<'a> {

@@ -22,6 +22,7 @@ use decdec::dec::Selection;
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::open::Opened;
 use decdec::random::{RandomFormat, RandomWeights};
+use decdec::tokenizer::{TextReader, Tokenizer};
 use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -190,10 +191,12 @@ pub(crate) fn random(config: ModelConfig, lutgemm: bool, bits: usize, seed: u64)
     RandomWeights::new(config, format, bits, seed)
 }
 
-/// A text file, every line ending as `\n`, so that a text counts the same tokens wherever it was saved.
-pub(crate) fn read_text(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the text {}", path.display()))?;
-    Ok(text.replace("\r\n", "\n").replace('\r', "\n"))
+/// The first `wanted` tokens of a text file, and perhaps some more; all, if there are fewer. No more is read than
+/// that takes.
+pub(crate) fn read_tokens(path: &Path, tokenizer: &Tokenizer, wanted: usize) -> Result<Vec<u32>> {
+    let cannot = || format!("cannot read the text {}", path.display());
+    let file = std::fs::File::open(path).with_context(cannot)?;
+    tokenizer.encode_first(&mut TextReader::new(file), wanted).with_context(cannot)
 }
 
 /// A plain table for stdout.

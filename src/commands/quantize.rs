@@ -104,11 +104,14 @@ pub(crate) fn calibration(args: &CalibrationArgs, texts: &TextFiles, config: &Mo
             seed: args.seed,
         });
     };
-    let tokens = Tokenizer::new(texts, config)?.encode(&super::read_text(path)?)?;
+    let seq_len = args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN);
+    let samples = args.samples.unwrap_or(Calibration::TEXT_SAMPLES);
+    let mut tokens = super::read_tokens(path, &Tokenizer::new(texts, config)?, seq_len.saturating_mul(samples))?;
+    tokens.truncate(seq_len.saturating_mul(samples));
     let calibration = Calibration::Text {
         tokens,
-        seq_len: args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN),
-        samples: args.samples.unwrap_or(Calibration::TEXT_SAMPLES),
+        seq_len,
+        samples,
         name: path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
     };
     let found = calibration.samples();

@@ -108,6 +108,7 @@ fn template(config: &Value) -> Result<Option<String>> {
             let default = named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str());
             Ok(default.map(str::to_owned))
         }
+        Some(Value::Object(named)) => Ok(named.get("default").and_then(Value::as_str).map(str::to_owned)),
         Some(other) => bail!("chat_template is {other}, a string or a list of named strings is expected"),
     }
 }

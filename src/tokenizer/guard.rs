@@ -15,6 +15,11 @@ thread_local! {
 
 /// Runs `work`, which calls the tokenizers crate and changes nothing of ours.
 pub(super) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    guard_as("tokenizer.json is damaged or of an unknown kind", work)
+}
+
+/// Runs `work`, which calls a crate that may panic and changes nothing of ours; `what` says what a panic means.
+pub(super) fn guard_as<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
         let others = panic::take_hook();
@@ -27,9 +32,7 @@ pub(super) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = CAUGHT.replace(true);
     let result = panic::catch_unwind(AssertUnwindSafe(work));
     CAUGHT.set(before);
-    result.unwrap_or_else(|panic| {
-        Err(anyhow!("tokenizer.json is damaged or of an unknown kind: {}", message(panic.as_ref())))
-    })
+    result.unwrap_or_else(|panic| Err(anyhow!("{what}: {}", message(panic.as_ref()))))
 }
 
 /// What a panic said, in one line.

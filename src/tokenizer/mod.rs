@@ -1,8 +1,12 @@
 //! Text to ids and back, chat templates, and the ids that end a text.
 
 mod chat;
+mod contents;
 mod files;
+#[cfg(test)]
+mod fixture;
 mod guard;
+mod text;
 
 use std::collections::BTreeSet;
 
@@ -13,6 +17,7 @@ use chat::Chat;
 pub use chat::Message;
 pub use files::TextFiles;
 use guard::guard;
+pub use text::TextReader;
 
 /// A model's tokenizer.
 #[derive(Debug)]
@@ -25,10 +30,10 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Loads the tokenizer and compiles the chat template.
+    /// Loads the tokenizer.
     ///
     /// # Errors
-    /// A `tokenizer.json` of an unknown kind, or a template that is not Jinja.
+    /// A `tokenizer.json` of an unknown kind.
     pub fn new(files: &TextFiles, config: &ModelConfig) -> Result<Self> {
         let mut inner = guard(|| {
             tokenizers::Tokenizer::from_bytes(&files.tokenizer_json)
@@ -40,14 +45,12 @@ impl Tokenizer {
         let bos = id(&files.bos_token).or(config.bos_token_id);
         let ends: BTreeSet<u32> =
             config.eos_token_ids.iter().chain(&files.eos_token_ids).copied().chain(id(&files.eos_token)).collect();
-        let text = |token: &Option<String>, id: Option<u32>| {
-            token.clone().or_else(|| inner.id_to_token(id?)).unwrap_or_default()
-        };
-        let (bos_text, eos_text) =
-            (text(&files.bos_token, bos), text(&files.eos_token, config.eos_token_ids.first().copied()));
-        let chat = files.chat_template.as_deref().map(|template| Chat::new(template, &bos_text, &eos_text));
+        let text = |token: &Option<String>, id: Option<u32>| token.clone().or_else(|| inner.id_to_token(id?));
+        let eos = config.eos_token_ids.first().copied();
+        let tokens = [("bos_token", text(&files.bos_token, bos)), ("eos_token", text(&files.eos_token, eos))];
+        let tokens = tokens.into_iter().filter_map(|(name, token)| Some((name.to_owned(), token?))).collect();
         Ok(Self {
-            chat: chat.transpose()?,
+            chat: files.chat_template.as_deref().map(|template| Chat::new(template, tokens)),
             vocab_size: config.vocab_size,
             bos,
             stop_ids: ends.into_iter().collect(),
@@ -67,7 +70,8 @@ impl Tokenizer {
         Ok(ids[usize::from(twice)..].to_vec())
     }
 
-    /// The ids of what [`Tokenizer::chat`] returned: nothing is added to what the template wrote.
+    /// The ids of a text that is trusted as a whole: special tokens written in it are recognised, nothing is added.
+    /// For a conversation, part of which others wrote, there is [`Tokenizer::chat_ids`].
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
@@ -78,7 +82,13 @@ impl Tokenizer {
     fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<tokenizers::Encoding> {
         let encode = || self.inner.encode_fast(text, add_special_tokens);
         let encoding = guard(|| encode().map_err(|e| anyhow!("cannot tokenize the text: {e}")))?;
-        if let Some(&id) = encoding.get_ids().iter().find(|&&id| id as usize >= self.vocab_size) {
+        self.known(encoding.get_ids())?;
+        Ok(encoding)
+    }
+
+    /// Refuses ids that the model does not have.
+    fn known(&self, ids: &[u32]) -> Result<()> {
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
             let token = self.inner.id_to_token(id).unwrap_or_default();
             bail!(
                 "the text has the token {token:?} with id {id}, the model knows ids below {}: \
@@ -86,7 +96,7 @@ impl Tokenizer {
                 self.vocab_size
             );
         }
-        Ok(encoding)
+        Ok(())
     }
 
     /// The text of `ids`, special tokens included; incomplete characters become U+FFFD.
@@ -98,13 +108,17 @@ impl Tokenizer {
     }
 
     /// A conversation as the model's chat template writes it, with the opening of the answer if
-    /// `add_generation_prompt`; [`Tokenizer::encode_chat`] makes ids of it.
+    /// `add_generation_prompt`; [`Tokenizer::chat_ids`] makes ids of the conversation.
     ///
     /// # Errors
-    /// No template, or a message that the template refuses.
+    /// No template or one that is not Jinja, a message that the template refuses, or a template that takes more time
+    /// or memory than a template may.
     pub fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let chat = self.chat.as_ref().context("the model has no chat template, give the prompt without --chat")?;
-        chat.render(messages, add_generation_prompt)
+        self.template()?.render(messages, add_generation_prompt)
+    }
+
+    fn template(&self) -> Result<&Chat> {
+        self.chat.as_ref().context("the model has no chat template, give the prompt without --chat")
     }
 
     /// Whether [`Tokenizer::chat`] has a template.

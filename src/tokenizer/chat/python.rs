@@ -1,0 +1,222 @@
+//! What templates expect of Python and of transformers beside what minijinja has.
+
+use minijinja::formatting::{FormatStyle, format};
+use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, ValueOrKwargs, from_args};
+use minijinja::{Environment, Error, ErrorKind, State, filters, functions};
+
+use super::{json, limits};
+
+/// Filters of minijinja by name, and the functions behind them.
+macro_rules! named {
+    ($module:ident: $($name:ident),*) => { [$((stringify!($name), Value::from_function($module::$name))),*] };
+}
+
+/// Gives `environment` the filters, functions and methods that transformers' templates have.
+pub(super) fn add_to(environment: &mut Environment<'static>) {
+    minijinja_contrib::add_to_environment(environment);
+    let plain = named!(filters: upper, lower, title, capitalize, replace, length, dictsort, items, reverse, trim, join,
+        split, lines, default, round, abs, int, float, attr, first, last, min, max, sort, list, string, bool, batch,
+        slice, sum, indent, select, reject, selectattr, rejectattr, map, groupby, unique, chain, zip, pprint, format);
+    let also = [("count", Value::from_function(filters::length)), ("d", Value::from_function(filters::default))];
+    for (name, filter) in plain.into_iter().chain(also) {
+        environment.add_filter(name, move |state: &mut State, args: Rest<ValueOrKwargs>| {
+            let args = args.into_values();
+            limits::call(name, &args)?;
+            filter.call(state, &args)
+        });
+    }
+    for (name, function) in named!(functions: dict, namespace) {
+        environment.add_function(name, move |state: &mut State, args: Rest<ValueOrKwargs>| {
+            let args = args.into_values();
+            limits::call(name, &args)?;
+            function.call(state, &args)
+        });
+    }
+    environment.add_filter("operand", limits::operand);
+    environment.add_filter("percent", percent);
+    environment.add_filter("tojson", json::tojson);
+    environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
+    environment.remove_global("debug");
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.set_unknown_method_callback(method);
+}
+
+fn refused(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, message.into())
+}
+
+/// `left % right`: a text with `right` in its places, or the remainder of a division with the divisor's sign.
+fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
+    if let Some(text) = left.as_str() {
+        let args = match right.downcast_object_ref::<Tuple>() {
+            Some(tuple) => tuple.to_vec(),
+            None => vec![right.clone()],
+        };
+        limits::call("percent", &[std::slice::from_ref(left), &args[..]].concat())?;
+        return format(FormatStyle::Printf, text, &args).map(Value::from);
+    }
+    let zero = || refused(format!("unable to calculate {left} % {right}"));
+    let unsupported = || {
+        let (left, right) = (left.kind(), right.kind());
+        refused(format!("tried to use % operator on unsupported types {left} and {right}"))
+    };
+    if let (Ok(a), Ok(b)) = (i128::try_from(left.clone()), i128::try_from(right.clone())) {
+        let remainder = a.checked_rem(b).ok_or_else(zero)?;
+        let other_sign = remainder != 0 && (remainder < 0) != (b < 0);
+        let remainder = if other_sign { remainder + b } else { remainder };
+        return Ok(i64::try_from(remainder).map_or_else(|_| Value::from(remainder), Value::from));
+    }
+    let (Ok(a), Ok(b)) = (f64::try_from(left.clone()), f64::try_from(right.clone())) else { return Err(unsupported()) };
+    if b == 0.0 {
+        return Err(zero());
+    }
+    let remainder = a % b;
+    let other_sign = remainder != 0.0 && (remainder < 0.0) != (b < 0.0);
+    Ok(Value::from(if other_sign { remainder + b } else { remainder }))
+}
+
+/// Methods that minijinja's values do not have themselves.
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    let all = [std::slice::from_ref(value), args].concat();
+    limits::call(name, &all)?;
+    let own = match value.as_str() {
+        Some(text) => text_method(text, name, args)?,
+        None => None,
+    };
+    match own {
+        Some(result) => Ok(result),
+        None if value.kind() == ValueKind::Seq && name == "index" => {
+            let (wanted,): (&Value,) = from_args(args)?;
+            let position = value.try_iter()?.position(|item| item == *wanted);
+            position.map(Value::from).ok_or_else(|| refused(format!("{wanted} is not in the list")))
+        }
+        None => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
+    }
+}
+
+/// Methods of Python's strings.
+fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+    let pair = |found: Option<(usize, usize)>, none: [&str; 3]| {
+        let [a, b, c] = found.map_or(none, |(from, to)| [&text[..from], &text[from..to], &text[to..]]);
+        Value::from(Tuple::from([a, b, c].map(Value::from).to_vec()))
+    };
+    let one = || from_args::<(&str,)>(args).map(|(argument,)| argument);
+    let padded = |before: usize, after: usize, fill: char| {
+        let fill = |count| std::iter::repeat_n(fill, count).collect::<String>();
+        Value::from(fill(before) + text + &fill(after))
+    };
+    // How many characters are missing, and what they are.
+    let missing = || {
+        let (width, fill): (usize, Option<char>) = from_args(args)?;
+        Ok::<_, Error>((width.saturating_sub(text.chars().count()), fill.unwrap_or(' '), width))
+    };
+    Ok(Some(match name {
+        "split" | "rsplit" => {
+            let (separator, most) = split_arguments(args)?;
+            if separator.as_deref() == Some("") {
+                return Err(refused("empty separator"));
+            }
+            match name {
+                "split" => split(text, separator.as_deref(), most),
+                _ => rsplit(text, separator.as_deref(), most),
+            }
+        }
+        "partition" => {
+            let by = one()?;
+            pair(text.find(by).map(|at| (at, at + by.len())), [text, "", ""])
+        }
+        "rpartition" => {
+            let by = one()?;
+            pair(text.rfind(by).map(|at| (at, at + by.len())), ["", "", text])
+        }
+        "removeprefix" => Value::from(text.strip_prefix(one()?).unwrap_or(text)),
+        "removesuffix" => Value::from(text.strip_suffix(one()?).unwrap_or(text)),
+        "casefold" => Value::from(text.to_lowercase()),
+        "swapcase" => {
+            let swap =
+                |c: char| if c.is_uppercase() { c.to_lowercase().to_string() } else { c.to_uppercase().to_string() };
+            Value::from(text.chars().map(swap).collect::<String>())
+        }
+        "ljust" => {
+            let (count, fill, _) = missing()?;
+            padded(0, count, fill)
+        }
+        "rjust" => {
+            let (count, fill, _) = missing()?;
+            padded(count, 0, fill)
+        }
+        "center" => {
+            let (count, fill, width) = missing()?;
+            // As Python divides what does not come out even.
+            let before = count / 2 + (count & width & 1);
+            padded(before, count - before, fill)
+        }
+        "zfill" => {
+            let (count, ..) = missing()?;
+            let sign = text.len() - text.trim_start_matches(['-', '+']).len().max(text.len().saturating_sub(1));
+            Value::from(format!("{}{}{}", &text[..sign], "0".repeat(count), &text[sign..]))
+        }
+        "index" | "rindex" => {
+            let part = one()?;
+            let at = if name == "index" { text.find(part) } else { text.rfind(part) };
+            let at = at.ok_or_else(|| refused("substring not found"))?;
+            Value::from(text[..at].chars().count())
+        }
+        _ => return Ok(None),
+    }))
+}
+
+/// `sep` and `maxsplit`, by place or by name.
+fn split_arguments(args: &[Value]) -> Result<(Option<String>, Option<usize>), Error> {
+    let (separator, most, named): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
+    let separator = match separator {
+        Some(separator) => Some(separator),
+        None => named.get::<Option<Value>>("sep")?,
+    };
+    let most = match most {
+        Some(most) => Some(most),
+        None => named.get::<Option<i64>>("maxsplit")?,
+    };
+    named.assert_all_used()?;
+    let separator = separator.filter(|separator| !separator.is_none());
+    let separator = separator.map(|s| s.as_str().map(str::to_owned).ok_or_else(|| refused("a separator is no text")));
+    Ok((separator.transpose()?, most.and_then(|most| usize::try_from(most).ok())))
+}
+
+fn split(text: &str, separator: Option<&str>, most: Option<usize>) -> Value {
+    let mut parts = Vec::new();
+    let mut rest = if separator.is_none() { text.trim_start() } else { text };
+    while most.is_none_or(|most| parts.len() < most) {
+        let found = match separator {
+            Some(separator) => rest.split_once(separator),
+            None => rest.split_once(char::is_whitespace).map(|(part, rest)| (part, rest.trim_start())),
+        };
+        let Some((part, after)) = found else { break };
+        parts.push(part);
+        rest = after;
+    }
+    if separator.is_some() || !rest.is_empty() {
+        parts.push(rest);
+    }
+    parts.into_iter().map(Value::from).collect()
+}
+
+fn rsplit(text: &str, separator: Option<&str>, most: Option<usize>) -> Value {
+    let mut parts = Vec::new();
+    let mut rest = if separator.is_none() { text.trim_end() } else { text };
+    while most.is_none_or(|most| parts.len() < most) {
+        let found = match separator {
+            Some(separator) => rest.rsplit_once(separator),
+            None => rest.rsplit_once(char::is_whitespace).map(|(rest, part)| (rest.trim_end(), part)),
+        };
+        let Some((before, part)) = found else { break };
+        parts.push(part);
+        rest = before;
+    }
+    if separator.is_some() || !rest.is_empty() {
+        parts.push(rest);
+    }
+    parts.into_iter().rev().map(Value::from).collect()
+}

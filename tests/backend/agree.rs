@@ -84,7 +84,9 @@ fn devices_agree() {
             assert_eq!(difference(a, b, &linears, &x), None, "{} and {}", named[i], named[j]);
         }
     }
-    println!("{} agree on {} layers", named.join(", "), linears.len());
+    if let [one] = &named[..] {
+        devices::skip(&format!("{one} alone is under test, two devices can agree"));
+    }
 
     // Negative control: one code of one layer flipped on one side.
     let Weight::AnyPrec(w) = &linears[0].weight else { unreachable!() };

@@ -156,7 +156,9 @@ fn write(dir: &Path, modules: &[Module], config: &Value, leave_out: &str) {
 
 /// The same in GPTQ's layout, of either version; `order` is every `g_idx` if there is one.
 fn write_gptq(dir: &Path, modules: &[Module], config: &Value, order: Option<fn(usize) -> usize>) {
-    let less = u32::from(config["quantization_config"]["checkpoint_format"] != "gptq_v2");
+    let quantization = &config["quantization_config"];
+    let is_v2 = ["checkpoint_format", "format"].iter().any(|key| quantization[key] == "gptq_v2");
+    let less = u32::from(!is_v2);
     let mut tensors = unquantized();
     for module in modules {
         let Module { rows, channels, .. } = *module;
@@ -243,6 +245,7 @@ fn awq_of_other_kinds_is_refused() {
         ("version", json!("gemv"), "version is \"gemv\", \"gemm\" is expected"),
         ("zero_point", json!(false), "zero_point is false"),
         ("group_size", json!(-1), "group_size is -1"),
+        ("lm_head", json!(true), "lm_head is true: a quantized head is not read"),
         ("group_size", json!(48), "group size 48 does not divide 64"),
         ("group_size", json!(64), "q_proj.qzeros has shape [2, 8], [1, 8] is expected"),
     ] {
@@ -318,6 +321,152 @@ fn gptq_of_other_kinds_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     write_gptq(dir.path(), &modules(), &with("desc_act", json!(true)), Some(|k| k / GROUP));
     assert_exact(&Grouped::open(dir.path()).unwrap(), &modules());
+}
+
+/// What the same quantization is called by this version of a quantizer and by that one.
+#[test]
+fn every_spelling_of_a_quantization() {
+    let gptq = |fields: Value| {
+        let mut all = json!({ "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": false });
+        fields.as_object().unwrap().iter().for_each(|(key, value)| all[key] = value.clone());
+        all
+    };
+    let v2 = |key: &str| gptq(json!({ key: "gptq_v2" }));
+    let modules = modules();
+    let exact = |fields: Value| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config();
+        config["quantization_config"] = fields;
+        write_gptq(dir.path(), &modules, &config, None);
+        assert!(Grouped::detect(dir.path()), "{config}");
+        assert_exact(&Grouped::open(dir.path()).unwrap(), &modules);
+    };
+    exact(gptq(json!({})));
+    exact(v2("checkpoint_format"));
+    exact(v2("format"));
+    exact(gptq(json!({ "checkpoint_format": "gptq_v2", "format": "gptq_v2" })));
+    exact(gptq(json!({ "checkpoint_format": null, "format": "gptq_v2" })));
+    exact(gptq(json!({ "checkpoint_format": "GPTQ", "format": "gptq" })));
+    exact(gptq(json!({ "format": "gptq" })));
+    exact(gptq(json!({ "quant_method": "GPTQ", "bits": "4", "group_size": "32" })));
+    exact(gptq(json!({ "bits": null, "w_bit": 4, "group_size": null, "q_group_size": GROUP })));
+
+    let awq = |fields: Value| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config();
+        config["quantization_config"] = fields;
+        write(dir.path(), &modules, &config, "");
+        assert!(Grouped::detect(dir.path()), "{config}");
+        assert_exact(&Grouped::open(dir.path()).unwrap(), &modules);
+    };
+    awq(json!({ "quant_method": "awq", "w_bit": 4, "q_group_size": GROUP, "version": "GEMM", "zero_point": true }));
+    awq(json!({ "quant_method": "AWQ", "bits": 4, "group_size": GROUP, "checkpoint_format": "gemm" }));
+    awq(json!({ "quant_method": "awq", "bits": 4, "w_bit": 4, "group_size": GROUP, "format": "gemm" }));
+
+    // Before there was anything in config.json, in files of their own.
+    let mut plain = config();
+    plain.as_object_mut().unwrap().remove("quantization_config");
+    let beside = |name: &str, fields: Value| {
+        let dir = tempfile::tempdir().unwrap();
+        match name {
+            "quant_config.json" => write(dir.path(), &modules, &plain, ""),
+            _ => write_gptq(dir.path(), &modules, &plain, None),
+        }
+        assert!(!Grouped::detect(dir.path()));
+        fs::write(dir.path().join(name), fields.to_string()).unwrap();
+        assert!(Grouped::detect(dir.path()), "{name}");
+        fs::rename(dir.path().join("model.safetensors"), dir.path().join("gptq_model-4bit-32g.safetensors")).unwrap();
+        assert_exact(&Grouped::open(dir.path()).unwrap(), &modules);
+        let source = format!("{:#}", Source::open(dir.path()).unwrap_err());
+        assert!(source.contains("is already quantized ("), "{source}");
+    };
+    beside("quantize_config.json", json!({ "bits": 4, "group_size": GROUP, "desc_act": false, "sym": false }));
+    beside("quant_config.json", json!({ "zero_point": true, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM" }));
+
+    // What two spellings say must be the same.
+    for (fields, says) in [
+        (
+            gptq(json!({ "checkpoint_format": "gptq", "format": "gptq_v2" })),
+            "in quantization_config: checkpoint_format is \"gptq\", but format is \"gptq_v2\": which of them is meant?",
+        ),
+        (gptq(json!({ "w_bit": 3 })), "in quantization_config: bits is 4, but w_bit is 3: which of them is meant?"),
+        (
+            gptq(json!({ "q_group_size": 64 })),
+            "in quantization_config: group_size is 32, but q_group_size is 64: which of them is meant?",
+        ),
+        (
+            gptq(json!({ "format": "marlin" })),
+            "checkpoint_format is \"marlin\", \"gptq\" or \"gptq_v2\" is expected: save it as one of them",
+        ),
+        (gptq(json!({ "bits": "four" })), "in quantization_config: bits is \"four\", 3 or 4 is expected"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config();
+        config["quantization_config"] = fields;
+        write_gptq(dir.path(), &modules, &config, None);
+        let error = format!("{:#}", Grouped::open(dir.path()).unwrap_err());
+        assert!(error.ends_with(says), "{error:?} does not say {says:?}");
+    }
+}
+
+/// What only some quantizers quantize, and what is no number.
+#[test]
+fn tensors_that_are_not_as_they_should_be_are_named() {
+    let modules = modules();
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &modules, &config(), "");
+    let whole: Vec<Stored> = stored(dir.path());
+    let error = |tensors: &[Stored]| {
+        save(dir.path(), tensors, &config());
+        let read = Grouped::open(dir.path()).and_then(|model| {
+            model.embedding()?;
+            model.final_norm()?;
+            model.layer_norms(0)?;
+            Projection::ALL.into_iter().try_for_each(|projection| model.projection(0, projection).map(drop))
+        });
+        format!("{:#}", read.unwrap_err())
+    };
+    let with = |tensor: Stored| [&whole[..], &[tensor]].concat();
+    let head = error(&with(("lm_head.qweight".into(), Dtype::I32, vec![1], vec![0; 4])));
+    assert!(
+        head.ends_with(
+            "lm_head.qweight is there: embedding and head are expected in full precision, only projections quantized"
+        ),
+        "{head}"
+    );
+    let mut plain: Vec<Stored> = whole.iter().filter(|(name, ..)| !name.contains("down_proj")).cloned().collect();
+    plain.push(("model.layers.0.mlp.down_proj.weight".into(), Dtype::F16, vec![64, 96], vec![0; 2 * 64 * 96]));
+    let down = error(&plain);
+    let says = "model.layers.0.mlp.down_proj is not quantized (modules_to_not_convert): every projection of every \
+                layer is expected to be";
+    assert!(down.ends_with(says), "{down}");
+    // Every tensor of floating-point numbers.
+    let floats = whole.iter().enumerate().filter(|(_, (_, dtype, ..))| *dtype == Dtype::F16);
+    let mut found = 0;
+    for (t, (name, _, shape, bytes)) in floats {
+        let i = t * 7919 % (bytes.len() / 2);
+        for (bits, shown) in [(0x7e00u16, "NaN"), (0x7c00, "inf"), (0xfc00, "-inf")] {
+            let mut broken = whole.clone();
+            broken[t].3[2 * i..][..2].copy_from_slice(&bits.to_le_bytes());
+            let place = match shape[..] {
+                [_, columns] => format!(" (at [{}, {}])", i / columns, i % columns),
+                _ => String::new(),
+            };
+            let says = format!("tensor {name}: number {i} is {shown}{place}, finite numbers are expected");
+            let error = error(&broken);
+            assert!(error.contains(&says), "{error:?} does not say {says:?}");
+        }
+        found += 1;
+    }
+    assert_eq!(found, 4 + modules.len(), "embedding, norms, scales");
+}
+
+/// The tensors of a directory.
+fn stored(dir: &Path) -> Vec<Stored> {
+    let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+    let all = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensors = all.tensors().into_iter();
+    tensors.map(|(name, t)| (name, t.dtype(), t.shape().to_vec(), t.data().to_vec())).collect()
 }
 
 /// What AWQ would have multiplied channel `k` by.

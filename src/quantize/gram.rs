@@ -15,6 +15,8 @@ use crate::dec::{DecPlan, Selection};
 /// bits, botchan.txt windows 100..104) 0.5 leaves 5 to 13 % less error than 0.01 of the mean, the usual; 0.2 and 1 are
 /// nearly as good, 2 is not.
 const DAMPING: f32 = 0.5;
+/// A mean square of what comes in below which sums of squares of it would be lost in single precision.
+const TINY: f64 = 1e-12;
 /// Tokens of which the outer products are summed up at once.
 const GRAM_TOKENS: usize = 4096;
 
@@ -137,8 +139,14 @@ impl Hessian {
     /// Takes what channels have in common for less than calibration saw of it: part of that is chance.
     pub(crate) fn damp(&mut self) {
         let n = self.channels;
-        let mean = self.diagonal().map(f64::from).sum::<f64>() / n as f64;
-        let floor = (mean * 1e-6).max(1e-20) as f32;
+        let mut mean = self.diagonal().map(f64::from).sum::<f64>() / n as f64;
+        // Sums of squares of such numbers would leave single precision; what is best does not depend on their scale.
+        if mean > 0.0 && mean < TINY {
+            self.values.iter_mut().for_each(|h| *h = (f64::from(*h) / mean) as f32);
+            mean = 1.0;
+        }
+        // Where nothing ever came in, all channels count alike.
+        let floor = if mean > 0.0 { (mean * 1e-6) as f32 } else { 1.0 };
         self.values.iter_mut().step_by(n + 1).for_each(|h| *h += DAMPING * *h + floor);
     }
 

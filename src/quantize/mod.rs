@@ -379,20 +379,30 @@ fn lost(linear: &Affine, weight: &Weight<'_>) -> Vec<f32> {
     lost
 }
 
-/// What stays as it is. Single precision becomes half precision where that does not overflow.
+/// What stays as it is. Single precision becomes half precision where that only rounds.
 fn unquantized(source: &dyn ModelWeights) -> Result<Unquantized<'_>> {
     let embedding = halved(source.embedding()?);
     let head = source.head()?.map(halved);
     Ok(Unquantized { embedding, head, final_norm: source.final_norm()? })
 }
 
+/// The same in half precision, unless a row would overflow or vanish: the norm behind an embedding makes up for any
+/// scale, so that a row of numbers around 1e-9 says as much as one around 1.
 fn halved(dense: Dense<'_>) -> Dense<'_> {
-    let values = match dense.values {
-        Floats::F32(values) if values.iter().all(|x| x.abs() < half::f16::MAX.to_f32()) => {
-            let halves: Vec<_> = values.par_iter().map(|&x| half::f16::from_f32(x)).collect();
-            halves.into()
-        }
-        values => values,
+    /// Rounding a number to 11 bits takes 2^-22 of its energy at most; numbers below half precision's normal range may
+    /// take as much again, and some more.
+    const ROUNDED: f64 = 1.0 / (1 << 20) as f64;
+    let Floats::F32(values) = &dense.values else { return dense };
+    let only_rounds = |row: &[f32]| {
+        let (lost, all) = row.iter().fold((0.0, 0.0), |(lost, all), &x| {
+            let error = f64::from(half::f16::from_f32(x).to_f32()) - f64::from(x);
+            (lost + error * error, all + f64::from(x) * f64::from(x))
+        });
+        lost <= ROUNDED * all
     };
-    Dense { values, ..dense }
+    if !values.par_chunks_exact(dense.in_features).all(only_rounds) {
+        return dense;
+    }
+    let halves: Vec<_> = values.par_iter().map(|&x| half::f16::from_f32(x)).collect();
+    Dense { values: halves.into(), ..dense }
 }

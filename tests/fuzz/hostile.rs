@@ -265,8 +265,12 @@ pub(crate) fn broken_checkpoints() {
         move || open(&config(), &bytes)
     };
     refuse(&[
-        case("a NaN scale", "down_proj: residual: scale 0 is NaN, finite", with(&name("scales"), &half(f32::NAN))),
-        case("an infinite centroid", "anyprec: centroid 0 is inf", with(&name("lut"), &half(f32::INFINITY))),
+        case("a NaN scale", "down_proj.scales: number 0 is NaN, finite", with(&name("scales"), &half(f32::NAN))),
+        case(
+            "an infinite centroid",
+            "down_proj.lut: number 0 is inf (at [0, 0]), finite",
+            with(&name("lut"), &half(f32::INFINITY)),
+        ),
         case("a NaN norm", "norm.weight: number 0 is NaN", with("model.norm.weight", &f32::NAN.to_le_bytes())),
         case("a NaN threshold", "threshold 0 is NaN", with(&name("thresholds"), &f32::NAN.to_le_bytes())),
         case("thresholds that increase", "thresholds never increase", {

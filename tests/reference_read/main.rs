@@ -392,6 +392,46 @@ fn reference_broken_directories_are_refused() {
     assert!(!reference.has_residuals() && reference.projection(0, Projection::O).unwrap().residual.is_none());
 }
 
+/// Every tensor of floating-point numbers, of both kinds of weights, with one number that is none.
+#[test]
+fn reference_numbers_are_finite() {
+    let read = |made: &Made| {
+        let dir = made.write();
+        let reference = Reference::open(dir.path(), None, false)?;
+        reference.embedding()?;
+        reference.head()?;
+        reference.final_norm()?;
+        reference.layer_norms(0)?;
+        Projection::ALL.into_iter().try_for_each(|projection| reference.projection(0, projection).map(drop))
+    };
+    for make in [|| Made::any_prec(3, &[3]), || Made::lut_gemm(3)] {
+        read(&make()).unwrap();
+        let floats = |made: &Made| -> Vec<String> {
+            made.weights
+                .iter()
+                .filter(|(_, array)| array.storage != "IntStorage")
+                .map(|(name, _)| name.clone())
+                .collect()
+        };
+        for (t, name) in floats(&make()).into_iter().enumerate() {
+            let mut made = make();
+            let array = made.weights.get_mut(&name).unwrap();
+            let size = if array.storage == "HalfStorage" { 2 } else { 4 };
+            let i = t * 7919 % (array.bytes.len() / size);
+            // Infinite in either type: the highest bytes are all that differ.
+            array.bytes[size * i..][..size].fill(0);
+            let high: &[u8] = if size == 2 { &[0, 0x7c] } else { &[0x80, 0x7f] };
+            array.bytes[size * (i + 1) - 2..][..2].copy_from_slice(high);
+            let says = format!("tensor {name}: number {i} is inf");
+            let error = format!("{:#}", read(&made).unwrap_err());
+            assert!(
+                error.contains(&says) && error.contains("finite numbers are expected: get the file again"),
+                "{error}"
+            );
+        }
+    }
+}
+
 /// Files as PyTorch itself wrote them hold what their README says.
 #[test]
 fn reference_files_of_pytorch() {

@@ -336,13 +336,25 @@ fn overflow_on_the_way() {
     }
 }
 
-/// A model of zeros, and one whose norms are, has nothing to calibrate by, and is quantized all the same.
+/// Numbers that are roughly normal, times `scale`.
+fn random(rng: &mut ChaCha8Rng, count: usize, scale: f32) -> Vec<u8> {
+    let mut uniform = || rng.next_u32() as f32 / u32::MAX as f32 - 0.5;
+    (0..count).flat_map(|_| (scale * (uniform() + uniform() + uniform())).to_le_bytes()).collect()
+}
+
+/// A model of zeros, one whose norms are, and ones whose norms nearly are, have nothing or little to calibrate by, and
+/// are quantized all the same.
 #[test]
 fn nothing_but_zeros() {
     let dir = directory();
-    for what in ["norm", ""] {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for (what, value) in [("", 0f32), ("norm", 0.0), ("norm", 1e-9), ("norm", 1e-18), ("norm", 1e-25)] {
         let mut model = hugging_face(Dtype::F32);
-        model.tensors.iter_mut().filter(|(name, ..)| name.contains(what)).for_each(|(.., bytes)| bytes.fill(0));
+        for (name, _, shape, bytes) in &mut model.tensors {
+            let count = shape.iter().product();
+            let fixed = name.contains(what);
+            *bytes = if fixed { value.to_le_bytes().repeat(count) } else { random(&mut rng, count, 0.5) };
+        }
         let source = model.open().expect("it opens");
         for (backend, refine) in [
             (WeightFormat::AnyPrec, Refine::None),
@@ -352,9 +364,52 @@ fn nothing_but_zeros() {
         ] {
             let out = dir.path().join("out");
             let result = quantized(&source, source.texts(), &options(backend, refine), &out);
-            result.unwrap_or_else(|e| panic!("{what:?}, {backend}, {refine:?}: {e:#}"));
-            read_all(&Checkpoint::open(&out).expect("it opens")).expect("all of it is finite");
+            result.unwrap_or_else(|e| panic!("{what:?} {value}, {backend}, {refine:?}: {e:#}"));
+            let checkpoint = Checkpoint::open(&out).expect("it opens");
+            read_all(&checkpoint).expect("all of it is finite");
+            // Whatever comes in, what is stored is near the weights: 3 bits leave far less than a third of the energy.
+            let linear = checkpoint.projection(1, Projection::O).expect("readable");
+            let own = super::matrix(&source, 1, Projection::O);
+            let (mut lost, mut all, mut row) = (0.0, 0.0, vec![0.0; HIDDEN]);
+            for (r, own) in own.chunks_exact(HIDDEN).enumerate() {
+                linear.weight.row(r, &mut row);
+                lost += own.iter().zip(&row).map(|(w, q)| f64::from(w - q).powi(2)).sum::<f64>();
+                all += own.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
+            }
+            // A step is at least the smallest number of half precision.
+            let steps = own.len() as f64 * 2f64.powi(-24).powi(2);
+            assert!(lost <= all / 3.0 + steps, "{what:?} {value}, {backend}, {refine:?}: {lost} of {all}");
         }
+    }
+}
+
+/// The norm behind an embedding makes up for its scale: rows that half precision would take for zeros, or for
+/// infinity, stay as they are.
+#[test]
+fn embeddings_that_half_precision_cannot_hold() {
+    let dir = directory();
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    for (scale, row_scale, halves) in [
+        (1.0, 1.0, true),
+        (1e-3, 1.0, true),
+        (1e4, 1.0, true),
+        (1e-9, 1.0, false),
+        (1e6, 1.0, false),
+        (1.0, 1e-9, false),
+        (1.0, 0.0, true),
+    ] {
+        let mut model = hugging_face(Dtype::F32);
+        let table = &mut model.tensors.iter_mut().find(|(name, ..)| name == "model.embed_tokens.weight").expect("it").3;
+        *table = random(&mut rng, VOCAB * HIDDEN, scale);
+        // One row unlike all others.
+        table[4 * HIDDEN * 7..][..4 * HIDDEN].copy_from_slice(&random(&mut rng, HIDDEN, scale * row_scale));
+        let source = model.open().expect("it opens");
+        let out = dir.path().join("out");
+        quantized(&source, source.texts(), &options(WeightFormat::AnyPrec, Refine::None), &out).expect("quantized");
+        let checkpoint = Checkpoint::open(&out).expect("it opens");
+        let (own, stored) = (source.embedding().expect("there").values, checkpoint.embedding().expect("there").values);
+        assert_eq!(stored.bytes() == own.bytes() / 2, halves, "{scale} {row_scale}");
+        assert_eq!(stored == own, !halves, "{scale} {row_scale}");
     }
 }
 

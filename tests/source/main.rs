@@ -19,7 +19,7 @@ use decdec::source::Source;
 use decdec::weights::{ModelWeights, Weight};
 use fixtures::directory::Directory;
 use fixtures::{Gguf, HEAD_DIM, HIDDEN, INTERMEDIATE, KV, LAYERS, Meta, VOCAB, values};
-use half::bf16;
+use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
@@ -287,6 +287,43 @@ fn hugging_face_shards() {
     let source = Source::open(model.path()).expect("it opens");
     assert_eq!(matrix(&source, 1, Projection::GateUp), whole);
 
+    // A single file goes first, as in transformers; without an index it may have any name, and be the only one.
+    let mut other = hugging_face(Dtype::F16);
+    other.tensors.iter_mut().for_each(|(name, _, shape, bytes)| {
+        let values = values(&format!("other {name}"), shape.iter().product());
+        *bytes = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+    });
+    let single = matrix(&other.open().expect("it opens"), 1, Projection::GateUp);
+    assert_ne!(single, whole);
+    model.save("model.safetensors", &other.tensors);
+    assert_eq!(matrix(&Source::open(model.path()).expect("it opens"), 1, Projection::GateUp), single);
+    fs::remove_file(model.path().join("model.safetensors")).expect("removable");
+    assert_eq!(matrix(&Source::open(model.path()).expect("it opens"), 1, Projection::GateUp), whole);
+    let path = other.path().join("model.safetensors");
+    fs::rename(&path, other.path().join("gptq_model-4bit-128g.safetensors")).expect("movable");
+    assert_eq!(matrix(&Source::open(other.path()).expect("it opens"), 1, Projection::GateUp), single);
+    other.save("b.safetensors", &other.tensors);
+    let two = "there is neither model.safetensors nor model.safetensors.index.json, but b.safetensors and 1 more: the \
+               index is missing";
+    assert_says(Source::open(other.path()), &[two]);
+    let only_adapter = hugging_face(Dtype::F16);
+    only_adapter.save("adapter_model.safetensors", &only_adapter.tensors[..1]);
+    let merge = "there is only adapter_model.safetensors, which changes another model: merge it into that model first";
+    assert_says(Source::open(only_adapter.path()), &[merge]);
+
+    // A tensor that two files have: even where both are the same, one of them is a mistake.
+    let both: Vec<_> = second.iter().chain(&first[..1]).cloned().collect();
+    model.save("b.safetensors", &both);
+    let name = &first[0].0;
+    let says = format!("tensor {name} is in a.safetensors and in b.safetensors: which of them is meant?");
+    assert_says(Source::open(model.path()), &[&says]);
+    model.save("b.safetensors", second);
+    // One that the index names and nobody has, which nobody reads either.
+    let mut more = map.clone();
+    more.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), "a.safetensors".into());
+    model.write_json("model.safetensors.index.json", &json!({ "weight_map": more }));
+    Source::open(model.path()).expect("it opens");
+
     fs::remove_file(model.path().join("b.safetensors")).expect("removable");
     assert_says(Source::open(model.path()), &["b.safetensors", "cannot open"]);
     map.insert("x".into(), "../b.safetensors".into());
@@ -317,9 +354,25 @@ fn bad_directories() {
 
     let model = hugging_face(Dtype::F16);
     let mut config = Directory::config();
-    config["quantization_config"] = json!({ "quant_method": "gptq" });
+    let quantized = |method: &str| {
+        format!(
+            "the model is already quantized ({method}), full precision is expected: give the model that it was made from"
+        )
+    };
+    for (fields, method) in [
+        (json!({ "quant_method": "gptq" }), "gptq"),
+        (json!({ "quant_method": "FP8" }), "fp8"),
+        (json!({ "quant_method": "compressed-tensors", "format": "pack-quantized" }), "compressed-tensors"),
+        (json!({ "bits": 4 }), "quant_method is missing"),
+        (json!({}), "quant_method is missing"),
+    ] {
+        config["quantization_config"] = fields;
+        model.write_json("config.json", &config);
+        assert_says(model.open(), &[&quantized(method)]);
+    }
+    config["quantization_config"] = json!(4);
     model.write_json("config.json", &config);
-    assert_says(model.open(), &["already quantized (gptq)"]);
+    assert_says(model.open(), &["quantization_config is 4, an object is expected"]);
     config["quantization_config"] = Value::Null;
     config["model_type"] = "mamba".into();
     model.write_json("config.json", &config);
@@ -356,7 +409,9 @@ fn bad_gguf() {
 
     let unknown =
         fixtures::small_tensors(small_gguf("llama"), VOCAB).tensor("output.weight", 99, &[VOCAB, HIDDEN], &[]);
-    assert_says(open_gguf(&unknown.bytes()), &["lm_head.weight", "type 99", "Q4_0"]);
+    assert_says(open_gguf(&unknown.bytes()), &["output.weight (lm_head.weight): type 99 is not supported", "Q4_0"]);
+    let named = fixtures::small_tensors(small_gguf("llama"), VOCAB).tensor("output.weight", 23, &[VOCAB, HIDDEN], &[]);
+    assert_says(open_gguf(&named.bytes()), &["type IQ4_XS is not supported"]);
     let wrong =
         fixtures::small_tensors(small_gguf("llama"), VOCAB).floats("output.weight", &[4, HIDDEN], &[0.0; 4 * HIDDEN]);
     assert_says(open_gguf(&wrong.bytes()), &["lm_head.weight", "[4, 32]", "[260, 32]"]);

@@ -92,6 +92,116 @@ fn both_spellings_of_rope() {
     assert_eq!((untyped.rope_theta, untyped.rope_scaling), (7.0, RopeScaling::None));
 }
 
+/// One way to say how frequencies are scaled, in each of the objects that may say it, alone or in both.
+#[test]
+fn every_spelling_of_rope_scaling() {
+    let linear = |factor| RopeScaling::Linear { factor };
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+        "original_max_position_embeddings": 8192,
+    });
+    let as_llama3 = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192.0,
+    };
+    let cases = [
+        (Value::Null, RopeScaling::None),
+        (json!({}), RopeScaling::None),
+        (json!({ "rope_theta": 10000 }), RopeScaling::None),
+        (json!({ "partial_rotary_factor": 1.0 }), RopeScaling::None),
+        (json!({ "type": "default" }), RopeScaling::None),
+        (json!({ "rope_type": "default" }), RopeScaling::None),
+        (json!({ "rope_type": "default", "type": "default" }), RopeScaling::None),
+        (json!({ "rope_type": "default", "factor": null }), RopeScaling::None),
+        // transformers does not look at the factor of this type.
+        (json!({ "rope_type": "default", "factor": 4.0 }), RopeScaling::None),
+        (json!({ "type": "linear", "factor": 4.0 }), linear(4.0)),
+        (json!({ "rope_type": "linear", "factor": 4 }), linear(4.0)),
+        (json!({ "rope_type": "linear", "type": "linear", "factor": 4 }), linear(4.0)),
+        (json!({ "rope_type": null, "type": "linear", "factor": 4 }), linear(4.0)),
+        (json!({ "rope_type": "linear", "type": null, "factor": 0.5 }), linear(0.5)),
+        (json!({ "type": "linear", "factor": 4.0, "finetuned": true }), linear(4.0)),
+        (json!({ "type": "linear", "factor": 4.0, "attention_factor": null }), linear(4.0)),
+        (json!({ "type": "linear", "factor": 1 }), RopeScaling::None),
+        (json!({ "rope_type": "linear", "factor": 1.0 }), RopeScaling::None),
+        (llama3.clone(), as_llama3.clone()),
+        (merged(llama3.clone(), &json!({ "rope_type": "absent", "type": "llama3" })), as_llama3),
+    ];
+    for (mut object, expected) in cases {
+        if let Some(fields) = object.as_object_mut() {
+            fields.retain(|_, value| *value != json!("absent"));
+        }
+        for changes in [
+            json!({ "rope_scaling": object }),
+            json!({ "rope_parameters": object }),
+            json!({ "rope_scaling": object, "rope_parameters": object }),
+            json!({ "rope_scaling": object, "rope_parameters": {} }),
+            json!({ "rope_scaling": null, "rope_parameters": object }),
+        ] {
+            assert_eq!(read(changes.clone()).rope_scaling, expected, "{changes}");
+        }
+    }
+}
+
+#[test]
+fn rope_scaling_that_is_not_understood() {
+    let unknown = |kind: &str| format!("RoPE type \"{kind}\" is unknown, default, linear or llama3 is expected");
+    let mut cases = vec![
+        (
+            json!({ "factor": 4.0 }),
+            "the RoPE scaling {\"factor\":4.0} has no rope_type, default, linear or llama3 is expected".to_owned(),
+        ),
+        (
+            json!({ "type": null, "factor": 4.0 }),
+            "the RoPE scaling {\"factor\":4.0,\"type\":null} has no rope_type, default, linear or llama3 is expected"
+                .into(),
+        ),
+        (json!({ "type": "linear" }), "the RoPE scaling has no factor".into()),
+        (json!({ "rope_type": "linear", "factor": null }), "the RoPE scaling has no factor".into()),
+        (json!({ "type": "linear", "factor": "4.0" }), "factor is \"4.0\", a number above 0 is expected".into()),
+        (json!({ "type": "linear", "factor": 0 }), "factor is 0, a number above 0 is expected".into()),
+        (json!({ "type": "linear", "factor": -2.0 }), "factor is -2.0, a number above 0 is expected".into()),
+        (json!({ "type": "linear", "factor": [4] }), "factor is [4], a number above 0 is expected".into()),
+        (json!({ "type": 1 }), "type is 1, a string is expected".into()),
+        (
+            json!({ "rope_type": "linear", "type": "dynamic", "factor": 4 }),
+            "rope_type is \"linear\", but type is \"dynamic\", leave one out".into(),
+        ),
+        (
+            json!({ "rope_type": "default", "mrope_section": [2, 1, 1] }),
+            "mrope_section is [2,1,1], which is not known for the RoPE type \"default\": leave it out if it changes \
+             nothing"
+                .into(),
+        ),
+        (
+            json!({ "rope_type": "linear", "factor": 2, "attention_factor": 1.5 }),
+            "attention_factor is 1.5, which is not known for the RoPE type \"linear\": leave it out if it changes \
+             nothing"
+                .into(),
+        ),
+        (
+            json!({ "rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4 }),
+            "the RoPE scaling has no factor".into(),
+        ),
+    ];
+    let kinds = ["dynamic", "ntk", "yarn", "longrope", "su", "mrope", "proportional", "Linear", "none", ""];
+    cases.extend(kinds.map(|kind| (json!({ "type": kind, "factor": 4.0 }), unknown(kind))));
+    cases.extend(kinds.map(|kind| (json!({ "rope_type": kind, "factor": 1 }), unknown(kind))));
+    for (object, expected) in cases {
+        for name in ["rope_scaling", "rope_parameters"] {
+            assert_eq!(refusal(json!({ name: object })), format!("{name}: {expected}"));
+        }
+    }
+    for value in [json!("linear"), json!(4.0), json!([]), json!(false)] {
+        for name in ["rope_scaling", "rope_parameters"] {
+            let expected = format!("{name} is {value}, an object or null is expected");
+            assert_eq!(refusal(json!({ name: value })), expected);
+        }
+    }
+}
+
 #[test]
 fn windows_of_some_layers() {
     let qwen = |changes: Value| {

@@ -279,8 +279,33 @@ impl Tensor {
 
     pub(super) fn kind(&self) -> Result<Kind> {
         Kind::from_id(self.kind)
-            .with_context(|| format!("type {} is not supported, {} is expected", self.kind, Kind::names()))
+            .with_context(|| format!("type {} is not supported, {} is expected", name(self.kind), Kind::names()))
     }
+}
+
+/// What ggml calls a type that is not read, or its number.
+fn name(kind: u32) -> String {
+    let name = match kind {
+        9 => "Q8_1",
+        10 => "Q2_K",
+        11 => "Q3_K",
+        15 => "Q8_K",
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        20 => "IQ4_NL",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        23 => "IQ4_XS",
+        28 => "F64",
+        29 => "IQ1_M",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        39 => "MXFP4",
+        _ => return kind.to_string(),
+    };
+    name.to_owned()
 }
 
 fn text(bytes: &[u8]) -> Result<&str> {

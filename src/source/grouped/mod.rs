@@ -271,6 +271,8 @@ fn layout(quantization: &Quantization) -> Result<(Layout, usize)> {
         "gptq" => Layout::Gptq(gptq::Packing::understood(quantization)?),
         other => bail!("quant_method is {other:?}, \"awq\" or \"gptq\" is expected"),
     };
+    let head = quantization.field(&["lm_head"])?;
+    ensure!(head != true, "lm_head is true: a quantized head is not read, one in full precision is expected");
     let group_size = quantization.field(&["group_size", "q_group_size"])?;
     if group_size.is_null() {
         return Ok((layout, 128));

@@ -274,8 +274,9 @@ fn parent(path: &Path) -> PathBuf {
 /// The directory of a job is emptied in the end, and what is made in it is moved: it must not be one that someone else
 /// has put something into, nor be somewhere else.
 fn ensure_ours(partial: &Path) -> Result<()> {
+    let elsewhere = partial.is_symlink() || partial.is_dir() && is_mount_point(partial);
     ensure!(
-        !partial.is_symlink() && !(partial.is_dir() && is_mount_point(partial)),
+        !elsewhere,
         "{} is needed for unfinished work, but leads to another place: move it away or choose another --out",
         partial.display()
     );

@@ -1,8 +1,8 @@
 //! What tells one model from another: a hash of everything in it, so that work on one is never taken for another's.
 //!
 //! Every number counts, as the program reads it: two files with the same numbers are the same model, whatever they
-//! are called and however they are packed. A GB of weights takes about a tenth of a second beside what reading it
-//! takes (BLAKE3 on all cores).
+//! are called and however they are packed. A GB of f16 weights takes a third of a second of one core beside what
+//! reading it takes (two cores of a server: 1.8 GB in 0.8 s).
 
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::AtomicBool;

@@ -8,6 +8,7 @@
 //! copies of everything, and reads no map again: it goes on generating whatever happens to its files.
 
 use std::fs::File;
+use std::io;
 use std::ops::Deref;
 use std::path::Path;
 
@@ -69,6 +70,20 @@ impl Deref for Mapped {
     fn deref(&self) -> &[u8] {
         &self.map
     }
+}
+
+/// To be called where the system refused to read `bytes` for us: it takes a page that a file has lost for a wrong
+/// address. Read here, the file is named.
+pub(crate) fn name_what_is_lost<'a>(error: &io::Error, bytes: impl Iterator<Item = &'a [u8]>) {
+    #[cfg(unix)]
+    if error.raw_os_error() == Some(libc::EFAULT) {
+        const PAGE: usize = 4096; // or a multiple of it
+        let sum =
+            bytes.flat_map(|bytes| bytes.iter().step_by(PAGE).chain(bytes.last())).fold(0, |sum, byte| sum ^ byte);
+        std::hint::black_box(sum);
+    }
+    #[cfg(not(unix))]
+    let _ = (error, bytes);
 }
 
 /// From now on, a mapped file that shrinks ends this process with exit code 1 and a line on stderr that names it. For
@@ -186,6 +201,11 @@ mod tests {
         assert_eq!(sum(&map), 7 << 20);
         match what {
             "shrinks" => File::options().write(true).open(path).unwrap().set_len(4096).unwrap(),
+            "is written" => {
+                File::options().write(true).open(path).unwrap().set_len(4096).unwrap();
+                let error = std::fs::write(Path::new(path).with_extension("copy"), &*map).unwrap_err();
+                name_what_is_lost(&error, [&map[..]].into_iter());
+            }
             "is removed" => std::fs::remove_file(path).unwrap(),
             _ => {
                 // A bus error that has nothing to do with a file of ours.
@@ -214,12 +234,15 @@ mod tests {
             child.args(["--exact", "mapped::tests::child", "--nocapture"]);
             child.env("DECDEC_TEST_MAPPED", format!("{}:{what}", path.display())).output().unwrap()
         };
-        let out = child("shrinks");
-        let said = String::from_utf8(out.stderr).unwrap();
-        assert_eq!(out.status.code(), Some(1), "{said}");
-        let line = said.lines().last().unwrap_or_default();
-        assert!(line.starts_with("error: ") && line.contains("model.safetensors was cut short"), "{said}");
-        assert!(line.contains("it had 1048576 bytes"), "{said}");
+        // Read by the program, and by the system for it.
+        for what in ["shrinks", "is written"] {
+            let out = child(what);
+            let said = String::from_utf8(out.stderr).unwrap();
+            assert_eq!(out.status.code(), Some(1), "{what}: {said}");
+            let line = said.lines().last().unwrap_or_default();
+            assert!(line.starts_with("error: ") && line.contains("model.safetensors was cut short"), "{said}");
+            assert!(line.contains("it had 1048576 bytes"), "{said}");
+        }
         assert!(child("is removed").status.success(), "a file that is gone is still there for who has it");
         use std::os::unix::process::ExitStatusExt;
         assert_eq!(child("is another").status.signal(), Some(libc::SIGBUS));

@@ -137,8 +137,11 @@ fn interrupted_residuals_end_in_the_same_files() {
     assert!(!dir.path().join("out.partial").exists());
 }
 
-/// Everything in a small model that can be another number, and a change of it.
-const CHANGES: [(&str, fn(&mut SmallModel)); 12] = [
+/// What is changed, and how.
+type Change = (&'static str, fn(&mut SmallModel));
+
+/// Everything in a small model that can be another number.
+const CHANGES: [Change; 12] = [
     ("embedding", |m| m.embedding[4000] += 0.25),
     ("head", |m| m.head.as_mut().unwrap()[95 * 64] += 0.25),
     ("final norm", |m| m.final_norm[63] += 0.25),

@@ -40,7 +40,15 @@ pub(super) struct Place {
 /// # Errors
 /// Something that is no checkpoint, or holds what is not of one; a place that cannot be moved to.
 pub(super) fn ensure_free(out: &Path, overwrite: bool) -> Result<()> {
-    ensure_replaceable(&files::resolve(out)?, overwrite)
+    let out = files::resolve(out)?;
+    ensure_replaceable(&out, overwrite)?;
+    let beside = parent(&out);
+    ensure!(
+        !beside.is_dir() || is_writable(&beside),
+        "{} is not writable, but unfinished work is kept beside --out: choose another --out",
+        beside.display()
+    );
+    Ok(())
 }
 
 impl Place {
@@ -63,8 +71,7 @@ impl Place {
         let held = match held {
             Some(held) => held,
             None => {
-                let beside = || "unfinished work is kept beside --out, choose one whose parent is writable";
-                files::make_directory(&partial).with_context(beside)?;
+                files::make_directory(&partial)?;
                 lock(&partial)?
             }
         };
@@ -219,12 +226,22 @@ fn ensure_replaceable(out: &Path, overwrite: bool) -> Result<()> {
          --out {}",
         out.join("model").display()
     );
-    #[cfg(target_os = "linux")]
     ensure!(
-        rustix::fs::access(out, rustix::fs::Access::WRITE_OK).is_ok(),
+        is_writable(out),
         "{at} is not writable, so it cannot be replaced: change its permissions or choose another --out"
     );
     Ok(())
+}
+
+/// False if the system says that nothing can be made in `directory`.
+fn is_writable(directory: &Path) -> bool {
+    #[cfg(target_os = "linux")]
+    return rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_ok();
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = directory;
+        true
+    }
 }
 
 /// True if another file system, or another part of one, begins at `directory`.
@@ -257,8 +274,9 @@ fn parent(path: &Path) -> PathBuf {
 /// The directory of a job is emptied in the end, and what is made in it is moved: it must not be one that someone else
 /// has put something into, nor be somewhere else.
 fn ensure_ours(partial: &Path) -> Result<()> {
+    let elsewhere = partial.is_symlink() || partial.is_dir() && is_mount_point(partial);
     ensure!(
-        !partial.is_symlink() && !(partial.is_dir() && is_mount_point(partial)),
+        !elsewhere,
         "{} is needed for unfinished work, but leads to another place: move it away or choose another --out",
         partial.display()
     );

@@ -12,7 +12,7 @@ use safetensors::tensor::{Dtype, Metadata};
 
 use crate::files;
 use crate::format::Floats;
-use crate::mapped::Mapped;
+use crate::mapped::{self, Mapped};
 
 /// Bytes of a header; that of a model with 10,000 tensors has 1.5 MB. Parsed, they take up to 12 times as much.
 const MAX_HEADER: u64 = 4 << 20;
@@ -173,7 +173,10 @@ pub(crate) fn write(path: &Path, mut tensors: Vec<Tensor<'_>>) -> Result<()> {
         }
         file.into_inner()?.sync_all()
     };
-    write().map_err(|e| write_error(e, path, bytes))
+    write().map_err(|e| {
+        mapped::name_what_is_lost(&e, tensors.iter().map(|tensor| &*tensor.bytes));
+        write_error(e, path, bytes)
+    })
 }
 
 /// What to say when `path`, `bytes` long, could not be written.

@@ -32,6 +32,51 @@ fn converting_a_checkpoint_changes_nothing() {
     assert!(!shop.path("other").exists());
 }
 
+/// The program is killed when all layers are there, before the checkpoint is put together. Then one bit of the source is
+/// another one, or its tokenizer.
+#[cfg(unix)]
+#[test]
+fn a_conversion_that_was_killed_does_not_go_on_with_another_model() {
+    let shop = Workshop::new();
+    let checkpoint = shop.plain_checkpoint();
+    let weights = checkpoint.join("model.safetensors");
+    let whole = std::fs::metadata(&weights).expect("there").len();
+    let out = shop.path("out");
+    let killed = || {
+        let limit = format!("ulimit -f {} && exec \"$@\"", whole / 1024 - 1);
+        let mut command = std::process::Command::new("bash");
+        command.args(["-c", &limit, "-"]).arg(assert_cmd::cargo::cargo_bin("decdec"));
+        command.arg("convert").arg(&checkpoint).arg("--out").arg(&out).stderr(std::process::Stdio::null());
+        assert!(!command.status().expect("bash").success() && !out.exists());
+        assert!(shop.path("out.partial/layer-001-3bit.safetensors").exists(), "finished layers are kept");
+    };
+    let convert = |to: &str| {
+        let mut command = decdec();
+        command.arg("convert").arg(&checkpoint).arg("--out").arg(shop.path(to)).assert().success()
+    };
+    killed();
+    convert("out");
+    assert!(contents(&out) == contents(&checkpoint), "the same command goes on");
+    let own = std::fs::read(&weights).expect("there");
+    for (name, at) in [("model.safetensors", own.len() - 2), ("tokenizer.json", 0)] {
+        let path = checkpoint.join(name);
+        let before = std::fs::read(&path).expect("there");
+        std::fs::remove_dir_all(&out).expect("there");
+        killed();
+        let mut changed = before.clone();
+        // The last bit of a codebook or of the embedding; a space in JSON.
+        if name == "tokenizer.json" {
+            changed.insert(at, b' ')
+        } else {
+            changed[at] ^= 1
+        };
+        std::fs::write(&path, changed).expect("written");
+        convert("out").stderr(contains("is from another job, it is discarded"));
+        assert!(contents(&out) == contents(&checkpoint), "{name}");
+        std::fs::write(&path, before).expect("written");
+    }
+}
+
 #[test]
 fn residuals_are_made_for_a_pair() {
     let shop = Workshop::new();

@@ -42,7 +42,7 @@ kernels! {
     GEMV_LUTGEMM    "gemv_lutgemm" 5     1      Some(4), 9;
     GEMV_DENSE      "gemv_dense"   3     1      Some(2), 8;
     DEC_SELECT      "dec_select"   2     1      None,    4;
-    DEC_APPLY       "dec_apply"    4     1      None,    6;
+    DEC_APPLY       "dec_apply"    4     1      None,    7;
     RMS_NORM        "rms_norm"     2     1      None,    2;
     EMBED           "embed"        2     1      None,    5;
     ROPE_APPEND     "rope_append"  2     3      None,    4;

@@ -165,11 +165,9 @@ fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<L
 pub(crate) fn open(args: &ModelArgs, compat_scale_order: bool) -> Result<Opened> {
     let (path, name) = (args.named.checkpoint_path.as_path(), args.named.model_name.as_deref());
     let (backend, bits) = (args.backend, args.width.bitwidth);
-    let text = path.to_string_lossy();
-    let Some(seed) = text.strip_prefix("random:") else {
+    let Some(seed) = random_seed(path)? else {
         return Opened::open(path, bits, compat_scale_order);
     };
-    let seed = seed.parse().with_context(|| format!("{text}: a number is expected after random:"))?;
     let (Some(name), Some(backend), Some(bits)) = (name, backend, bits) else {
         bail!("random weights need --model-name, --backend and --bitwidth");
     };
@@ -179,6 +177,13 @@ pub(crate) fn open(args: &ModelArgs, compat_scale_order: bool) -> Result<Opened>
     let format: WeightFormat = backend.into();
     let weights = random(config, format == WeightFormat::LutGemm, bits.low() as usize, seed)?;
     Ok(Opened::random(weights, format, bits, name))
+}
+
+/// The seed of `random:SEED`; none where the path is another one.
+pub(crate) fn random_seed(path: &Path) -> Result<Option<u64>> {
+    let Some(seed) = path.to_str().and_then(|path| path.strip_prefix("random:")) else { return Ok(None) };
+    let number = seed.parse().ok();
+    Ok(Some(number.with_context(|| format!("random:{seed}, a whole number is expected, as in random:0"))?))
 }
 
 /// A random model of `config`'s shapes; lutgemm's groups are the largest that divide.

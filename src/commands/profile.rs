@@ -187,8 +187,7 @@ impl Named {
         };
         let asked = one_width(name)?;
         let path = name.named.checkpoint_path.as_path();
-        if let Some(seed) = path.to_str().and_then(|path| path.strip_prefix("random:")) {
-            let seed = seed.parse().with_context(|| format!("random:{seed}: a number is expected after random:"))?;
+        if let Some(seed) = super::random_seed(path)? {
             let model = name.named.model_name.clone().context("random weights need the --model-name of a preset")?;
             let config = ModelConfig::preset(&model).with_context(|| {
                 format!(

@@ -89,6 +89,7 @@ fn numbers_out_of_range() {
         "profile p --checkpoint-path plain --tokens 1000000000000",
         "profile p --checkpoint-path plain --max-k-chunk 1025",
         "profile p --checkpoint-path plain --bitwidth 3.5",
+        "profile p --checkpoint-path random:18446744073709551616",
         "tune p --checkpoint-path plain --target-slowdown 5,1e300",
         "tune p --checkpoint-path plain --target-slowdown 5 --qkv 0 18446744073709551615",
     ];

@@ -132,3 +132,28 @@ fn every_number_is_refused_or_done() {
         .collect();
     assert!(faults.is_empty(), "{} of {}:\n{}", faults.len(), cases.len(), faults.join("\n"));
 }
+
+/// What a count leads to is compared with what this process may have, before it is taken.
+#[cfg(unix)]
+#[test]
+fn more_than_there_is_memory_is_refused() {
+    let shop = Workshop::new();
+    let program = assert_cmd::cargo::cargo_bin("decdec");
+    let said = |samples: &str| {
+        // 4 GB of addresses.
+        let limited = r#"ulimit -v 4000000 && exec "$0" "$@""#;
+        let mut command = Process::new("sh");
+        command.current_dir(shop.dir.path()).args(["-c", limited]).arg(&program);
+        command.args(words("quantize small.gguf --backend ap --bitwidth 3 --refine none --out out --seq-len 4"));
+        command.args(["--samples", samples]);
+        settle(&mut command);
+        let output = command.output().expect("runs");
+        (output.status.code(), String::from_utf8(output.stderr).expect("text"))
+    };
+    let (code, stderr) = said("4000000");
+    let refused = "error: calibrating with 16000000 tokens would take ";
+    assert!(code == Some(1) && stderr.starts_with(refused) && stderr.contains("there are 4.1 GB"), "{stderr}");
+    assert!(!shop.path("out").exists() && !shop.path("out.partial").exists(), "nothing was begun");
+    let (code, stderr) = said("4");
+    assert_eq!(code, Some(0), "a few samples go: {stderr}");
+}

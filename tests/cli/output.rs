@@ -79,7 +79,7 @@ fn run(shop: &Workshop, line: &str, stdout: Option<Stdio>, stderr: Option<Stdio>
 #[test]
 fn nobody_listens() {
     if !Path::new("/dev/full").exists() {
-        eprintln!("skipped: no /dev/full");
+        devices::skip("no /dev/full");
         return;
     }
     let shop = workshop();

@@ -10,6 +10,9 @@ use super::named;
 /// A text with every token that the files below name: `<w>` to `<z>`, `<e>` and `<q>`.
 const TEXT: &str = "ab <s> a<x> b<y> c<z>d<w><q><e><|im_end|> ab";
 
+/// Names and contents.
+type Files = Vec<(&'static str, Value)>;
+
 /// A directory with these files and the small byte-level tokenizer, whose ids end at 258.
 fn directory(files: &[(&str, Value)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -72,7 +75,7 @@ fn each_file_names_tokens() {
             (MAP, json!({ "additional_special_tokens": map })),
         ]
     };
-    let cases: Vec<(Vec<(&str, Value)>, &[(&str, u32)])> = vec![
+    let cases: Vec<(Files, &[(&str, u32)])> = vec![
         (vec![], &[]),
         (vec![(CONFIG, decoder(json!({ "259": token("<x>"), "260": token("<y>") })))], &[("<x>", 259), ("<y>", 260)]),
         (vec![(ADDED, json!({ "<y>": 260, "<x>": 259 }))], &[("<x>", 259), ("<y>", 260)]),

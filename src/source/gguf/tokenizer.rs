@@ -37,8 +37,15 @@ struct Vocabulary<'a> {
 
 /// Tokenizer, chat template, special tokens and ends of text.
 pub(super) fn texts(file: &File) -> Result<TextFiles> {
-    let model = file.text("tokenizer.ggml.model")?.context("tokenizer.ggml.model is missing")?;
-    let special = |name: &str| special_id(file, name);
+    let model = file.text("tokenizer.ggml.model")?;
+    let model = model.context("tokenizer.ggml.model is missing: the file has no tokenizer")?;
+    let special = |name: &str| {
+        let (id, stored) = (special_id(file, name)?, file.integer(&special_key(name))?);
+        if let (None, Some(stored)) = (id, stored) {
+            tracing::warn!("{} is {stored}, which no token has: taken as none", special_key(name));
+        }
+        anyhow::Ok(id)
+    };
     let (bos, eos, unknown) = (special("bos")?, special("eos")?, special("unknown")?);
     let mut ends: Vec<u32> = [eos, special("eot")?, special("eom")?].into_iter().flatten().collect();
     let named: Vec<u32> = [bos, unknown].into_iter().flatten().chain(ends.iter().copied()).collect();
@@ -72,17 +79,16 @@ pub(super) fn texts(file: &File) -> Result<TextFiles> {
     })
 }
 
-/// The id of `tokenizer.ggml.{name}_token_id`; none if the key is missing or the vocabulary has no such token, which
-/// some files say on purpose and llama.cpp overlooks too.
+fn special_key(name: &str) -> String {
+    format!("tokenizer.ggml.{name}_token_id")
+}
+
+/// The id of the token that is BOS, EOS or whatever `name` says; none if the key is missing or the vocabulary has no
+/// such token, which some files say on purpose and llama.cpp passes over too.
 pub(super) fn special_id(file: &File, name: &str) -> Result<Option<u32>> {
-    let key = format!("tokenizer.ggml.{name}_token_id");
-    let Some(id) = file.integer(&key)? else { return Ok(None) };
-    let count = file.texts("tokenizer.ggml.tokens")?.len();
-    if id >= count as u64 {
-        tracing::warn!("{key} is {id}, the vocabulary has {count} tokens: taken as none");
-        return Ok(None);
-    }
-    Ok(Some(id as u32))
+    let Some(id) = file.integer(&special_key(name))? else { return Ok(None) };
+    let is_there = id < file.texts("tokenizer.ggml.tokens")?.len() as u64;
+    Ok(Some(id as u32).filter(|_| is_there))
 }
 
 /// Whether the special tokens take the white space behind them along. No key of the metadata says so, and of the

@@ -163,9 +163,9 @@ fn names_that_llama_cpp_takes_for_the_same() {
         ids.iter().zip(group).for_each(|(found, pre)| assert_eq!(*found, ids[0], "{pre} and {}", group[0]));
     }
     let error = refusal(byte_level("mistral-bpe").0);
-    let expected = "tokenizer.ggml.pre \"mistral-bpe\" is unknown, smollm, starcoder, refact, llama-bpe, dbrx, smaug-bpe, \
-                    tekken, gpt-2, qwen2, deepseek-r1-qwen or default is expected; quantize from the Hugging Face directory \
-                    instead";
+    let expected = "tokenizer.ggml.pre \"mistral-bpe\" is unknown, smollm, llama-bpe, gpt-2, qwen2, tekken, dbrx, \
+                    smaug-bpe, starcoder, refact, deepseek-r1-qwen or default is expected; quantize from the Hugging \
+                    Face directory instead";
     assert!(error.ends_with(expected) && !error.contains('\n'), "{error}");
 }
 
@@ -253,9 +253,9 @@ fn fused(gguf: Gguf) -> Gguf {
         shapes.push((format!("blk.{layer}.attn_qkv.weight"), vec![hidden + 2 * kv, hidden]));
         shapes.push((format!("blk.{layer}.ffn_up.weight"), vec![2 * fixtures::INTERMEDIATE, hidden]));
     }
-    shapes.iter().fold(gguf, |gguf, (name, shape)| {
-        gguf.floats(name, shape, &fixtures::values(name, shape.iter().product()))
-    })
+    shapes
+        .iter()
+        .fold(gguf, |gguf, (name, shape)| gguf.floats(name, shape, &fixtures::values(name, shape.iter().product())))
 }
 
 /// The directory of Phi-3 or Llama 2 with this vocabulary; its merges are those that the test against the original

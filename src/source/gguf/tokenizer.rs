@@ -87,7 +87,7 @@ fn special_key(name: &str) -> String {
 /// such token, which some files say on purpose and llama.cpp passes over too.
 pub(super) fn special_id(file: &File, name: &str) -> Result<Option<u32>> {
     let Some(id) = file.integer(&special_key(name))? else { return Ok(None) };
-    let is_there = id < file.texts("tokenizer.ggml.tokens")?.len() as u64;
+    let is_there = id < file.len("tokenizer.ggml.tokens") as u64;
     Ok(Some(id as u32).filter(|_| is_there))
 }
 
@@ -100,7 +100,7 @@ fn is_phi_3(file: &File) -> Result<bool> {
 }
 
 impl<'a> Vocabulary<'a> {
-    /// `named`: tokens that have a part to play, as BOS.
+    /// `named`: tokens that have a part to play, as BOS. They are special tokens whatever their type.
     fn read(file: &'a File, named: &[u32]) -> Result<Self> {
         let tokens = file.texts("tokenizer.ggml.tokens")?;
         ensure!(!tokens.is_empty(), "tokenizer.ggml.tokens is missing: the file has no tokenizer");
@@ -108,9 +108,12 @@ impl<'a> Vocabulary<'a> {
         let mut types = file.i32s("tokenizer.ggml.token_type")?;
         if types.is_empty() {
             types = tokens.iter().map(|token| guessed_type(token)).collect();
-            named.iter().for_each(|&id| types[id as usize] = CONTROL);
         }
         ensure!(types.len() == tokens.len(), "{} token types for {} tokens", types.len(), tokens.len());
+        for &id in named {
+            let kind = &mut types[id as usize];
+            *kind = if *kind == NORMAL { CONTROL } else { *kind };
+        }
         Ok(Self { tokens, types, ids })
     }
 

@@ -46,9 +46,9 @@ impl Words {
                 plain(patterns.into_iter().map(split).chain([bytes(false)]).collect())
             }
             other => bail!(
-                "tokenizer.ggml.pre {other:?} is unknown, smollm, starcoder, refact, llama-bpe, dbrx, smaug-bpe, \
-                 tekken, gpt-2, qwen2, deepseek-r1-qwen or default is expected; quantize from the Hugging Face \
-                 directory instead"
+                "tokenizer.ggml.pre {other:?} is unknown, smollm, llama-bpe, gpt-2, qwen2, tekken, dbrx, smaug-bpe, \
+                 starcoder, refact, deepseek-r1-qwen or default is expected; quantize from the Hugging Face directory \
+                 instead"
             ),
         })
     }

@@ -122,8 +122,7 @@ fn write(args: &Args, path: &Path) -> Result<()> {
     let texts = TextFiles {
         tokenizer_json: b"{}".to_vec(),
         chat_template: None,
-        bos_token: None,
-        eos_token: None,
+        special_tokens: Default::default(),
         eos_token_ids: Vec::new(),
     };
     writer.finish(&config, &manifest, &vec![args.bits; config.num_layers], &rest, &texts)

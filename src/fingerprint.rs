@@ -135,6 +135,7 @@ impl Hasher for Fields<'_> {
 #[cfg(test)]
 mod tests {
     use std::borrow::Cow;
+    use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use proptest::prelude::*;
@@ -316,11 +317,12 @@ mod tests {
         ];
         assert!(changes.into_iter().all(|change| seen.insert(changed(change))));
 
+        let named =
+            |name: &str, token: Option<&str>| BTreeMap::from([(name.to_owned(), token.map(str::to_owned))]);
         let texts = TextFiles {
             tokenizer_json: b"{}".to_vec(),
             chat_template: None,
-            bos_token: None,
-            eos_token: Some("</s>".into()),
+            special_tokens: named("eos_token", Some("</s>")),
             eos_token_ids: vec![2],
         };
         let digits = |texts: &TextFiles| {
@@ -332,7 +334,9 @@ mod tests {
             texts.clone(),
             TextFiles { tokenizer_json: b"{ }".to_vec(), ..texts.clone() },
             TextFiles { chat_template: Some(String::new()), ..texts.clone() },
-            TextFiles { bos_token: Some("</s>".into()), eos_token: None, ..texts.clone() },
+            TextFiles { special_tokens: named("bos_token", Some("</s>")), ..texts.clone() },
+            TextFiles { special_tokens: named("eos_token", None), ..texts.clone() },
+            TextFiles { special_tokens: BTreeMap::new(), ..texts.clone() },
             TextFiles { eos_token_ids: vec![2, 2], ..texts.clone() },
         ];
         assert!(changes.iter().all(|texts| seen.insert(digits(texts))));

@@ -152,7 +152,8 @@ impl Generation<'_> {
             compensate_prompt: self.args.compensate_prompt,
         };
         let interrupted = stop_flag("");
-        let mut writer = Writer::new(self.tokenizer.map(Tokenizer::stream), &self.args.stop, self.prints_text());
+        let stream = self.tokenizer.map(|tokenizer| tokenizer.stream_after(self.prompt));
+        let mut writer = Writer::new(stream, &self.args.stop, self.prints_text());
         let made = generate(model, state, &request, |id| writer.push(id, interrupted))?;
         let text = writer.finish()?;
         if self.args.output.json {

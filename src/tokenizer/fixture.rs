@@ -154,8 +154,9 @@ pub(super) fn with_template(tokenizer_json: Vec<u8>, chat_template: Option<&str>
     let files = TextFiles {
         tokenizer_json,
         chat_template: chat_template.map(str::to_owned),
-        bos_token: Some("<s>".into()),
-        eos_token: Some("</s>".into()),
+        special_tokens: [("bos_token", "<s>"), ("eos_token", "</s>")]
+            .map(|(name, token)| (name.to_owned(), Some(token.to_owned())))
+            .into(),
         eos_token_ids: vec![],
     };
     let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").expect("it is known");

@@ -6,17 +6,22 @@ mod files;
 #[cfg(test)]
 mod fixture;
 mod guard;
+mod merge;
+mod stream;
 mod text;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, anyhow, bail};
+use tokenizers::ModelWrapper;
 
 use crate::config::ModelConfig;
 use chat::Chat;
 pub use chat::Message;
 pub use files::TextFiles;
 use guard::guard;
+pub(crate) use merge::post_processor;
+pub use stream::TextStream;
 pub use text::TextReader;
 
 /// A model's tokenizer.
@@ -41,18 +46,29 @@ impl Tokenizer {
         })?;
         inner.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
         inner.with_padding(None);
-        let id = |token: &Option<String>| token.as_deref().and_then(|token| inner.token_to_id(token));
-        let bos = id(&files.bos_token).or(config.bos_token_id);
+        merge::check_added(&files.tokenizer_json, &inner)?;
+        without_dropout(&mut inner);
+        // A file that says "none" has the last word; where all are silent, the model's configuration counts.
+        let named = |name: &str, id: Option<u32>| match files.special_tokens.get(name) {
+            Some(token) => token.clone(),
+            None => inner.id_to_token(id?),
+        };
+        let bos = named("bos_token", config.bos_token_id);
+        let eos = named("eos_token", config.eos_token_ids.first().copied());
+        let id = |token: &Option<String>| inner.token_to_id(token.as_deref()?);
         let ends: BTreeSet<u32> =
-            config.eos_token_ids.iter().chain(&files.eos_token_ids).copied().chain(id(&files.eos_token)).collect();
-        let text = |token: &Option<String>, id: Option<u32>| token.clone().or_else(|| inner.id_to_token(id?));
-        let eos = config.eos_token_ids.first().copied();
-        let tokens = [("bos_token", text(&files.bos_token, bos)), ("eos_token", text(&files.eos_token, eos))];
-        let tokens = tokens.into_iter().filter_map(|(name, token)| Some((name.to_owned(), token?))).collect();
+            config.eos_token_ids.iter().chain(&files.eos_token_ids).copied().chain(id(&eos)).collect();
+        let bos_id = id(&bos);
+        let mut tokens: BTreeMap<_, _> =
+            files.special_tokens.iter().filter_map(|(name, token)| Some((name.clone(), token.clone()?))).collect();
+        for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
+            tokens.extend(token.map(|token| (name.to_owned(), token)));
+        }
+        let tokens = tokens.into_iter().collect();
         Ok(Self {
             chat: files.chat_template.as_deref().map(|template| Chat::new(template, tokens)),
             vocab_size: config.vocab_size,
-            bos,
+            bos: bos_id,
             stop_ids: ends.into_iter().collect(),
             inner,
         })
@@ -138,55 +154,24 @@ impl Tokenizer {
 
     /// A text that grows token by token.
     pub fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, ids: Vec::new(), emitted: 0, shown: String::new() }
+        TextStream::new(self, false)
+    }
+
+    /// What grows after `prompt`: with the prompt's text before it, it is what [`Tokenizer::decode`] makes of both
+    /// together. So a first word keeps the space that it would lose at the start of a text; behind BOS alone, a text
+    /// starts.
+    pub fn stream_after(&self, prompt: &[u32]) -> TextStream<'_> {
+        TextStream::new(self, prompt.iter().any(|&id| Some(id) != self.bos))
     }
 }
 
-/// Turns tokens into text as they come, and hands out whole characters only.
-#[derive(Debug)]
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
-    /// The tokens of the last piece that was handed out, for context, and those that wait.
-    ids: Vec<u32>,
-    /// How many of `ids` were handed out.
-    emitted: usize,
-    /// Their text.
-    shown: String,
-}
-
-impl TextStream<'_> {
-    /// The next token; what can be shown now, if anything.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
-        self.ids.push(id);
-        let text = self.tokenizer.decode(&self.ids)?;
-        // An incomplete character at the end may still be completed.
-        if text.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(None);
-        }
-        self.emit(&text)
-    }
-
-    /// The rest, when no token comes any more.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn flush(&mut self) -> Result<Option<String>> {
-        let text = self.tokenizer.decode(&self.ids)?;
-        self.emit(&text)
-    }
-
-    /// Hands out what `text`, of all `ids`, has beyond `shown`, and forgets all but the last tokens: decoders
-    /// treat the first token of a text differently, so there is always one before those that come.
-    fn emit(&mut self, text: &str) -> Result<Option<String>> {
-        let piece = text.get(self.shown.len()..).filter(|piece| !piece.is_empty()).map(str::to_owned);
-        if piece.is_some() {
-            self.ids.drain(..self.emitted);
-            self.emitted = self.ids.len();
-            self.shown = self.tokenizer.decode(&self.ids)?;
-        }
-        Ok(piece)
+/// BPE may leave out merges at random, which makes training more robust: a prompt is read as it is.
+fn without_dropout(tokenizer: &mut tokenizers::Tokenizer) {
+    if let ModelWrapper::BPE(model) = tokenizer.get_model()
+        && model.dropout.is_some()
+    {
+        let mut model = model.clone();
+        model.dropout = None;
+        tokenizer.with_model(model);
     }
 }

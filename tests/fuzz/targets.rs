@@ -118,8 +118,7 @@ fn tokenizer(data: &[u8]) -> bool {
     let files = TextFiles {
         tokenizer_json: data.to_vec(),
         chat_template: None,
-        bos_token: Some("<s>".into()),
-        eos_token: None,
+        special_tokens: [("bos_token".into(), Some("<s>".into()))].into(),
         eos_token_ids: vec![],
     };
     let Ok(tokenizer) = Tokenizer::new(&files, &CONFIG) else { return false };

@@ -26,8 +26,7 @@ pub(crate) fn texts() -> TextFiles {
     TextFiles {
         tokenizer_json: b"{}".to_vec(),
         chat_template: Some("{{ messages }}".into()),
-        bos_token: Some("<s>".into()),
-        eos_token: None,
+        special_tokens: [("bos_token".into(), Some("<s>".into()))].into(),
         eos_token_ids: vec![2],
     }
 }

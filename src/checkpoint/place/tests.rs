@@ -270,8 +270,7 @@ fn what_texts_write_is_of_a_checkpoint() {
     let texts = TextFiles {
         tokenizer_json: b"{}".to_vec(),
         chat_template: Some("{{ messages }}".into()),
-        bos_token: Some("<s>".into()),
-        eos_token: None,
+        special_tokens: [("bos_token".into(), Some("<s>".into()))].into(),
         eos_token_ids: vec![2],
     };
     let dir = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::Model;
+use super::tokenizer::special_id;
 use crate::config::Architecture;
 use crate::source::{EMBEDDING, HEAD};
 
@@ -106,8 +107,8 @@ impl Model {
             "sliding_window": window,
             "max_position_embeddings": integer("context_length")?,
             "tie_word_embeddings": self.find(HEAD).is_err(),
-            "bos_token_id": self.token("tokenizer.ggml.bos_token_id")?,
-            "eos_token_id": self.token("tokenizer.ggml.eos_token_id")?,
+            "bos_token_id": special_id(self.metadata(), "bos")?,
+            "eos_token_id": special_id(self.metadata(), "eos")?,
             "torch_dtype": "float16",
         }))
     }
@@ -118,12 +119,6 @@ impl Model {
 
     fn missing(&self, name: &str) -> String {
         format!("{} is missing", self.key(name))
-    }
-
-    /// The id of a special token; none if it is none of the vocabulary, as llama.cpp has it.
-    fn token(&self, key: &str) -> Result<Option<u64>> {
-        let tokens = self.metadata().len("tokenizer.ggml.tokens") as u64;
-        Ok(self.metadata().integer(key)?.filter(|&id| id < tokens))
     }
 
     fn ensure_keys_are_known(&self) -> Result<()> {

@@ -5,6 +5,7 @@ mod configuration;
 mod file;
 mod split;
 mod tokenizer;
+mod words;
 
 use std::borrow::Cow;
 use std::collections::HashSet;

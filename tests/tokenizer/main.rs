@@ -1,8 +1,15 @@
 //! Text to ids and back: SmolLM2's known answers, and small tokenizers written here.
 
+#[path = "../answers/mod.rs"]
 mod answers;
+#[path = "../devices/mod.rs"]
 mod devices;
+#[path = "../fixtures/mod.rs"]
 mod fixtures;
+
+mod files;
+mod gguf;
+mod streams;
 
 use decdec::config::ModelConfig;
 use decdec::source::Source;
@@ -61,9 +68,13 @@ fn small(pre: &str, merges: &[&str], more: impl FnOnce(Gguf) -> Gguf) -> Tokeniz
 }
 
 fn source(gguf: Gguf) -> Source {
+    open(fixtures::small_tensors(gguf, VOCAB))
+}
+
+fn open(gguf: Gguf) -> Source {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("small.gguf");
-    std::fs::write(&path, fixtures::small_tensors(gguf, VOCAB).bytes()).expect("writable");
+    std::fs::write(&path, gguf.bytes()).expect("writable");
     Source::open(&path).expect("it opens")
 }
 
@@ -157,24 +168,9 @@ fn sentence_piece_as_the_original() {
     assert!(known["cases"].as_array().expect("cases").iter().any(differs), "scores matter");
 }
 
-#[test]
-fn a_stream_shows_whole_characters() {
-    let tokenizer = small("gpt-2", &["a b"], |gguf| gguf);
-    let mut stream = tokenizer.stream();
-    let ids = tokenizer.encode("a\u{1F600}é").expect("ids");
-    let shown: Vec<Option<String>> = ids.iter().map(|&id| stream.push(id).expect("a token")).collect();
-    let expected = [Some("a"), None, None, None, Some("\u{1F600}"), None, Some("é")];
-    assert_eq!(shown, expected.map(|piece| piece.map(str::to_owned)));
-    assert_eq!(stream.flush().expect("nothing"), None);
-    for &id in &ids[..3] {
-        stream.push(id).expect("a token");
-    }
-    assert_eq!(
-        stream.flush().expect("the rest").as_deref(),
-        Some("\u{fffd}"),
-        "what is incomplete at the end shows so"
-    );
-    assert_eq!(stream.flush().expect("nothing"), None);
+/// Special tokens by name.
+fn named(tokens: &[(&str, Option<&str>)]) -> std::collections::BTreeMap<String, Option<String>> {
+    tokens.iter().map(|(name, token)| ((*name).to_owned(), token.map(str::to_owned))).collect()
 }
 
 /// Text files around the tokenizer of a small model.
@@ -189,7 +185,7 @@ fn texts(change: impl FnOnce(&mut TextFiles)) -> (TextFiles, ModelConfig) {
 fn with_template(template: &str) -> anyhow::Result<Tokenizer> {
     let (texts, config) = texts(|texts| {
         texts.chat_template = Some(template.to_owned());
-        texts.eos_token = Some("</s>".to_owned());
+        texts.special_tokens.insert("eos_token".to_owned(), Some("</s>".to_owned()));
     });
     Tokenizer::new(&texts, &config)
 }
@@ -230,10 +226,10 @@ A:
 /// Renders every conversation of `tests/data/chat` with `template`, and compares with what Jinja2 made of it.
 fn assert_renders(name: &str, template: &str, known: &Value) {
     let family = &known["families"][name];
-    let text = |key: &str| Some(family[key].as_str().expect("a text").to_owned());
+    let text = |key: &str| (key.to_owned(), Some(family[key].as_str().expect("a text").to_owned()));
     let (texts, config) = texts(|texts| {
         texts.chat_template = Some(template.to_owned());
-        (texts.bos_token, texts.eos_token) = (text("bos_token"), text("eos_token"));
+        texts.special_tokens = [text("bos_token"), text("eos_token")].into();
     });
     let tokenizer = Tokenizer::new(&texts, &config).unwrap_or_else(|e| panic!("{name}: {e}"));
     let today = with_template("{{ strftime_now('%d %b %Y') }}").expect("it compiles").chat(&[], true).expect("a date");
@@ -285,7 +281,7 @@ fn text_files_survive_a_directory() {
     let (full, config) = texts(|texts| {
         texts.chat_template = Some("{{ messages[0].content }}\n".into());
         texts.eos_token_ids = vec![1, 5];
-        texts.eos_token = Some("<s>".into());
+        texts.special_tokens.insert("eos_token".into(), Some("<s>".into()));
     });
     let dir = tempfile::tempdir().expect("a temporary directory");
     full.write(dir.path()).expect("writable");
@@ -304,7 +300,7 @@ fn text_files_survive_a_directory() {
         "chat_template": [{ "name": "tools", "template": "no" }, { "name": "default", "template": "yes" }],
     }));
     let read = TextFiles::read(dir.path()).expect("readable");
-    assert_eq!((read.bos_token, read.eos_token.as_deref()), (None, Some("<|im_end|>")));
+    assert_eq!(read.special_tokens, named(&[("bos_token", None), ("eos_token", Some("<|im_end|>"))]));
     assert_eq!((read.chat_template.as_deref(), read.eos_token_ids), (Some("yes"), vec![]));
     write(json!({ "chat_template": { "tools": "no", "default": "yes" } }));
     assert_eq!(TextFiles::read(dir.path()).expect("readable").chat_template.as_deref(), Some("yes"));

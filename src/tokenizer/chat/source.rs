@@ -3,9 +3,10 @@
 //! - Line endings become `\n`, as Jinja2 reads them.
 //! - `{% generation %}` marks the answers of a conversation for training. Here it is a block without effect.
 //! - `a % b` becomes `(a)|percent(b)`, since minijinja has `%` for numbers only.
-//! - What is joined or repeated (`+`, `~`, `*`), and each list, dict and tuple that is written out, passes through
-//!   the filter `operand`; so does what becomes an attribute (`{% set a.b = c %}`). It changes nothing and refuses what is too large ([`super::limits`]): a short template
-//!   could otherwise double a text until memory ends, and minijinja counts instructions, not bytes.
+//! - What is joined or repeated (`+`, `~`, `*`), each list, dict and tuple that is written out, and what becomes an
+//!   attribute (`{% set a.b = c %}`) passes through the filter `operand`. It changes nothing and refuses what is too
+//!   large ([`super::limits`]): a short template could otherwise double a text until memory ends, and minijinja counts
+//!   instructions, not bytes.
 //!
 //! A filter binds closer than any operator, so that putting `|operand` behind an operand never changes what an
 //! expression means.

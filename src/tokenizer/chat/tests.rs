@@ -115,7 +115,9 @@ fn a_template_takes_what_it_needs() {
     let content = "words and words\n".repeat(100_000);
     let messages: Vec<Message> =
         (0..1000).map(|i| Message::new(if i % 2 == 0 { "user" } else { "assistant" }, "Hello?")).collect();
-    let template = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}{{ '<' ~ m.role + '>' + m.content | trim ~ eos_token }}{% endfor %}";
+    let template = "{% for m in messages %}\
+        {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}\
+        {{ '<' ~ m.role + '>' + m.content | trim ~ eos_token }}{% endfor %}";
     assert_eq!(render(template, &messages).expect("a thousand messages").len(), 500 * (6 + 11 + 2 * 10));
     let nested = format!("{{{{ {}1{} }}}}", "[".repeat(20), "]".repeat(20));
     assert_eq!(render(&nested, &[]).expect("lists in lists").len(), 41);

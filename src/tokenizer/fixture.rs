@@ -29,13 +29,17 @@ pub(super) fn kinds() -> Vec<(&'static str, Tokenizer)> {
             { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false },
         ] })
     };
-    let llama3 = words(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    );
-    let qwen2 = words(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    );
-    let metaspace = |scheme: &str, split: bool| json!({ "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split });
+    let digits = |pattern: &str| {
+        let [before, after] = [
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ];
+        words(&[before, pattern, after].concat())
+    };
+    let (llama3, qwen2) = (digits(r"\p{N}{1,3}"), digits(r"\p{N}"));
+    let metaspace = |scheme: &str, split: bool| -> Value {
+        json!({ "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split })
+    };
     let llama2 = json!({ "type": "Sequence", "normalizers": [
         { "type": "Prepend", "prepend": "▁" },
         { "type": "Replace", "pattern": { "String": " " }, "content": "▁" },

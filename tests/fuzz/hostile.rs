@@ -9,6 +9,7 @@ use decdec::format::{AnyPrec, Floats};
 use decdec::nsys;
 use decdec::open::Opened;
 use decdec::source::Source;
+use decdec::tokenizer::Message;
 use half::f16;
 use serde_json::{Value as Json, json};
 use zip::CompressionMethod;
@@ -300,6 +301,15 @@ pub(crate) fn broken_texts() {
             Opened::open(dir.path(), None, false)?.tokenizer().map(drop)
         }
     };
+    let chat = |template: &'static str| {
+        move || {
+            let dir = directory(&small_config());
+            fs::write(dir.path().join("model.safetensors"), tensors(&source_tensors()))?;
+            fs::write(dir.path().join("chat_template.jinja"), template)?;
+            let tokenizer = Opened::open(dir.path(), None, false)?.tokenizer()?;
+            tokenizer.chat_ids(&[Message::new("user", "a")], true).map(drop)
+        }
+    };
     let huge = |len: u64| {
         move || {
             let dir = directory(&small_config());
@@ -317,7 +327,13 @@ pub(crate) fn broken_texts() {
         case("a tokenizer of a terabyte", "1099511627776 bytes, at most 67108864", huge(1 << 40)),
         case("a deep tokenizer", "tokenizer.json is damaged", open("tokenizer.json", vec![b'['; 1 << 20])),
         case("a template of 3 MB", "at most 2097152", open("chat_template.jinja", vec![b' '; 3 << 20])),
-        case("a template that is no Jinja", "fails in line 1", open("chat_template.jinja", b"{% for %}".to_vec())),
+        case("a template that is no Jinja", "fails in line 1", chat("{% for %}")),
+        case(
+            "a template that writes on",
+            "writes more than",
+            chat("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}"),
+        ),
+        case("a template that repeats", "a value takes more than", chat("{{ (0,) * 99999999 }}")),
         case("a template that is not UTF-8", "is not UTF-8", open("chat_template.jinja", vec![0xff])),
         case("ends of text that are none", "token ids are expected", {
             open("generation_config.json", br#"{"eos_token_id": "</s>"}"#.to_vec())

@@ -11,7 +11,7 @@ use decdec::nsys::{self, Algo, Identity, Precision};
 use decdec::open::Opened;
 use decdec::source::Source;
 use decdec::source::torch::{TorchFile, Value};
-use decdec::tokenizer::{TextFiles, Tokenizer};
+use decdec::tokenizer::{Message, TextFiles, Tokenizer};
 use decdec::weights::ModelWeights;
 use serde_json::{Value as Json, json};
 
@@ -117,7 +117,7 @@ fn tokenizer(data: &[u8]) -> bool {
     static CONFIG: LazyLock<ModelConfig> = LazyLock::new(|| ModelConfig::from_json(&small_config()).expect("good"));
     let files = TextFiles {
         tokenizer_json: data.to_vec(),
-        chat_template: None,
+        chat_template: Some("<s>{{ messages[0].content }}<s>".into()),
         special_tokens: [("bos_token".into(), Some("<s>".into()))].into(),
         eos_token_ids: vec![],
     };
@@ -125,6 +125,7 @@ fn tokenizer(data: &[u8]) -> bool {
     for text in ["", "a b\n 12 <s>x", "\u{1F600}\u{e9}e\u{301}"] {
         let ids = tokenizer.encode(text).unwrap_or_default();
         let _ = (tokenizer.encode_chat(text), tokenizer.decode(&ids), tokenizer.decode(&[0, 7, u32::MAX]));
+        let _ = tokenizer.chat_ids(&[Message::new("user", text)], true);
         let mut stream = tokenizer.stream();
         ids.iter().for_each(|&id| drop(stream.push(id)));
         let _ = stream.flush();

@@ -104,6 +104,11 @@ pub(super) fn operand(value: &Value) -> Result<Value, Error> {
     Ok(value.clone())
 }
 
+/// Refuses `value`, `count` times over, if that is too large.
+pub(super) fn repeated(value: &Value, count: usize) -> Result<(), Error> {
+    if size(value)?.saturating_mul(count) > MAX_TEXT { Err(too_large()) } else { Ok(()) }
+}
+
 /// What expressions have written so far.
 struct Written(usize);
 

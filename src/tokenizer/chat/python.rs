@@ -34,6 +34,7 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     }
     environment.add_filter("operand", limits::operand);
     environment.add_filter("percent", percent);
+    environment.add_filter("times", times);
     environment.add_filter("tojson", json::tojson);
     environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
     environment.remove_global("debug");
@@ -47,6 +48,23 @@ fn refused(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
 }
 
+/// An operator of numbers, on integers if both are, else on floats; what it has no result for cannot be calculated.
+fn arithmetic(
+    (left, sign, right): (&Value, &str, &Value),
+    integers: impl Fn(i128, i128) -> Option<i128>,
+    floats: impl Fn(f64, f64) -> Option<f64>,
+) -> Result<Value, Error> {
+    let result = if let (Ok(a), Ok(b)) = (i128::try_from(left.clone()), i128::try_from(right.clone())) {
+        integers(a, b).map(|result| i64::try_from(result).map_or_else(|_| Value::from(result), Value::from))
+    } else if let (Ok(a), Ok(b)) = (f64::try_from(left.clone()), f64::try_from(right.clone())) {
+        floats(a, b).map(Value::from)
+    } else {
+        let (left, right) = (left.kind(), right.kind());
+        return Err(refused(format!("tried to use {sign} operator on unsupported types {left} and {right}")));
+    };
+    result.ok_or_else(|| refused(format!("unable to calculate {left} {sign} {right}")))
+}
+
 /// `left % right`: a text with `right` in its places, or the remainder of a division with the divisor's sign.
 fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
     if let Some(text) = left.as_str() {
@@ -57,24 +75,37 @@ fn percent(left: &Value, right: &Value) -> Result<Value, Error> {
         limits::call("percent", &[std::slice::from_ref(left), &args[..]].concat())?;
         return format(FormatStyle::Printf, text, &args).map(Value::from);
     }
-    let zero = || refused(format!("unable to calculate {left} % {right}"));
-    let unsupported = || {
-        let (left, right) = (left.kind(), right.kind());
-        refused(format!("tried to use % operator on unsupported types {left} and {right}"))
-    };
-    if let (Ok(a), Ok(b)) = (i128::try_from(left.clone()), i128::try_from(right.clone())) {
-        let remainder = a.checked_rem(b).ok_or_else(zero)?;
+    let integers = |a: i128, b: i128| {
+        let remainder = a.checked_rem(b)?;
         let other_sign = remainder != 0 && (remainder < 0) != (b < 0);
-        let remainder = if other_sign { remainder + b } else { remainder };
-        return Ok(i64::try_from(remainder).map_or_else(|_| Value::from(remainder), Value::from));
+        Some(if other_sign { remainder + b } else { remainder })
+    };
+    let floats = |a: f64, b: f64| {
+        let remainder = a % b;
+        let other_sign = remainder != 0.0 && (remainder < 0.0) != (b < 0.0);
+        (b != 0.0).then_some(if other_sign { remainder + b } else { remainder })
+    };
+    arithmetic((left, "%", right), integers, floats)
+}
+
+/// `left * right`: a product, or a text, list or tuple over and over.
+fn times(left: &Value, right: &Value) -> Result<Value, Error> {
+    let is_list = |value: &Value| matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Iterable);
+    let (list, count) = match (is_list(left), is_list(right)) {
+        (true, false) => (left, right),
+        (false, true) => (right, left),
+        _ => return arithmetic((left, "*", right), i128::checked_mul, |a, b| Some(a * b)),
+    };
+    let count =
+        i64::try_from(count.clone()).map_err(|_| refused("what is repeated is repeated a whole number of times"))?;
+    let count = usize::try_from(count).unwrap_or(0);
+    limits::repeated(list, count)?;
+    if let Some(text) = list.as_str() {
+        return Ok(Value::from(text.repeat(count)));
     }
-    let (Ok(a), Ok(b)) = (f64::try_from(left.clone()), f64::try_from(right.clone())) else { return Err(unsupported()) };
-    if b == 0.0 {
-        return Err(zero());
-    }
-    let remainder = a % b;
-    let other_sign = remainder != 0.0 && (remainder < 0.0) != (b < 0.0);
-    Ok(Value::from(if other_sign { remainder + b } else { remainder }))
+    let items: Vec<Value> = list.try_iter()?.collect();
+    let items = std::iter::repeat_n(items, count).flatten();
+    Ok(if list.is_tuple() { Value::from(Tuple::from(items.collect::<Vec<_>>())) } else { items.collect() })
 }
 
 /// Methods that minijinja's values do not have themselves.

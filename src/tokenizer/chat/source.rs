@@ -2,10 +2,12 @@
 //!
 //! - Line endings become `\n`, as Jinja2 reads them.
 //! - `{% generation %}` marks the answers of a conversation for training. Here it is a block without effect.
-//! - `a % b` becomes `(a)|percent(b)`, since minijinja has `%` for numbers only.
-//! - What is joined or repeated (`+`, `~`, `*`), and each list, dict and tuple that is written out, passes through
-//!   the filter `operand`; so does what becomes an attribute (`{% set a.b = c %}`). It changes nothing and refuses what is too large ([`super::limits`]): a short template
-//!   could otherwise double a text until memory ends, and minijinja counts instructions, not bytes.
+//! - `a % b` becomes `(a)|percent(b)`, since minijinja has `%` for numbers only, and `a * b` becomes `(a)|times(b)`,
+//!   since what minijinja repeats may take gigabytes.
+//! - What is joined (`+`, `~`), each list, dict and tuple that is written out, and what becomes an
+//!   attribute (`{% set a.b = c %}`) passes through the filter `operand`. It changes nothing and refuses what is too
+//!   large ([`super::limits`]): a short template could otherwise double a text until memory ends, and minijinja counts
+//!   instructions, not bytes.
 //!
 //! A filter binds closer than any operator, so that putting `|operand` behind an operand never changes what an
 //! expression means.
@@ -99,12 +101,12 @@ struct Level {
     literal: bool,
     /// It has to be checked: a list, a dict, a tuple, or the result of an operator.
     checked: bool,
-    /// The operand at hand is the right side of `+`, `~` or `*`.
+    /// The operand at hand is the right side of `+` or `~`.
     joined: bool,
     /// Where the product at hand starts in the output.
     product: Option<usize>,
-    /// The operand at hand is the right side of `%`.
-    remainder: bool,
+    /// The operand at hand is the right side of `%` or `*`.
+    right_side: bool,
 }
 
 impl Tag {
@@ -240,13 +242,13 @@ impl Tag {
                 self.end_operand();
                 self.push(token);
             }
-            "%" => {
+            "%" | "*" => {
                 self.end_operand();
                 let start = self.level().product.unwrap_or(self.out.len());
                 let left = self.out.split_off(start);
-                self.out += &format!("({left})|percent(");
+                self.out += &format!("({left})|{}(", if token == "%" { "percent" } else { "times" });
                 self.length += 1;
-                self.level().remainder = true;
+                self.level().right_side = true;
             }
             _ => {
                 self.end_operand();
@@ -254,9 +256,7 @@ impl Tag {
                 self.push(token);
                 let level = self.level();
                 (level.joined, level.checked) = (true, true);
-                if token != "*" {
-                    level.product = None;
-                }
+                level.product = None;
             }
         }
         self.after_operand = false;
@@ -294,12 +294,12 @@ impl Tag {
     /// Ends the right side of an operator.
     fn end_operand(&mut self) {
         let level = self.level();
-        let (joined, remainder) = (level.joined, level.remainder);
-        (level.joined, level.remainder) = (false, false);
+        let (joined, right_side) = (level.joined, level.right_side);
+        (level.joined, level.right_side) = (false, false);
         if joined {
             self.out.push_str("|operand ");
         }
-        if remainder {
+        if right_side {
             self.out.push(')');
         }
     }
@@ -377,7 +377,7 @@ mod tests {
             ("{{ a~b.c|trim-}}", "{{ a|operand ~b.c|trim|operand -}}"),
             ("{{ a + 'x' if b else c }}", "{{ a |operand + 'x' |operand if b else c }}"),
             ("{{ (a ~ b).strip() }}", "{{ ((a |operand ~ b|operand )|operand).strip() }}"),
-            ("{{ f(a * 2, b) }}", "{{ f(a |operand * 2|operand , b) }}"),
+            ("{{ f(a * 2, b) }}", "{{ f((a )|times( 2), b) }}"),
             ("{% set x = [a, {'b': c}] %}", "{% set x = ([a, ({'b': c}|operand)]|operand) %}"),
             ("{% set x = (a, b) %}", "{% set x = ((a, b)|operand) %}"),
             ("{% set a.b = c, d %}{% set e = f.g %}", "{% set a.b = ( c, d )|operand %}{% set e = f.g %}"),
@@ -392,7 +392,7 @@ mod tests {
         for (template, expected) in [
             ("{% if loop.index0 % 2 == 0 %}", "{% if (loop.index0 )|percent( 2 )== 0 %}"),
             ("{{ '%s' % (a, b) }}", "{{ ('%s' )|percent( ((a, b)|operand) )}}"),
-            ("{{ a * b % c + d }}", "{{ (a |operand * b |operand )|percent( c )|operand + d |operand }}"),
+            ("{{ a * b % c + d }}", "{{ ((a )|times( b ))|percent( c )|operand + d |operand }}"),
             ("{{ a + b % c }}", "{{ a |operand + (b |operand )|percent( c )}}"),
             ("{{ a % b % c }}", "{{ ((a )|percent( b ))|percent( c )}}"),
             ("{{ a % b|trim }}", "{{ (a )|percent( b|trim )}}"),

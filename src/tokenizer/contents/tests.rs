@@ -7,12 +7,15 @@ use super::{Message, Tokenizer};
 /// Templates that put contents where tokens could be spoiled: bare, trimmed, joined to special tokens by `+` and
 /// `~`, next to each other, in another case, and looked into.
 const TEMPLATES: [&str; 7] = [
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' ~ m.content | trim ~ ' [/INST]' }}{% else %}{{ ' ' ~ m.content ~ eos_token }}{% endif %}{% endfor %}",
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}\
+     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' ~ m.content | trim ~ ' [/INST]' }}\
+     {% else %}{{ ' ' ~ m.content ~ eos_token }}{% endif %}{% endfor %}",
     "{% for m in messages %}<|user|>\n{{ m.content }}</s>\n{% endfor %}",
     "{% for m in messages %}{{ m.content }}{% endfor %}",
     "{{ bos_token }}{% for m in messages %}{{ m.content | lower }}{{ eos_token }}{% endfor %}",
-    "{% for m in messages %}{% if '?' in m.content %}Q{% endif %}{% set parts = m.content.split('\n') %}{{ parts[-1].strip() }}<|im_end|>{% endfor %}",
+    "{% for m in messages %}{% if '?' in m.content %}Q{% endif %}{% set parts = m.content.split('\n') %}\
+     {{ parts[-1].strip() }}<|im_end|>{% endfor %}",
     "<s>{% for m in messages %}{% generation %}{{ m.content[:40] }}<mask> x{% endgeneration %}{% endfor %}",
 ];
 
@@ -34,8 +37,8 @@ fn content(spelled: bool) -> impl Strategy<Value = String> {
     let plain = prop_oneof![
         6 => "[a-zA-Z]{1,8}",
         3 => prop::sample::select(vec![" ", "  ", "\n", "\n\n", "\t"]).prop_map(str::to_owned),
-        1 => prop::sample::select(vec!["é", "東京", "e\u{301}", "\u{f0000}", "\u{100001}\u{10fffd}", "<tool>", "12", "?", "<b>", "|"])
-            .prop_map(str::to_owned),
+        1 => prop::sample::select(vec!["é", "東京", "<tool>", "12", "?", "<b>", "|"]).prop_map(str::to_owned),
+        1 => prop::sample::select(vec!["e\u{301}", "\u{f0000}", "\u{100001}\u{10fffd}"]).prop_map(str::to_owned),
     ];
     let spelling =
         prop::sample::select([&SPECIALS[..], &["<|im_", "end|>", "<|", "<|IM_END|>", "</", "s>", "<", ">"]].concat());

@@ -13,7 +13,8 @@ fn parts() -> impl Strategy<Value = String> {
         1 => prop::sample::select(SPECIALS.to_vec()).prop_map(str::to_owned),
         1 => "[a-zA-Z0-9',.!?-]{1,12}",
         1 => "\\PC{1,4}",
-        1 => prop::sample::select(vec!["<tool>", "東京の", "e\u{301}", "\u{1f600}", "12345", "  x", "it's\n"]).prop_map(str::to_owned),
+        1 => prop::sample::select(vec!["<tool>", "東京の", "e\u{301}", "\u{1f600}", "12345", "  x", "it's\n"])
+            .prop_map(str::to_owned),
     ];
     (prop::collection::vec(part, 0..120), prop::bool::ANY)
         .prop_map(|(parts, spaced)| parts.join(if spaced { " " } else { "" }))

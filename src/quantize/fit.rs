@@ -42,6 +42,14 @@ impl<'a> Fit<'a> {
         let n = linear.in_features;
         let taken = Taken::select(x, n, self.k_chunk)?;
         let mut hessian = Hessian::of(x, n);
+        // Where nothing ever came in, nothing can be fitted to, and every weight's best code by itself is the best.
+        if hessian.diagonal().all(|h| h == 0.0) {
+            let weight = match self.job.manifest.group_size {
+                None => sqllm::quantize(linear, self.bits, &vec![1.0; n])?,
+                Some(group_size) => awq::quantize(linear, self.bits, group_size, None)?,
+            };
+            return finish(linear, x, weight, &vec![1.0; n]);
+        }
         hessian.spare(x, &taken, ALONE);
         hessian.damp();
         let weight = self.against(&hessian, linear, self.job.options.awq.then_some(x))?;

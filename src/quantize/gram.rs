@@ -145,8 +145,7 @@ impl Hessian {
             self.values.iter_mut().for_each(|h| *h = (f64::from(*h) / mean) as f32);
             mean = 1.0;
         }
-        // Where nothing ever came in, all channels count alike.
-        let floor = if mean > 0.0 { (mean * 1e-6) as f32 } else { 1.0 };
+        let floor = (mean * 1e-6).max(1e-20) as f32;
         self.values.iter_mut().step_by(n + 1).for_each(|h| *h += DAMPING * *h + floor);
     }
 

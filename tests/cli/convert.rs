@@ -97,6 +97,22 @@ fn residuals_are_made_for_a_pair() {
     swapped.arg("residuals").arg("--original").arg(&checkpoint).arg("--quantized").arg(shop.path("small.gguf"));
     swapped.arg("--out").arg(shop.path("none"));
     refuses(swapped, &["small.gguf is full precision"]);
+    // Another model of the same shapes is not the original, whichever command is asked.
+    let (gguf, _) = fixtures::byte_level(fixtures::small_config("llama"), "gpt-2", &["a b"]);
+    let other = |i: usize| (i * i % 2039) as f32 / 64.0 - 16.0;
+    let stranger = fixtures::small_tensor_shapes(300).iter().fold(gguf, |gguf, (name, shape)| {
+        let count = shape.iter().product();
+        let is_norm = name.contains("norm");
+        let values = if is_norm { fixtures::values(name, count) } else { (0..count).map(other).collect() };
+        gguf.floats(name, shape, &values)
+    });
+    std::fs::write(shop.path("stranger.gguf"), stranger.bytes()).expect("written");
+    for (command, of) in [("residuals", &["--quantized"][..]), ("convert", &[])] {
+        let mut strangers = decdec();
+        strangers.arg(command).args(of).arg(&checkpoint).arg("--original").arg(shop.path("stranger.gguf"));
+        strangers.arg("--out").arg(shop.path("none")).args(calibration);
+        refuses(strangers, &["tensor model.layers.0.self_attn.", "of the energy of both", "the very model that was"]);
+    }
     assert!(!shop.path("none").exists());
 }
 

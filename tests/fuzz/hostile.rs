@@ -323,7 +323,11 @@ pub(crate) fn broken_texts() {
         case("a configuration of lists", "is not a JSON object", open("config.json", b"[]".to_vec())),
         case("a deep configuration", "is not valid JSON", open("config.json", vec![b'['; 1 << 20])),
         case("half a configuration", "is not valid JSON", open("config.json", b"{\"model_type\": \"lla".to_vec())),
-        case("an index of 2 MB", "at most 1048576", open("model.safetensors.index.json", vec![b' '; 2 << 20])),
+        case("an index of 2 MB", "at most 1048576", || {
+            let dir = directory(&small_config());
+            fs::write(dir.path().join("model.safetensors.index.json"), vec![b' '; 2 << 20])?;
+            Source::open(dir.path()).map(drop)
+        }),
         case("a tokenizer of a terabyte", "1099511627776 bytes, at most 67108864", huge(1 << 40)),
         case("a deep tokenizer", "tokenizer.json is damaged", open("tokenizer.json", vec![b'['; 1 << 20])),
         case("a template of 3 MB", "at most 2097152", open("chat_template.jinja", vec![b' '; 3 << 20])),

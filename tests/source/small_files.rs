@@ -141,7 +141,10 @@ fn of_tuned_results_and_single_files() {
             make(what, &dir.path().join(name));
         }
         let tuned = format!("{:#}", Tuned::read(&dir.path().join("tuned.json")).expect_err("no file"));
-        assert!(tuned.contains("tuned.json: decdec tune writes such files") && tuned.ends_with(says), "{tuned}");
+        assert!(
+            tuned.contains("tuned.json is no tuned result: decdec tune writes such files") && tuned.ends_with(says),
+            "{tuned}"
+        );
         if what != "directory" {
             for name in ["m.gguf", "m.whl"] {
                 let message = format!("{:#}", open(&dir.path().join(name)).expect_err("no file"));

@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn a_context_that_no_memory_holds_is_refused() {
         let config = ModelConfig::preset("Meta-Llama-3-70B-Instruct").unwrap();
-        let error = Cpu::new().sequence(&config, 1 << 24).err().expect("11 TB").to_string();
+        let error = Cpu::new().sequence(&config, 1 << 24).map(drop).expect_err("11 TB").to_string();
         assert!(
             error.contains("a context of 16777216 tokens would take ") && error.contains("--max-seq-len"),
             "{error}"

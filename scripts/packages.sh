@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the other scripts need and this machine lacks: scripts/packages.sh [cc] [pip] [sqlite3] [vulkan]
+# Installs what the other scripts need and this machine lacks: scripts/packages.sh [cc] [c++] [pip] [sqlite3] [vulkan]
 set -euo pipefail
 # Where ldconfig is, which users' paths may leave out.
 PATH=$PATH:/usr/sbin:/sbin
@@ -7,6 +7,7 @@ missing=()
 for what in "$@"; do
     case $what in
         cc) command -v cc >/dev/null || missing+=(gcc libc6-dev) ;;
+        c++) command -v c++ >/dev/null || missing+=(g++) ;;
         pip) python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip) ;;
         sqlite3) command -v sqlite3 >/dev/null || missing+=(sqlite3) ;;
         vulkan)
@@ -14,7 +15,7 @@ for what in "$@"; do
             { ldconfig -p | grep libvulkan.so.1 && compgen -G '/usr/share/vulkan/icd.d/*.json'; } >/dev/null 2>&1 ||
                 missing+=(libvulkan1 mesa-vulkan-drivers)
             ;;
-        *) echo "error: $what, cc, pip, sqlite3 and vulkan are known" >&2; exit 1 ;;
+        *) echo "error: $what, cc, c++, pip, sqlite3 and vulkan are known" >&2; exit 1 ;;
     esac
 done
 [ ${#missing[@]} -gt 0 ] || exit 0

@@ -31,7 +31,7 @@ fetch() {
     scripts/model.sh && scripts/cuda-toolchain.sh tests && CUDA_SERIES=12.8 scripts/cuda-toolchain.sh tests
 }
 
-needed=(cc pip sqlite3)
+needed=(cc c++ pip sqlite3)
 [[ $DECDEC_TEST_DEVICES != *wgpu* ]] || needed+=(vulkan)
 step packages scripts/packages.sh "${needed[@]}"
 # While cargo builds.

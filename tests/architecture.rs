@@ -67,3 +67,19 @@ fn the_program_has_one_way_out() {
     let ways: Vec<_> = files.into_iter().filter(|file| writes(file)).collect();
     assert_eq!(ways, [Path::new("src/output.rs")]);
 }
+
+/// A test that does not run is counted, since it says so through `devices::skip`; and none looks beside the checkout.
+#[test]
+fn skipped_tests_say_so_in_one_way() {
+    let mut files = Vec::new();
+    ["src", "tests"].into_iter().for_each(|dir| sources(Path::new(dir), &mut files));
+    // In pieces, or this file would hold what it looks for.
+    let printed = ["print", "ln!(\"skip", "ped: "].concat();
+    let beside = ["..", "/shared"].concat();
+    let holds = |needle: &str| -> Vec<String> {
+        let text = |file: &PathBuf| std::fs::read_to_string(file).expect("text");
+        files.iter().filter(|file| text(file).contains(needle)).map(|file| file.display().to_string()).collect()
+    };
+    assert_eq!(holds(&printed), ["tests/devices/mod.rs"]);
+    assert_eq!(holds(&beside), [""; 0]);
+}

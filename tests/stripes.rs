@@ -1,5 +1,7 @@
 //! How rows are divided among compensating blocks: properties, and the CUDA kernels' own arithmetic against ours.
 
+mod devices;
+
 use std::ops::Range;
 use std::process::Command;
 
@@ -60,7 +62,7 @@ fn the_kernels_divide_rows_alike() {
     let head = "#include <algorithm>\n#include <cstdio>\n#define __device__\n#define __forceinline__ inline\nusing std::min;\n";
     std::fs::write(&source, format!("{head}{}{body}", &text[start..end])).unwrap();
     let Ok(compiled) = Command::new("c++").args(["-O1", "-o"]).arg(&program).arg(&source).output() else {
-        eprintln!("skipped: no C++ compiler");
+        devices::skip("no C++ compiler");
         return;
     };
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));

@@ -317,8 +317,7 @@ mod tests {
         ];
         assert!(changes.into_iter().all(|change| seen.insert(changed(change))));
 
-        let named =
-            |name: &str, token: Option<&str>| BTreeMap::from([(name.to_owned(), token.map(str::to_owned))]);
+        let named = |name: &str, token: Option<&str>| BTreeMap::from([(name.to_owned(), token.map(str::to_owned))]);
         let texts = TextFiles {
             tokenizer_json: b"{}".to_vec(),
             chat_template: None,

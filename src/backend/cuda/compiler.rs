@@ -338,7 +338,7 @@ mod tests {
                 let layers = *file == "layers.cu";
                 let compensates = defines.iter().any(|d| d == "DEC=1");
                 let most = match (layers, compensates) {
-                    (true, true) => 64,
+                    (true, true) => 80,
                     (true, false) => 32,
                     (false, _) if compiler.version.0 < 13 => 16,
                     (false, _) => 0,

@@ -257,8 +257,7 @@ impl Cuda {
         let list = |p: &Plan| p.in_features.div_ceil(CHUNK) * p.k_chunk * 8;
         let longest = plans.iter().flatten().map(|p| list(p)).max().unwrap_or(0).next_multiple_of(16);
         let n_tb = plans.iter().flatten().map(|p| p.n_tb).max().unwrap_or(0);
-        // Of few rows a plan has no more blocks than they are enough for, and then this launch has not either.
-        if plans.iter().flatten().any(|p| p.n_tb != n_tb && p.n_tb < p.out_features / STRIPE) {
+        if plans.iter().flatten().any(|p| p.n_tb != n_tb) {
             return Ok(false);
         }
         let dec = compensates.then_some(Compensated { list: longest, n_tb, products: plans.map(|p| p.is_some()) });

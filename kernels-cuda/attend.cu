@@ -39,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const
     for (int i = threadIdx.x; i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
         const float* head = g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM + (kv * HEAD_GROUP + i / HEAD_DIM) * HEAD_DIM;
         float v = rotated(head, nullptr, g.angles + (long long)position * HALF, i % HEAD_DIM);
+        check_size(g, scale * v);
         put_query(queries, i / HEAD_DIM, i % HEAD_DIM, scale * v);
     }
     All::sync();

@@ -6,6 +6,7 @@
 //   qkv    f32 [tokens, (HEADS + 2·KV_HEADS)·HEAD_DIM]; queries and keys not yet rotated
 //   keys, values  [KV_HEADS, max_seq_len, HEAD_DIM] in KV's type (0 float16, 1 bfloat16, 2 float32)
 //   angles f32 [max_seq_len, HEAD_DIM / 2, (cos, sin)]
+//   beyond u32, in mapped host memory: 1 if numbers were beyond float16 (common.cuh)
 //   parts  f32 [KV_HEADS, SPLITS, HEAD_GROUP, HEAD_DIM + 2], tickets u32 [KV_HEADS], zero before and after, or null
 //
 // The block whose share holds the token rotates its key and appends both; each block rotates its own queries.
@@ -62,6 +63,7 @@ struct Attend {
     float* parts;
     u32* tickets;
     float* out;
+    u32* beyond;
     int max_seq_len;
 };
 
@@ -84,6 +86,11 @@ __device__ __forceinline__ Stored to_stored(float f) {
 #endif
 }
 
+// Says so if a number that is to be stored, or to be float16 in a product, is beyond that.
+__device__ __forceinline__ void check_size(const Attend& g, float f) {
+    if (KV == 0 && fabsf(f) > HALF_MOST) note_beyond(g.beyond);
+}
+
 // Dimension i of a head, rotated with that half a head away.
 __device__ __forceinline__ float rotated(float own, float other, float2 a, int i) {
     return i < HALF ? own * a.x - other * a.y : own * a.x + other * a.y;
@@ -100,8 +107,10 @@ __device__ __forceinline__ void append_head(const Attend& g, const float* qkv, i
     const float* value_delta = g.delta ? g.delta + (value - qkv) : nullptr;
     long long at = ((long long)kv * g.max_seq_len + position) * HEAD_DIM;
     for (int i = this_thread(); i < HEAD_DIM; i += ATTEND_THREADS) {
-        ((Stored*)g.keys)[at + i] = to_stored(rotated(key, key_delta, g.angles + (long long)position * HALF, i));
-        ((Stored*)g.values)[at + i] = to_stored(load1(value, value_delta, i));
+        float k = rotated(key, key_delta, g.angles + (long long)position * HALF, i), v = load1(value, value_delta, i);
+        check_size(g, k), check_size(g, v);
+        ((Stored*)g.keys)[at + i] = to_stored(k);
+        ((Stored*)g.values)[at + i] = to_stored(v);
     }
 }
 
@@ -229,6 +238,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
 #pragma unroll
     for (int s = 0; s < STEPS; s++) turns[s] = angles[(s * ATTEND_THREADS + t) % HALF];
     bool there;
+    Patience patience;
     do {
         there = true;
 #pragma unroll
@@ -241,7 +251,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
         }
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= own[s].there() & others[s].there();
-    } while (!there);
+    } while (patience.goes_on(there));
     fetch_first_values(batch, values_of(g, kv), begin, min(end, position));
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
 #pragma unroll
@@ -249,8 +259,10 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
         int i = s * ATTEND_THREADS + t;
         float v = own[s].sum();
         if (i < OWN + HEAD_DIM) v = rotated(v, others[s].sum(), turns[s], i % HEAD_DIM);
+        if (i < OWN) v *= scale;
+        if (i < count) check_size(g, v);
         if (i < OWN) {
-            put_query(queries, i / HEAD_DIM, i % HEAD_DIM, scale * v);
+            put_query(queries, i / HEAD_DIM, i % HEAD_DIM, v);
         } else if (i < count) {
             Stored rounded = to_stored(v);
             newest[i - OWN] = rounded;
@@ -285,6 +297,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
         int h = piece / PIECES, lane = this_thread() % 32, d = piece % PIECES * 32 + lane;
         const float* from = parts + h * (HEAD_DIM + 2);
         float m = -INFINITY, l = 0, sums[SPLITS] = {};
+        Patience patience;
         do {
             if (lane < splits) m = ask1(from + lane * STRIDE), l = ask1(from + lane * STRIDE + 1);
 #pragma unroll
@@ -293,7 +306,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
             there = !missing(m) & !missing(l);
 #pragma unroll
             for (int s = 0; s < SPLITS; s++) there &= !missing(sums[s]);
-        } while (!there);
+        } while (patience.goes_on(there));
         __syncwarp();
         Weights weights(m, l);
         float sum = 0;

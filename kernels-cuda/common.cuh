@@ -26,9 +26,13 @@ __device__ __forceinline__ float half_to_float(u16 h) {
     return f;
 }
 
+// What float16 ends with. Numbers beyond it, infinities too, become it, in every type that has 16 bits its own end; NaN
+// stays NaN. An infinity would be a NaN one product later.
+#define HALF_MOST 65504.0f
+
 __device__ __forceinline__ u16 float_to_half(float f) {
     u16 h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    asm("cvt.rn.satfinite.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
     return h;
 }
 
@@ -36,7 +40,7 @@ __device__ __forceinline__ float bfloat_to_float(u16 h) { return __uint_as_float
 
 __device__ __forceinline__ u16 float_to_bfloat(float f) {
     u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    asm("cvt.rn.satfinite.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
     return h;
 }
 
@@ -48,11 +52,31 @@ __device__ __forceinline__ u16 narrow(float f) { return DTYPE == 1 ? float_to_bf
 __device__ __forceinline__ u32 narrow2(float lo, float hi) {
     u32 d;
     if (DTYPE == 1)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+        asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
     else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+        asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
     return d;
 }
+
+// A word of the host's, which it looks at when it reads a token: numbers lost their size.
+__device__ __forceinline__ void note_beyond(u32* beyond) { *(volatile u32*)beyond = 1; }
+
+// Whether numbers that were narrowed lost their size. bfloat16 holds whatever f32 does.
+struct Beyond {
+    u32 most; // two numbers of float16, the largest so far
+
+    __device__ __forceinline__ Beyond() : most(0) {}
+
+    // Two more, narrowed.
+    __device__ __forceinline__ void add(u32 two) {
+        if (DTYPE == 0) asm("{ .reg .b32 a; abs.f16x2 a, %1; max.f16x2 %0, %0, a; }" : "+r"(most) : "r"(two));
+    }
+
+    __device__ __forceinline__ void tell(u32* beyond) const {
+        if (DTYPE == 0 && ((most & 0xffff) >= 0x7bff || most >> 16 >= 0x7bff)) note_beyond(beyond);
+    }
+
+};
 
 // a·b + c of two numbers each.
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {

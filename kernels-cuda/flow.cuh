@@ -3,11 +3,11 @@
 //
 // Who waits for several words asks for all of them at once, again and again: one that came late costs no way of its own.
 //
-// A missing word is all ones: a NaN that no sum or product is. Words are written once; two sets of vectors take turns
-// from layer to layer, and one is made missing again while the other is in use. Loads and stores are single words at
+// A missing word is all ones: a NaN that no sum or product is. Words are written once; sets of vectors take turns from layer
+// to layer, and one is made missing again while others are in use. Loads and stores are single words at
 // the second-level cache, so what they bring is complete.
 #pragma once
-#include "common.cuh"
+#include "patience.cuh"
 
 #define MISSING 0xffffffffu
 
@@ -25,6 +25,12 @@ __device__ __forceinline__ void put(float* to, float v) { put((u32*)to, to_word(
 // Two in one store, aligned to 8 bytes.
 __device__ __forceinline__ void put2(float* to, float x, float y) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(to_word(x)), "r"(to_word(y)) : "memory");
+}
+
+// Four, aligned to 16 bytes.
+__device__ __forceinline__ void put4(float* to, uint4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 __device__ __forceinline__ uint4 ask4(const void* from) {
@@ -97,8 +103,10 @@ struct Sum {
     }
 
     __device__ __forceinline__ float await(int i) const {
-        Asked v = ask(i);
-        while (!v.there()) v = ask(i);
+        Asked v;
+        Patience patience;
+        do v = ask(i);
+        while (patience.goes_on(v.there()));
         return v.sum();
     }
 };

@@ -6,6 +6,7 @@
 //         3: x, selected from by an earlier kernel (dec_list)
 //   y[row] = add ? y[row] + y_delta[row] + v[row] : v[row]
 //   dec_out[row] = the compensation (dec.cuh), to be added by whoever reads y
+//   beyond  u32, in mapped host memory: 1 if activations were beyond what 16 bits hold (common.cuh)
 //
 //   codes  [tiles, units, VECTORS, 32 lanes] 16 bytes: tiles of 16 rows, units of UNIT channels
 //   aux    what a unit needs besides its codes
@@ -56,6 +57,7 @@ struct Gemv {
     const float* y_delta;
     float* dec_out;
     const Salient* dec_list;
+    u32* beyond;
     Dec dec;
     float eps;
     int add;
@@ -191,8 +193,10 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     int own = begin * 16 + threadIdx.x;
     float added = own < min(end * 16, R) && g.add ? load1(g.y, g.y_delta, own) : 0.0f;
     if (g.bias && own < min(end * 16, R)) added += g.bias[own];
+    Beyond lost;
     stage.run(g, scratch, [&](int i, float4 v) {
         u32 lo = narrow2(v.x, v.y), hi = narrow2(v.z, v.w);
+        lost.add(lo), lost.add(hi);
         *(uint2*)(xs + i) = make_uint2(lo, hi);
         if constexpr (GROUPS > 0) {
             float sum = widen((u16)lo) + widen((u16)(lo >> 16)) + widen((u16)hi) + widen((u16)(hi >> 16));
@@ -202,6 +206,8 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
         }
     });
     Base::sync();
+    // Every block has the same numbers.
+    if (block == 0) lost.tell(g.beyond);
 
     Unit sums;
     int tile = warp / UNITS, unit = warp % UNITS, slot = 0, next = STAGES - 1;

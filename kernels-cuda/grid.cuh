@@ -3,7 +3,7 @@
 // Counts are u32 in device memory and only grow; they are compared by their difference, so they may wrap around.
 // Constants: BLOCKS; `All` is the team of a block's threads.
 #pragma once
-#include "common.cuh"
+#include "patience.cuh"
 
 // What this thread has seen is there for whoever sees the count.
 __device__ __forceinline__ void arrive(u32* arrived) {
@@ -15,6 +15,15 @@ __device__ __forceinline__ void note_time(u64* to) {
     u64 now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
     *to = now;
+}
+
+// Until the count has come to `target`. Not inlined: it is called once, while whoever calls it has all registers in use.
+__device__ __noinline__ void wait_for_count(const u32* arrived, u32 target) {
+    u32 now;
+    Patience patience;
+    do {
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+    } while (patience.goes_on((int)(now - target) >= 0));
 }
 
 // All blocks wait for all; what any of them wrote before is visible after. Threads of the block call together.
@@ -38,11 +47,8 @@ struct Grid {
         All::sync();
         target += BLOCKS;
         if (threadIdx.x == 0) {
-            u32 now;
             arrive(arrived);
-            do {
-                asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-            } while ((int)(now - target) < 0);
+            wait_for_count(arrived, target);
             // Not __threadfence(), which waits for what a block still fetches from the host as well.
             asm volatile("fence.acq_rel.gpu;" ::: "memory");
         }

@@ -6,10 +6,11 @@
 //
 //   layers     [count], in device memory: matrices as in anyprec.cuh (FORMAT 0) or lutgemm.cuh (FORMAT 1)
 //   h          f32 [H]; what stands in h_delta on entry (or null) belongs to it
-//   flow       f32 [2, WORDS], overwritten: the vectors between blocks (`At` below), for even and for odd layers
+//   flow       f32 [SETS, WORDS], overwritten: the vectors between blocks (`At` below), a set for each layer, in turn
 //   list       u64 [4, longest], overwritten: selections that several blocks make together (`Exchange` below)
 //   grid       u32 [2]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
 //              ended
+//   beyond     u32, in mapped host memory: 1 if activations were beyond float16 (common.cuh)
 //   stamps     null, or u64: the device's nanoseconds at the start, and when the first block had what the next operation
 //              reads
 //
@@ -19,12 +20,18 @@
 // blocks by units: of Llama-3-8B's 256 tiles some of 116 blocks would have three, half as much again as the rest.
 //
 // Every block that multiplies has a part of every product, so that whoever has all of one knows that all blocks are done
-// with what came before it: then the set of vectors of the layer before is made missing.
+// with what came before it. So in layer l each block makes its share of a set missing, that of layer l + 2, which layer
+// l − 3 used; and between two such shares it has one fence, after attention. Written out, F being that fence of the layer
+// named, what one block does before another:
+//
+//   reads of set l − 3 · F of l − 2 · puts a sum of l − 2    before   has all of them · F of l − 1 · makes the set missing
+//   makes the set missing · F of l · puts a sum of l         before   has all of them · F of l + 1 · uses the set
 //
 // Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16, none over 65536; WARPS of
 // 4; no more multiplying blocks than tiles; a block's rows, but of gate and up, no more than its threads.
 // Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1); shared memory's parts
-// in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS.
+// in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS; SETS: 5;
+// LOUD (staging.cuh).
 #if FORMAT == 0
 #include "anyprec.cuh"
 #else
@@ -100,6 +107,7 @@ struct Layers {
     const float2* angles;
     u32* grid;
     u64* stamps;
+    u32* beyond;
     int count;
     int n_tb;
     int max_seq_len;
@@ -136,6 +144,9 @@ constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
 constexpr int PART = X + XS;
 constexpr int LIST = PART + PARTS;                                  // the selection
 
+// The vectors of a layer.
+__device__ __forceinline__ float* set_of(const Layers& g, int l) { return g.flow + l % SETS * WORDS; }
+
 // A vector of a layer as products and compensations leave it.
 __device__ __forceinline__ Sum vector_of(float* set, int at, int delta, int rest, bool compensated) {
     if (!DEC) return Sum{set + at, nullptr, nullptr};
@@ -143,7 +154,7 @@ __device__ __forceinline__ Sum vector_of(float* set, int at, int delta, int rest
 }
 __device__ __forceinline__ Sum input_of(const Layers& g, const Product& down, int l) {
     if (l == 0) return Sum{g.h, g.h_delta, nullptr};
-    return vector_of(g.flow + l % 2 * WORDS, INPUT, INPUT_DELTA, INPUT_REST, DEC && down.k_chunk > 0);
+    return vector_of(set_of(g, l), INPUT, INPUT_DELTA, INPUT_REST, DEC && down.k_chunk > 0);
 }
 __device__ __forceinline__ Sum between_of(float* set, const Product& o) {
     return vector_of(set, BETWEEN, BETWEEN_DELTA, BETWEEN_REST, DEC && o.k_chunk > 0);
@@ -152,7 +163,7 @@ __device__ __forceinline__ Sum between_of(float* set, const Product& o) {
 // Makes `words` from `from` on missing; `blocks` share it out.
 __device__ __forceinline__ void empty(float* from, int words, int blocks) {
     for (int i = (blockIdx.x * THREADS + this_thread()) * 4; i < words; i += blocks * THREADS * 4)
-        *(uint4*)(from + i) = make_uint4(MISSING, MISSING, MISSING, MISSING);
+        put4(from + i, make_uint4(MISSING, MISSING, MISSING, MISSING));
 }
 
 // Shared memory of a block that compensates, but for the table and the selection: what it fetches and its rows' scales,
@@ -177,9 +188,10 @@ struct Exchange {
 
     __device__ __forceinline__ Salient await(int place) const {
         u64 word;
+        Patience patience;
         do {
             asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(list + place) : "memory");
-        } while ((u32)(word >> 48) != tag);
+        } while (patience.goes_on((u32)(word >> 48) == tag));
         return Salient{(int)(word >> 32 & 0xffff), __uint_as_float((u32)word)};
     }
 };
@@ -297,7 +309,7 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Layer* tab
         const Layer& layer = table[l];
         const Product* p = layer.products;
         if (p[op].k_chunk == 0) continue;
-        float *set = g.flow + l % 2 * WORDS, *next = g.flow + (l + 1) % 2 * WORDS;
+        float *set = set_of(g, l), *next = set_of(g, l + 1);
         Sum x = op == QKV  ? input_of(g, p[D], l)
                 : op == GU ? between_of(set, p[O])
                            : Sum{set + (op == O ? ATTENDED : ACT32), nullptr, nullptr};
@@ -306,6 +318,9 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Layer* tab
         // An entry is overwritten a layer later, when every block is done with it.
         Exchange exchange{g.list + op * g.longest, i + 1u};
         turn = compensate_product(p[op], op, block, x, gamma, g.eps, shared, turn, exchange, out);
+        // As the others' after attention. Here nobody waits for this block.
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        All::sync();
     }
 }
 
@@ -353,7 +368,7 @@ __device__ __noinline__ void attention(const Layers& g, const Layer& layer, floa
         prefetch(layer.keys, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
         prefetch(layer.values, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
         Attend a{nullptr,      nullptr, layer.keys,     layer.values,  g.angles, g.state,
-                 set + SHARES, nullptr, set + ATTENDED, g.max_seq_len};
+                 set + SHARES, nullptr, set + ATTENDED, g.beyond,     g.max_seq_len};
         Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, QKV_REST, DEC && layer.products[QKV].k_chunk > 0);
         // What was in shared memory before has been used.
         All::sync();
@@ -388,24 +403,23 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
     for (int l = 0; l < g.count; l++) {
         const Layer& layer = table[l];
         const Product* p = layer.products;
-        float *set = g.flow + l % 2 * WORDS, *next = g.flow + (l + 1) % 2 * WORDS;
+        float *set = set_of(g, l), *next = set_of(g, l + 1);
         int m = MATRICES * l;
 
-        stage<H, true>(input_of(g, p[D], l), layer.norms[0], g.eps, scratch, xs, group_sums);
+        stage<H, true>(input_of(g, p[D], l), layer.norms[0], g.eps, scratch, xs, group_sums, g.beyond);
         multiplier.run<H>(m + QKV, p[QKV], Sum{nullptr, nullptr, nullptr}, set + Q_K_V, set + QKV_REST);
-        // This block had all of the input: every block is done with the layer before.
-        empty(next, WORDS, blocks);
+        empty(set_of(g, l + 2), WORDS, blocks);
 
         attention(g, layer, set, shared, grid.here());
         grid.stamped++;
-        // `next` is missing for whoever has what this block writes from now on.
+        // The one that everything above is ordered by.
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         All::sync();
 
-        stage<A, false>(Sum{set + ATTENDED, nullptr, nullptr}, nullptr, 0, scratch, xs, group_sums);
+        stage<A, false>(Sum{set + ATTENDED, nullptr, nullptr}, nullptr, 0, scratch, xs, group_sums, g.beyond);
         multiplier.run<A>(m + O, p[O], input_of(g, p[D], l), set + BETWEEN, set + BETWEEN_REST);
 
-        stage<H, true>(between_of(set, p[O]), layer.norms[1], g.eps, scratch, xs, group_sums);
+        stage<H, true>(between_of(set, p[O]), layer.norms[1], g.eps, scratch, xs, group_sums, g.beyond);
         clear<UNITS_OF(H), false>(routes[GATE], 2, parts);
         All::sync();
         grid.stamp();
@@ -414,7 +428,7 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
         for (int i = 0; i < 2; i++)
             stream.multiply<UNITS_OF(H), false>(m + GATE + i, routes[GATE], shared, xs, group_sums, parts + i * half);
         finish_pairs(routes[GATE], parts, p[GU].bias, DEC && p[GU].k_chunk > 0 ? set + GU_DELTA : nullptr,
-                     (u16*)(set + ACT), DEC && p[D].k_chunk > 0 ? set + ACT32 : nullptr);
+                     (u16*)(set + ACT), DEC && p[D].k_chunk > 0 ? set + ACT32 : nullptr, g.beyond);
 
         stage_act((const u16*)(set + ACT), xs, group_sums);
         multiplier.run<I>(m + DOWN, p[D], between_of(set, p[O]), next + INPUT, next + INPUT_REST);
@@ -431,6 +445,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
     for (int i = threadIdx.x; i < g.count * (int)sizeof(Layer) / 8; i += THREADS)
         ((u64*)table)[i] = ((const u64*)g.layers)[i];
     wait_for_previous();
+    // Two sets: the third is made missing in the first layer.
     empty(g.flow, 2 * WORDS, BLOCKS);
     Grid grid{g.grid, __ldcg(g.grid + 1), g.stamps, 0};
     if (DEC)

@@ -35,9 +35,10 @@ extern "C" __global__ void __launch_bounds__(256) embed(const void* table, int k
 }
 
 // out[token, :] = norm(x)·γ, x itself (γ null), or silu(gate)·up (x is [tokens, gate then up]).
-// kind: 0 as 16-bit numbers of DTYPE, 2 as f32.
+// kind: 0 as 16-bit numbers of DTYPE, 2 as f32. *beyond = 1 if some were beyond those 16 bits.
 extern "C" __global__ void __launch_bounds__(256) stage(const float* x, const float* delta, const float* gamma,
-                                                        float eps, int swiglu, int features, int kind, void* out) {
+                                                        float eps, int swiglu, int features, int kind, void* out,
+                                                        u32* beyond) {
     __shared__ float scratch[8];
     wait_for_previous();
     let_next_start();
@@ -60,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(256) stage(const float* x, const fl
             ((float*)out)[token * features + k] = v;
         else
             ((u16*)out)[token * features + k] = narrow(v);
+        if (DTYPE == 0 && kind == 0 && fabsf(v) > HALF_MOST) note_beyond(beyond);
     }
 }
 
@@ -92,9 +94,12 @@ extern "C" __global__ void __launch_bounds__(256) copy_row(const float* x, const
     if (k < features) last[k] = load1(x + (long long)row * features, delta, k);
 }
 
-// The text grows by `tokens`.
-extern "C" __global__ void advance(State* state, u32 tokens) {
+// The text grows by `tokens`; *progress, if it is asked for, says how far it is. It is in mapped host memory.
+extern "C" __global__ void advance(State* state, u32 tokens, volatile u32* progress) {
     wait_for_previous();
     let_next_start();
-    if (threadIdx.x == 0) state->position += tokens;
+    if (threadIdx.x != 0) return;
+    u32 position = state->position + tokens;
+    state->position = position;
+    if (progress) *progress = position;
 }

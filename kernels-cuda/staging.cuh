@@ -3,7 +3,7 @@
 //   xs          [whole units of channels] 16-bit numbers of DTYPE;  group_sums  f32, their sums by groups of weights
 //   parts       f32 [tiles, WARPS, 16], what each warp has of the rows (stream.cuh)
 //
-// Constants: I, WARPS, PARTS (bytes), DEC (whether tiles are divided between blocks), GROUP where there are groups; `All`
+// Constants: I, WARPS, PARTS (bytes), LOUD (whether some γ is so large that normalized numbers may be beyond float16), DEC (whether tiles are divided between blocks), GROUP where there are groups; `All`
 // is the team of a block's threads.
 #pragma once
 #include "flow.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ void group_sum(float* group_sums, int channel, float 
 // The input of a product of K channels, normalized if there is a γ, to 16-bit numbers in xs.
 template <int K, bool NORM>
 __device__ __forceinline__ void stage(const Sum& x, const float* gamma, float eps, float* scratch, u16* xs,
-                                      float* group_sums) {
+                                      float* group_sums, u32* beyond) {
     constexpr int PADDED = UNITS_OF(K) * UNIT, STEPS = (PADDED / 4 + THREADS - 1) / THREADS;
     int t = this_thread();
     float4 v[STEPS], w[STEPS];
@@ -39,13 +39,14 @@ __device__ __forceinline__ void stage(const Sum& x, const float* gamma, float ep
     for (int s = 0; s < STEPS; s++)
         if (4 * (s * THREADS + t) < K) asked[s] = x.nothing_yet();
     bool there;
+    Patience patience;
     do {
         there = true;
 #pragma unroll
         for (int s = 0; s < STEPS; s++) x.ask_missing(4 * (s * THREADS + t), asked[s]);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= asked[s].there();
-    } while (!there);
+    } while (patience.goes_on(there));
 #pragma unroll
     for (int s = 0; s < STEPS; s++) v[s] = asked[s].sum();
     if (NORM) {
@@ -57,16 +58,22 @@ __device__ __forceinline__ void stage(const Sum& x, const float* gamma, float ep
             v[s] = make_float4(v[s].x * scale * w[s].x, v[s].y * scale * w[s].y, v[s].z * scale * w[s].z,
                                v[s].w * scale * w[s].w);
     }
+    // Attended are means of what float16 holds, and what is normalized is beyond it only where γ is large (LOUD).
+    constexpr bool CHECKED = NORM && LOUD;
+    Beyond lost;
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int k = 4 * (s * THREADS + t);
         u32 lo = narrow2(v[s].x, v[s].y), hi = narrow2(v[s].z, v[s].w);
+        if (CHECKED) lost.add(lo), lost.add(hi);
         float in_group = widen((u16)lo) + widen((u16)(lo >> 16)) + widen((u16)hi) + widen((u16)(hi >> 16));
         if (k < PADDED) {
             *(uint2*)(xs + k) = make_uint2(lo, hi);
             group_sum<4>(group_sums, k, in_group);
         }
     }
+    // Every block has the same numbers.
+    if (CHECKED && blockIdx.x == 0) lost.tell(beyond);
 }
 
 // The same of the activations between gate-up and down, which are 16-bit numbers already.
@@ -80,6 +87,7 @@ __device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_
         v[s] = make_uint4(nothing, nothing, nothing, nothing);
     }
     bool there;
+    Patience patience;
     do {
         there = true;
 #pragma unroll
@@ -87,7 +95,7 @@ __device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_
             if (!is_there(v[s])) v[s] = ask4(act + 8 * (s * THREADS + t));
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= is_there(v[s]);
-    } while (!there);
+    } while (patience.goes_on(there));
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int k = 8 * (s * THREADS + t);
@@ -141,12 +149,13 @@ __device__ __forceinline__ void finish(const Route& r, const float* parts, const
 
 // Rows of gate and up: silu(gate)·up, in pairs. Compensations are waited for before the block's other warps are.
 __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const float* bias, const float* delta,
-                                             u16* act, float* act32) {
+                                             u16* act, float* act32, u32* beyond) {
     constexpr int STEPS = (PARTS / (4 * WARPS * 2) + THREADS - 1) / THREADS;
     int tiles = r.tiles, rows = tiles * 16, first = r.first_tile * 16;
     float gate[STEPS] = {}, up[STEPS] = {};
     if (delta) {
         bool there;
+        Patience patience;
         do {
             there = true;
 #pragma unroll
@@ -156,7 +165,7 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
             }
 #pragma unroll
             for (int s = 0; s < STEPS; s++) there &= !missing(gate[s]) & !missing(up[s]);
-        } while (!there);
+        } while (patience.goes_on(there));
     }
     All::sync();
 #pragma unroll
@@ -170,6 +179,11 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
             if (act32) put(act32 + row, v);
         }
         float after = __shfl_down_sync(FULL, v, 1);
-        if (i < rows && i % 2 == 0) put((u32*)(act + row), narrow2(v, after));
+        if (i < rows && i % 2 == 0) {
+            u32 two = narrow2(v, after);
+            Beyond lost;
+            lost.add(two), lost.tell(beyond);
+            put((u32*)(act + row), two);
+        }
     }
 }

@@ -50,7 +50,8 @@ __device__ __forceinline__ AskedEights ask_eights(const Sum& x, int k, int len) 
 
 // The same, waited for.
 __device__ __forceinline__ Eights await_eights(const Sum& x, int k, AskedEights asked) {
-    while (!(asked.a.there() & asked.b.there())) asked.ask_missing(x, k);
+    Patience patience;
+    while (patience.goes_on(asked.a.there() & asked.b.there())) asked.ask_missing(x, k);
     return Eights{asked.a.sum(), asked.b.sum()};
 }
 

@@ -47,7 +47,7 @@ step() {
 
 tests() {
     step backend "$bin/backend" --nocapture
-    for name in cuda_kernels golden cuda_decode cuda_faults backend_wgsl reference_read smollm2; do
+    for name in cuda_kernels golden cuda_decode cuda_layers cuda_faults cuda_waits backend_wgsl reference_read smollm2; do
         step "$name" "$bin/$name" --nocapture --test-threads 1
     done
     # Residuals in memory that the driver allocates, as where ordinary memory cannot be pinned.
@@ -67,9 +67,9 @@ sanitizer() {
         DECDEC_TEST_DEVICES=cuda DECDEC_TEST_CASES=60 step "$tool-cases" "$sanitizer" --tool $tool \
             --error-exitcode 1 "$bin/backend" --test-threads 1 random_cases cuda::attention cuda::greedy_sampling
     done
-    # Not racecheck: it reports hazards across barriers of the whole block there (benches/README.md).
+    # Not racecheck: of layers it reports the sums of a compensation, across a barrier of the whole block (benches/README.md).
     DECDEC_TEST_DEVICES=cuda step memcheck-layers "$sanitizer" --tool memcheck --error-exitcode 1 \
-        "$bin/cuda_decode" --test-threads 1 a_few_layers_in_one_launch texts_do_not_depend_on_those_before
+        "$bin/cuda_layers" --test-threads 1 a_few_layers_in_one_launch texts_do_not_depend_on_those_before
 }
 
 benches() {

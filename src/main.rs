@@ -10,6 +10,7 @@ mod output;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use decdec::backend::cuda::DeviceLost;
 
 use crate::cli::{Cli, Command, EvalCommand};
 use crate::commands::interrupt::{self, Interrupted};
@@ -51,6 +52,10 @@ fn end(error: &anyhow::Error) -> ExitCode {
         return code;
     }
     output::aside(format_args!("error: {error:#}"));
+    if error.is::<DeviceLost>() {
+        // The driver's exit handlers would wait for what may never end.
+        decdec::backend::exit_at_once(1);
+    }
     ExitCode::FAILURE
 }
 

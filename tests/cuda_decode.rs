@@ -8,40 +8,18 @@ mod texts;
 
 use std::ops::ControlFlow;
 
-use cuda_common::{Noise, cuda, options};
+use cuda_common::{Noise, cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::record::{Clock, Recorder};
 use decdec::backend::{DecodeBackend, GemvBackend, Input};
-use decdec::config::{Architecture, ModelConfig, RopeScaling};
+use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::generate::{Request, generate};
-use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::model::{Compensation, Model};
 use decdec::random::{RandomFormat, RandomWeights};
 use decdec::sampling::{NO_TOKEN, Sampling};
 use decdec::weights::{Linear, ModelWeights, Weight};
-
-/// A model with every awkward width: rows that are no whole tiles, channels that are no whole units or chunks.
-fn small(sliding_window: Option<usize>, kv_heads: usize) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Llama,
-        hidden_size: 576,
-        intermediate_size: 1184,
-        num_layers: 3,
-        num_heads: 6,
-        num_kv_heads: kv_heads,
-        head_dim: 96,
-        vocab_size: 1000,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        sliding_window,
-        max_position_embeddings: 512,
-        tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-    }
-}
 
 fn tokens<B: DecodeBackend>(
     backend: &B,
@@ -74,12 +52,6 @@ fn tokens<B: DecodeBackend>(
     let mut values = vec![0f32; prompt.len() * 1000];
     backend.read(&logits, &mut values).unwrap();
     (made.tokens, values)
-}
-
-/// ‖a − b‖ / ‖b‖
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b))) / norm(&mut b.iter().map(|&b| f64::from(b)))
 }
 
 fn against_cpu(dtype: Dtype, compile: u8, most: f64) {
@@ -132,150 +104,6 @@ fn float16_is_close_to_the_cpu() {
 #[test]
 fn bfloat16_is_close_to_the_cpu() {
     against_cpu(Dtype::Bfloat16, 1, 4e-2);
-}
-
-/// A model compensated by at most `n_tb` blocks.
-fn compensated<'b, B: DecodeBackend>(
-    backend: &'b B,
-    weights: &RandomWeights,
-    k_chunks: [usize; 4],
-    n_tb: usize,
-    selection: Selection,
-) -> Model<'b, B> {
-    let mut model = Model::load(backend, weights, |_| ()).unwrap();
-    let by_bits = vec![LayerCompensation { n_tb: backend.device().max_n_tb.min(n_tb), k_chunks }];
-    model.compensate(Some(&Compensation { by_bits, selection })).unwrap();
-    model
-}
-
-/// Logits behind each of `tokens` that are read one at a time, as when decoding.
-fn logits_behind<B: DecodeBackend>(backend: &B, model: &Model<'_, B>, tokens: impl Iterator<Item = u32>) -> Vec<f32> {
-    let mut state = model.state(200).unwrap();
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
-    let mut logits = backend.vector(1000).unwrap();
-    let mut all = Vec::new();
-    for token in tokens {
-        model.logits(&mut state, &[token], true, &mut logits).unwrap();
-        let mut values = vec![0f32; 1000];
-        backend.read(&logits, &mut values).unwrap();
-        all.extend(values);
-    }
-    all
-}
-
-/// The same of a new model and `count` tokens.
-fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks: [usize; 4], count: u32) -> Vec<f32> {
-    let model = compensated(backend, weights, k_chunks, 5, Selection::Bucket);
-    logits_behind(backend, &model, (0..count).map(|i| i * 37 % 1000))
-}
-
-/// Shapes, bits and format of a model whose layers go in one launch.
-type LayersCase = (ModelConfig, usize, RandomFormat);
-
-/// Fails if logits are `most` or more from those wanted, or if those without compensation, where there are any, are not
-/// clearly farther.
-fn close(what: &str, got: &[f32], want: &[f32], most: f64, plain: Option<&[f32]>) {
-    let far = distance(got, want);
-    eprintln!("{what}: {far:.2e}");
-    assert!(far < most, "{what}: logits {far} apart, {most} allowed");
-    if let Some(plain) = plain.map(|plain| distance(plain, want)) {
-        assert!(plain > 2.0 * far, "{what}: compensation changes nothing: {plain} against {far}");
-    }
-}
-
-/// Layers in one launch against the CPU, with each of `k_chunks`; again, and without compensation.
-fn layers_against_cpu(cuda: &Cuda, (config, bits, format): LayersCase, k_chunks: &[[usize; 4]], count: u32) {
-    let (window, kv_heads) = (config.sliding_window, config.num_kv_heads);
-    let shapes =
-        format!("{} × {}, window {window:?}, {kv_heads} kv heads", config.hidden_size, config.intermediate_size);
-    let weights = RandomWeights::new(config, format, bits, 5).unwrap();
-    for &k_chunks in k_chunks {
-        let want = step_logits(&Cpu::new(), &weights, k_chunks, count);
-        let got = step_logits(cuda, &weights, k_chunks, count);
-        let what = format!("{format:?} {bits} bits, {shapes}, {k_chunks:?}");
-        assert_eq!(got, step_logits(cuda, &weights, k_chunks, count), "{what}: another time, other logits");
-        let compensated = k_chunks != [0; 4];
-        let plain = compensated.then(|| step_logits(cuda, &weights, [0; 4], count));
-        close(&what, &got, &want, if compensated { 2e-2 } else { 5e-3 }, plain.as_deref());
-    }
-}
-
-/// Layers in one launch, with every combination of compensated projections, against the CPU and against the
-/// operations one by one.
-#[test]
-fn layers_in_one_launch_are_close_to_the_cpu() {
-    let tuning = Tuning { layers_always: true, ..Tuning::default() };
-    let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
-    for case in [
-        (small(None, 2), 3, RandomFormat::AnyPrec),
-        (small(Some(20), 3), 4, RandomFormat::AnyPrec),
-        (small(None, 6), 3, RandomFormat::LutGemm { group_size: 32 }),
-        (small(None, 1), 4, RandomFormat::LutGemm { group_size: 32 }),
-    ] {
-        layers_against_cpu(&cuda, case, &[[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]], 70);
-    }
-}
-
-/// Heads of 64 and 128 dimensions, whose scores and results are the tensor cores' (`attend_tensor.cuh`): three queries to a
-/// key, four, and eight; in one launch and operation by operation.
-#[test]
-fn attention_on_tensor_cores_is_close_to_the_cpu() {
-    let heads = |window, num_heads, kv_heads, head_dim| ModelConfig { num_heads, head_dim, ..small(window, kv_heads) };
-    for layers_always in [true, false] {
-        let tuning = Tuning { layers_always, ..Tuning::default() };
-        let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
-        for config in [heads(None, 6, 2, 64), heads(Some(40), 8, 2, 128), heads(None, 8, 1, 128)] {
-            layers_against_cpu(&cuda, (config, 3, RandomFormat::AnyPrec), &[[0; 4], [16, 0, 0, 0]], 150);
-        }
-    }
-}
-
-/// Layers in one launch in a few tokens on a few multiprocessors, where down's tiles begin in one block and end in the
-/// next: what a sanitizer has the time for. The last two have more chunks than a block selects at once, of down and of what is
-/// normalized: the blocks share them out.
-#[test]
-fn a_few_layers_in_one_launch() {
-    let tuning = Tuning { layers_always: true, ..Tuning::default() };
-    let few = || cuda(Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) });
-    let groups = RandomFormat::LutGemm { group_size: 32 };
-    for case in [
-        (small(None, 2), 3, RandomFormat::AnyPrec),
-        (small(None, 6), 4, groups),
-        (ModelConfig { intermediate_size: 5152, num_layers: 2, ..small(None, 3) }, 3, RandomFormat::AnyPrec),
-        (ModelConfig { hidden_size: 4640, num_layers: 1, ..small(None, 2) }, 3, groups),
-    ] {
-        let Some(mut cuda) = few() else { return };
-        cuda.watch_layers().unwrap();
-        layers_against_cpu(&cuda, case, &[[0; 4], [32; 4]], 4);
-        assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
-    }
-}
-
-/// Where a selection begins to look follows from selections before it (`stripe.cuh`); what it finds does not. The last takes
-/// every channel with one block: more at once than shared memory has room for.
-#[test]
-fn texts_do_not_depend_on_those_before() {
-    let tuning = Tuning { layers_always: true, ..Tuning::default() };
-    let Some(mut cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
-    cuda.watch_layers().unwrap();
-    let config = ModelConfig { hidden_size: 2080, intermediate_size: 5152, num_layers: 2, ..small(None, 2) };
-    let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 7).unwrap();
-    for (selection, k_chunk, n_tb) in
-        [(Selection::Bucket, 8, 5), (Selection::Exact, 8, 5), (Selection::Bucket, 28, 5), (Selection::Bucket, 1024, 1)]
-    {
-        let what = format!("{selection:?}, k_chunk {k_chunk}");
-        let one = || (0..12).map(|i| i * 37 % 1000);
-        let model = compensated(&cuda, &weights, [k_chunk; 4], n_tb, selection);
-        let first = logits_behind(&cuda, &model, one());
-        let other = logits_behind(&cuda, &model, (0..12).map(|i| (i * 53 + 400) % 1000));
-        assert!(distance(&first, &other) > 0.1, "{what}: two texts, the same logits");
-        assert_eq!(first, logits_behind(&cuda, &model, one()), "{what}: other logits after another text");
-        let cpu = Cpu::new();
-        let want = logits_behind(&cpu, &compensated(&cpu, &weights, [k_chunk; 4], n_tb, selection), one());
-        let plain = logits_behind(&cuda, &compensated(&cuda, &weights, [0; 4], n_tb, selection), one());
-        close(&what, &first, &want, 2e-2, Some(&plain));
-    }
-    assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
 }
 
 /// What another thread of the same process may do while graphs are recorded.
@@ -356,23 +184,22 @@ fn graphs_are_recorded_beside_other_work() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// The same, for the small models of the other tests: several at a time, each on a thread of its own.
+/// The same, for the small models of the other tests: several at a time, each on a thread of its own, operation by
+/// operation and with layers in one launch, of which there are then several on the device.
 #[test]
 fn texts_beside_each_other_are_those_of_one_alone() {
     let weights = || RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 11).unwrap();
-    let Some(alone) = cuda(options(Dtype::Float16, 2)).map(|cuda| tokens(&cuda, &weights(), 16, 3)) else { return };
-    let threads: Vec<_> = (0..4)
-        .map(|_| {
-            std::thread::spawn(move || {
-                (0..5)
-                    .map(|_| tokens(&cuda(options(Dtype::Float16, 2)).unwrap(), &weights(), 16, 3))
-                    .collect::<Vec<_>>()
-            })
-        })
-        .collect();
-    for thread in threads {
-        for text in thread.join().expect("a text beside others fails") {
-            assert!(text == alone, "another text beside others");
+    for layers_always in [false, true] {
+        let tuning = Tuning { layers_always, ..Tuning::default() };
+        let options = Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) };
+        let Some(alone) = cuda(options).map(|cuda| tokens(&cuda, &weights(), 16, 3)) else { return };
+        let text = move || tokens(&cuda(options).unwrap(), &weights(), 16, 3);
+        let threads: Vec<_> =
+            (0..4).map(|_| std::thread::spawn(move || (0..5).map(|_| text()).collect::<Vec<_>>())).collect();
+        for thread in threads {
+            for text in thread.join().expect("a text beside others fails") {
+                assert!(text == alone, "another text beside others, layers in one launch: {layers_always}");
+            }
         }
     }
 }

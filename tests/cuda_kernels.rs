@@ -5,8 +5,8 @@
 mod cuda_common;
 
 use cuda_common::{Noise, cuda, options};
-use decdec::backend::GemvBackend;
 use decdec::backend::cuda::{Cuda, Dtype, Residuals};
+use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::{AnyPrec, Dense, LutGemm, Residual};
 use decdec::random::{RandomFormat, RandomWeights};
@@ -397,6 +397,83 @@ fn not_a_number_comes_out() {
     cuda.dec_gemv(&matrix, &on_device, &x, &mut y).unwrap();
     cuda.read(&y, &mut got).unwrap();
     assert!(got.iter().all(|v| v.is_nan()), "{got:?}");
+}
+
+/// Beyond what float16 holds, its largest number is taken, and that is said; up to there nothing is.
+#[test]
+fn activations_beyond_float16_are_its_largest() {
+    for (format, bits) in [
+        (RandomFormat::AnyPrec, 3),
+        (RandomFormat::AnyPrec, 4),
+        (RandomFormat::LutGemm { group_size: 32 }, 3),
+        (RandomFormat::LutGemm { group_size: 32 }, 8),
+    ] {
+        let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+        let linear = RandomWeights::single(1056, 32, format, bits, 7).unwrap();
+        let mut values = Noise::new(7).activations(1056);
+        // Rounded to nearest, 65488 and more would be its last number.
+        values[3] = 65472.0;
+        let small = column(&cuda, &linear, &values);
+        assert!(!cuda.went_beyond(), "{format:?} {bits}: up to float16's end nothing is beyond it");
+        let large = |last: [f32; 4]| {
+            let mut values = values.clone();
+            values[1052..].copy_from_slice(&last);
+            column(&cuda, &linear, &values)
+        };
+        let got = large([1e6, -70_000.0, f32::INFINITY, 3e38]);
+        assert!(cuda.went_beyond(), "{format:?} {bits}");
+        assert_eq!(got, large([65504.0, -65504.0, 65504.0, 65504.0]), "{format:?} {bits}");
+        assert_ne!(got, small);
+        assert!(large([1e6, f32::NAN, 1.0, 1.0]).iter().all(|v| v.is_nan()), "{format:?} {bits}: NaN stays NaN");
+
+        let Some(cuda) = self::cuda(options(Dtype::Bfloat16, 2)) else { return };
+        let mut values = values.clone();
+        values[1] = 1e30;
+        assert!(column(&cuda, &linear, &values).iter().all(|v| v.is_finite() && v.abs() > 1e20));
+        assert!(!cuda.went_beyond());
+    }
+}
+
+/// Devices in one thread, each used after the other was, opened and dropped in any order: what they compute is the same.
+#[test]
+fn two_devices_take_turns_in_one_thread() {
+    let Some(first) = cuda(options(Dtype::Float16, 2)) else { return };
+    if decdec::backend::cuda::devices().unwrap().len() < 2 {
+        eprintln!("skipped: one CUDA device, two are needed");
+        return;
+    }
+    let second = || Cuda::new(1, options(Dtype::Float16, 2)).unwrap();
+    let linear = RandomWeights::single(1056, 64, RandomFormat::AnyPrec, 3, 7).unwrap();
+    let x = Noise::new(7).activations(1056);
+    let want = column(&first, &linear, &x);
+    let on_both = |one: &Cuda, other: &Cuda| {
+        let matrices = [one, other].map(|cuda| cuda.matrix(&linear).unwrap());
+        let mut vectors = [one, other].map(|cuda| (cuda.vector(1056).unwrap(), cuda.vector(64).unwrap(), None));
+        // Every operation of one between two of the other: what is written, multiplied, recorded, replayed and read.
+        for _ in 0..4 {
+            for (cuda, (from, _, _)) in [one, other].into_iter().zip(&mut vectors) {
+                cuda.write(&x, from).unwrap();
+            }
+            for ((cuda, matrix), (from, to, graph)) in [one, other].into_iter().zip(&matrices).zip(&mut vectors) {
+                cuda.replay(graph, &mut || cuda.gemv(matrix, from, to)).unwrap();
+            }
+            for (cuda, (_, to, _)) in [one, other].into_iter().zip(&vectors) {
+                let mut got = vec![0f32; 64];
+                cuda.read(to, &mut got).unwrap();
+                assert_eq!(got, want, "{}", cuda.device().id);
+                assert!(cuda.time(&mut || Ok(())).is_ok() && cuda.memory().unwrap().0 > 0);
+            }
+        }
+    };
+    let other = second();
+    on_both(&first, &other);
+    on_both(&other, &first);
+    drop(first);
+    assert_eq!(column(&other, &linear, &x), want, "after the first was dropped");
+    let first = cuda(options(Dtype::Float16, 2)).unwrap();
+    drop(other);
+    on_both(&first, &second());
+    assert_eq!(column(&first, &linear, &x), want, "after the second was dropped");
 }
 
 /// Alphas that are not powers of two apart take the general kernel.

@@ -19,6 +19,7 @@ pub mod record;
 #[cfg(feature = "reference-wgpu")]
 pub mod wgsl;
 
+use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -30,6 +31,19 @@ use crate::config::ModelConfig;
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
 use crate::weights::Linear;
+
+/// Something was to be waited for when the caller's interruption came: what was queued goes on, what was asked for is not
+/// there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interrupted;
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
 
 /// What a device says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -77,6 +77,7 @@ pub(crate) fn on_device<J: Job>(target: &Target<'_>, job: J) -> Result<J::Output
 
 fn cuda_device(index: usize, target: &Target<'_>) -> Result<Cuda> {
     let mut cuda = Cuda::new(index, options(target))?;
+    cuda.heed(super::interrupt::heard());
     if target.watch {
         cuda.watch_layers()?;
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+pub(crate) use decdec::backend::Interrupted;
 
 /// What a shell reports of a program that Ctrl-C ended.
 pub(crate) const EXIT_CODE: u8 = 130;
@@ -15,18 +16,6 @@ const GRACE: Duration = Duration::from_millis(500);
 static STOP: AtomicBool = AtomicBool::new(false);
 /// What is said where a job is ended before it has stopped; empty until a job wants to stop by itself.
 static LAST_WORDS: OnceLock<String> = OnceLock::new();
-
-/// The program was interrupted; what could be saved has been.
-#[derive(Debug)]
-pub(crate) struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for Interrupted {}
 
 /// Listens for Ctrl-C from now on. It ends the program at once, whatever that waits for, unless a job has asked for
 /// [`stop_flag`].
@@ -48,5 +37,10 @@ pub(crate) fn listen() -> Result<()> {
 /// device or a long product, does not hear. `last_words` are said where it was ended before it could say so itself.
 pub(crate) fn stop_flag(last_words: impl std::fmt::Display) -> &'static AtomicBool {
     LAST_WORDS.get_or_init(|| last_words.to_string());
+    &STOP
+}
+
+/// The same flag, for what a job waits for: it is set only where one has asked for it.
+pub(crate) fn heard() -> &'static AtomicBool {
     &STOP
 }

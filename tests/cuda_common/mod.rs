@@ -1,4 +1,6 @@
-//! What the CUDA tests share: the device if it is under test, and noise.
+//! What the CUDA tests share: the device if it is under test, noise, a small model, a distance.
+
+#![allow(dead_code, unused_imports, reason = "not every test program uses all of it")]
 
 #[path = "../devices/mod.rs"]
 mod devices;
@@ -6,7 +8,7 @@ mod devices;
 mod noise;
 
 use decdec::backend::cuda::{Cuda, Dtype, Options};
-#[allow(unused_imports, reason = "not every test program makes noise")]
+use decdec::config::{Architecture, ModelConfig, RopeScaling};
 pub(crate) use noise::Noise;
 
 /// Options of one type and `--compile`.
@@ -20,4 +22,32 @@ pub(crate) fn cuda(options: Options) -> Option<Cuda> {
         return None;
     }
     Some(Cuda::new(0, options).unwrap_or_else(|e| panic!("cuda is under test, but: {e:#}")))
+}
+
+/// A model with every awkward width: rows that are no whole tiles, channels that are no whole units or chunks.
+pub(crate) fn small(sliding_window: Option<usize>, kv_heads: usize) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        hidden_size: 576,
+        intermediate_size: 1184,
+        num_layers: 3,
+        num_heads: 6,
+        num_kv_heads: kv_heads,
+        head_dim: 96,
+        vocab_size: 1000,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        sliding_window,
+        max_position_embeddings: 512,
+        tie_word_embeddings: true,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+    }
+}
+
+/// ‖a − b‖ / ‖b‖
+pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b))) / norm(&mut b.iter().map(|&b| f64::from(b)))
 }

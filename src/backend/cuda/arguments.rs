@@ -33,6 +33,7 @@ pub(super) struct GemvArgument {
     pub(super) y_delta: u64,
     pub(super) dec_out: u64,
     pub(super) dec_list: u64,
+    pub(super) beyond: u64,
     pub(super) dec: DecArgument,
     pub(super) eps: f32,
     pub(super) add: i32,

@@ -45,8 +45,8 @@ pub(super) struct Blas {
     handle: Handle,
     gemm: GemmEx,
     destroy: unsafe extern "C" fn(Handle) -> c_int,
-    _driver: Rc<Driver>,
-    _libraries: Vec<libloading::Library>,
+    driver: Rc<Driver>,
+    libraries: Vec<libloading::Library>,
 }
 
 impl Blas {
@@ -57,6 +57,7 @@ impl Blas {
     pub(super) fn open(driver: &Rc<Driver>) -> Result<Self> {
         let libraries = super::library::open("libcublas", "libcublasLt.so", "nvidia-cublas")?;
         let library = &libraries[0];
+        let stream = driver.enter()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: the types are those of cublas_api.h, unchanged from CUDA 12 to 13.
         let (gemm, destroy, status) = unsafe {
@@ -68,12 +69,12 @@ impl Blas {
             let _undisturbed = undisturbed();
             let mut status = create(&mut handle);
             if status == 0 {
-                status = set_stream(handle, driver.stream().cast());
+                status = set_stream(handle, stream.cast());
             }
             (gemm, destroy, status)
         };
         ensure!(status == 0, "cuda: cuBLAS does not start: status {status}");
-        Ok(Self { handle, gemm, destroy, _driver: Rc::clone(driver), _libraries: libraries })
+        Ok(Self { handle, gemm, destroy, driver: Rc::clone(driver), libraries })
     }
 
     /// `y[tokens, rows] = x[tokens, k] · w[rows, k]ᵀ` (`+ y` if `add`), sums and `y` in f32.
@@ -95,6 +96,7 @@ impl Blas {
             Dtype::Float32 => R_32F,
         };
         let (one, beta) = (1f32, if add { 1f32 } else { 0f32 });
+        self.driver.enter()?;
         // SAFETY: the caller's buffers hold these shapes; column-major [rows, tokens] is row-major [tokens, rows].
         let status = unsafe {
             (self.gemm)(
@@ -126,6 +128,10 @@ impl Blas {
 
 impl Drop for Blas {
     fn drop(&mut self) {
+        // It waits for the whole device, and so does the library when it is closed.
+        if !self.driver.settles() {
+            return std::mem::forget(std::mem::take(&mut self.libraries));
+        }
         let _undisturbed = undisturbed();
         // SAFETY: created by `open`, destroyed once.
         unsafe { (self.destroy)(self.handle) };

@@ -29,7 +29,7 @@ const SOURCES: [(&str, &str); 12] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 15] = [
+const HEADERS: [(&str, &str); 16] = [
     ("anyprec.cuh", include_str!("../../../kernels-cuda/anyprec.cuh")),
     ("lutgemm.cuh", include_str!("../../../kernels-cuda/lutgemm.cuh")),
     ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),
@@ -39,6 +39,7 @@ const HEADERS: [(&str, &str); 15] = [
     ("unit.cuh", include_str!("../../../kernels-cuda/unit.cuh")),
     ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
     ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
+    ("patience.cuh", include_str!("../../../kernels-cuda/patience.cuh")),
     ("grid.cuh", include_str!("../../../kernels-cuda/grid.cuh")),
     ("flow.cuh", include_str!("../../../kernels-cuda/flow.cuh")),
     ("staging.cuh", include_str!("../../../kernels-cuda/staging.cuh")),
@@ -293,10 +294,15 @@ mod tests {
         for (bits, format) in [(3, "FORMAT=0"), (4, "FORMAT=0"), (3, "FORMAT=1 GROUP=128"), (4, "FORMAT=1 GROUP=128")] {
             for dec in [0, 1] {
                 let books = if format == "FORMAT=0" { 14 * (32 << bits) } else { 0 };
-                let sizes = format!("XS=46080 PARTS=14336 BOOKS={books} MOST_LAYERS=40 WARPS=16 STAGES=3 BLOCKS=132");
-                let model = "H=4096 I=14336 HEADS=32 KV_HEADS=8 HEAD_DIM=128 KV=0 WINDOW=0 SPLITS=16 DTYPE=0";
+                let sizes = format!(
+                    "XS=46080 PARTS=14336 BOOKS={books} MOST_LAYERS=40 SETS=5 LOUD=0 WARPS=16 STAGES=3 BLOCKS=132"
+                );
+                let model = "H=4096 I=14336 HEADS=32 KV_HEADS=8 HEAD_DIM=128 WINDOW=0 SPLITS=16";
                 let rest = format!("DEC={dec} DEC_WARPS=4 DEC_WORDS=2 BITS={bits}");
-                all.push(("layers.cu", split(&format!("{format} {model} {sizes} {rest}"))));
+                for dtype in [0, 1] {
+                    let types = format!("DTYPE={dtype} KV={dtype}");
+                    all.push(("layers.cu", split(&format!("{format} {model} {types} {sizes} {rest}"))));
+                }
             }
         }
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
@@ -318,7 +324,7 @@ mod tests {
         };
         drop(probe);
         let architectures = env::var("DECDEC_TEST_ARCHITECTURES");
-        let architectures = architectures.as_deref().unwrap_or("sm_80,sm_86,sm_89,sm_90,sm_120");
+        let architectures = architectures.as_deref().unwrap_or("sm_80,sm_86,sm_89,sm_90,sm_100,sm_103,sm_120");
         for architecture in architectures.split(',') {
             let compiler = Compiler::open(architecture, None).unwrap();
             variants().par_iter().for_each(|(file, defines)| {
@@ -332,7 +338,7 @@ mod tests {
                 let layers = *file == "layers.cu";
                 let compensates = defines.iter().any(|d| d == "DEC=1");
                 let most = match (layers, compensates) {
-                    (true, true) => 64,
+                    (true, true) => 80,
                     (true, false) => 32,
                     (false, _) if compiler.version.0 < 13 => 16,
                     (false, _) => 0,

@@ -151,18 +151,20 @@ fn host_link(driver: &Rc<Driver>, ordinal: usize, free: usize, nvml: Option<&Nvm
 /// Queues a copy of device memory; both buffers are as long.
 fn copy(driver: &Driver, from: &Buffer, to: &Buffer) -> Result<()> {
     assert_eq!(from.bytes(), to.bytes(), "bytes of a copy");
+    let stream = driver.enter()?;
     // SAFETY: both ranges are whole buffers of this device, which wait for the stream before they are freed.
-    unsafe { result::memcpy_dtod_async(to.pointer(), from.pointer(), to.bytes(), driver.stream()) }
+    unsafe { result::memcpy_dtod_async(to.pointer(), from.pointer(), to.bytes(), stream) }
         .map_err(|e| anyhow!("cuda: copying on the device: {e:?}"))
 }
 
 /// Queues a copy of pinned memory, which is at least as long as the buffer.
 fn fetch(driver: &Driver, from: &Mapped, to: &Buffer) -> Result<()> {
+    let stream = driver.enter()?;
     // SAFETY: the caller made `from` as long as `to`; nobody writes to it, and it waits for the stream before it is
     // freed.
     unsafe {
         let bytes = std::slice::from_raw_parts(from.host(), to.bytes());
-        result::memcpy_htod_async(to.pointer(), bytes, driver.stream())
+        result::memcpy_htod_async(to.pointer(), bytes, stream)
     }
     .map_err(|e| anyhow!("cuda: copying to the device: {e:?}"))
 }

@@ -6,13 +6,20 @@ use std::ffi::{CString, c_int, c_uint, c_void};
 use std::marker::PhantomData;
 use std::ptr;
 use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
+pub(super) use super::failure::failed;
+use super::failure::{DeviceLost, Waiting};
 use super::kernel::Kernel;
+use crate::backend::Interrupted;
+
+/// How long everything that is queued may take: far longer than anything that ends.
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// A device's numbers, asked for once.
 #[derive(Debug, Clone)]
@@ -28,8 +35,9 @@ pub(super) struct Numbers {
     pub(super) shared_per_block: usize,
 }
 
-/// One device and the one stream that everything is queued on. Single-threaded: its context is current on the
-/// thread that opened it.
+/// One device and the one stream that everything is queued on. Single-threaded, but not alone on its thread: others may
+/// drive other devices there, so every call of the driver's that works on a context comes after [`Driver::enter`], which
+/// is also where the stream is had from.
 pub(super) struct Driver {
     ordinal: usize,
     device: sys::CUdevice,
@@ -37,6 +45,14 @@ pub(super) struct Driver {
     stream: sys::CUstream,
     numbers: Numbers,
     dry: Cell<bool>,
+    /// Ends waits when it becomes true.
+    interrupt: Cell<Option<&'static AtomicBool>>,
+    /// The last wait was interrupted.
+    interrupted: Cell<bool>,
+    /// The last wait took too long.
+    hangs: Cell<bool>,
+    /// Launches whose blocks must all be there at once ask for more than the device holds.
+    overfills: Cell<bool>,
     /// Names of the kernels queued, while somebody wants to know.
     watched: RefCell<Option<Vec<String>>>,
 }
@@ -54,11 +70,6 @@ impl Context {
         // SAFETY: the driver that lent it is alive.
         unsafe { result::ctx::set_current(self.0) }.map_err(|e| failed("using the context", e))
     }
-}
-
-pub(super) fn failed(what: &str, error: DriverError) -> anyhow::Error {
-    let text = error.error_string().map_or_else(|_| format!("{:?}", error.0), |s| s.to_string_lossy().into_owned());
-    anyhow!("cuda: {what}: {text}")
 }
 
 /// How many devices there are.
@@ -119,8 +130,7 @@ impl Driver {
         );
         // SAFETY: `device` is valid; the context is released when the driver is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed("creating a context", e))?;
-        // SAFETY: `context` was just retained.
-        unsafe { result::ctx::set_current(context) }.map_err(|e| failed("using the context", e))?;
+        Context(context).enter()?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("creating a stream", e))?;
         Ok(Rc::new(Self {
@@ -130,6 +140,10 @@ impl Driver {
             stream,
             numbers,
             dry: Cell::new(false),
+            interrupt: Cell::new(None),
+            interrupted: Cell::new(false),
+            hangs: Cell::new(false),
+            overfills: Cell::new(false),
             watched: RefCell::default(),
         }))
     }
@@ -141,7 +155,7 @@ impl Driver {
     pub(super) fn limited(self: Rc<Self>, most: usize) -> Result<Rc<Self>> {
         let all = self.numbers.all_multiprocessors;
         ensure!((1..=all).contains(&most), "{most} multiprocessors are to be used, 1 to {all} are allowed");
-        let mut driver = Self::open(self.ordinal)?;
+        let mut driver = self.beside()?;
         if let Some(driver) = Rc::get_mut(&mut driver) {
             driver.numbers.multiprocessors = most;
         }
@@ -150,15 +164,29 @@ impl Driver {
 
     /// The same device with a stream of its own.
     pub(super) fn beside(&self) -> Result<Rc<Self>> {
-        Self::open(self.ordinal)
+        let driver = Self::open(self.ordinal)?;
+        driver.interrupt.set(self.interrupt.get());
+        Ok(driver)
+    }
+
+    /// Makes this device the one that the thread's calls are for, and returns the stream to queue them on.
+    pub(super) fn enter(&self) -> Result<sys::CUstream> {
+        self.context().enter()?;
+        Ok(self.stream)
+    }
+
+    /// Waits end when `flag` becomes true.
+    pub(super) fn heed(&self, flag: &'static AtomicBool) {
+        self.interrupt.set(Some(flag));
+    }
+
+    /// Whether launches whose blocks must all be there at once ask for more of them than there is room for.
+    pub(super) fn overfill(&self, on: bool) {
+        self.overfills.set(on);
     }
 
     pub(super) fn numbers(&self) -> &Numbers {
         &self.numbers
-    }
-
-    pub(super) fn stream(&self) -> sys::CUstream {
-        self.stream
     }
 
     /// Context and stream, as other libraries of CUDA's take them.
@@ -181,19 +209,49 @@ impl Driver {
 
     /// Free and total device memory in bytes.
     pub(super) fn memory(&self) -> Result<(usize, usize)> {
+        self.enter()?;
         result::mem_get_info().map_err(|e| failed("asking for free memory", e))
     }
 
     /// Waits for everything queued.
+    ///
+    /// # Errors
+    /// A failed kernel, [`Interrupted`], or a device that has not ended in [`LONGEST`].
     pub(super) fn wait(&self) -> Result<()> {
-        // SAFETY: the stream lives as long as the driver.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failed("a kernel failed", e))
+        let waiting = self.waiting(LONGEST);
+        while !self.idle()? {
+            self.pause(&waiting)?;
+        }
+        self.interrupted.set(false);
+        self.hangs.set(false);
+        Ok(())
+    }
+
+    /// A wait that begins now. Where one has failed before, the next fails sooner: there are as many as there are buffers.
+    pub(super) fn waiting(&self, most: Duration) -> Waiting {
+        let most = if self.hangs.get() { Duration::ZERO } else { most };
+        Waiting::new(most, self.interrupt.get(), self.interrupted.get())
+    }
+
+    /// Lets some time pass.
+    pub(super) fn pause(&self, waiting: &Waiting) -> Result<()> {
+        waiting.pause().inspect_err(|error| {
+            let why = if error.is::<Interrupted>() { &self.interrupted } else { &self.hangs };
+            why.set(true);
+        })
+    }
+
+    /// Waits until nothing queued uses memory any more that is about to go; false if it may use it for as long as this
+    /// process lives, and the memory has to stay.
+    pub(super) fn settles(&self) -> bool {
+        self.wait().is_ok() || !(self.interrupted.get() || self.hangs.get())
     }
 
     /// True if nothing is queued any more.
     pub(super) fn idle(&self) -> Result<bool> {
+        let stream = self.enter()?;
         // SAFETY: the stream lives as long as the driver.
-        match unsafe { sys::cuStreamQuery(self.stream) } {
+        match unsafe { sys::cuStreamQuery(stream) } {
             sys::CUresult::CUDA_SUCCESS => Ok(true),
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             error => Err(failed("a kernel failed", DriverError(error))),
@@ -214,6 +272,8 @@ impl Driver {
             return Ok(());
         }
         let function = kernel.function()?;
+        let stream = self.enter()?;
+        let more = if launch.together && self.overfills.get() { 64 } else { 1 };
         let (id, value) = if launch.together {
             (sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative: 1 })
         } else {
@@ -224,14 +284,14 @@ impl Driver {
         };
         let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
         let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0 as c_uint,
+            gridDimX: (more * launch.grid.0) as c_uint,
             gridDimY: launch.grid.1 as c_uint,
             gridDimZ: launch.grid.2 as c_uint,
             blockDimX: launch.block as c_uint,
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: launch.shared as c_uint,
-            hStream: self.stream,
+            hStream: stream,
             attrs: &mut attribute,
             // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
             numAttrs: u32::from(launch.together || self.numbers.major >= 9 && launch.overlap),
@@ -248,14 +308,16 @@ impl Driver {
 
     /// The device's time for what `work` queues.
     pub(super) fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        let stream = self.enter()?;
         let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| failed("event", e));
         let (start, end) = (event()?, event()?);
         let timed = (|| {
             // SAFETY: both events are alive until the end of this function.
-            unsafe { result::event::record(start, self.stream) }.map_err(|e| failed("event", e))?;
+            unsafe { result::event::record(start, stream) }.map_err(|e| failed("event", e))?;
             work()?;
+            let stream = self.enter()?;
             // SAFETY: as above.
-            unsafe { result::event::record(end, self.stream) }.map_err(|e| failed("event", e))?;
+            unsafe { result::event::record(end, stream) }.map_err(|e| failed("event", e))?;
             self.wait()?;
             // SAFETY: as above; both have been recorded and waited for.
             unsafe { result::event::elapsed(start, end) }.map_err(|e| failed("event", e))
@@ -270,6 +332,7 @@ impl Driver {
 
     /// Loads compiled code.
     pub(super) fn module(self: &Rc<Self>, cubin: &[u8]) -> Result<Rc<Module>> {
+        self.enter()?;
         // SAFETY: a cubin carries its own length; it was checked when it was compiled or read.
         let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
             .map_err(|e| failed("loading a kernel (a driver older than the compiler cannot)", e))?;
@@ -279,9 +342,11 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
+        if !self.settles() || self.enter().is_err() {
+            return;
+        }
         // SAFETY: everything that uses the stream or the context holds an `Rc` of this driver.
         unsafe {
-            let _ = result::stream::synchronize(self.stream);
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
         }
@@ -299,12 +364,15 @@ impl Buffer {
     /// `bytes` of zeros.
     pub(super) fn new(driver: &Rc<Driver>, bytes: usize) -> Result<Self> {
         let bytes = bytes.max(16);
+        driver.enter()?;
         // SAFETY: the context is current.
         let pointer = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
-            let free = driver.memory().map_or(0, |(free, _)| free);
+            let (error, free) = (failed("device memory", e), driver.memory().map_or(0, |(free, _)| free));
+            if error.is::<DeviceLost>() {
+                return error;
+            }
             anyhow!(
-                "{:#}: {} MiB wanted, {} MiB free, use a lower --max-seq-len, fewer bits or --residuals host",
-                failed("device memory", e),
+                "{error:#}: {} MiB wanted, {} MiB free, use a lower --max-seq-len, fewer bits or --residuals host",
                 bytes >> 20,
                 free >> 20
             )
@@ -331,8 +399,9 @@ impl Buffer {
 
     /// Queues zeros over everything.
     pub(super) fn clear(&self) -> Result<()> {
+        let stream = self.driver.enter()?;
         // SAFETY: the range is this buffer.
-        unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, self.driver.stream) }
+        unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, stream) }
             .map_err(|e| failed("clearing memory", e))
     }
 
@@ -340,16 +409,18 @@ impl Buffer {
     pub(super) fn write<T: bytemuck::Pod>(&self, offset: usize, values: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         assert!(offset + bytes.len() <= self.bytes, "{} bytes at {offset} of {}", bytes.len(), self.bytes);
+        let stream = self.driver.enter()?;
         // SAFETY: the range was just checked; the driver copies ordinary host memory before it returns.
-        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, bytes, self.driver.stream) }
+        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, bytes, stream) }
             .map_err(|e| failed("copying to the device", e))
     }
 
     /// Queues a copy of pinned `bytes` to byte `offset`; they must stay as they are until it has happened.
     pub(super) fn receive(&self, offset: usize, bytes: &[u8]) -> Result<()> {
         assert!(offset + bytes.len() <= self.bytes, "{} bytes at {offset} of {}", bytes.len(), self.bytes);
+        let stream = self.driver.enter()?;
         // SAFETY: the range was just checked; the caller keeps the bytes.
-        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, bytes, self.driver.stream) }
+        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, bytes, stream) }
             .map_err(|e| failed("copying to the device", e))
     }
 
@@ -366,9 +437,10 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         // Kernels that use it may still be queued.
-        let _ = self.driver.wait();
-        // SAFETY: allocated by `new`, freed once.
-        let _ = unsafe { result::free_sync(self.pointer) };
+        if self.driver.settles() {
+            // SAFETY: allocated by `new`, freed once.
+            let _ = unsafe { result::free_sync(self.pointer) };
+        }
     }
 }
 
@@ -382,6 +454,7 @@ impl Module {
     /// An entry point, allowed to use all of the device's shared memory; it lives as long as the module.
     pub(super) fn function(&self, name: &str) -> Result<sys::CUfunction> {
         let symbol = CString::new(name)?;
+        self.driver.enter()?;
         // SAFETY: the module is loaded.
         let function = unsafe { result::module::get_function(self.module, symbol) }
             .map_err(|e| failed(&format!("kernel {name}"), e))?;
@@ -400,9 +473,9 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        let _ = self.driver.wait();
+        let settles = self.driver.settles();
         // CUPTI's records point into the code of whatever ran in this process: meanwhile all of it stays.
-        if !super::cupti::records() {
+        if settles && !super::cupti::records() {
             // SAFETY: loaded by `Driver::module`, unloaded once; kernels hold an `Rc` of it.
             let _ = unsafe { result::module::unload(self.module) };
         }

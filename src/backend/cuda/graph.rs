@@ -32,11 +32,13 @@ impl Driver {
     pub(super) fn capture(self: &Rc<Self>, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         let going_on = recording();
+        let stream = self.enter()?;
         // SAFETY: the stream is ours alone.
-        unsafe { result::stream::begin_capture(self.stream(), mode) }.map_err(|e| failed("recording", e))?;
+        unsafe { result::stream::begin_capture(stream, mode) }.map_err(|e| failed("recording", e))?;
         let queued = work();
+        self.enter()?;
         // SAFETY: recording was begun above.
-        let graph = unsafe { result::stream::end_capture(self.stream()) }.map_err(|e| failed("recording", e));
+        let graph = unsafe { result::stream::end_capture(stream) }.map_err(|e| failed("recording", e));
         drop(going_on);
         queued?;
         let graph = graph?;
@@ -61,15 +63,17 @@ pub(super) struct Graph {
 impl Graph {
     /// Queues them all.
     pub(super) fn launch(&self) -> Result<()> {
+        let stream = self.driver.enter()?;
         // SAFETY: instantiated by `capture`, on the same driver.
-        unsafe { result::graph::launch(self.exec, self.driver.stream()) }.map_err(|e| failed("replaying a graph", e))
+        unsafe { result::graph::launch(self.exec, stream) }.map_err(|e| failed("replaying a graph", e))
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        let _ = self.driver.wait();
-        // SAFETY: instantiated by `capture`, destroyed once.
-        let _ = unsafe { result::graph::exec_destroy(self.exec) };
+        if self.driver.settles() {
+            // SAFETY: instantiated by `capture`, destroyed once.
+            let _ = unsafe { result::graph::exec_destroy(self.exec) };
+        }
     }
 }

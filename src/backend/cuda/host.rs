@@ -14,6 +14,7 @@ use memmap2::MmapMut;
 use rayon::prelude::*;
 
 use super::driver::{Buffer, Context, Driver, failed};
+use super::failure::DeviceLost;
 
 /// Bytes of one of the two buffers that copies to the device start from.
 const STAGE: usize = 32 << 20;
@@ -34,9 +35,12 @@ pub(super) struct Mapped {
 }
 
 fn no_room(bytes: usize, error: result::DriverError) -> anyhow::Error {
+    let error = failed("pinned memory", error);
+    if error.is::<DeviceLost>() {
+        return error;
+    }
     anyhow!(
-        "{:#}: {} MiB of pinned host memory wanted, raise ulimit -l, free host memory or use --residuals device",
-        failed("pinned memory", error),
+        "{error:#}: {} MiB of pinned host memory wanted, raise ulimit -l, free host memory or use --residuals device",
         bytes >> 20
     )
 }
@@ -54,6 +58,7 @@ impl Mapped {
     fn allocate(driver: &Rc<Driver>, bytes: usize) -> Result<Self> {
         let bytes = bytes.max(16);
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+        driver.enter()?;
         // SAFETY: the context is current.
         let host = unsafe { result::malloc_host(bytes, flags) }.map_err(|e| no_room(bytes, e))?;
         let driver = Rc::clone(driver);
@@ -103,8 +108,10 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        let _ = self.driver.wait();
-        if self.registered.is_none() {
+        if !self.driver.settles() {
+            // What the device may still read must not go either.
+            std::mem::forget(self.registered.take());
+        } else if self.registered.is_none() {
             // SAFETY: allocated by `allocate`, freed once.
             let _ = unsafe { result::free_host(self.host.cast()) };
         }
@@ -125,6 +132,7 @@ fn device_address(host: *mut u8) -> Result<u64> {
 pub(super) struct Registered {
     map: MmapMut,
     device: u64,
+    context: Context,
 }
 
 impl Registered {
@@ -145,7 +153,7 @@ impl Registered {
         unsafe { sys::cuMemHostRegister_v2(map.as_mut_ptr().cast(), map.len(), flags) }
             .result()
             .map_err(|e| failed("pinning memory", e))?;
-        let mut registered = Self { map, device: 0 };
+        let mut registered = Self { map, device: 0, context };
         registered.device = device_address(registered.map.as_mut_ptr())?;
         Ok(registered)
     }
@@ -153,6 +161,7 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
+        let _ = self.context.enter();
         // SAFETY: registered by `copy_of`, unregistered once, before the map goes.
         let _ = unsafe { sys::cuMemHostUnregister(self.map.as_mut_ptr().cast()) };
     }
@@ -216,6 +225,7 @@ impl Staging {
             let half = &self.halves[self.next.get()];
             self.next.set(1 - self.next.get());
             let start = Instant::now();
+            self.driver.enter()?;
             // SAFETY: the event lives as long as this object; one that was never recorded has happened.
             unsafe { result::event::synchronize(half.sent) }.map_err(|e| failed("copying to the device", e))?;
             let free = Instant::now();
@@ -224,8 +234,9 @@ impl Staging {
             let bytes = unsafe { slice::from_raw_parts_mut(half.memory.host, pieces * piece) };
             bytes.par_chunks_exact_mut(piece).enumerate().for_each(|(i, out)| fill(first + i, out));
             to.receive(first * piece, bytes)?;
+            let stream = self.driver.enter()?;
             // SAFETY: as above; the stream is the driver's.
-            unsafe { result::event::record(half.sent, self.driver.stream()) }.map_err(|e| failed("event", e))?;
+            unsafe { result::event::record(half.sent, stream) }.map_err(|e| failed("event", e))?;
             took.waiting += free - start;
             took.filling += free.elapsed();
         }
@@ -235,8 +246,9 @@ impl Staging {
 
 impl Drop for Half {
     fn drop(&mut self) {
-        let _ = self.memory.driver.wait();
-        // SAFETY: created by `Staging::new`, destroyed once, and nothing is queued.
-        let _ = unsafe { result::event::destroy(self.sent) };
+        if self.memory.driver.settles() {
+            // SAFETY: created by `Staging::new`, destroyed once, and nothing is queued.
+            let _ = unsafe { result::event::destroy(self.sent) };
+        }
     }
 }

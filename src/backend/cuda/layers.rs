@@ -3,8 +3,10 @@
 use std::rc::Rc;
 
 use anyhow::Result;
+use half::f16;
 
 use super::driver::{Arguments, Buffer, Launch};
+use super::failure::Refused;
 use super::kernel::Kernel;
 use super::launch::{Tuning, unit};
 use super::matrix::{Body, Format, Matrix, Plan};
@@ -19,6 +21,9 @@ const MOST_LAYERS: usize = 40;
 
 /// Words of 8 bytes of `struct Layer`, and the bytes of it.
 const LAYER_WORDS: usize = 36;
+
+/// Sets of vectors between blocks, which take turns from layer to layer: `layers.cu` says why so many.
+const SETS: usize = 5;
 
 /// Most channels of a product: in a selection that blocks make together, a channel has 16 bits.
 const MOST_CHANNELS: usize = 1 << 16;
@@ -58,12 +63,28 @@ impl Shapes {
     }
 }
 
+/// Fewest rows of a product that a compensating block takes: bulk copies are multiples of 16 bytes.
+const STRIPE: usize = 32;
+
+/// What of a layer is compensated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Compensated {
+    /// Bytes of the longest selection.
+    list: usize,
+    /// Blocks that are to compensate instead of multiplying.
+    n_tb: usize,
+    /// Which of the four projections.
+    products: [bool; 4],
+}
+
 /// The parts of a block's shared memory that depend on the launch, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LayersLaunch {
     pub(super) warps: usize,
     pub(super) stages: usize,
     pub(super) blocks: usize,
+    /// Those of them that compensate instead of multiplying.
+    pub(super) n_tb: usize,
     /// Blocks that share one key-value head's text.
     pub(super) splits: usize,
     /// Input of a product, and sums of its groups; or queries and partial results of attention.
@@ -78,13 +99,12 @@ pub(super) struct LayersLaunch {
 /// The launch of layers of these shapes, if a multiprocessor has room for it and it pays; where it need not pay, with
 /// fewer warps where there is little room. Pure arithmetic.
 ///
-/// `dec`: bytes of the longest selection, and how many blocks compensate instead of multiplying; `None` if nothing is
-/// compensated.
+/// `dec`: `None` if nothing is compensated.
 pub(super) fn layers_launch(
     format: Format,
     shapes: Shapes,
     tuning: Tuning,
-    dec: Option<(usize, usize)>,
+    dec: Option<Compensated>,
     multiprocessors: usize,
     most_shared: usize,
 ) -> Option<LayersLaunch> {
@@ -102,7 +122,7 @@ pub(super) fn layers_launch(
 fn launch_of_warps(
     format: Format,
     shapes: Shapes,
-    (warps, dec): (usize, Option<(usize, usize)>),
+    (warps, dec): (usize, Option<Compensated>),
     multiprocessors: usize,
     most_shared: usize,
 ) -> Option<LayersLaunch> {
@@ -112,7 +132,12 @@ fn launch_of_warps(
     if !products.iter().all(fits) {
         return None;
     }
-    let (list, n_tb) = dec.unwrap_or_default();
+    // A block without rows of a product would not take part in it, and others could be done with what it still reads.
+    let n_tb = dec.map_or(0, |dec| {
+        let rows = products.iter().zip(dec.products).filter(|&(_, taken)| taken).map(|(&(_, rows), _)| rows);
+        rows.min().map_or(0, |rows| dec.n_tb.min(rows / STRIPE))
+    });
+    let list = dec.map_or(0, |dec| dec.list);
     // Gate and up stream apart and are summed up together.
     let tiles: [usize; 4] = std::array::from_fn(|i| products[i].1 / TILE / if i == 2 { 2 } else { 1 });
     // Every block that multiplies has a part of every product.
@@ -152,7 +177,7 @@ fn launch_of_warps(
     let stages = stages.min(8);
     let shared = fixed + stages * stage;
     let splits = super::splits(multiplying, shapes.kv_heads);
-    Some(LayersLaunch { warps, stages, blocks: multiplying + n_tb, splits, xs, parts, books, shared })
+    Some(LayersLaunch { warps, stages, blocks: multiplying + n_tb, n_tb, splits, xs, parts, books, shared })
 }
 
 /// Bytes of a unit in the ring of `stream.cuh`: codebooks are not there.
@@ -177,6 +202,7 @@ struct LayersArgument {
     angles: u64,
     grid: u64,
     stamps: u64,
+    beyond: u64,
     count: i32,
     n_tb: i32,
     max_seq_len: i32,
@@ -206,13 +232,14 @@ impl Cuda {
                 && plans(layer) == plans(first)
                 && layer.norms.iter().all(|n| n.eps == first.norms[0].eps)
         };
-        if wanted.is_none() || self.driver.numbers().major < 9 || self.options.compile == 0 {
+        let possible = self.together.get() && self.driver.numbers().major >= 9 && self.options.compile > 0;
+        if wanted.is_none() || !possible {
             return 0;
         }
         layers.iter().take(MOST_LAYERS).take_while(alike).count()
     }
 
-    /// Queues `layers` as one launch; false if the device has no room for it.
+    /// Queues `layers` as one launch; false if the device has no room for it, by its numbers or by what the driver says.
     pub(super) fn fused_layers(
         &self,
         sequence: &Sequence,
@@ -233,26 +260,30 @@ impl Cuda {
         if plans.iter().flatten().any(|p| p.n_tb != n_tb) {
             return Ok(false);
         }
-        let dec = compensates.then_some((longest, n_tb));
+        let dec = compensates.then_some(Compensated { list: longest, n_tb, products: plans.map(|p| p.is_some()) });
         let numbers = self.driver.numbers();
         let launch = layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
         let Some(launch) = launch else { return Ok(false) };
-        let kernel = self.layers_kernel(format, shapes, launch, sequence, compensates)?;
+        // √H·|γ| bounds what is normalized.
+        let most = layers.iter().flat_map(|l| l.norms).map(|norm| norm.gamma.largest()).fold(0.0, f32::max);
+        let loud = most * (shapes.hidden as f32).sqrt() > f16::MAX.to_f32();
+        let kernel = self.layers_kernel(format, shapes, launch, sequence, (compensates, loud))?;
 
-        let table = self.layer_table(sequence, first, layers)?;
+        let table = self.layer_table(sequence, first, layers, launch.n_tb)?;
         let h = &mut activations.h;
         let argument = LayersArgument {
             layers: table.pointer(),
             h: h.at(),
             h_delta: h.delta(),
-            flow: self.scratch(Scratch::Flow, 8 * shapes.flow_words(launch.splits, compensates))?.pointer(),
+            flow: self.scratch(Scratch::Flow, 4 * SETS * shapes.flow_words(launch.splits, compensates))?.pointer(),
             list: self.scratch(Scratch::List, 4 * longest.max(8))?.pointer(),
             state: sequence.state.pointer(),
             angles: sequence.angles.pointer(),
             grid: self.scratch(Scratch::Grid, 8)?.pointer(),
             stamps: self.stamps.borrow().as_ref().map_or(0, |s| s.pointer()),
+            beyond: self.beyond.pointer(),
             count: layers.len() as i32,
-            n_tb: n_tb as i32,
+            n_tb: launch.n_tb as i32,
             max_seq_len: sequence.max_seq_len as i32,
             eps: operands.norms[0].eps,
             longest: (longest / 8) as i32,
@@ -260,9 +291,25 @@ impl Cuda {
         let threads = 32 * launch.warps;
         let launch =
             Launch { shared: launch.shared, overlap: false, together: true, ..Launch::new(launch.blocks, threads) };
-        self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;
+        match self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument)) {
+            Err(error) if error.is::<Refused>() => {
+                self.go_one_by_one(&error);
+                return Ok(false);
+            }
+            launched => launched?,
+        }
         h.settle();
         Ok(true)
+    }
+
+    /// From now on no launch needs all its blocks to be there at once, since `refused` was.
+    pub(super) fn go_one_by_one(&self, refused: &anyhow::Error) {
+        if self.together.replace(false) {
+            tracing::warn!(
+                "{refused:#}; something else holds part of {}: layers go operation by operation, more slowly",
+                self.device.name
+            );
+        }
     }
 
     fn layers_kernel(
@@ -271,7 +318,7 @@ impl Cuda {
         shapes: Shapes,
         launch: LayersLaunch,
         sequence: &Sequence,
-        dec: bool,
+        (dec, loud): (bool, bool),
     ) -> Result<Kernel> {
         let mut defines = sequence.defines(self.options.dtype, launch.splits);
         let (kind, bits, group) = match format {
@@ -293,14 +340,22 @@ impl Cuda {
             format!("PARTS={}", launch.parts),
             format!("BOOKS={}", launch.books),
             format!("MOST_LAYERS={MOST_LAYERS}"),
+            format!("SETS={SETS}"),
+            format!("LOUD={}", u8::from(loud)),
         ]);
         self.kernel("layers.cu", "decode_layers", &defines)
     }
 
     /// The layers' pointers in device memory; the same ones stay where they are, since recorded graphs point to them.
-    fn layer_table(&self, sequence: &Sequence, first: usize, layers: &[LayerOperands<'_, Self>]) -> Result<Rc<Buffer>> {
+    fn layer_table(
+        &self,
+        sequence: &Sequence,
+        first: usize,
+        layers: &[LayerOperands<'_, Self>],
+        n_tb: usize,
+    ) -> Result<Rc<Buffer>> {
         let words: Vec<u64> =
-            layers.iter().enumerate().flat_map(|(l, layer)| layer_words(sequence, first + l, layer)).collect();
+            layers.iter().enumerate().flat_map(|(l, layer)| layer_words(sequence, first + l, layer, n_tb)).collect();
         let mut tables = self.tables.borrow_mut();
         if let Some((_, buffer)) = tables.iter().find(|(w, _)| *w == words) {
             return Ok(Rc::clone(buffer));
@@ -338,10 +393,10 @@ impl Cuda {
 const STAMPS: usize = MOST_LAYERS * 6 + 2;
 
 /// `struct Layer` of `layers.cu`.
-fn layer_words(sequence: &Sequence, index: usize, layer: &LayerOperands<'_, Cuda>) -> [u64; LAYER_WORDS] {
+fn layer_words(sequence: &Sequence, index: usize, layer: &LayerOperands<'_, Cuda>, n_tb: usize) -> [u64; LAYER_WORDS] {
     let mut words = [0; LAYER_WORDS];
     for (i, (matrix, plan)) in layer.matrices.iter().zip(layer.plans).enumerate() {
-        words[i * 8..][..8].copy_from_slice(&product_words(matrix, plan.filter(|p| p.k_chunk > 0)));
+        words[i * 8..][..8].copy_from_slice(&product_words(matrix, plan.filter(|p| p.k_chunk > 0), n_tb));
     }
     let (keys, values) = sequence.cache(index);
     words[32..].copy_from_slice(&[layer.norms[0].gamma.at(), layer.norms[1].gamma.at(), keys, values]);
@@ -349,7 +404,7 @@ fn layer_words(sequence: &Sequence, index: usize, layer: &LayerOperands<'_, Cuda
 }
 
 /// `struct Product` of `layers.cu`.
-fn product_words(matrix: &Matrix, plan: Option<&Plan>) -> [u64; 8] {
+fn product_words(matrix: &Matrix, plan: Option<&Plan>, n_tb: usize) -> [u64; 8] {
     let (codes, aux) = match &matrix.body {
         Body::Packed { codes, aux, .. } => (codes.pointer(), aux.pointer()),
         Body::Any { .. } => (0, 0),
@@ -358,13 +413,17 @@ fn product_words(matrix: &Matrix, plan: Option<&Plan>) -> [u64; 8] {
     let (residual, scales) = matrix.residual.as_ref().map_or((0, 0), |(w, s)| (w.pointer(), s.pointer()));
     let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
     let [edges, how_many, which] = plan
-        .map_or([0; 3], |p| [p.edges.pointer(), pair(p.k_chunk, p.n_tb), pair(usize::from(p.exact), p.list_chunks())]);
+        .map_or([0; 3], |p| [p.edges.pointer(), pair(p.k_chunk, n_tb), pair(usize::from(p.exact), p.list_chunks())]);
     [codes, aux, bias, residual, scales, edges, how_many, which]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn by(n_tb: usize) -> Compensated {
+        Compensated { list: 9000, n_tb, products: [true; 4] }
+    }
 
     const LLAMA: Shapes = Shapes { hidden: 4096, intermediate: 14336, heads: 32, kv_heads: 8, head_dim: 128 };
 
@@ -373,8 +432,8 @@ mod tests {
         let always = Tuning { layers_always: true, ..Tuning::default() };
         for (format, multiprocessors, shared, dec) in [
             (Format::AnyPrec { bits: 3 }, 132, 232_448, None),
-            (Format::AnyPrec { bits: 3 }, 132, 232_448, Some((9000, 4))),
-            (Format::AnyPrec { bits: 4 }, 132, 232_448, Some((9000, 4))),
+            (Format::AnyPrec { bits: 3 }, 132, 232_448, Some(by(4))),
+            (Format::AnyPrec { bits: 4 }, 132, 232_448, Some(by(4))),
             (Format::LutGemm { bits: 4, group: 32 }, 132, 232_448, None),
             (Format::AnyPrec { bits: 3 }, 170, 101_376, None),
         ] {
@@ -392,7 +451,7 @@ mod tests {
         let pays =
             |format, shapes, dec, shared| layers_launch(format, shapes, Tuning::default(), dec, 132, shared).is_some();
         for bits in [3, 4] {
-            for dec in [None, Some((9000, 4))] {
+            for dec in [None, Some(by(4))] {
                 assert!(pays(Format::AnyPrec { bits }, LLAMA, dec, 232_448), "{bits} bits, {dec:?}");
                 assert!(pays(Format::LutGemm { bits, group: 128 }, LLAMA, dec, 232_448), "{bits} bits, {dec:?}");
             }
@@ -402,7 +461,39 @@ mod tests {
         let phi = Shapes { hidden: 5120, intermediate: 17920, heads: 40, kv_heads: 10, head_dim: 128 };
         assert!(!pays(three, large, None, 232_448) && !pays(three, phi, None, 232_448));
         assert!(!pays(three, LLAMA, None, 101_376), "a small ring");
-        assert!(!pays(three, LLAMA, Some((9000, 132)), 232_448), "no block would multiply");
+        let all = Compensated { products: [false, false, true, false], ..by(132) };
+        assert!(!pays(three, LLAMA, Some(all), 232_448), "no block would multiply");
+    }
+
+    /// Whatever is asked for, each compensating block has rows of every product that is compensated.
+    #[test]
+    fn no_compensating_block_is_idle() {
+        let always = Tuning { layers_always: true, ..Tuning::default() };
+        let small = Shapes { hidden: 576, intermediate: 1184, heads: 6, kv_heads: 2, head_dim: 96 };
+        for (shapes, products, n_tb, wanted) in [
+            (small, [true; 4], 17, 17),
+            (small, [true; 4], 18, 18),
+            (small, [true; 4], 19, 18),
+            (small, [true; 4], 100, 18),
+            (small, [true, false, false, false], 100, 960 / 32),
+            (small, [false, false, true, false], 100, 2368 / 32),
+            (LLAMA, [true; 4], 100, 100),
+        ] {
+            let dec = Compensated { products, ..by(n_tb) };
+            let launch = layers_launch(Format::AnyPrec { bits: 3 }, shapes, always, Some(dec), 132, 232_448).unwrap();
+            assert_eq!(launch.n_tb, wanted, "{shapes:?}, {products:?}, n_tb {n_tb}");
+            // `Stripe::of` of dec.cuh, pieces of 32 rows.
+            for (_, rows) in shapes.products().into_iter().zip(products).filter(|p| p.1).map(|p| p.0) {
+                let (pieces, n) = (rows / STRIPE, launch.n_tb);
+                let mut line = 8;
+                while line > 1 && pieces < line * n {
+                    line /= 2;
+                }
+                let lines = pieces.div_ceil(line);
+                let stripe = |b: usize| (lines * b / n * line).min(pieces)..(lines * (b + 1) / n * line).min(pieces);
+                assert!((0..n).all(|b| !stripe(b).is_empty()), "{rows} rows in {n} stripes");
+            }
+        }
     }
 
     #[test]

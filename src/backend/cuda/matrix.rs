@@ -6,6 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use half::{bf16, f16};
+use rayon::prelude::*;
 
 use super::driver::Buffer;
 use super::host::{Mapped, Registered, Sent, Staging};
@@ -14,7 +16,7 @@ use super::pack::{self, Packing};
 use super::plain;
 use super::{Cuda, Dtype, Residuals, Tuning};
 use crate::dec::{BUCKETS, CHUNK, DecPlan, Selection};
-use crate::format::{LutGemm, Residual};
+use crate::format::{Floats, LutGemm, Residual};
 use crate::weights::{Linear, Weight};
 
 /// How a packed matrix is stored, and so which kernel multiplies it.
@@ -154,6 +156,7 @@ impl fmt::Display for Uploads {
 /// Sends a matrix to the device; its residual is copied and pinned at the same time.
 pub(super) fn upload(cuda: &Cuda, linear: &Linear<'_>) -> Result<Matrix> {
     let (in_features, out_features) = (linear.weight.in_features(), linear.weight.out_features());
+    ensure_holds(cuda.options.dtype, &linear.weight)?;
     let context = cuda.driver.context();
     let on_host = linear.residual.as_ref().filter(|_| cuda.options.residuals == Residuals::Host);
     let words = on_host.map(Residual::words);
@@ -186,6 +189,31 @@ pub(super) fn upload(cuda: &Cuda, linear: &Linear<'_>) -> Result<Matrix> {
         residual = Some((words, Buffer::of(&cuda.driver, &r.scales().to_f32())?));
     }
     Ok(Matrix { in_features, out_features, body, bias, residual, kernels: RefCell::default() })
+}
+
+/// Checks that the type of products holds every weight: a number that float16 took for its last, 65504, would be a wrong
+/// one, and of weights there is no telling how wrong.
+fn ensure_holds(dtype: Dtype, weight: &Weight<'_>) -> Result<()> {
+    if dtype != Dtype::Float16 {
+        return Ok(());
+    }
+    let most = match weight {
+        Weight::AnyPrec(w) => largest(w.lut()),
+        Weight::LutGemm(w) => largest(w.q_bias()) + w.bits() as f32 * largest(w.alpha()),
+        Weight::Dense(w) => largest(&w.values),
+    };
+    ensure!(most <= f16::MAX.to_f32(), "a weight of {most:e}, float16 holds up to {}, use --dtype bfloat16", f16::MAX);
+    Ok(())
+}
+
+/// The largest size of numbers, NaN above all; 0 where they are float16 already.
+fn largest(values: &Floats<'_>) -> f32 {
+    // Sizes compare as their bits do.
+    match values {
+        Floats::F16(_) => 0.0,
+        Floats::Bf16(v) => bf16::from_bits(v.par_iter().map(|v| v.to_bits() & 0x7fff).max().unwrap_or(0)).to_f32(),
+        Floats::F32(v) => f32::from_bits(v.par_iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0)),
+    }
 }
 
 fn body(cuda: &Cuda, weight: &Weight<'_>) -> Result<Body> {
@@ -271,4 +299,25 @@ fn any_body(
         kind,
         group,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Dense;
+
+    #[test]
+    fn weights_beyond_float16_are_refused() {
+        let weight = |values| Weight::Dense(Dense { in_features: 4, out_features: 1, values });
+        let bits = |value: f32| Floats::Bf16(vec![bf16::from_f32(value); 4].into());
+        for value in [65280.0, -65280.0, 0.0] {
+            ensure_holds(Dtype::Float16, &weight(bits(value))).unwrap();
+        }
+        ensure_holds(Dtype::Float16, &weight(vec![0.0, 1.0, -65504.0, 3.0].into())).unwrap();
+        for values in [bits(-65536.0), vec![0.0, 65505.0, 1.0, 2.0].into(), vec![0.0, 1.0, f32::NAN, 2.0].into()] {
+            let error = ensure_holds(Dtype::Float16, &weight(values.clone())).unwrap_err().to_string();
+            assert!(error.contains("65504") && error.contains("--dtype bfloat16"), "{error}");
+            ensure_holds(Dtype::Bfloat16, &weight(values)).unwrap();
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! The CUDA backend: cudarc's driver API, kernels compiled by NVRTC for the card at hand.
 //!
 //! - `driver`: device, stream, memory, launches; `graph`: launches recorded once; `host`: pinned memory, and uploads through it
+//! - `failure`: what goes wrong with a device, and how long it is waited for
 //! - `library`: NVIDIA's libraries, opened at run time; `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `options`: how it is set up; `pack`, `plain`: stored formats to the layouts of the fast and of the generic kernels
@@ -15,6 +16,7 @@ pub(crate) mod compiler;
 mod cupti;
 pub mod doctor;
 mod driver;
+mod failure;
 mod graph;
 mod host;
 mod kernel;
@@ -32,13 +34,15 @@ mod recorder;
 mod sequence;
 mod vector;
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
+pub use failure::DeviceLost;
 pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;
@@ -52,7 +56,8 @@ pub use vector::Vector;
 use self::blas::Blas;
 use self::compiler::Compiler;
 use self::driver::{Arguments, Buffer, Driver, Launch};
-use self::host::Staging;
+use self::failure::Refused;
+use self::host::{Mapped, Staging};
 use self::kernel::{Kernel, Kernels};
 use self::matrix::{Body, Format, Uploads};
 use self::product::Feed;
@@ -77,6 +82,12 @@ pub struct Cuda {
     retired: RefCell<Vec<Rc<Buffer>>>,
     tables: RefCell<Vec<(Vec<u64>, Rc<Buffer>)>>,
     stamps: RefCell<Option<Rc<Buffer>>>,
+    /// u32: 1 once activations were beyond what 16 bits hold.
+    beyond: Mapped,
+    /// That was said.
+    said: Cell<bool>,
+    /// Whether blocks may have to be there all at once.
+    together: Cell<bool>,
     driver: Rc<Driver>,
 }
 
@@ -163,8 +174,40 @@ impl Cuda {
             retired: RefCell::default(),
             tables: RefCell::default(),
             stamps: RefCell::default(),
+            beyond: Mapped::new(&driver, 4)?,
+            said: Cell::new(false),
+            together: Cell::new(true),
             driver,
         })
+    }
+
+    /// Waits for this device end with [`Interrupted`](super::Interrupted) soon after `flag` becomes true. One that would
+    /// have ended within a twentieth of a second does so.
+    pub fn heed(&mut self, flag: &'static AtomicBool) {
+        self.driver.heed(flag);
+    }
+
+    /// Launches whose blocks must all be there at once ask for more than there is room for, and are refused: for tests.
+    #[doc(hidden)]
+    pub fn overfill(&self, on: bool) {
+        self.driver.overfill(on);
+    }
+
+    /// True once activations were beyond ±65504, where float16 ends, and were taken for that; never in other types.
+    pub fn went_beyond(&self) -> bool {
+        // SAFETY: the word is in this allocation and aligned; the device writes it whole.
+        let word = unsafe { &*self.beyond.host().cast::<AtomicU32>() };
+        word.load(Ordering::Relaxed) != 0
+    }
+
+    /// Says so, once.
+    fn tell_if_beyond(&self) {
+        if self.went_beyond() && !self.said.replace(true) {
+            tracing::warn!(
+                "activations were beyond 65504, where float16 ends, and were taken for that: what follows may suffer, use \
+                 --dtype bfloat16"
+            );
+        }
     }
 
     /// Free and total device memory, bytes.
@@ -237,12 +280,13 @@ impl GemvBackend for Cuda {
     }
 
     fn write(&self, values: &[f32], to: &mut Vector) -> Result<()> {
-        to.settle();
-        to.data.write(0, values)
+        to.write(values)
     }
 
     fn read(&self, from: &Vector, out: &mut [f32]) -> Result<()> {
-        from.read(out)
+        from.read(out)?;
+        self.tell_if_beyond();
+        Ok(())
     }
 
     fn matrix(&self, linear: &Linear<'_>) -> Result<Matrix> {
@@ -270,6 +314,7 @@ impl GemvBackend for Cuda {
     }
 
     fn recorder(&self, clock: Clock) -> Result<CudaRecorder> {
+        self.driver.enter()?;
         CudaRecorder::new(clock)
     }
 }
@@ -424,12 +469,27 @@ impl DecodeBackend for Cuda {
                 Ok(())
             }
             Some(Graph(Recorded::Warm)) => {
-                let recorded = self.driver.capture(token)?;
-                recorded.launch()?;
-                *graph = Some(Graph(Recorded::Ready(recorded)));
+                let together = self.together.get();
+                let recorded = self.driver.capture(token).and_then(|graph| graph.launch().map(|()| graph));
+                match recorded {
+                    Ok(recorded) => *graph = Some(Graph(Recorded::Ready(recorded))),
+                    // A launch that is refused may end the recording, which is begun again with the next token.
+                    Err(error) if together && (error.is::<Refused>() || !self.together.get()) => {
+                        self.go_one_by_one(&error);
+                        token()?;
+                    }
+                    Err(error) => return Err(error),
+                }
                 Ok(())
             }
-            Some(Graph(Recorded::Ready(recorded))) => recorded.launch(),
+            Some(Graph(Recorded::Ready(recorded))) => match recorded.launch() {
+                Err(error) if error.is::<Refused>() && self.together.get() => {
+                    self.go_one_by_one(&error);
+                    *graph = Some(Graph(Recorded::Warm));
+                    token()
+                }
+                launched => launched,
+            },
         }
     }
 }

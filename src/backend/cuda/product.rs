@@ -221,6 +221,7 @@ impl Cuda {
             y_delta: token.y_delta,
             dec_out: token.dec_out,
             dec_list: feed.list(),
+            beyond: self.beyond.pointer(),
             dec: plan.map_or(Ok(DecArgument::NONE), |p| DecArgument::new(matrix, p))?,
             eps: feed.eps(),
             add: i32::from(token.add),
@@ -267,6 +268,7 @@ impl Cuda {
         let out = self.scratch(what, tokens * features * size)?.pointer();
         let (gamma, eps) = (feed.gamma(), feed.eps());
         let (swiglu, features) = (i32::from(matches!(feed, Feed::Gated)), features as i32);
+        let beyond = self.beyond.pointer();
         self.driver.launch(
             &self.kernel("rows.cu", "stage", &[])?,
             Launch::new(tokens, 256),
@@ -278,7 +280,8 @@ impl Cuda {
                 .with(&swiglu)
                 .with(&features)
                 .with(&kind)
-                .with(&out),
+                .with(&out)
+                .with(&beyond),
         )?;
         Ok(out)
     }

@@ -20,6 +20,13 @@ const NONE: u32 = u32::MAX;
 /// Tokens whose weights `sample.cu` adds up in 64 bits: 2^44 each.
 const MOST_VOCABULARY: usize = 1 << 19;
 
+/// How often a wait for a token asks the driver.
+const CHECK: Duration = Duration::from_millis(1);
+
+/// How long a token may take, and how much longer a pass for each of its tokens: generic kernels take one after the other.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE_PER_TOKEN: Duration = Duration::from_millis(250);
+
 /// Blocks that look for the largest logit.
 const SAMPLE_BLOCKS: usize = 64;
 
@@ -41,8 +48,10 @@ pub struct Sequence {
     draws: Buffer,  // f32 [max_seq_len + 1]
     best: Buffer,   // u64 [SAMPLE_BLOCKS], then the ticket
     list: Buffer,   // (u64, u64) [vocab_size]
-    tokens: Mapped, // u32 [max_seq_len + 1]
+    tokens: Mapped, // u32 [max_seq_len + 1], then how far prompts are
     begun: Cell<bool>,
+    /// The most tokens that were queued at once.
+    longest_pass: Cell<usize>,
 }
 
 /// `struct Attend` of `attend.cu`.
@@ -58,6 +67,7 @@ struct Attend {
     parts: u64,
     tickets: u64,
     out: u64,
+    beyond: u64,
     max_seq_len: i32,
 }
 
@@ -83,7 +93,7 @@ impl Sequence {
         let layer_bytes = cache_bytes(config, cuda.options.dtype, max_seq_len) / 2;
         let group = config.num_heads / config.num_kv_heads;
         let parts = config.num_kv_heads * cuda.splits(config.num_kv_heads) * group * (head_dim + 2);
-        let tokens = Mapped::new(driver, (max_seq_len + 1) * 4)?;
+        let tokens = Mapped::new(driver, (max_seq_len + 2) * 4)?;
         Ok(Self {
             heads: config.num_heads,
             kv_heads: config.num_kv_heads,
@@ -103,6 +113,7 @@ impl Sequence {
             list: Buffer::new(driver, config.vocab_size * 16)?,
             tokens,
             begun: Cell::new(false),
+            longest_pass: Cell::new(1),
         })
     }
 
@@ -168,6 +179,7 @@ impl Sequence {
             parts: self.parts.pointer(),
             tickets: self.tickets.pointer(),
             out: out.at(),
+            beyond: cuda.beyond.pointer(),
             max_seq_len: self.max_seq_len as i32,
         };
         let defines = self.defines(cuda.options.dtype, cuda.splits(self.kv_heads));
@@ -187,11 +199,14 @@ impl Sequence {
     }
 
     pub(super) fn advance(&self, cuda: &Cuda, tokens: usize) -> Result<()> {
+        self.longest_pass.set(self.longest_pass.get().max(tokens));
+        // A single token is progress itself.
+        let progress = if tokens > 1 { self.tokens.pointer() + 4 * (self.max_seq_len as u64 + 1) } else { 0 };
         let (state, tokens) = (self.state.pointer(), tokens as u32);
         cuda.driver.launch(
             &cuda.kernel("rows.cu", "advance", &[])?,
             Launch::new(1, 32),
-            &mut Arguments::new().with(&state).with(&tokens),
+            &mut Arguments::new().with(&state).with(&tokens).with(&progress),
         )
     }
 
@@ -221,12 +236,15 @@ impl Sequence {
     pub(super) fn sampled(&self, cuda: &Cuda, i: usize) -> Result<u32> {
         ensure!(i <= self.max_seq_len, "token {i} of a sequence of at most {}", self.max_seq_len);
         ensure!(self.begun.get(), "a token of a sequence that has not begun");
-        // SAFETY: the word is in this allocation and aligned; the device writes it whole, with release order.
-        let word = unsafe { &*self.tokens.host().cast::<AtomicU32>().add(i) };
-        let mut next_check = Instant::now() + Duration::from_millis(1);
+        let (word, progress) = (self.word(i), self.word(self.max_seq_len + 1));
+        let most = PATIENCE + PATIENCE_PER_TOKEN * self.longest_pass.get() as u32;
+        let mut waiting = cuda.driver.waiting(most);
+        let mut done = progress.load(Ordering::Relaxed);
+        let mut next_check = Instant::now() + CHECK;
         loop {
             let token = word.load(Ordering::Acquire);
             if token != NONE {
+                cuda.tell_if_beyond();
                 return sampling::token(i, token);
             }
             if Instant::now() > next_check {
@@ -234,9 +252,21 @@ impl Sequence {
                 if cuda.driver.idle()? && word.load(Ordering::Acquire) == NONE {
                     bail!("token {i} was read before it was sampled");
                 }
-                next_check = Instant::now() + Duration::from_millis(1);
+                let now = progress.load(Ordering::Relaxed);
+                if now != done {
+                    done = now;
+                    waiting.restart();
+                }
+                next_check = Instant::now() + CHECK;
             }
-            std::hint::spin_loop();
+            cuda.driver.pause(&waiting)?;
         }
+    }
+
+    /// A word that the device writes.
+    fn word(&self, i: usize) -> &AtomicU32 {
+        assert!(i <= self.max_seq_len + 1, "word {i} of {}", self.max_seq_len + 2);
+        // SAFETY: the word is in this allocation and aligned; the device writes it whole, tokens with release order.
+        unsafe { &*self.tokens.host().cast::<AtomicU32>().add(i) }
     }
 }

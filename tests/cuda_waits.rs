@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use cuda_common::{cuda, options, small};
 use decdec::backend::cuda::{Cuda, DeviceLost, Dtype, Options, Tuning};
-use decdec::backend::{DecodeBackend, GemvBackend, Interrupted};
+use decdec::backend::{GemvBackend, Interrupted};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::model::{Compensation, LayerCompensation, Model};
@@ -134,7 +134,7 @@ fn text(cuda: &Cuda, broken: &Break) -> Result<()> {
     model.prompt(&mut state, &[7], true)?;
     for i in 0..40 {
         model.step(&mut state)?;
-        cuda.sampled(&state.sequence, i)?;
+        model.sampled(&state, i)?;
     }
     Ok(())
 }

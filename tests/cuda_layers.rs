@@ -167,7 +167,7 @@ fn a_refused_launch_is_done_without() {
             cuda.overfill(refused_from.is_some_and(|from| i >= from));
             model.step(&mut state).unwrap();
         }
-        (0..20).map(|i| cuda.sampled(&state.sequence, i).unwrap()).collect::<Vec<_>>()
+        (0..20).map(|i| model.sampled(&state, i).unwrap()).collect::<Vec<_>>()
     };
     let device = |layers_always| {
         let tuning = Tuning { layers_always, ..Tuning::default() };

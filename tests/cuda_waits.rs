@@ -134,7 +134,7 @@ fn text(cuda: &Cuda, broken: &Break) -> Result<()> {
     model.prompt(&mut state, &[7], true)?;
     for i in 0..40 {
         model.step(&mut state)?;
-        cuda.sampled(&state.sequence, i)?;
+        model.sampled(&state, i)?;
     }
     Ok(())
 }

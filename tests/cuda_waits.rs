@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use cuda_common::{cuda, options, small};
 use decdec::backend::cuda::{Cuda, DeviceLost, Dtype, Options, Tuning};
-use decdec::backend::{DecodeBackend, GemvBackend, Interrupted};
+use decdec::backend::{GemvBackend, Interrupted};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::model::{Compensation, LayerCompensation, Model};

@@ -339,7 +339,7 @@ mod tests {
                 let compensates = defines.iter().any(|d| d == "DEC=1");
                 let most = match (layers, compensates) {
                     (true, true) => 80,
-                    (true, false) => 32,
+                    (true, false) => 48,
                     (false, _) if compiler.version.0 < 13 => 16,
                     (false, _) => 0,
                 };

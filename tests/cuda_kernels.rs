@@ -439,7 +439,7 @@ fn activations_beyond_float16_are_its_largest() {
 fn two_devices_take_turns_in_one_thread() {
     let Some(first) = cuda(options(Dtype::Float16, 2)) else { return };
     if decdec::backend::cuda::devices().unwrap().len() < 2 {
-        eprintln!("skipped: one CUDA device, two are needed");
+        cuda_common::devices::skip("one CUDA device, two are needed");
         return;
     }
     let second = || Cuda::new(1, options(Dtype::Float16, 2)).unwrap();

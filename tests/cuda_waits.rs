@@ -101,8 +101,8 @@ const BREAKS: [Break; 10] = [
 #[test]
 fn every_break_changes_one_place() {
     let folder = tempfile::tempdir().unwrap();
-    for i in 0..BREAKS.len() {
-        broken_kernels(&BREAKS[i], &folder.path().join(i.to_string()));
+    for (i, broken) in BREAKS.iter().enumerate() {
+        broken_kernels(broken, &folder.path().join(i.to_string()));
     }
 }
 
@@ -198,9 +198,7 @@ fn a_text_of_broken_kernels() {
 /// All of them beside each other: a process whose device is lost is no loss to the others.
 #[test]
 fn waits_end() {
-    let under_test = std::env::var("DECDEC_TEST_DEVICES").unwrap_or_default();
-    if !under_test.split(',').any(|device| device.trim() == "cuda") {
-        eprintln!("skipped: cuda not in DECDEC_TEST_DEVICES");
+    if !cuda_common::devices::is_under_test("cuda") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();

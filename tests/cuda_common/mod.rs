@@ -3,7 +3,7 @@
 #![allow(dead_code, unused_imports, reason = "not every test program uses all of it")]
 
 #[path = "../devices/mod.rs"]
-mod devices;
+pub(crate) mod devices;
 #[path = "../noise/mod.rs"]
 mod noise;
 

@@ -251,7 +251,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
         }
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= own[s].there() & others[s].there();
-    } while (patience.goes_on(there));
+    } while (patience.warp_goes_on(there));
     fetch_first_values(batch, values_of(g, kv), begin, min(end, position));
     float scale = 1.0f / sqrtf((float)HEAD_DIM);
 #pragma unroll
@@ -306,7 +306,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
             there = !missing(m) & !missing(l);
 #pragma unroll
             for (int s = 0; s < SPLITS; s++) there &= !missing(sums[s]);
-        } while (patience.goes_on(there));
+        } while (patience.warp_goes_on(there));
         __syncwarp();
         Weights weights(m, l);
         float sum = 0;

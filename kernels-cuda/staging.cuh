@@ -46,7 +46,7 @@ __device__ __forceinline__ void stage(const Sum& x, const float* gamma, float ep
         for (int s = 0; s < STEPS; s++) x.ask_missing(4 * (s * THREADS + t), asked[s]);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= asked[s].there();
-    } while (patience.goes_on(there));
+    } while (patience.warp_goes_on(there));
 #pragma unroll
     for (int s = 0; s < STEPS; s++) v[s] = asked[s].sum();
     if (NORM) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void stage_act(const u16* act, u16* xs, float* group_
             if (!is_there(v[s])) v[s] = ask4(act + 8 * (s * THREADS + t));
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= is_there(v[s]);
-    } while (patience.goes_on(there));
+    } while (patience.warp_goes_on(there));
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int k = 8 * (s * THREADS + t);
@@ -165,7 +165,7 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
             }
 #pragma unroll
             for (int s = 0; s < STEPS; s++) there &= !missing(gate[s]) & !missing(up[s]);
-        } while (patience.goes_on(there));
+        } while (patience.warp_goes_on(there));
     }
     All::sync();
 #pragma unroll

@@ -192,7 +192,8 @@ fn a_text_of_broken_kernels() {
     }
     let start = Instant::now();
     drop(cuda);
-    assert!(start.elapsed() < Duration::from_secs(2), "dropping took {:?}", start.elapsed());
+    // Nine other processes hang on the same device meanwhile, and the driver lets them take turns.
+    assert!(start.elapsed() < Duration::from_secs(10), "dropping took {:?}", start.elapsed());
 }
 
 /// All of them beside each other: a process whose device is lost is no loss to the others.

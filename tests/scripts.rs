@@ -55,7 +55,7 @@ fn every_test_is_counted_once() {
 
 #[test]
 fn what_fails_fails_the_run() {
-    let dead = "     Running tests/grouped.rs (target/release/deps/grouped-0123456789abcdef)\n\nrunning 5 tests\n";
+    let dead = "     Running tests/grouped/main.rs (target/release/deps/grouped-0123456789abcdef)\n\nrunning 5 tests\n";
     for (what, status, log, want) in [
         ("a lint", 1, String::new(), "1 passed, 1 failed, 0 skipped"),
         ("two tests", 1, log("golden", [6, 2, 0]), "7 passed, 2 failed, 0 skipped"),

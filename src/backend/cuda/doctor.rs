@@ -8,9 +8,10 @@ use std::rc::Rc;
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{result, sys};
 
+use super::buffer::Buffer;
 use super::compiler::{self, Compiler};
 use super::cupti::Cupti;
-use super::driver::{self, Buffer, Driver};
+use super::driver::{self, Driver};
 use super::host::Mapped;
 
 /// Bytes of a copy that is timed: far more than caches hold.

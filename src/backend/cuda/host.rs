@@ -13,7 +13,8 @@ use cudarc::driver::sys;
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
-use super::driver::{Buffer, Context, Driver, failed};
+use super::buffer::Buffer;
+use super::driver::{Context, Driver, failed};
 use super::failure::DeviceLost;
 
 /// Bytes of one of the two buffers that copies to the device start from.

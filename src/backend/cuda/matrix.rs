@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::driver::Buffer;
+use super::buffer::Buffer;
 use super::host::{Mapped, Registered, Sent, Staging};
 use super::kernel::Kernel;
 use super::pack::{self, Packing};

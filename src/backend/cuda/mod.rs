@@ -12,6 +12,7 @@
 
 mod arguments;
 mod blas;
+mod buffer;
 pub(crate) mod compiler;
 mod cupti;
 pub mod doctor;
@@ -54,8 +55,9 @@ pub use sequence::Sequence;
 pub use vector::Vector;
 
 use self::blas::Blas;
+use self::buffer::Buffer;
 use self::compiler::Compiler;
-use self::driver::{Arguments, Buffer, Driver, Launch};
+use self::driver::{Arguments, Driver, Launch};
 use self::failure::Refused;
 use self::host::{Mapped, Staging};
 use self::kernel::{Kernel, Kernels};

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use super::Cuda;
-use super::driver::{Arguments, Buffer, Driver, Launch};
+use super::buffer::Buffer;
+use super::driver::{Arguments, Driver, Launch};
 use super::host::Mapped;
 
 /// How long blocks may take to arrive.

@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::Cuda;
+use super::buffer::Buffer;
 use super::cupti::Cupti;
-use super::driver::{Arguments, Buffer, Launch as Grid};
+use super::driver::{Arguments, Launch as Grid};
 use super::graph::Graph;
 use super::host::Mapped;
 use crate::backend::record::{Bandwidths, Clock, KernelRecord, Launch, Recorder};

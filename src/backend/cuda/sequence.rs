@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::driver::{Arguments, Buffer, Launch};
+use super::buffer::Buffer;
+use super::driver::{Arguments, Launch};
 use super::host::Mapped;
 use super::layers::Shapes;
 use super::vector::Vector;

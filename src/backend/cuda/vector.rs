@@ -5,7 +5,8 @@ use std::rc::Rc;
 
 use anyhow::Result;
 
-use super::driver::{Buffer, Driver};
+use super::buffer::Buffer;
+use super::driver::Driver;
 
 /// f32 numbers on the device.
 ///

@@ -13,12 +13,18 @@ fn start(shop: &Workshop, line: &str, stdout: Stdio, stderr: Stdio) -> Child {
     command.stdout(stdout).stderr(stderr).spawn().expect("starts")
 }
 
+/// What Ctrl-C does. The shell's own `kill`: not every machine has one as a program.
+pub(crate) fn interrupt(child: &Child) {
+    let command = format!("kill -INT {}", child.id());
+    assert!(Process::new("sh").args(["-c", &command]).status().expect("sh").success(), "{command}");
+}
+
 /// Interrupts `child` once it is at work, and finds it gone soon, as a shell expects it to be.
 fn ends_soon(mut child: Child, line: &str) {
     std::thread::sleep(Duration::from_millis(1000));
     assert!(child.try_wait().expect("asks").is_none(), "{line}: it ended by itself, it should take longer");
     let asked = Instant::now();
-    Process::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    interrupt(&child);
     let status = loop {
         if let Some(status) = child.try_wait().expect("asks") {
             break status;

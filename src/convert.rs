@@ -44,16 +44,16 @@ pub fn convert(
     let (version, manifest_json) = (env!("CARGO_PKG_VERSION"), serde_json::to_string(&manifest)?);
     let key = format!("convert\n{version}\n{manifest_json}\n{}\n", fingerprint.digits());
     let writer = CheckpointWriter::create(out, &key, overwrite)?;
-    progress.set_length(config.num_layers as u64);
-    let mut bits = Vec::with_capacity(config.num_layers);
-    for layer in 0..config.num_layers {
+    progress.set_length(config.layers.len() as u64);
+    let mut bits = Vec::with_capacity(config.layers.len());
+    for layer in 0..config.layers.len() {
         ensure_running(stop)?;
         let width = weights.bits(layer).context("the model is full precision, quantize it first")?;
         if !writer.has_layer(layer, width) {
             let [qkv, o, gate_up, down] = Projection::ALL.map(|p| weights.projection(layer, p));
             let linears = [qkv?, o?, gate_up?, down?];
             ensure_fits(&manifest, layer, &linears)?;
-            writer.write_layer(layer, width, &weights.layer_norms(layer)?, &linears)?;
+            writer.write_layer(config, (layer, width), &weights.norms(layer)?, &linears)?;
         }
         bits.push(width);
         progress.inc(1);

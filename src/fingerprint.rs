@@ -36,11 +36,11 @@ impl Fingerprint {
             self.dense(&head);
         }
         self.numbers(b"final norm", &weights.final_norm()?);
-        for layer in 0..config.num_layers {
-            let (input, post) = weights.layer_norms(layer)?;
+        for layer in 0..config.layers.len() {
             self.bytes(b"bits", format!("{:?}", weights.bits(layer)).as_bytes());
-            self.numbers(b"input norm", &input);
-            self.numbers(b"post norm", &post);
+            for (norm, _) in config.layers[layer].norms(config.hidden_size) {
+                self.numbers(format!("{norm:?}").as_bytes(), &weights.norm(layer, norm)?);
+            }
             for projection in Projection::ALL {
                 ensure_running(stop)?;
                 let linear = weights.projection(layer, projection);

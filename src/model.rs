@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::backend::{DecodeBackend, Input, LayerOperands, Norm};
-use crate::config::{ModelConfig, Projection};
+use crate::backend::{DecodeBackend, Feed, Input, LayerOperands, Norm, Product};
+use crate::config::{ModelConfig, Op, Projection};
 use crate::dec::{DecPlan, Selection};
 use crate::format::Dense;
 use crate::sampling::Sampling;
@@ -47,6 +47,8 @@ pub struct Model<'b, B: DecodeBackend> {
     backend: &'b B,
     config: ModelConfig,
     embedding: B::Matrix,
+    /// What its rows are multiplied by.
+    embedding_scale: f32,
     head: Option<B::Matrix>,
     final_norm: Norm<B::Vector>,
     layers: Vec<Layer<B>>,
@@ -63,8 +65,8 @@ fn unique() -> u64 {
 }
 
 struct Layer<B: DecodeBackend> {
-    input_norm: Norm<B::Vector>,
-    post_norm: Norm<B::Vector>,
+    program: Vec<Op>,
+    norms: [Option<Norm<B::Vector>>; 6], // in the order of `LayerNorm::ALL`
     projections: [Projected<B>; 4],
     bits: Option<u32>,
 }
@@ -97,7 +99,9 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
     ) -> Result<Self> {
         let config = weights.config().clone();
         let table = |dense: Dense<'_>| backend.matrix(&Linear::plain(Weight::Dense(dense)));
-        let embedding = table(weights.embedding()?)?;
+        let stored = weights.embedding()?;
+        let embedding_scale = config.embedding_factor(&stored.values);
+        let embedding = table(stored)?;
         let head = match head {
             Some(head) => {
                 let (inputs, rows) = (head.in_features(), head.out_features());
@@ -107,25 +111,29 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
             }
             None => weights.head()?.map(table).transpose()?,
         };
-        let norm = |gamma: Vec<f32>| -> Result<_> {
+        let upload = |gamma: &[f32], eps| -> Result<_> {
             let mut vector = backend.vector(gamma.len())?;
-            backend.write(&gamma, &mut vector)?;
-            Ok(Norm { gamma: vector, eps: config.rms_norm_eps })
+            backend.write(gamma, &mut vector)?;
+            Ok(Norm { gamma: vector, len: gamma.len(), eps })
         };
-        let final_norm = norm(weights.final_norm()?)?;
-        let mut layers = Vec::with_capacity(config.num_layers);
-        for l in 0..config.num_layers {
-            let (input, post) = weights.layer_norms(l).with_context(|| format!("layer {l}, norms"))?;
+        let final_norm = upload(&config.final_gamma(weights)?, config.stream_eps())?;
+        let mut layers = Vec::with_capacity(config.layers.len());
+        for (l, layer) in config.layers.iter().enumerate() {
+            let mut norms = [const { None }; 6];
+            for (norm, _) in layer.norms(config.hidden_size) {
+                let gamma = weights.norm(l, norm).with_context(|| format!("layer {l}, norms"))?;
+                norms[norm.index()] = Some(upload(&gamma, config.norm_eps(norm))?);
+            }
             let [qkv, o, gu, d] = Projection::ALL.map(|p| {
                 let linear = weights.projection(l, p);
                 linear.and_then(|linear| Projected::upload(backend, &linear)).with_context(|| format!("layer {l}, {p}"))
             });
             let projections = [qkv?, o?, gu?, d?];
-            layers.push(Layer { input_norm: norm(input)?, post_norm: norm(post)?, projections, bits: weights.bits(l) });
+            layers.push(Layer { program: layer.program(), norms, projections, bits: weights.bits(l) });
             loaded(l + 1);
         }
         let (id, planned) = (unique(), unique());
-        Ok(Self { backend, config, embedding, head, final_norm, layers, id, planned })
+        Ok(Self { backend, config, embedding, embedding_scale, head, final_norm, layers, id, planned })
     }
 
     /// Shapes and constants.
@@ -268,7 +276,7 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         ensure!(room >= needed, "a vector of {room} numbers for the logits of {count} tokens, {needed} are needed");
         state.grow(count, 0, |state| {
             self.layers(state, Input::Prompt(tokens), count, compensated)?;
-            self.backend.norm_gemv(&self.final_norm, self.head(), None, &state.activations.h, logits, count)
+            self.say(&state.activations.h, logits, count)
         })
     }
 
@@ -293,7 +301,7 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
             self.layers(state, Input::Prompt(tokens), count, compensated)?;
         }
         b.last_row(&state.activations.h, self.config.hidden_size, count, &mut state.last)?;
-        b.norm_gemv(&self.final_norm, self.head(), None, &state.last, &mut state.logits, 1)?;
+        self.say(&state.last, &mut state.logits, 1)?;
         b.sample(&mut state.sequence, &state.logits)
     }
 
@@ -301,18 +309,25 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
     fn token(&self, state: &mut State<B>) -> Result<()> {
         let b = self.backend;
         self.layers(state, Input::Sampled, 1, true)?;
-        b.norm_gemv(&self.final_norm, self.head(), None, &state.activations.h, &mut state.logits, 1)?;
+        self.say(&state.activations.h, &mut state.logits, 1)?;
         b.sample(&mut state.sequence, &state.logits)
     }
 
-    fn head(&self) -> &B::Matrix {
-        self.head.as_ref().unwrap_or(&self.embedding)
+    /// The last norm and the head: `logits` `[tokens, vocab_size]` of `h` `[tokens, hidden_size]`.
+    fn say(&self, h: &B::Vector, logits: &mut B::Vector, tokens: usize) -> Result<()> {
+        let matrix = self.head.as_ref().unwrap_or(&self.embedding);
+        let product = Product { feed: Feed::Norm(&self.final_norm), matrix, plan: None, add: false };
+        self.backend.project(&product, h, logits, tokens)?;
+        match self.config.logit_softcap {
+            Some(cap) => self.backend.softcap(cap as f32, logits, tokens * self.config.vocab_size),
+            None => Ok(()),
+        }
     }
 
     /// Embeds and runs all layers over `tokens` more.
     fn layers(&self, state: &mut State<B>, input: Input<'_>, tokens: usize, compensated: bool) -> Result<()> {
         let b = self.backend;
-        b.embed(&state.sequence, &self.embedding, input, &mut state.activations.h)?;
+        b.embed(&state.sequence, &self.embedding, self.embedding_scale, input, &mut state.activations.h)?;
         let layers: Vec<_> = self.layers.iter().map(|layer| layer.operands(compensated)).collect();
         b.layers(&mut state.sequence, 0, &layers, &mut state.activations, tokens)?;
         b.advance(&mut state.sequence, tokens)
@@ -322,7 +337,8 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
 impl<B: DecodeBackend> Layer<B> {
     fn operands(&self, compensated: bool) -> LayerOperands<'_, B> {
         LayerOperands {
-            norms: [&self.input_norm, &self.post_norm],
+            program: &self.program,
+            norms: self.norms.each_ref().map(Option::as_ref),
             matrices: self.projections.each_ref().map(|p| &p.matrix),
             plans: self.projections.each_ref().map(|p| p.active(compensated)),
         }

@@ -79,7 +79,7 @@ impl Opened {
         let simulated = Simulated::recover(self.weights).with_context(|| {
             format!("{} is full precision, decdec quantize makes a checkpoint of it", self.names.join(" in "))
         })?;
-        let widths = (0..simulated.config().num_layers).filter_map(|layer| simulated.bits(layer));
+        let widths = (0..simulated.config().layers.len()).filter_map(|layer| simulated.bits(layer));
         let (low, high) = widths.fold((u32::MAX, 0), |(low, high), bits| (low.min(bits), high.max(bits)));
         let bits = BitWidth::try_from(f64::from(low) + f64::from(high - low) / 2.0)?;
         Ok(Self { weights: Box::new(simulated), quantization: Some((WeightFormat::AnyPrec, bits)), ..self })
@@ -152,7 +152,7 @@ impl Opened {
     fn expect_name(&self, name: &str) -> Result<()> {
         let own = self.weights.config();
         if let Some(preset) = ModelConfig::preset(name) {
-            let shapes = |c: &ModelConfig| (c.num_layers, Projection::ALL.map(|p| c.shape(p)));
+            let shapes = |c: &ModelConfig| (c.layers.len(), Projection::ALL.map(|p| c.shape(0, p)));
             let (theirs, ours) = (shapes(&preset), shapes(own));
             ensure!(
                 theirs == ours,

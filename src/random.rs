@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
-use crate::config::{ModelConfig, Projection};
+use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual};
 use crate::weights::{Linear, ModelWeights, Weight};
 
@@ -51,10 +51,10 @@ impl RandomWeights {
     pub fn new(config: ModelConfig, format: RandomFormat, bits: usize, seed: u64) -> Result<Self> {
         ensure!((2..=8).contains(&bits), "--bitwidth is {bits}, 2 to 8 are allowed for a random model");
         let pool = Pool::new(seed);
-        let layers = (0..DISTINCT.min(config.num_layers))
+        let layers = (0..DISTINCT.min(config.layers.len()))
             .map(|layer| {
                 let [qkv, o, gu, d] = Projection::ALL.map(|p| {
-                    let (in_features, out_features) = config.shape(p);
+                    let (in_features, out_features) = config.shape(layer, p);
                     linear(&pool, layer * 4 + p.index(), in_features, out_features, format, bits)
                 });
                 Ok([qkv?, o?, gu?, d?])
@@ -108,8 +108,8 @@ impl ModelWeights for RandomWeights {
         Ok(vec![1.0; self.config.hidden_size])
     }
 
-    fn layer_norms(&self, _layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        Ok((vec![1.0; self.config.hidden_size], vec![1.0; self.config.hidden_size]))
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        Ok(vec![1.0; self.config.layers[layer].norm_len(norm, self.config.hidden_size)])
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {

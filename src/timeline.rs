@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 
 use crate::backend::DecodeBackend;
 use crate::backend::record::{Bandwidths, Launch, Recorder};
-use crate::config::Projection;
+use crate::config::{LayerConfig, LayerNorm, Op, Projection};
 use crate::model::{Compensation, Model, Operation, State};
 use crate::sampling::Sampling;
 use crate::weights::{ModelWeights, Weight};
@@ -75,15 +75,19 @@ const PARTS: [&str; 9] = ["embed", "qkv", "attend", "o", "gu", "d", "advance", "
 fn part(operation: Operation) -> usize {
     match operation {
         Operation::Embed => 0,
-        Operation::Project(_, Projection::Qkv) => 1,
-        Operation::Attend(_) => 2,
-        Operation::Project(_, Projection::O) => 3,
-        Operation::Project(_, Projection::GateUp) => 4,
-        Operation::Project(_, Projection::Down) => 5,
+        Operation::Layer(_, Op::Project { projection, .. }) => of_projection(projection),
+        Operation::Layer(_, Op::NormQk(_) | Op::Attend) => 2,
+        Operation::Layer(_, Op::AddNormed(LayerNorm::AttentionOutput)) => 3,
+        Operation::Layer(_, Op::AddNormed(_)) => 5,
         Operation::Layers | Operation::Advance => 6,
         Operation::Head => 7,
         Operation::Sample => 8,
     }
+}
+
+/// The part that a projection is, with what follows it.
+fn of_projection(projection: Projection) -> usize {
+    [1, 3, 4, 5][projection.index()]
 }
 
 /// Measures a token of `model`, which was loaded from `weights` (with `head` in place of its own, if any) and is
@@ -111,7 +115,7 @@ pub fn measure<B: DecodeBackend>(
         parts[part(operation)].us += us;
         parts[part(operation)].count += 1;
     }
-    let stamped = inside(&model.backend().layer_stamps()?, weights.config().num_layers);
+    let stamped = inside(&model.backend().layer_stamps()?, weights.config().layers.len());
     if let Some(stamped) = stamped {
         for (&operation, us) in fused.iter().zip(&fused_us).filter(|(operation, _)| **operation != Operation::Layers) {
             parts[part(operation)].fused_us = Some(*us);
@@ -186,20 +190,24 @@ fn bytes(
     let empty = |name| Part { name, count: 0, bytes: 0, host_bytes: 0, floor_us: 0.0, us: 0.0, fused_us: None };
     let mut parts: Vec<_> = PARTS.into_iter().map(empty).collect();
     let c = weights.config();
-    for layer in 0..c.num_layers {
+    for layer in 0..c.layers.len() {
         let width = widths.iter().position(|&w| Some(w) == weights.bits(layer)).unwrap_or(0);
         for p in Projection::ALL {
             let linear = weights.projection(layer, p)?;
-            let part = &mut parts[part(Operation::Project(layer, p))];
+            let part = &mut parts[of_projection(p)];
             part.bytes += linear.weight.bytes();
             if let Some(all) = compensation.map(|c| &c.by_bits) {
                 let k_chunk = all[width.min(all.len() - 1)].k_chunks[p.index()];
-                part.host_bytes += c.shape(p).0 * k_chunk / crate::dec::CHUNK * c.shape(p).1 / 2;
+                part.host_bytes += c.shape(layer, p).0 * k_chunk / crate::dec::CHUNK * c.shape(layer, p).1 / 2;
             }
         }
     }
-    let seen = c.sliding_window.filter(|&window| window > 0).map_or(context, |window| context.min(window));
-    parts[2].bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * seen * 2;
+    let cached = |layer: &LayerConfig| {
+        let attention = layer.attention();
+        let seen = attention.window.map_or(context, |window| context.min(window));
+        2 * attention.num_kv_heads * attention.head_dim * seen * 2
+    };
+    parts[2].bytes = c.layers.iter().map(cached).sum();
     parts[0].bytes = c.hidden_size * 2;
     parts[7].bytes = match head {
         Some(head) => head.bytes(),

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
-use crate::config::{ModelConfig, Projection};
+use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, LutGemm, Residual};
 
 /// The matrix of one linear layer, in the form in which it is stored.
@@ -86,10 +86,22 @@ pub trait ModelWeights: Sync {
     fn head(&self) -> Result<Option<Dense<'_>>>;
     /// γ of the last norm, `[hidden_size]`
     fn final_norm(&self) -> Result<Vec<f32>>;
-    /// γ before attention and γ before the feed-forward part, each `[hidden_size]`
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)>;
+    /// γ of one of the norms of a layer, as it multiplies; lengths are those of
+    /// [`LayerConfig::norms`](crate::config::LayerConfig::norms).
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>>;
     /// One projection of one layer, fused as [`Projection`] says.
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>>;
     /// Bits of a weight in this layer; `None` for full precision.
     fn bits(&self, layer: usize) -> Option<u32>;
+}
+
+impl dyn ModelWeights + '_ {
+    /// γ of every norm of a layer, in the order of [`LayerNorm::ALL`]; empty where there is none.
+    pub(crate) fn norms(&self, layer: usize) -> Result<[Vec<f32>; 6]> {
+        let mut norms = [const { Vec::new() }; 6];
+        for (norm, _) in self.config().layers[layer].norms(self.config().hidden_size) {
+            norms[norm.index()] = self.norm(layer, norm)?;
+        }
+        Ok(norms)
+    }
 }

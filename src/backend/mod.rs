@@ -27,7 +27,7 @@ use anyhow::{Result, ensure};
 pub use self::exit::exit_at_once;
 
 use self::record::{Clock, Recorder};
-use crate::config::ModelConfig;
+use crate::config::{Activation, Attention, LayerNorm, ModelConfig, Op, Reads, Writes};
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
 use crate::weights::Linear;
@@ -121,8 +121,10 @@ pub trait GemvBackend {
 /// RMSNorm's constants on a device.
 #[derive(Debug)]
 pub struct Norm<V> {
-    /// γ, `[hidden_size]`
+    /// γ, `[len]`
     pub gamma: V,
+    /// How many numbers it has.
+    pub len: usize,
     /// ε
     pub eps: f32,
 }
@@ -136,14 +138,53 @@ pub enum Input<'a> {
     Sampled,
 }
 
+/// What enters a product.
+pub enum Feed<'a, V> {
+    /// The activations as they are.
+    Plain,
+    /// Normalized.
+    Norm(&'a Norm<V>),
+    /// `activation(gate) ⊙ up` of `[tokens, gate then up]`.
+    Gated(Activation),
+}
+
+impl<V> Clone for Feed<'_, V> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<V> Copy for Feed<'_, V> {}
+
+/// One product, and what is done before and after it.
+pub struct Product<'a, B: GemvBackend> {
+    /// What enters it.
+    pub feed: Feed<'a, B::Vector>,
+    /// The matrix, with its bias.
+    pub matrix: &'a B::Matrix,
+    /// How it is compensated.
+    pub plan: Option<&'a B::Plan>,
+    /// Its output is added to what is there.
+    pub add: bool,
+}
+
 /// A decoder layer on a device.
 pub struct LayerOperands<'a, B: GemvBackend> {
-    /// Before the attention, and before the feed-forward part.
-    pub norms: [&'a Norm<B::Vector>; 2],
+    /// What it computes.
+    pub program: &'a [Op],
+    /// The norms that it has, in the order of [`LayerNorm::ALL`].
+    pub norms: [Option<&'a Norm<B::Vector>>; 6],
     /// `qkv`, `o`, `gu`, `d`.
     pub matrices: [&'a B::Matrix; 4],
     /// How they are compensated.
     pub plans: [Option<&'a B::Plan>; 4],
+}
+
+impl<'a, B: GemvBackend> LayerOperands<'a, B> {
+    /// A norm that the layer's program names; panics at another.
+    pub fn norm(&self, norm: LayerNorm) -> &'a Norm<B::Vector> {
+        self.norms[norm.index()].expect("a layer has the norms of its program")
+    }
 }
 
 /// Activations of the tokens at hand, `[tokens, features]` each.
@@ -156,6 +197,8 @@ pub struct Activations<B: GemvBackend> {
     pub attended: B::Vector,
     /// `[max_tokens, 2 · intermediate_size]`
     pub gu: B::Vector,
+    /// `[max_tokens, hidden_size]`, what a norm follows before it is added to `h`.
+    pub branch: B::Vector,
 }
 
 /// A whole token, operation by operation, each as large as a backend may want to fuse it.
@@ -175,26 +218,43 @@ pub trait DecodeBackend: GemvBackend {
     /// none, 0 does.
     fn begin(&self, sequence: &mut Self::Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()>;
 
-    /// `h = table[token]` for every input token; NaN, and nothing is read, where the table has no such row.
+    /// `h = scale · table[token]` for every input token; NaN, and nothing is read, where the table has no such row.
     fn embed(
         &self,
         sequence: &Self::Sequence,
         table: &Self::Matrix,
+        scale: f32,
         input: Input<'_>,
         h: &mut Self::Vector,
     ) -> Result<()>;
 
-    /// `y = W·norm(h) + bias`, compensated if there is a plan; `y` is overwritten.
-    #[allow(clippy::too_many_arguments, reason = "one operation of the contract: what it reads, what it writes")]
-    fn norm_gemv(
+    /// `y = W·f(x) + bias`, or `y += …`, compensated if there is a plan.
+    fn project(&self, product: &Product<'_, Self>, x: &Self::Vector, y: &mut Self::Vector, tokens: usize) -> Result<()>
+    where
+        Self: Sized;
+
+    /// RMSNorm of the queries and of the keys in `qkv` `[tokens, queries, keys, values]`, in place, as the attention of
+    /// `layer` asks.
+    fn norm_qk(
         &self,
-        norm: &Norm<Self::Vector>,
-        matrix: &Self::Matrix,
-        plan: Option<&Self::Plan>,
-        h: &Self::Vector,
-        y: &mut Self::Vector,
+        sequence: &Self::Sequence,
+        layer: usize,
+        norms: [&Norm<Self::Vector>; 2],
+        qkv: &mut Self::Vector,
         tokens: usize,
     ) -> Result<()>;
+
+    /// `h += norm(branch) · γ`
+    fn add_norm(
+        &self,
+        norm: &Norm<Self::Vector>,
+        branch: &Self::Vector,
+        h: &mut Self::Vector,
+        tokens: usize,
+    ) -> Result<()>;
+
+    /// `logits[i] = cap · tanh(logits[i] / cap)` for the first `count` of them.
+    fn softcap(&self, cap: f32, logits: &mut Self::Vector, count: usize) -> Result<()>;
 
     /// Rotates the queries and keys of `qkv`, appends keys and values of `layer` behind the text so far, and
     /// overwrites `out` `[tokens, num_heads · head_dim]` with causal attention. The text does not grow yet.
@@ -204,26 +264,6 @@ pub trait DecodeBackend: GemvBackend {
         layer: usize,
         qkv: &Self::Vector,
         out: &mut Self::Vector,
-        tokens: usize,
-    ) -> Result<()>;
-
-    /// `h += W·x + bias`, compensated if there is a plan.
-    fn gemv_add(
-        &self,
-        matrix: &Self::Matrix,
-        plan: Option<&Self::Plan>,
-        x: &Self::Vector,
-        h: &mut Self::Vector,
-        tokens: usize,
-    ) -> Result<()>;
-
-    /// `h += W·(silu(gate) ⊙ up) + bias`, compensated if there is a plan; `gu` is `[tokens, gate then up]`.
-    fn swiglu_gemv_add(
-        &self,
-        matrix: &Self::Matrix,
-        plan: Option<&Self::Plan>,
-        gu: &Self::Vector,
-        h: &mut Self::Vector,
         tokens: usize,
     ) -> Result<()>;
 
@@ -281,6 +321,14 @@ pub(crate) fn ensure_room(len: usize, tokens: usize, max_seq_len: usize) -> Resu
     Ok(())
 }
 
+/// Tokens that a layer's cache has room for: all of a text of `max_seq_len`, or those that the latest one sees and, of
+/// one operation's `max_tokens`, the first.
+pub(crate) fn cached_positions(attention: &Attention, max_seq_len: usize, max_tokens: usize) -> usize {
+    attention
+        .window
+        .map_or(max_seq_len, |window| max_seq_len.min(window.saturating_add(max_tokens.min(max_seq_len) - 1)))
+}
+
 /// [`DecodeBackend::layers`], operation by operation.
 fn one_by_one<B: DecodeBackend>(
     backend: &B,
@@ -290,15 +338,49 @@ fn one_by_one<B: DecodeBackend>(
     activations: &mut Activations<B>,
     tokens: usize,
 ) -> Result<()> {
-    let Activations { h, qkv, attended, gu } = activations;
     for (l, layer) in layers.iter().enumerate() {
-        let ([before, after], [w_qkv, w_o, w_gu, w_d], [p_qkv, p_o, p_gu, p_d]) =
-            (layer.norms, layer.matrices, layer.plans);
-        backend.norm_gemv(before, w_qkv, p_qkv, h, qkv, tokens)?;
-        backend.attend(sequence, first + l, qkv, attended, tokens)?;
-        backend.gemv_add(w_o, p_o, attended, h, tokens)?;
-        backend.norm_gemv(after, w_gu, p_gu, h, gu, tokens)?;
-        backend.swiglu_gemv_add(w_d, p_d, gu, h, tokens)?;
+        for &op in layer.program {
+            perform(backend, sequence, (first + l, layer), op, activations, tokens)?;
+        }
     }
     Ok(())
+}
+
+/// One operation of a layer, which is the model's layer of that number.
+pub(crate) fn perform<B: DecodeBackend>(
+    backend: &B,
+    sequence: &mut B::Sequence,
+    (number, layer): (usize, &LayerOperands<'_, B>),
+    op: Op,
+    activations: &mut Activations<B>,
+    tokens: usize,
+) -> Result<()> {
+    let Activations { h, qkv, attended, gu, branch } = activations;
+    match op {
+        Op::Project { projection, reads, writes } => {
+            let feed = match reads {
+                Reads::Stream(Some(norm)) => Feed::Norm(layer.norm(norm)),
+                Reads::Stream(None) | Reads::Attended => Feed::Plain,
+                Reads::Gated(activation) => Feed::Gated(activation),
+            };
+            let (matrix, plan) = (layer.matrices[projection.index()], layer.plans[projection.index()]);
+            let product = Product { feed, matrix, plan, add: writes == Writes::Stream };
+            let (x, y) = match (reads, writes) {
+                (Reads::Stream(_), Writes::Qkv) => (&*h, qkv),
+                (Reads::Stream(_), Writes::GateUp) => (&*h, gu),
+                (Reads::Stream(_), Writes::Branch) => (&*h, branch),
+                (Reads::Attended, Writes::Stream) => (&*attended, h),
+                (Reads::Attended, _) => (&*attended, branch),
+                (Reads::Gated(_), Writes::Stream) => (&*gu, h),
+                (Reads::Gated(_), _) => (&*gu, branch),
+                (Reads::Stream(_), Writes::Stream) => anyhow::bail!("{projection} cannot add to what it reads"),
+            };
+            backend.project(&product, x, y, tokens)
+        }
+        Op::NormQk(_) => {
+            backend.norm_qk(sequence, number, [LayerNorm::Query, LayerNorm::Key].map(|n| layer.norm(n)), qkv, tokens)
+        }
+        Op::Attend => backend.attend(sequence, number, qkv, attended, tokens),
+        Op::AddNormed(norm) => backend.add_norm(layer.norm(norm), branch, h, tokens),
+    }
 }

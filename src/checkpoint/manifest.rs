@@ -124,7 +124,7 @@ impl Manifest {
     /// # Errors
     /// A model that is not quantized, or whose layers differ by more than one bit.
     pub fn describe(weights: &dyn ModelWeights, source: String, calibration: String) -> Result<Self> {
-        let bits: Option<Vec<u32>> = (0..weights.config().num_layers).map(|layer| weights.bits(layer)).collect();
+        let bits: Option<Vec<u32>> = (0..weights.config().layers.len()).map(|layer| weights.bits(layer)).collect();
         let bits = bits.context("the model is full precision, quantize it first")?;
         let low = bits.iter().copied().min().context("the model has no layers")?;
         let high = bits.iter().copied().max().unwrap_or(low);

@@ -15,7 +15,6 @@
 //! `.bias` F32 `[out]` where there is one; `.residual` U32 `[in, out/8]`, `.scales` F16 `[out]`; `.thresholds`
 //! F32 `[in]`.
 
-mod config_json;
 mod manifest;
 mod place;
 mod tensors;
@@ -28,7 +27,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::tensor::Dtype;
 
-use crate::config::{ModelConfig, Projection, read_json};
+use crate::config::{LayerNorm, ModelConfig, Projection, read_json};
 use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual, threshold};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -47,8 +46,6 @@ const BITWIDTHS: &str = "bitwidth_map.json";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 const FINAL_NORM: &str = "model.norm.weight";
-const INPUT_NORM: &str = "input_layernorm.weight";
-const POST_NORM: &str = "post_attention_layernorm.weight";
 
 /// A quantized model on disk, memory-mapped.
 #[derive(Debug)]
@@ -77,7 +74,7 @@ impl Checkpoint {
         let in_config = || format!("in {}", path.display());
         let config = ModelConfig::from_json(&json).with_context(in_config)?;
         let manifest = Manifest::from_config(&json).with_context(in_config)?;
-        let bits = layer_bits(dir, &manifest, config.num_layers)?;
+        let bits = layer_bits(dir, &manifest, config.layers.len())?;
         let open = |name| Tensors::open(&dir.join(name));
         let model = open(MODEL)?;
         let compensation = if manifest.has_residuals() { Some([open(RESIDUALS)?, open(THRESHOLDS)?]) } else { None };
@@ -104,8 +101,10 @@ impl Checkpoint {
             self.table(HEAD)?;
         }
         self.final_norm()?;
-        for layer in 0..self.config.num_layers {
-            self.layer_norms(layer)?;
+        for layer in 0..self.config.layers.len() {
+            for (norm, _) in self.config.layers[layer].norms(self.config.hidden_size) {
+                self.norm(layer, norm)?;
+            }
             for projection in Projection::ALL {
                 let linear = self.projection(layer, projection)?;
                 if let Some(thresholds) = &linear.thresholds {
@@ -146,8 +145,8 @@ impl ModelWeights for Checkpoint {
         Ok(finite_f32(&self.model, FINAL_NORM, self.config.hidden_size)?.to_vec())
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        read_norms(&self.model, layer, &self.config)
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        read_norm(&self.model, layer, &self.config, norm)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
@@ -177,7 +176,7 @@ impl<'a> Stored<'a> {
         group_size: Option<usize>, // only LUT-GEMM has groups
         bits: u32,
     ) -> Result<Linear<'a>> {
-        let (inputs, outputs) = config.shape(projection);
+        let (inputs, outputs) = config.shape(layer, projection);
         let name = |suffix: &str| format!("{}.{suffix}", prefix(layer, projection));
         let words = |suffix: &str, shape: &[usize]| self.model.words(&name(suffix), Dtype::I32, shape);
         let floats = |suffix: &str, shape: &[usize]| finite(self.model, &name(suffix), shape);
@@ -213,9 +212,13 @@ impl<'a> Stored<'a> {
     }
 }
 
-fn read_norms(model: &Tensors, layer: usize, config: &ModelConfig) -> Result<(Vec<f32>, Vec<f32>)> {
-    let norm = |name| finite_f32(model, &format!("{}.{name}", layer_prefix(layer)), config.hidden_size);
-    Ok((norm(INPUT_NORM)?.to_vec(), norm(POST_NORM)?.to_vec()))
+fn read_norm(model: &Tensors, layer: usize, config: &ModelConfig, norm: LayerNorm) -> Result<Vec<f32>> {
+    let len = config.layers[layer].norm_len(norm, config.hidden_size);
+    Ok(finite_f32(model, &norm_name(config, layer, norm)?, len)?.to_vec())
+}
+
+fn norm_name(config: &ModelConfig, layer: usize, norm: LayerNorm) -> Result<String> {
+    Ok(format!("{}.{}.weight", layer_prefix(layer), config.family.norm(norm)?))
 }
 
 /// Numbers in whatever type they are stored, all of them finite.

@@ -8,8 +8,8 @@ use safetensors::tensor::Dtype;
 use super::place::{self, Place};
 use super::tensors::{self, Tensor, Tensors, write_error};
 use super::{BITWIDTHS, CONFIG, Checkpoint, MODEL, Manifest, RESIDUALS, Stored, THRESHOLDS};
-use super::{EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, POST_NORM, config_json, layer_prefix, prefix};
-use crate::config::{ModelConfig, Projection};
+use super::{EMBEDDING, FINAL_NORM, HEAD, norm_name, prefix};
+use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::files;
 use crate::format::Dense;
 use crate::tokenizer::TextFiles;
@@ -59,22 +59,23 @@ impl CheckpointWriter {
         Tensors::open(&self.layer_path(layer, bits)).is_ok()
     }
 
-    /// Keeps a finished layer, atomically: its norms and its four projections in the order of
+    /// Keeps a finished layer, atomically: its norms in the order of [`LayerNorm::ALL`], empty where it has none, and its
+    /// four projections in the order of
     /// [`Projection::ALL`], each with residual and thresholds, or all of them without.
     ///
     /// # Errors
     /// Whatever the disk says; a projection that is not quantized.
     pub fn write_layer(
         &self,
-        layer: usize,
-        bits: u32,
-        norms: &(Vec<f32>, Vec<f32>),
+        config: &ModelConfig,
+        (layer, bits): (usize, u32),
+        norms: &[Vec<f32>; 6],
         linears: &[Linear<'_>; 4],
     ) -> Result<()> {
-        let norm = |name, values: &'_ [f32]| (format!("{}.{name}", layer_prefix(layer)), values.len());
-        let (input, hidden) = norm(INPUT_NORM, &norms.0);
-        let (post, _) = norm(POST_NORM, &norms.1);
-        let mut list = vec![Tensor::f32(input, &[hidden], &norms.0), Tensor::f32(post, &[hidden], &norms.1)];
+        let mut list = Vec::new();
+        for (norm, values) in LayerNorm::ALL.into_iter().zip(norms).filter(|(_, values)| !values.is_empty()) {
+            list.push(Tensor::f32(norm_name(config, layer, norm)?, &[values.len()], values));
+        }
         for (projection, linear) in Projection::ALL.into_iter().zip(linears) {
             push_linear(&mut list, &prefix(layer, projection), linear)?;
         }
@@ -124,7 +125,8 @@ impl CheckpointWriter {
         for (name, list) in [MODEL, RESIDUALS, THRESHOLDS].into_iter().zip(files).take(written) {
             tensors::write(&dir.join(name), list)?;
         }
-        let mut json = config_json::write(config);
+        let mut json = config.json.clone();
+        json.as_object_mut().map(|fields| fields.remove("quantization_config"));
         json["decdec"] = serde_json::to_value(manifest)?;
         write_json(&dir.join(CONFIG), &json)?;
         if manifest.bits.is_mixed() {
@@ -151,12 +153,21 @@ pub struct LayerFile {
 }
 
 impl LayerFile {
-    /// γ before attention and γ before the feed-forward part.
+    /// Which layer it is.
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// The norms in the order of [`LayerNorm::ALL`], empty where there is none.
     ///
     /// # Errors
     /// As when a checkpoint is opened.
-    pub fn norms(&self, config: &ModelConfig) -> Result<(Vec<f32>, Vec<f32>)> {
-        super::read_norms(&self.tensors, self.layer, config)
+    pub fn norms(&self, config: &ModelConfig) -> Result<[Vec<f32>; 6]> {
+        let mut norms = [const { Vec::new() }; 6];
+        for (norm, _) in config.layers[self.layer].norms(config.hidden_size) {
+            norms[norm.index()] = super::read_norm(&self.tensors, self.layer, config, norm)?;
+        }
+        Ok(norms)
     }
 
     /// One projection of a layer with residuals, `group_size` as in the [`Manifest`].

@@ -26,7 +26,7 @@ pub(crate) fn convert(args: &ConvertArgs) -> Result<()> {
     bar.finish_and_clear();
     tracing::info!(
         "converted {} layers ({} {} bits) into {}",
-        opened.weights().config().num_layers,
+        opened.weights().config().layers.len(),
         manifest.backend,
         manifest.bits,
         args.to.out.display()

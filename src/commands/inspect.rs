@@ -40,7 +40,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     for (p, part) in Projection::ALL.into_iter().zip(projections) {
         let part = part?;
         total.add(part);
-        rows.push((p.name().to_owned(), Some(config.shape(p)), part));
+        rows.push((p.name().to_owned(), Some(config.shape(0, p)), part));
     }
     let quantized = total;
     let mut rest = Part::default();
@@ -54,19 +54,19 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         Some((format, bits)) => (format.name().to_owned(), bits.to_string()),
         None => ("full precision".into(), String::new()),
     };
-    let layer_bits: Vec<_> = (0..config.num_layers).map(|l| weights.bits(l)).collect();
+    let layer_bits: Vec<_> = (0..config.layers.len()).map(|l| weights.bits(l)).collect();
     if args.output.json {
         let parts: serde_json::Map<_, _> = rows
             .iter()
             .map(|(name, _, part)| Ok((name.clone(), serde_json::to_value(part)?)))
             .collect::<Result<_>>()?;
         let line = serde_json::json!({
-            "format": format, "bits": bits, "layers": config.num_layers, "layer_bits": layer_bits,
+            "format": format, "bits": bits, "layers": config.layers.len(), "layer_bits": layer_bits,
             "bits_per_weight": quantized.bits_per_weight(), "parts": parts,
         });
         return output::line(line);
     }
-    output::line(format_args!("{:?}, {} layers, {format} {bits}", config.architecture, config.num_layers))?;
+    output::line(format_args!("{}, {} layers, {format} {bits}", config.family.name, config.layers.len()))?;
     if bits.contains('.') {
         let each: String = layer_bits.iter().flatten().map(u32::to_string).collect();
         output::line(format_args!("bits of each layer: {each}"))?;
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
 /// One projection of all layers: quantized weights on the device, residuals in host memory.
 fn measure(weights: &dyn ModelWeights, projection: Projection) -> Result<Part> {
     let mut sum = Part::default();
-    for layer in 0..weights.config().num_layers {
+    for layer in 0..weights.config().layers.len() {
         let linear = weights.projection(layer, projection)?;
         sum.add(Part {
             weights: linear.weight.in_features() * linear.weight.out_features(),

@@ -57,7 +57,7 @@ pub(crate) fn load<'b, B: DecodeBackend>(
     head_bits: usize,
 ) -> Result<Model<'b, B>> {
     let head = (head_bits < 16).then(|| decdec::quantize::head(weights, head_bits)).transpose()?;
-    let bar = progress(weights.config().num_layers, "loading");
+    let bar = progress(weights.config().layers.len(), "loading");
     let model = Model::load_with_head(backend, weights, head, |layers| bar.set_position(layers as u64))?;
     bar.finish_and_clear();
     Ok(model)
@@ -109,7 +109,7 @@ fn tuned<B: DecodeBackend>(
         None if beside.is_file() => &beside,
         None => return Ok(None),
     };
-    let shapes = Projection::ALL.map(|p| model.config().shape(p));
+    let shapes = Projection::ALL.map(|p| model.config().shape(0, p));
     let chosen = Tuned::choose(&Tuned::read(file)?, model.backend().device(), shapes, &model.bit_widths());
     match chosen {
         Ok(chosen) => {
@@ -188,7 +188,7 @@ pub(crate) fn random_seed(path: &Path) -> Result<Option<u64>> {
 
 /// A random model of `config`'s shapes; lutgemm's groups are the largest that divide.
 pub(crate) fn random(config: ModelConfig, lutgemm: bool, bits: usize, seed: u64) -> Result<RandomWeights> {
-    let divides = |&group: &usize| Projection::ALL.iter().all(|&p| config.shape(p).0.is_multiple_of(group));
+    let divides = |&group: &usize| Projection::ALL.iter().all(|&p| config.shape(0, p).0.is_multiple_of(group));
     let format = match [128, 64, 32].into_iter().find(divides) {
         _ if !lutgemm => RandomFormat::AnyPrec,
         group => RandomFormat::LutGemm { group_size: group.context("no group size of 32 or more divides")? },

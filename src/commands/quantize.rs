@@ -77,7 +77,7 @@ fn refine(args: &QuantizeArgs, config: &ModelConfig) -> Result<Refine> {
 
 /// What was tuned for this model, for each of its widths; of several devices, the first.
 fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[[usize; 4]; 2]> {
-    let shapes = Projection::ALL.map(|p| config.shape(p));
+    let shapes = Projection::ALL.map(|p| config.shape(0, p));
     let all = Tuned::read(path)?;
     let of_width = |bits| {
         let Some(tuned) = all.iter().find(|tuned| tuned.shapes == shapes && tuned.bits == bits) else {

@@ -30,7 +30,7 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     };
     if let Some(preset) = ModelConfig::preset(&identity.model) {
         for projection in Projection::ALL {
-            shapes[projection.index()].get_or_insert(preset.shape(projection));
+            shapes[projection.index()].get_or_insert(preset.shape(0, projection));
         }
     }
     ensure!(

@@ -125,6 +125,15 @@ impl<'a> Floats<'a> {
         }
     }
 
+    /// `value`, rounded to the type of these numbers.
+    pub(crate) fn rounded(&self, value: f32) -> f32 {
+        match self {
+            Self::F16(_) => f16::from_f32(value).to_f32(),
+            Self::Bf16(_) => bf16::from_f32(value).to_f32(),
+            Self::F32(_) => value,
+        }
+    }
+
     /// Bytes that the numbers take as they are stored.
     pub fn bytes(&self) -> usize {
         self.len() * if matches!(self, Self::F32(_)) { 4 } else { 2 }

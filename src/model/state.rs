@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use super::Model;
 use crate::backend::{Activations, DecodeBackend, ensure_room};
-use crate::config::Projection;
+use crate::config::{NormPlacement, Projection};
 use crate::sampling::Sampling;
 
 /// One text in the making, and the activations of the tokens at hand.
@@ -38,14 +38,16 @@ impl<B: DecodeBackend> Model<'_, B> {
         ensure!(max_seq_len > 0, "a text of 0 tokens is asked for, 1 to {max} are allowed");
         ensure!(max_seq_len <= max, "{max_seq_len} tokens are asked for, the model's context is {max}");
         let max_tokens = b.device().max_tokens.clamp(1, max_seq_len);
-        let width = |p: Projection| c.shape(p).1;
+        let attended = c.layers.iter().map(|l| l.attention().num_heads * l.attention().head_dim).max().unwrap_or(0);
+        let branches = c.layers.iter().any(|layer| layer.norms != NormPlacement::Before);
         let mut state = State {
             sequence: b.sequence(c, max_seq_len)?,
             activations: Activations {
                 h: b.vector(max_tokens * c.hidden_size)?,
-                qkv: b.vector(max_tokens * width(Projection::Qkv))?,
-                attended: b.vector(max_tokens * c.num_heads * c.head_dim)?,
-                gu: b.vector(max_tokens * width(Projection::GateUp))?,
+                qkv: b.vector(max_tokens * c.widest(Projection::Qkv))?,
+                attended: b.vector(max_tokens * attended)?,
+                gu: b.vector(max_tokens * c.widest(Projection::GateUp))?,
+                branch: b.vector(if branches { max_tokens * c.hidden_size } else { 1 })?,
             },
             last: b.vector(c.hidden_size)?,
             logits: b.vector(c.vocab_size)?,

@@ -55,7 +55,7 @@ pub fn useful_n_tbs(config: &ModelConfig, min: usize, max: usize) -> Result<[Vec
     );
     let mut useful: [Vec<usize>; 4] = Default::default();
     for projection in Projection::ALL {
-        let (inputs, outputs) = config.shape(projection);
+        let (inputs, outputs) = config.shape(0, projection);
         let thresholds = vec![0.0; inputs];
         let mut before = Vec::new();
         for n_tb in min..=max {

@@ -208,5 +208,5 @@ fn may_resume<B: GemvBackend>(
 
 /// `(in_features, out_features)` of the four projections.
 pub fn shapes(config: &ModelConfig) -> [(usize, usize); 4] {
-    Projection::ALL.map(|projection| config.shape(projection))
+    Projection::ALL.map(|projection| config.shape(0, projection))
 }

@@ -61,9 +61,9 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
     ) -> Result<Self> {
         let config = weights.config();
         let bits = options.identity.bits;
-        let fitting: Vec<_> = (0..config.num_layers).filter(|&layer| weights.bits(layer) == Some(bits)).collect();
+        let fitting: Vec<_> = (0..config.layers.len()).filter(|&layer| weights.bits(layer) == Some(bits)).collect();
         let Some(&first) = fitting.first() else {
-            let found = (0..config.num_layers).find_map(|layer| weights.bits(layer));
+            let found = (0..config.layers.len()).find_map(|layer| weights.bits(layer));
             let found = found.map_or("full precision".into(), |bits| format!("{bits}-bit"));
             anyhow::bail!("--bitwidth is {bits}, but no layer is: the first ones are {found}");
         };
@@ -71,7 +71,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         for projection in Projection::ALL {
             layer_bytes[projection.index()] = bytes(&weights.projection(first, projection)?.weight);
         }
-        let turns = ROTATED_BYTES.div_ceil(layer_bytes.iter().sum()).clamp(2, config.num_layers.max(2));
+        let turns = ROTATED_BYTES.div_ceil(layer_bytes.iter().sum()).clamp(2, config.layers.len().max(2));
         let turns = if options.halve_layers { (turns / 2).max(1) } else { turns };
         let mut fingerprint = Fingerprint::default();
         let mut upload = |&layer| upload(backend, weights, layer, &mut fingerprint);

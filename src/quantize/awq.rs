@@ -17,7 +17,7 @@ use super::forward::{Affine, Inputs, Layer};
 use super::gram::Hessian;
 use super::product::{Strided, multiply, product};
 use super::refine::{self, Effort, Groups};
-use crate::config::{ModelConfig, Projection};
+use crate::config::{Attention, LayerConfig, LayerNorm, Projection};
 use crate::format::LutGemm;
 use crate::weights::Weight;
 
@@ -32,49 +32,44 @@ const ROW_BLOCK: usize = 1024;
 
 /// Scales the channels of all four projections, folds the inverse into what feeds them, and changes `inputs` to
 /// what they are now. The layer computes the same function as before.
-pub(crate) fn scale(config: &ModelConfig, layer: &mut Layer, inputs: &mut Inputs, bits: usize, group_size: usize) {
+pub(crate) fn scale(layer: &mut Layer, inputs: &mut Inputs, bits: usize, group_size: usize) {
     // Folding changes rows of qkv (for o) and of gate-up (for down): those come after what they feed.
     for projection in [Projection::O, Projection::Down, Projection::Qkv, Projection::GateUp] {
         let x = &mut inputs[projection.index()];
         let linear = &layer.linears[projection.index()];
-        let scales = search(linear, x, &magnitudes(config, projection, x, linear.in_features), bits, group_size);
-        apply(config, layer, projection, &scales, x);
+        let scales = search(linear, x, &magnitudes(&layer.config, projection, x, linear.in_features), bits, group_size);
+        apply(layer, projection, &scales, x);
     }
 }
 
 /// Multiplies the channels of `projection` by `scales`, divides what enters it, `x`, and folds the inverse into what
 /// feeds it. The layer computes the same function as before.
-pub(crate) fn apply(config: &ModelConfig, layer: &mut Layer, projection: Projection, scales: &[f32], x: &mut [f32]) {
+pub(crate) fn apply(layer: &mut Layer, projection: Projection, scales: &[f32], x: &mut [f32]) {
     let multiply = |row: &mut [f32]| row.iter_mut().zip(scales).for_each(|(w, s)| *w *= s);
     layer.linears[projection.index()].weight.par_chunks_exact_mut(scales.len()).for_each(multiply);
     let divide = |row: &mut [f32]| row.iter_mut().zip(scales).for_each(|(x, s)| *x /= s);
     x.par_chunks_exact_mut(scales.len()).for_each(divide);
-    fold(config, layer, projection, scales);
+    fold(layer, projection, scales);
 }
 
 /// Divides the output channels of what feeds `projection` by `scales`.
-fn fold(config: &ModelConfig, layer: &mut Layer, projection: Projection, scales: &[f32]) {
+fn fold(layer: &mut Layer, projection: Projection, scales: &[f32]) {
     let divide = |values: &mut [f32]| values.iter_mut().zip(scales).for_each(|(v, s)| *v /= s);
     match projection {
-        Projection::Qkv => divide(&mut layer.input_norm),
-        Projection::GateUp => divide(&mut layer.post_norm),
+        Projection::Qkv => divide(&mut layer.norms[LayerNorm::AttentionInput.index()]),
+        Projection::GateUp => divide(&mut layer.norms[LayerNorm::FeedForwardInput.index()]),
         Projection::Down => {
-            let up = &mut layer.linears[Projection::GateUp.index()];
-            divide_rows(up, config.intermediate_size, scales);
+            let first = layer.config.intermediate_size();
+            divide_rows(&mut layer.linears[Projection::GateUp.index()], first, scales);
         }
         Projection::O => {
-            let d = config.head_dim;
-            let shared = config.num_heads / config.num_kv_heads;
-            let by_value: Vec<f32> = (0..config.num_kv_heads * d).map(|v| scales[v / d * shared * d + v % d]).collect();
-            let first = first_value_row(config);
+            let Attention { num_heads, num_kv_heads, head_dim: d, .. } = *layer.config.attention();
+            let shared = num_heads / num_kv_heads;
+            let by_value: Vec<f32> = (0..num_kv_heads * d).map(|v| scales[v / d * shared * d + v % d]).collect();
+            let first = (num_heads + num_kv_heads) * d;
             divide_rows(&mut layer.linears[Projection::Qkv.index()], first, &by_value);
         }
     }
-}
-
-/// The first of the rows of qkv that make values.
-pub(crate) fn first_value_row(config: &ModelConfig) -> usize {
-    (config.num_heads + config.num_kv_heads) * config.head_dim
 }
 
 /// Divides the rows from `first` on, and their biases, by `scales`.
@@ -116,15 +111,15 @@ fn squares(values: &[f32]) -> f64 {
 
 /// Mean `|x|` of every channel; one mean for channels that must share a scale, because one value channel feeds
 /// them through several query heads.
-fn magnitudes(config: &ModelConfig, projection: Projection, x: &[f32], inputs: usize) -> Vec<f32> {
+fn magnitudes(layer: &LayerConfig, projection: Projection, x: &[f32], inputs: usize) -> Vec<f32> {
     let tokens = (x.len() / inputs) as f64;
     let mut sums = vec![0f64; inputs];
     for x in x.chunks_exact(inputs) {
         sums.iter_mut().zip(x).for_each(|(s, x)| *s += f64::from(x.abs()));
     }
     if projection == Projection::O {
-        let d = config.head_dim;
-        let shared = config.num_heads / config.num_kv_heads;
+        let Attention { num_heads, num_kv_heads, head_dim: d, .. } = *layer.attention();
+        let shared = num_heads / num_kv_heads;
         for heads in sums.chunks_exact_mut(shared * d) {
             for i in 0..d {
                 let mean = heads.iter().skip(i).step_by(d).sum::<f64>() / shared as f64;

@@ -8,11 +8,11 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::exponential::{dot, softmax, swiglu, swiglu_back};
-use super::forward::{Affine, Inputs, KvCache, Layer, Rope, add_parallel, attend, norm};
+use super::exponential::{dot, gated, gated_back, softmax};
+use super::forward::{Affine, Inputs, KvCache, Layer, Ropes, add_parallel, attend, norm};
 use super::gram::Taken;
 use super::product::{Strided, accumulate, multiply};
-use crate::config::{ModelConfig, Projection};
+use crate::config::{Activation, Attention, FeedForward, LayerNorm, ModelConfig, Projection};
 
 /// Queries whose scores are in memory at once.
 const QUERY_BLOCK: usize = 128;
@@ -46,7 +46,7 @@ pub(crate) struct Trace {
 
 /// Bytes of a token in a [`Trace`], without the channels taken, of which there are few.
 pub(super) fn trace_bytes(config: &ModelConfig) -> usize {
-    let [qkv, o, ..] = Projection::ALL.map(|p| config.shape(p));
+    let [qkv, o, ..] = Projection::ALL.map(|p| config.shape(0, p));
     2 * (qkv.1 + 2 * config.hidden_size + o.0)
 }
 
@@ -62,26 +62,32 @@ impl Compensated {
     pub(crate) fn forward(
         &self,
         config: &ModelConfig,
-        rope: &Rope,
+        ropes: &Ropes,
         texts: usize,
         h: &mut [f32],
     ) -> Result<(Trace, Inputs)> {
         let before = shortened(h);
+        let attention = self.layer.config.attention();
         let tokens = h.len() / config.hidden_size / texts;
-        let x_qkv = norm(h, &self.layer.input_norm, config.rms_norm_eps);
+        let x_qkv = norm(h, self.layer.norm(LayerNorm::AttentionInput), config.stream_eps());
         let (mut qkv, taken_qkv) = self.apply(Projection::Qkv, &x_qkv)?;
-        let x_o = attend(config, rope, &mut KvCache::new(config, texts, tokens), texts, &mut qkv);
+        let x_o = attend(attention, ropes, &mut KvCache::new(&self.layer.config, texts, tokens), texts, &mut qkv);
         let (y, taken_o) = self.apply(Projection::O, &x_o)?;
         add_parallel(h, &y);
         let middle = shortened(h);
-        let x_gate_up = norm(h, &self.layer.post_norm, config.rms_norm_eps);
+        let x_gate_up = norm(h, self.layer.norm(LayerNorm::FeedForwardInput), config.stream_eps());
         let (gate_up, taken_gate_up) = self.apply(Projection::GateUp, &x_gate_up)?;
-        let x_down = swiglu(&gate_up, config.intermediate_size);
+        let x_down = gated(self.activation(), &gate_up, self.layer.config.intermediate_size());
         let (y, taken_down) = self.apply(Projection::Down, &x_down)?;
         add_parallel(h, &y);
         let taken = [taken_qkv, taken_o, taken_gate_up, taken_down];
         let trace = Trace { h: before, middle, qkv: shortened(&qkv), x_o: shortened(&x_o), taken };
         Ok((trace, [x_qkv, x_o, x_gate_up, x_down]))
+    }
+
+    fn activation(&self) -> Activation {
+        let FeedForward::Dense { activation, .. } = self.layer.config.feed_forward;
+        activation
     }
 
     fn apply(&self, projection: Projection, x: &[f32]) -> Result<(Vec<f32>, Taken)> {
@@ -115,27 +121,28 @@ impl Compensated {
     pub(crate) fn backward(
         &self,
         config: &ModelConfig,
-        rope: &Rope,
+        ropes: &Ropes,
         texts: usize,
         trace: Trace,
         d: &mut [f32],
     ) -> [Vec<f32>; 4] {
         let Trace { h, middle, qkv, x_o, taken: [taken_qkv, taken_o, taken_gate_up, taken_down] } = trace;
-        let (eps, intermediate) = (config.rms_norm_eps, config.intermediate_size);
+        let (eps, intermediate) = (config.stream_eps(), self.layer.config.intermediate_size());
         let middle = lengthened(&middle);
-        let x_gate_up = norm(&middle, &self.layer.post_norm, eps);
+        let x_gate_up = norm(&middle, self.layer.norm(LayerNorm::FeedForwardInput), eps);
         let gate_up = self.output(Projection::GateUp, &x_gate_up, &taken_gate_up);
-        let (d_down, w_down) = self.derive(Projection::Down, (swiglu(&gate_up, intermediate), taken_down), d);
-        let d_gate_up = swiglu_back(&gate_up, &d_down, intermediate);
+        let (d_down, w_down) =
+            self.derive(Projection::Down, (gated(self.activation(), &gate_up, intermediate), taken_down), d);
+        let d_gate_up = gated_back(self.activation(), &gate_up, &d_down, intermediate);
         drop(gate_up);
         let (d_x, w_gate_up) = self.derive(Projection::GateUp, (x_gate_up, taken_gate_up), &d_gate_up);
-        norm_back(&middle, &self.layer.post_norm, eps, &d_x, d);
+        norm_back(&middle, self.layer.norm(LayerNorm::FeedForwardInput), eps, &d_x, d);
         let (d_o, w_o) = self.derive(Projection::O, (lengthened(&x_o), taken_o), d);
-        let d_qkv = attend_back(config, rope, texts, &lengthened(&qkv), &d_o);
+        let d_qkv = attend_back(self.layer.config.attention(), ropes, texts, &lengthened(&qkv), &d_o);
         let h = lengthened(&h);
-        let x_qkv = norm(&h, &self.layer.input_norm, eps);
+        let x_qkv = norm(&h, self.layer.norm(LayerNorm::AttentionInput), eps);
         let (d_x, w_qkv) = self.derive(Projection::Qkv, (x_qkv, taken_qkv), &d_qkv);
-        norm_back(&h, &self.layer.input_norm, eps, &d_x, d);
+        norm_back(&h, self.layer.norm(LayerNorm::AttentionInput), eps, &d_x, d);
         [w_qkv, w_o, w_gate_up, w_down]
     }
 
@@ -241,8 +248,8 @@ pub(crate) fn norm_back(h: &[f32], gamma: &[f32], eps: f32, d_out: &[f32], d: &m
 
 /// The derivative by queries, keys and values before rotation, from that by what attention puts out; `qkv` is
 /// rotated.
-fn attend_back(config: &ModelConfig, rope: &Rope, texts: usize, qkv: &[f32], d_out: &[f32]) -> Vec<f32> {
-    let (d, heads, kv_heads) = (config.head_dim, config.num_heads, config.num_kv_heads);
+fn attend_back(attention: &Attention, ropes: &Ropes, texts: usize, qkv: &[f32], d_out: &[f32]) -> Vec<f32> {
+    let Attention { head_dim: d, num_heads: heads, num_kv_heads: kv_heads, .. } = *attention;
     let shared = heads / kv_heads;
     let width = (heads + 2 * kv_heads) * d;
     let tokens = qkv.len() / width / texts;
@@ -258,10 +265,10 @@ fn attend_back(config: &ModelConfig, rope: &Rope, texts: usize, qkv: &[f32], d_o
         for (j, d_queries) in d_queries.chunks_exact_mut(tokens * d).enumerate() {
             let head = kv_head * shared + j;
             let d_out = Strided { values: &d_out[(text * tokens * heads + head) * d..], row: heads * d, column: 1 };
-            head_back(config, tokens, [of(head), keys, values, d_out], [d_queries, d_keys, d_values]);
+            head_back(attention, tokens, [of(head), keys, values, d_out], [d_queries, d_keys, d_values]);
         }
         for head in out.chunks_exact_mut(tokens * d).take(shared + 1) {
-            head.chunks_exact_mut(d).enumerate().for_each(|(t, head)| rope.rotate_back(head, t));
+            head.chunks_exact_mut(d).enumerate().for_each(|(t, head)| ropes.rotate_back(attention, head, t));
         }
     });
     let mut out = vec![0.0; qkv.len()];
@@ -286,13 +293,13 @@ fn across(matrix: Strided<'_>) -> Strided<'_> {
 
 /// One head of one text: overwrites the derivative by its queries, adds to those by keys and values.
 fn head_back(
-    config: &ModelConfig,
+    attention: &Attention,
     tokens: usize,
     [queries, keys, values, d_out]: [Strided<'_>; 4],
     [d_queries, d_keys, d_values]: [&mut [f32]; 3],
 ) {
-    let (d, one) = (config.head_dim, gemm::Parallelism::None);
-    let scale = 1.0 / (d as f32).sqrt();
+    let (d, one) = (attention.head_dim, gemm::Parallelism::None);
+    let scale = attention.scale as f32;
     let mut scores = vec![0.0; QUERY_BLOCK.min(tokens) * tokens];
     let mut d_scores = scores.clone();
     for (first, d_queries) in (0..tokens).step_by(QUERY_BLOCK).zip(d_queries.chunks_mut(QUERY_BLOCK * d)) {
@@ -304,7 +311,7 @@ fn head_back(
         multiply(count, len, d, 1.0, d_out, across(values), d_scores, one);
         for (i, (row, d_row)) in scores.chunks_exact_mut(len).zip(d_scores.chunks_exact_mut(len)).enumerate() {
             let end = first + i + 1;
-            let start = config.sliding_window.map_or(0, |window| end.saturating_sub(window));
+            let start = attention.window.map_or(0, |window| end.saturating_sub(window));
             let (p, d_p) = (&mut row[start..end], &mut d_row[start..end]);
             softmax(p);
             let mean = dot(p, d_p);

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
-use super::forward::{Inputs, KvCache, Layer, Rope, forward};
+use super::forward::{Inputs, KvCache, Layer, Ropes, forward};
 use crate::config::ModelConfig;
 use crate::format::{Dense, Floats};
 
@@ -30,7 +30,8 @@ impl Activations {
     ///
     /// # Errors
     /// An id that the model does not have.
-    pub(crate) fn embed(embedding: &Dense<'_>, ids: &[u32], tokens: usize) -> Result<Self> {
+    pub(crate) fn embed(config: &ModelConfig, embedding: &Dense<'_>, ids: &[u32], tokens: usize) -> Result<Self> {
+        let factor = config.embedding_factor(&embedding.values);
         let hidden = embedding.in_features;
         let mut h = vec![0.0; ids.len() * hidden];
         for (&id, h) in ids.iter().zip(h.chunks_exact_mut(hidden)) {
@@ -40,6 +41,7 @@ impl Activations {
                 embedding.out_features
             );
             embedding.values.read_f32(id as usize * hidden, h);
+            h.iter_mut().for_each(|h| *h *= factor);
         }
         Ok(Self { h, tokens, hidden })
     }
@@ -59,7 +61,7 @@ impl Activations {
         &mut self,
         config: &ModelConfig,
         layer: &Layer,
-        rope: &Rope,
+        ropes: &Ropes,
         collect: bool,
         stop: &AtomicBool,
         progress: &ProgressBar,
@@ -75,8 +77,8 @@ impl Activations {
         for h in self.h.chunks_mut(texts * self.tokens * self.hidden) {
             super::ensure_running(stop)?;
             let texts = h.len() / self.hidden / self.tokens;
-            let mut cache = KvCache::new(config, texts, self.tokens);
-            let inputs = forward(config, layer, rope, &mut cache, texts, h);
+            let mut cache = KvCache::new(&layer.config, texts, self.tokens);
+            let inputs = forward(config, layer, ropes, &mut cache, texts, h);
             // The weights are finite: what is not comes of numbers too large for f32 on the way.
             Floats::F32(Cow::Borrowed(h)).ensure_finite("what leaves it is too large for single precision: number")?;
             if collect {

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use rayon::prelude::*;
+use serde_json::json;
 
 use super::backward::Compensated;
 use super::divergence::Speaker;
-use super::forward::{Affine, Layer, Rope};
+use super::forward::{Affine, Layer, Ropes, norms};
 use super::gram::Hessian;
 use super::product::product;
 use super::refine::Effort;
@@ -60,9 +61,9 @@ pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
     let rest = table_bytes(config) + 4 * config.hidden_size;
     let widths = if manifest.bits.is_mixed() { 2 } else { 1 };
     Ok(Estimate {
-        device_bytes: config.num_layers * codes + rest,
-        host_bytes: config.num_layers * residuals,
-        disk_bytes: (1 + widths) * config.num_layers * (codes + residuals) + rest,
+        device_bytes: config.layers.len() * codes + rest,
+        host_bytes: config.layers.len() * residuals,
+        disk_bytes: (1 + widths) * config.layers.len() * (codes + residuals) + rest,
         memory_bytes: memory(config, options, &manifest),
         time: time(config, options, &manifest)?,
     })
@@ -79,7 +80,7 @@ fn layer_bytes(config: &ModelConfig, manifest: &Manifest) -> (usize, usize) {
     let bits = f64::from(manifest.bits);
     let mut codes = (8 * config.hidden_size) as f64;
     let mut residuals = 0;
-    for (inputs, outputs) in Projection::ALL.map(|p| config.shape(p)) {
+    for (inputs, outputs) in Projection::ALL.map(|p| config.shape(0, p)) {
         codes += bits / 8.0 * (inputs * outputs) as f64;
         codes += match manifest.group_size {
             None => {
@@ -96,7 +97,7 @@ fn layer_bytes(config: &ModelConfig, manifest: &Manifest) -> (usize, usize) {
 /// Activations, one layer (twice where AWQ changes it), and the largest matrix a few times over.
 fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let tokens = options.calibration.samples() * options.calibration.seq_len();
-    let shapes = Projection::ALL.map(|p| config.shape(p));
+    let shapes = Projection::ALL.map(|p| config.shape(0, p));
     let copies = if manifest.backend == WeightFormat::LutGemm && options.awq { 2 } else { 1 };
     let residual_stream = 2 * 4 * tokens * config.hidden_size;
     let inputs = copies * 4 * tokens * shapes.iter().map(|s| s.0).sum::<usize>();
@@ -123,8 +124,13 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
 /// precision, and the logits of all texts with a part of the head in f32.
 fn sampling_memory(config: &ModelConfig, calibration: &Calibration) -> usize {
     let &Calibration::Sampled { seq_len, samples, .. } = calibration else { return 0 };
-    let layers = if sample::holds(config) { config.num_layers } else { 1 };
-    let kept = 2 * config.num_layers * samples * seq_len * config.num_kv_heads * config.head_dim;
+    let layers = if sample::holds(config) { config.layers.len() } else { 1 };
+    let kept = 2
+        * config.layers.len()
+        * samples
+        * seq_len
+        * config.layers[0].attention().num_kv_heads
+        * config.layers[0].attention().head_dim;
     let logits = samples * config.vocab_size + sample::HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
     4 * (layers * sample::layer_weights(config) + kept + logits) + table_bytes(config)
 }
@@ -150,11 +156,11 @@ pub(super) fn ensure_memory(config: &ModelConfig, options: &Options, manifest: &
 /// way; or the logits, and a part of the head in f32.
 fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let seq_len = options.calibration.seq_len();
-    let shapes = Projection::ALL.map(|p| config.shape(p));
+    let shapes = Projection::ALL.map(|p| config.shape(0, p));
     let rows: usize = shapes.iter().map(|s| s.1).sum();
     let truth = 4 * options.calibration.samples() * seq_len * config.hidden_size;
-    let codebooks = 3 * 4 * config.num_layers * (rows << manifest.bits.high());
-    let traces = config.num_layers * seq_len * backward::trace_bytes(config);
+    let codebooks = 3 * 4 * config.layers.len() * (rows << manifest.bits.high());
+    let traces = config.layers.len() * seq_len * backward::trace_bytes(config);
     let layer = (1 + 4 + 4 + 4) * sample::layer_weights(config);
     let tokens = 2 * 4 * seq_len * shapes.iter().map(|s| s.0 + s.1).sum::<usize>();
     let rows_of_head = 4 * sample::HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
@@ -167,10 +173,10 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
 fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {
     let sample = Sample::new();
     let (texts, seq_len) = (options.calibration.samples(), options.calibration.seq_len());
-    let layers = config.num_layers as f64;
+    let layers = config.layers.len() as f64;
     let weights = sample::layer_weights(config) as f64;
     // Scores and weighted sums, half of which are masked.
-    let attention = (seq_len * config.num_heads * config.head_dim) as f64;
+    let attention = (seq_len * config.layers[0].attention().num_heads * config.layers[0].attention().head_dim) as f64;
     let per_token = sample.product()? * (weights + attention);
     let head = sample.product()? * (config.vocab_size * config.hidden_size) as f64;
     let mut seconds = layers * per_token * (texts * seq_len) as f64;
@@ -192,11 +198,11 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
         // In the end residuals are made anew.
         seconds += layers * weights * sample.residual()?;
     }
-    let channels: usize = Projection::ALL.iter().map(|&p| config.shape(p).0).sum();
+    let channels: usize = Projection::ALL.iter().map(|&p| config.shape(0, p).0).sum();
     seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;
     if manifest.bits.is_mixed() {
         let (mixed_texts, tokens) = mixed::windows(&options.calibration);
-        let passes = mixed::work(&options.calibration, config.num_layers as u64);
+        let passes = mixed::work(&options.calibration, config.layers.len() as u64);
         seconds += passes as f64 * per_token + layers * (mixed_texts * tokens) as f64 * head;
     }
     Ok(Duration::from_secs_f64(seconds))
@@ -204,7 +210,7 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
 
 /// Multiply-adds of one layer's Hessians of `tokens`: `tokens·n²` for each projection of `n` channels.
 fn hessian_products(config: &ModelConfig, tokens: usize) -> f64 {
-    Projection::ALL.map(|p| tokens as f64 * (config.shape(p).0 as f64).powi(2)).iter().sum()
+    Projection::ALL.map(|p| tokens as f64 * (config.shape(0, p).0 as f64).powi(2)).iter().sum()
 }
 
 /// Multiply-adds of refining `m` rows of `n` channels: with [`fit::EFFORT`]'s `r` rounds of `s` steps,
@@ -216,7 +222,7 @@ fn refine_products(rows: usize, channels: usize) -> f64 {
 
 /// The same of one layer.
 fn fit_products(config: &ModelConfig) -> f64 {
-    Projection::ALL.map(|p| config.shape(p)).map(|(n, m)| refine_products(m, n)).iter().sum()
+    Projection::ALL.map(|p| config.shape(0, p)).map(|(n, m)| refine_products(m, n)).iter().sum()
 }
 
 /// Numbers without pattern, between −1 and 1.
@@ -227,22 +233,25 @@ fn number(i: usize) -> f32 {
 /// Seconds for a token and a weight of a layer on which codebooks are learned: a small layer, up and down.
 fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
     let (hidden_size, tokens) = (CHANNELS / 2, options.calibration.seq_len().min(TOKENS));
-    let shapes = ModelConfig { hidden_size, intermediate_size: 3 * hidden_size, num_heads: 8, ..config.clone() };
-    let config = ModelConfig { num_kv_heads: 4, head_dim: hidden_size / 8, ..shapes };
+    let config = config.with(json!({
+        "hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": hidden_size / 8,
+    }))?;
     let numbers = |len: usize| sampling::draws(1, len).iter().map(|x| (x - 0.5) / 8.0).collect::<Vec<f32>>();
     let linears = Projection::ALL.map(|p| {
-        let (in_features, out_features) = config.shape(p);
+        let (in_features, out_features) = config.shape(0, p);
         Affine { in_features, out_features, weight: numbers(in_features * out_features), bias: None }
     });
     let originals = linears.each_ref().map(|linear| linear.weight.iter().map(|w| 1.1 * w).collect());
     let k_chunks = options.refine.k_chunks(options.bits.low(), options.bits);
-    let norms = || vec![1.0; hidden_size];
-    let layer = Compensated { layer: Layer { input_norm: norms(), post_norm: norms(), linears }, originals, k_chunks };
-    let (rope, h) = (Rope::new(&config, tokens), numbers(tokens * hidden_size));
+    let norms = norms(&config.layers[0], hidden_size, |_, len| vec![1.0; len]);
+    let layer = Layer { config: config.layers[0].clone(), norms, linears };
+    let layer = Compensated { layer, originals, k_chunks };
+    let (ropes, h) = (Ropes::new(&config, tokens), numbers(tokens * hidden_size));
     let seconds = fastest(|| {
         let (mut h, mut d) = (h.clone(), h.clone());
-        let (trace, _) = layer.forward(&config, &rope, 1, &mut h)?;
-        layer.backward(&config, &rope, 1, trace, &mut d);
+        let (trace, _) = layer.forward(&config, &ropes, 1, &mut h)?;
+        layer.backward(&config, &ropes, 1, trace, &mut d);
         Ok(())
     })?;
     Ok(seconds / (tokens * sample::layer_weights(&config)) as f64)
@@ -254,7 +263,7 @@ fn learn_head(config: &ModelConfig) -> Result<f64> {
     let values: Vec<f32> = sampling::draws(1, WORDS * n).iter().map(|x| (x - 0.5) / 8.0).collect();
     let head = Dense { in_features: n, out_features: WORDS, values: values.into() };
     let (norm, truth) = (vec![1.0; n], sampling::draws(2, tokens * n));
-    let speaker = Speaker::new(&head, &norm, config.rms_norm_eps);
+    let speaker = Speaker::new(&head, &norm, config.stream_eps());
     let h = sampling::draws(3, tokens * n);
     let seconds = fastest(|| {
         speaker.divergence(&truth, &h);
@@ -368,15 +377,12 @@ mod tests {
     /// While a small model writes its own calibration text, all of its layers are in memory in f32.
     #[test]
     fn own_text_takes_the_memory_of_all_layers() {
-        let config = ModelConfig {
-            hidden_size: 1024,
-            intermediate_size: 2048,
-            num_heads: 8,
-            num_kv_heads: 8,
-            num_layers: 64,
-            vocab_size: 1000,
-            ..ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap()
-        };
+        let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
+        let config = config.with(json!({
+            "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8,
+            "head_dim": 128, "num_hidden_layers": 64, "vocab_size": 1000,
+        }));
+        let config = config.unwrap();
         let memory = |calibration| {
             let options = Options {
                 backend: WeightFormat::AnyPrec,

@@ -1,7 +1,9 @@
-//! Softmax and SwiGLU, and the exponential function under both: a library call for every element takes a tenth of a
+//! Softmax and gating, and the exponential function under both: a library call for every element takes a tenth of a
 //! quantization's time, a loop over polynomials that the compiler makes vectors of does not.
 
 use rayon::prelude::*;
+
+use crate::config::Activation;
 
 /// Partial sums that are kept side by side, so that no addition waits for the one before.
 pub(crate) const LANES: usize = 16;
@@ -73,29 +75,29 @@ pub(crate) fn log_sum(row: &[f32]) -> f64 {
     f64::from(max) + parts.sum::<f64>().ln()
 }
 
-/// `silu(gate) ⊙ up`, `[tokens, intermediate]` from `[tokens, gate then up]`.
-pub(crate) fn swiglu(gate_up: &[f32], intermediate: usize) -> Vec<f32> {
+/// `activation(gate) ⊙ up`, `[tokens, intermediate]` from `[tokens, gate then up]`.
+pub(crate) fn gated(activation: Activation, gate_up: &[f32], intermediate: usize) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len() / 2];
     let rows = out.par_chunks_exact_mut(intermediate).zip(gate_up.par_chunks_exact(2 * intermediate));
     rows.for_each(|(out, gate_up)| {
         let (gate, up) = gate_up.split_at(intermediate);
-        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate / (1.0 + exp(-gate)) * up;
+        for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
+            *out = gate / (1.0 + exp(-activation.exponent(gate))) * up;
         }
     });
     out
 }
 
-/// The derivative by gate and up, from that by `silu(gate) ⊙ up`.
-pub(crate) fn swiglu_back(gate_up: &[f32], d: &[f32], intermediate: usize) -> Vec<f32> {
+/// The derivative by gate and up, from that by `activation(gate) ⊙ up`.
+pub(crate) fn gated_back(activation: Activation, gate_up: &[f32], d: &[f32], intermediate: usize) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len()];
     let rows = out.par_chunks_exact_mut(2 * intermediate).zip(gate_up.par_chunks_exact(2 * intermediate));
     rows.zip(d.par_chunks_exact(intermediate)).for_each(|((out, gate_up), d)| {
         let (d_gate, d_up) = out.split_at_mut(intermediate);
         let (gate, up) = gate_up.split_at(intermediate);
-        for ((d_gate, d_up), ((gate, up), d)) in d_gate.iter_mut().zip(d_up).zip(gate.iter().zip(up).zip(d)) {
-            let sigmoid = 1.0 / (1.0 + exp(-gate));
-            *d_gate = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+        for ((d_gate, d_up), ((&gate, up), d)) in d_gate.iter_mut().zip(d_up).zip(gate.iter().zip(up).zip(d)) {
+            let sigmoid = 1.0 / (1.0 + exp(-activation.exponent(gate)));
+            *d_gate = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid) * activation.exponent_slope(gate));
             *d_up = d * gate * sigmoid;
         }
     });

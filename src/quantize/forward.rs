@@ -1,14 +1,13 @@
 //! One decoder layer in f32, many tokens at once: what calibration and sampling run.
 //!
-//! Plain Llama-type arithmetic (spec §3.2): RMSNorm, RoPE over the pairs `(i, i + head_dim/2)`, causal attention
-//! with grouped queries and an optional sliding window, SwiGLU. Products run on all cores.
+//! What a layer computes is its program's ([`LayerConfig::program`]); here is how (spec §3.2). Products run on all cores.
 
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::exponential::{softmax, swiglu};
+use super::exponential::{gated, softmax};
 use super::product::{Strided, multiply, product};
-use crate::config::{ModelConfig, Projection};
+use crate::config::{Attention, LayerConfig, LayerNorm, ModelConfig, Op, Projection, Reads, Writes};
 use crate::weights::{Linear, ModelWeights};
 
 /// Queries that are scored against the keys at once.
@@ -48,61 +47,85 @@ impl Affine {
     }
 }
 
+/// The norms of a layer in the order of [`LayerNorm::ALL`]; empty where there is none.
+pub(crate) type Norms = [Vec<f32>; 6];
+
 /// One layer in f32.
 #[derive(Debug, Clone)]
 pub(crate) struct Layer {
-    pub(crate) input_norm: Vec<f32>, // [hidden_size]
-    pub(crate) post_norm: Vec<f32>,  // [hidden_size]
+    pub(crate) config: LayerConfig,
+    pub(crate) norms: Norms,
     pub(crate) linears: [Affine; 4], // in the order of `Projection::ALL`
 }
 
 impl Layer {
     /// Reads a layer, dequantized where it is quantized.
     pub(crate) fn read(weights: &dyn ModelWeights, layer: usize) -> Result<Self> {
-        Self::collect(weights.layer_norms(layer)?, |projection| weights.projection(layer, projection))
+        let config = weights.config();
+        Self::collect(config.layers[layer].clone(), weights.norms(layer)?, |projection| {
+            weights.projection(layer, projection)
+        })
     }
 
     /// A layer of these norms and projections.
     pub(crate) fn collect<'a>(
-        (input_norm, post_norm): (Vec<f32>, Vec<f32>),
+        config: LayerConfig,
+        norms: Norms,
         projection: impl Fn(Projection) -> Result<Linear<'a>>,
     ) -> Result<Self> {
         let [qkv, o, gate_up, down] = Projection::ALL.map(|p| projection(p).map(|linear| Affine::new(&linear)));
-        Ok(Self { input_norm, post_norm, linears: [qkv?, o?, gate_up?, down?] })
+        Ok(Self { config, norms, linears: [qkv?, o?, gate_up?, down?] })
     }
 
     /// The projection's matrix.
     pub(crate) fn linear(&self, projection: Projection) -> &Affine {
         &self.linears[projection.index()]
     }
+
+    /// γ of a norm that the layer has.
+    pub(crate) fn norm(&self, norm: LayerNorm) -> &[f32] {
+        &self.norms[norm.index()]
+    }
 }
 
-/// Rotations of the rotary embedding.
+/// The norms that a layer has, of these lengths.
+pub(crate) fn norms(config: &LayerConfig, hidden_size: usize, make: impl Fn(LayerNorm, usize) -> Vec<f32>) -> Norms {
+    let mut norms = Norms::default();
+    config.norms(hidden_size).into_iter().for_each(|(norm, len)| norms[norm.index()] = make(norm, len));
+    norms
+}
+
+/// Rotations of the rotary embedding, one table for each of the model's.
 #[derive(Debug)]
-pub(crate) struct Rope {
-    table: Vec<[f32; 2]>, // [positions, head_dim / 2] of (cos, sin)
-    half: usize,
-}
+pub(crate) struct Ropes(Vec<Vec<[f32; 2]>>); // [positions, head_dim / 2] of (cos, sin)
 
-impl Rope {
+impl Ropes {
     pub(crate) fn new(config: &ModelConfig, positions: usize) -> Self {
-        Self { table: config.rope_table(positions), half: config.head_dim / 2 }
+        Self(config.ropes.iter().map(|rope| rope.table(positions)).collect())
     }
 
-    fn rotate(&self, head: &mut [f32], position: usize) {
-        let (low, high) = head.split_at_mut(self.half);
-        let pairs = &self.table[position * self.half..][..self.half];
-        for ((a, b), [cos, sin]) in low.iter_mut().zip(high).zip(pairs) {
-            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-        }
+    /// Turns a head of `attention` at `position`.
+    pub(crate) fn rotate(&self, attention: &Attention, head: &mut [f32], position: usize) {
+        self.each_pair(attention, head, position, |a, b, [cos, sin]| (a * cos - b * sin, b * cos + a * sin));
     }
 
-    /// Undoes [`Rope::rotate`].
-    pub(crate) fn rotate_back(&self, head: &mut [f32], position: usize) {
-        let (low, high) = head.split_at_mut(self.half);
-        let pairs = &self.table[position * self.half..][..self.half];
-        for ((a, b), [cos, sin]) in low.iter_mut().zip(high).zip(pairs) {
-            (*a, *b) = (*a * cos + *b * sin, *b * cos - *a * sin);
+    /// The derivative by what [`Ropes::rotate`] turned, from that by what it made; for a plain rotation, its inverse.
+    pub(crate) fn rotate_back(&self, attention: &Attention, head: &mut [f32], position: usize) {
+        self.each_pair(attention, head, position, |a, b, [cos, sin]| (a * cos + b * sin, b * cos - a * sin));
+    }
+
+    fn each_pair(
+        &self,
+        attention: &Attention,
+        head: &mut [f32],
+        position: usize,
+        turn: impl Fn(f32, f32, [f32; 2]) -> (f32, f32),
+    ) {
+        let Some(rope) = attention.rope else { return };
+        let half = head.len() / 2;
+        let (low, high) = head.split_at_mut(half);
+        for ((a, b), &pair) in low.iter_mut().zip(high).zip(&self.0[rope][position * half..][..half]) {
+            (*a, *b) = turn(*a, *b, pair);
         }
     }
 }
@@ -117,8 +140,8 @@ pub(crate) struct KvCache {
 }
 
 impl KvCache {
-    pub(crate) fn new(config: &ModelConfig, texts: usize, capacity: usize) -> Self {
-        let len = texts * capacity * config.num_kv_heads * config.head_dim;
+    pub(crate) fn new(layer: &LayerConfig, texts: usize, capacity: usize) -> Self {
+        let len = texts * capacity * layer.attention().num_kv_heads * layer.attention().head_dim;
         Self { keys: vec![0.0; len], values: vec![0.0; len], capacity, len: 0 }
     }
 }
@@ -131,54 +154,80 @@ pub(crate) type Inputs = [Vec<f32>; 4];
 pub(crate) fn forward(
     config: &ModelConfig,
     layer: &Layer,
-    rope: &Rope,
+    ropes: &Ropes,
     cache: &mut KvCache,
     texts: usize,
     h: &mut [f32],
 ) -> Inputs {
-    let x_qkv = norm(h, &layer.input_norm, config.rms_norm_eps);
-    let mut qkv = layer.linear(Projection::Qkv).apply(&x_qkv);
-    let x_o = attend(config, rope, cache, texts, &mut qkv);
-    drop(qkv);
-    add_parallel(h, &layer.linear(Projection::O).apply(&x_o));
-    let x_gate_up = norm(h, &layer.post_norm, config.rms_norm_eps);
-    let gate_up = layer.linear(Projection::GateUp).apply(&x_gate_up);
-    let x_down = swiglu(&gate_up, config.intermediate_size);
-    drop(gate_up);
-    add_parallel(h, &layer.linear(Projection::Down).apply(&x_down));
-    [x_qkv, x_o, x_gate_up, x_down]
+    let mut inputs = Inputs::default();
+    let (mut qkv, mut attended, mut gate_up, mut branch) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for op in layer.config.program() {
+        match op {
+            Op::Project { projection, reads, writes } => {
+                let x = match reads {
+                    Reads::Stream(Some(n)) => norm(h, layer.norm(n), config.norm_eps(n)),
+                    Reads::Stream(None) => h.to_vec(),
+                    Reads::Attended => std::mem::take(&mut attended),
+                    Reads::Gated(activation) => gated(activation, &gate_up, layer.config.intermediate_size()),
+                };
+                let y = layer.linear(projection).apply(&x);
+                inputs[projection.index()] = x;
+                match writes {
+                    Writes::Qkv => qkv = y,
+                    Writes::GateUp => gate_up = y,
+                    Writes::Stream => add_parallel(h, &y),
+                    Writes::Branch => branch = y,
+                }
+            }
+            Op::NormQk(_) => norm_qk(layer, config.rms_norm_eps, &mut qkv),
+            Op::Attend => attended = attend(layer.config.attention(), ropes, cache, texts, &mut qkv),
+            Op::AddNormed(n) => add_parallel(h, &norm(&branch, layer.norm(n), config.norm_eps(n))),
+        }
+    }
+    inputs
+}
+
+/// RMSNorm of the queries and of the keys of every token of `qkv`, in place.
+pub(crate) fn norm_qk(layer: &Layer, eps: f32, qkv: &mut [f32]) {
+    let attention = layer.config.attention();
+    let (queries, keys) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
+    let [query, key] = [LayerNorm::Query, LayerNorm::Key].map(|n| layer.norm(n));
+    qkv.par_chunks_exact_mut(attention.qkv_rows()).for_each(|row| {
+        row[..queries].chunks_exact_mut(query.len()).for_each(|x| norm_row(x, query, eps));
+        row[queries..][..keys].chunks_exact_mut(key.len()).for_each(|x| norm_row(x, key, eps));
+    });
+}
+
+/// RMSNorm of one row, in place.
+fn norm_row(x: &mut [f32], gamma: &[f32], eps: f32) {
+    let squares: f32 = x.iter().map(|x| x * x).sum();
+    let scale = 1.0 / (squares / gamma.len() as f32 + eps).sqrt();
+    x.iter_mut().zip(gamma).for_each(|(x, gamma)| *x = *x * scale * gamma);
 }
 
 /// RMSNorm of every row of `h`.
 pub(crate) fn norm(h: &[f32], gamma: &[f32], eps: f32) -> Vec<f32> {
-    let mut out = vec![0.0; h.len()];
-    let rows = out.par_chunks_exact_mut(gamma.len()).zip(h.par_chunks_exact(gamma.len()));
-    rows.for_each(|(out, h)| {
-        let squares: f32 = h.iter().map(|x| x * x).sum();
-        let scale = 1.0 / (squares / gamma.len() as f32 + eps).sqrt();
-        for ((out, h), gamma) in out.iter_mut().zip(h).zip(gamma) {
-            *out = h * scale * gamma;
-        }
-    });
+    let mut out = h.to_vec();
+    out.par_chunks_exact_mut(gamma.len()).for_each(|x| norm_row(x, gamma, eps));
     out
 }
 
 /// Rotates queries and keys of `qkv`, appends keys and values to `cache`, and returns causal attention,
 /// `[texts, tokens, num_heads · head_dim]`.
 pub(crate) fn attend(
-    config: &ModelConfig,
-    rope: &Rope,
+    attention: &Attention,
+    ropes: &Ropes,
     cache: &mut KvCache,
     texts: usize,
     qkv: &mut [f32],
 ) -> Vec<f32> {
-    let (d, heads) = (config.head_dim, config.num_heads);
-    let (q_dim, kv_dim) = (heads * d, config.num_kv_heads * d);
+    let Attention { num_heads: heads, num_kv_heads, head_dim: d, .. } = *attention;
+    let (q_dim, kv_dim) = (heads * d, num_kv_heads * d);
     let width = q_dim + 2 * kv_dim;
     let tokens = qkv.len() / width / texts;
     let past = cache.len;
     qkv.par_chunks_exact_mut(width).enumerate().for_each(|(i, row)| {
-        row[..q_dim + kv_dim].chunks_exact_mut(d).for_each(|head| rope.rotate(head, past + i % tokens));
+        row[..q_dim + kv_dim].chunks_exact_mut(d).for_each(|head| ropes.rotate(attention, head, past + i % tokens));
     });
     for (i, row) in qkv.chunks_exact(width).enumerate() {
         let at = (i / tokens * cache.capacity + past + i % tokens) * kv_dim;
@@ -193,13 +242,8 @@ pub(crate) fn attend(
     by_head.par_chunks_exact_mut(tokens * d).enumerate().for_each(|(i, out)| {
         let (text, head) = (i / heads, i % heads);
         let queries = &qkv[text * tokens * width + head * d..];
-        let kv = text * cache.capacity * kv_dim + head / (heads / config.num_kv_heads) * d;
-        let history = History {
-            keys: &cache.keys[kv..],
-            values: &cache.values[kv..],
-            stride: kv_dim,
-            window: config.sliding_window,
-        };
+        let kv = text * cache.capacity * kv_dim + head / (heads / num_kv_heads) * d;
+        let history = History { attention, keys: &cache.keys[kv..], values: &cache.values[kv..], stride: kv_dim };
         for (block, out) in out.chunks_mut(QUERY_BLOCK * d).enumerate() {
             let first = block * QUERY_BLOCK;
             history.attend(&queries[first * width..], width, past + first, d, out);
@@ -217,10 +261,10 @@ pub(crate) fn attend(
 
 /// Keys and values of one head of one text.
 struct History<'a> {
+    attention: &'a Attention,
     keys: &'a [f32],
     values: &'a [f32],
     stride: usize,
-    window: Option<usize>,
 }
 
 impl History<'_> {
@@ -229,21 +273,30 @@ impl History<'_> {
     fn attend(&self, queries: &[f32], stride: usize, position: usize, d: usize, out: &mut [f32]) {
         let count = out.len() / d;
         let len = position + count;
-        let scale = 1.0 / (d as f32).sqrt();
         let mut scores = vec![0.0; count * len];
         let q = Strided { values: queries, row: stride, column: 1 };
         let keys = Strided { values: self.keys, row: 1, column: self.stride };
-        multiply(count, len, d, scale, q, keys, &mut scores, gemm::Parallelism::None);
+        multiply(count, len, d, 1.0, q, keys, &mut scores, gemm::Parallelism::None);
         for (i, row) in scores.chunks_exact_mut(len).enumerate() {
             let end = position + i + 1;
-            let start = self.window.map_or(0, |window| end.saturating_sub(window));
+            let start = self.attention.window.map_or(0, |window| end.saturating_sub(window));
             row[..start].fill(0.0);
             row[end..].fill(0.0);
+            scale_scores(self.attention, end - 1, &mut row[start..end]);
             softmax(&mut row[start..end]);
         }
         let values = Strided { values: self.values, row: self.stride, column: 1 };
         let scores = Strided { values: &scores, row: len, column: 1 };
         multiply(count, d, len, 1.0, scores, values, out, gemm::Parallelism::None);
+    }
+}
+
+/// Scores as the softmax takes them, from the products of the query at `position` with keys.
+pub(crate) fn scale_scores(attention: &Attention, position: usize, scores: &mut [f32]) {
+    let scale = attention.scale_at(position) as f32;
+    match attention.softcap {
+        None => scores.iter_mut().for_each(|s| *s *= scale),
+        Some(cap) => scores.iter_mut().for_each(|s| *s = cap as f32 * (*s * scale / cap as f32).tanh()),
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 
 use super::calibrate::Activations;
-use super::forward::{Inputs, Layer, Rope};
+use super::forward::{Inputs, Layer, Ropes};
 use super::storable::ensure_storable;
 use super::{Calibration, Norms, Options, Refine, mixed, polish, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
@@ -41,7 +41,7 @@ pub(super) type Made<'a> = (Norms, [Linear<'a>; 4]);
 impl Job<'_> {
     /// Length of the progress bar: tokens that go through a layer, summed over layers, and what else takes as long.
     pub(super) fn work(&self) -> u64 {
-        let layers = self.source.config().num_layers as u64;
+        let layers = self.source.config().layers.len() as u64;
         let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
         let learning = if self.learns() { self.learning_work() } else { 0 };
         self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed + learning
@@ -51,7 +51,7 @@ impl Job<'_> {
     pub(super) fn learning_work(&self) -> u64 {
         let calibration = &self.options.calibration;
         let tokens = polish::steps(calibration.samples()) * calibration.seq_len();
-        polish::STEP_PASSES * (tokens * self.source.config().num_layers) as u64
+        polish::STEP_PASSES * (tokens * self.source.config().layers.len()) as u64
     }
 
     /// True if codebooks are learned when all layers are quantized.
@@ -71,13 +71,13 @@ impl Job<'_> {
 
     /// Length of the progress bar while every layer is made once, whatever its width.
     pub(super) fn work_once(&self) -> u64 {
-        self.sampling_work() + self.source.config().num_layers as u64 * (self.tokens() + LAYER_WORK)
+        self.sampling_work() + self.source.config().layers.len() as u64 * (self.tokens() + LAYER_WORK)
     }
 
     fn sampling_work(&self) -> u64 {
         match self.options.calibration {
             Calibration::Sampled { .. } => {
-                sample::SAMPLED_TOKEN * self.tokens() * self.source.config().num_layers as u64
+                sample::SAMPLED_TOKEN * self.tokens() * self.source.config().layers.len() as u64
             }
             Calibration::Text { .. } => 0,
         }
@@ -102,19 +102,19 @@ impl Job<'_> {
         make: impl Fn(usize, &Layer, &Inputs) -> Result<Made<'a>>,
     ) -> Result<()> {
         let config = self.source.config();
-        let rope = Rope::new(config, self.options.calibration.seq_len());
+        let ropes = Ropes::new(config, self.options.calibration.seq_len());
         let (first, mut activations) = self.activations(ids)?;
         self.progress.inc(first as u64 * (self.tokens() + LAYER_WORK));
         self.progress.reset_eta();
         for (index, &bits) in bits.iter().enumerate().skip(first) {
-            self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
+            self.progress.set_message(format!("layer {} of {}", index + 1, config.layers.len()));
             let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
             let missing = !self.writer.has_layer(index, bits);
-            let inputs = activations.advance(config, &layer, &rope, missing, self.stop, self.progress);
+            let inputs = activations.advance(config, &layer, &ropes, missing, self.stop, self.progress);
             let inputs = inputs.with_context(|| format!("layer {index}"))?;
             if missing {
                 let (norms, linears) = make(index, &layer, &inputs).with_context(|| format!("layer {index}"))?;
-                self.writer.write_layer(index, bits, &norms, &linears)?;
+                self.writer.write_layer(config, (index, bits), &norms, &linears)?;
             }
             self.progress.inc(LAYER_WORK);
             self.keep(index + 1, &activations)?;
@@ -146,24 +146,24 @@ impl Job<'_> {
     pub(super) fn layers(&self, ids: &[u32]) -> Result<()> {
         let config = self.source.config();
         let seq_len = self.options.calibration.seq_len();
-        let rope = Rope::new(config, seq_len);
+        let ropes = Ropes::new(config, seq_len);
         let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
         let widths = (self.manifest.bits.low()..).take(widths);
         let (first, mut activations) = self.activations(ids)?;
         self.progress.inc(first as u64 * (self.tokens() + self.layer_work()));
         self.progress.reset_eta();
-        for index in first..config.num_layers {
-            self.progress.set_message(format!("layer {} of {}", index + 1, config.num_layers));
+        for index in first..config.layers.len() {
+            self.progress.set_message(format!("layer {} of {}", index + 1, config.layers.len()));
             let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
             ensure_storable(config, index, &layer)?;
             let missing: Vec<u32> = widths.clone().filter(|&bits| !self.writer.has_layer(index, bits)).collect();
-            let inputs = activations.advance(config, &layer, &rope, !missing.is_empty(), self.stop, self.progress);
+            let inputs = activations.advance(config, &layer, &ropes, !missing.is_empty(), self.stop, self.progress);
             let inputs = inputs.with_context(|| format!("layer {index}"))?;
             for &bits in &missing {
                 super::ensure_running(self.stop)?;
                 let (norms, linears) =
                     super::quantize_layer(self, bits, &layer, &inputs).with_context(|| format!("layer {index}"))?;
-                self.writer.write_layer(index, bits, &norms, &linears)?;
+                self.writer.write_layer(config, (index, bits), &norms, &linears)?;
             }
             self.progress.inc(self.layer_work());
             self.keep(index + 1, &activations)?;
@@ -180,7 +180,7 @@ impl Job<'_> {
             let index = u64::from_le_bytes(*index) as usize;
             return Ok((index, Activations::resume(bytemuck::pod_collect_to_vec(h), tokens, hidden)));
         }
-        Ok((0, Activations::embed(&self.source.embedding()?, ids, tokens)?))
+        Ok((0, Activations::embed(config, &self.source.embedding()?, ids, tokens)?))
     }
 
     /// Keeps what enters layer `next`.

@@ -9,7 +9,7 @@
 use anyhow::Result;
 
 use super::calibrate::Activations;
-use super::forward::{Layer, Rope, norm};
+use super::forward::{Layer, Ropes, norm};
 use super::job::Job;
 use super::{Calibration, divergence, sample};
 use crate::checkpoint::LayerFile;
@@ -39,13 +39,13 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
     let (texts, tokens) = windows(&job.options.calibration);
     let apart = job.options.calibration.samples() / texts * seq_len;
     let ids: Vec<u32> = (0..texts).flat_map(|text| &ids[text * apart..][..tokens]).copied().collect();
-    let rope = Rope::new(config, tokens);
-    let mut full = Activations::embed(&job.source.embedding()?, &ids, tokens)?;
+    let ropes = Ropes::new(config, tokens);
+    let mut full = Activations::embed(config, &job.source.embedding()?, &ids, tokens)?;
     let mut base = full.clone();
     let mut raised: Vec<Activations> = Vec::new();
-    for index in 0..config.num_layers {
+    for index in 0..config.layers.len() {
         let advance = |activations: &mut Activations, layer: &Layer| {
-            activations.advance(config, layer, &rope, false, job.stop, job.progress)
+            activations.advance(config, layer, &ropes, false, job.stop, job.progress)
         };
         advance(&mut full, &Layer::read(job.source, index)?)?;
         raised.push(base.clone());
@@ -57,10 +57,10 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
         }
     }
     let (embedding, head) = (job.source.embedding()?, job.source.head()?);
-    let final_norm = job.source.final_norm()?;
+    let final_norm = config.final_gamma(job.source)?;
     let predict = |activations: &Activations| {
-        let x = norm(&activations.h, &final_norm, config.rms_norm_eps);
-        sample::logits(head.as_ref().unwrap_or(&embedding), &x)
+        let x = norm(&activations.h, &final_norm, config.stream_eps());
+        sample::logits(config, head.as_ref().unwrap_or(&embedding), &x)
     };
     let truth = predict(&full);
     let divergences = raised
@@ -75,7 +75,9 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
 
 fn read(job: &Job<'_>, file: &LayerFile) -> Result<Layer> {
     let config = job.source.config();
-    Layer::collect(file.norms(config)?, |projection| file.projection(projection, config, job.manifest.group_size))
+    Layer::collect(config.layers[file.layer()].clone(), file.norms(config)?, |projection| {
+        file.projection(projection, config, job.manifest.group_size)
+    })
 }
 
 /// The half of the layers (rounded down) that leaves the least divergence when raised gets `high` bits, the first

@@ -49,7 +49,7 @@ use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use estimate::{Estimate, estimate};
 use fit::Fit;
-use forward::{Affine, Inputs, Layer};
+use forward::{Affine, Inputs, Layer, Norms};
 pub use head::head;
 use job::Job;
 pub use residuals::{ResidualOptions, residuals};
@@ -263,7 +263,7 @@ pub fn quantize(
     job.layers(&ids)?;
     let (bits, divergences) = match manifest.bits.is_mixed() {
         true => job.chosen(&ids)?,
-        false => (vec![manifest.bits.low(); config.num_layers], Vec::new()),
+        false => (vec![manifest.bits.low(); config.layers.len()], Vec::new()),
     };
     if job.learns() {
         polish::polish(&job, &ids, &bits)?;
@@ -289,7 +289,7 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
         }
     }
     for projection in Projection::ALL {
-        let (inputs, outputs) = config.shape(projection);
+        let (inputs, outputs) = config.shape(0, projection);
         ensure!(
             inputs.is_multiple_of(32) && outputs.is_multiple_of(8),
             "{projection} has {inputs} input channels and {outputs} rows, multiples of 32 and 8 are expected: this \
@@ -316,7 +316,7 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
 
 /// The group size asked for, or the largest usual one, that tiles every projection's input.
 fn group_size(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
-    let inputs = Projection::ALL.map(|p| config.shape(p).0);
+    let inputs = Projection::ALL.map(|p| config.shape(0, p).0);
     let fits = |group: usize| inputs.iter().all(|&inputs| ensure_group_size(inputs, group).is_ok());
     let usual: Vec<usize> = [128, 64, 32].into_iter().filter(|&g| fits(g)).collect();
     match asked {
@@ -325,22 +325,19 @@ fn group_size(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
         Some(group) => bail!(
             "group size {group} does not divide {} and {} input channels in multiples of 32, use --group-size {}",
             config.hidden_size,
-            config.intermediate_size,
+            config.shape(0, Projection::Down).0,
             usual.iter().map(usize::to_string).collect::<Vec<_>>().join(" or ")
         ),
     }
 }
 
-/// What enters a layer in two places: γ before attention, γ before the feed-forward part.
-type Norms = (Vec<f32>, Vec<f32>);
-
 /// Quantizes one layer to `bits`: norms and projections as they are stored.
 fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> Result<(Norms, [Linear<'static>; 4])> {
-    let (config, group_size, bits) = (job.source.config(), job.manifest.group_size, bits as usize);
+    let (group_size, bits) = (job.manifest.group_size, bits as usize);
     let (mut layer, mut inputs) = (Cow::Borrowed(layer), Cow::Borrowed(inputs));
     let awq = job.options.awq;
     if let (Some(group_size), true) = (group_size, awq) {
-        awq::scale(config, layer.to_mut(), inputs.to_mut(), bits, group_size);
+        awq::scale(layer.to_mut(), inputs.to_mut(), bits, group_size);
     }
     let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
         ensure_running(job.stop)?;
@@ -354,7 +351,7 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
         };
         finish(linear, x, weight, &vec![1.0; linear.in_features])
     });
-    Ok(((layer.input_norm.clone(), layer.post_norm.clone()), [qkv?, o?, gate_up?, down?]))
+    Ok((layer.norms.clone(), [qkv?, o?, gate_up?, down?]))
 }
 
 /// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in.

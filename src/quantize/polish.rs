@@ -19,7 +19,7 @@ use super::backward::Compensated;
 use super::calibrate::{self, Activations};
 use super::divergence::Speaker;
 use super::fit;
-use super::forward::{Affine, Layer, Rope};
+use super::forward::{Affine, Layer, Ropes};
 use super::gram::Taken;
 use super::job::Job;
 use super::refine::{Codebook, Grid};
@@ -128,11 +128,11 @@ fn restore(job: &Job<'_>, learned: &mut [[Learned; 4]]) -> bool {
 
 fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]]) -> Result<()> {
     let (config, seq_len) = (job.source.config(), job.options.calibration.seq_len());
-    let rope = Rope::new(config, seq_len);
+    let ropes = Ropes::new(config, seq_len);
     // Half precision, as they are stored in the end.
     let (embedding, head) = (super::halved(job.source.embedding()?), job.source.head()?.map(super::halved));
-    let final_norm = job.source.final_norm()?;
-    let speaker = Speaker::new(head.as_ref().unwrap_or(&embedding), &final_norm, config.rms_norm_eps);
+    let final_norm = config.final_gamma(job.source)?;
+    let speaker = Speaker::new(head.as_ref().unwrap_or(&embedding), &final_norm, config.stream_eps());
     let truth = truth(job, ids)?;
     let mut means: Vec<[Means; 4]> = learned
         .iter()
@@ -142,11 +142,11 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
     for (step, &window) in order.iter().enumerate() {
         let ids = &ids[window * seq_len..][..seq_len];
         let truth = &truth[window * seq_len * config.hidden_size..][..seq_len * config.hidden_size];
-        let mut h = Activations::embed(&embedding, ids, seq_len)?.h;
+        let mut h = Activations::embed(config, &embedding, ids, seq_len)?.h;
         let mut traces = Vec::with_capacity(bits.len());
         for (index, (learned, &bits)) in learned.iter_mut().zip(bits).enumerate() {
             super::ensure_running(job.stop)?;
-            let (trace, x) = read(job, index, bits, learned)?.0.forward(config, &rope, 1, &mut h)?;
+            let (trace, x) = read(job, index, bits, learned)?.0.forward(config, &ropes, 1, &mut h)?;
             learned.iter_mut().zip(&x).zip(&trace.taken).for_each(|((l, x), taken)| l.watch(x, taken));
             traces.push(trace);
             job.progress.inc(seq_len as u64);
@@ -159,7 +159,7 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
             super::ensure_running(job.stop)?;
             let index = traces.len();
             let (layer, codes) = read(job, index, bits[index], &learned[index])?;
-            let gradients = layer.backward(config, &rope, 1, trace, &mut d);
+            let gradients = layer.backward(config, &ropes, 1, trace, &mut d);
             let grid = Codebook { bits: bits[index] as usize };
             let each = learned[index].iter_mut().zip(&mut means[index]).zip(codes.iter().zip(&gradients));
             each.for_each(|((l, means), (codes, gradient))| follow(&grid, l, means, codes, gradient, rate, step));
@@ -205,9 +205,9 @@ fn even_out(d: &mut [f32], hidden_size: usize) {
 fn truth(job: &Job<'_>, ids: &[u32]) -> Result<Vec<f32>> {
     let config = job.source.config();
     let (first, mut truth) = job.activations(ids)?;
-    let rope = Rope::new(config, truth.tokens);
-    for index in first..config.num_layers {
-        truth.advance(config, &Layer::read(job.source, index)?, &rope, false, job.stop, &ProgressBar::hidden())?;
+    let ropes = Ropes::new(config, truth.tokens);
+    for index in first..config.layers.len() {
+        truth.advance(config, &Layer::read(job.source, index)?, &ropes, false, job.stop, &ProgressBar::hidden())?;
     }
     Ok(truth.h)
 }
@@ -262,8 +262,8 @@ fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resul
     let each: Vec<_> = each.collect::<Result<_>>()?;
     let [(qkv, qkv_whole, qkv_codes), (o, o_whole, o_codes), (gu, gu_whole, gu_codes), (d, d_whole, d_codes)] =
         each.try_into().ok().context("four projections")?;
-    let (input_norm, post_norm) = file.norms(config)?;
-    let layer = Layer { input_norm, post_norm, linears: [qkv, o, gu, d] };
+    let norms = file.norms(config)?;
+    let layer = Layer { config: config.layers[index].clone(), norms, linears: [qkv, o, gu, d] };
     let originals = [qkv_whole, o_whole, gu_whole, d_whole];
     Ok((Compensated { layer, originals, k_chunks }, [qkv_codes, o_codes, gu_codes, d_codes]))
 }
@@ -314,7 +314,7 @@ fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resu
         let thresholds = stored.thresholds.map(|t| Cow::Owned(t.into_owned()));
         anyhow::Ok(Linear { weight, bias: original.bias.map(Cow::Owned), residual: Some(residual), thresholds })
     });
-    job.writer.write_layer(index, bits, &file.norms(config)?, &[qkv?, o?, gate_up?, down?])
+    job.writer.write_layer(config, (index, bits), &file.norms(config)?, &[qkv?, o?, gate_up?, down?])
 }
 
 #[cfg(test)]

@@ -19,11 +19,11 @@ use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
-use super::forward::{Affine, Inputs, Layer};
+use super::forward::{Affine, Inputs, Layer, Norms};
 use super::job::{self, Job, Made};
-use super::{Calibration, Norms, Options, Refine, Report, awq, ensure_running, estimate, finish, style};
+use super::{Calibration, Options, Refine, Report, awq, ensure_running, estimate, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
-use crate::config::{ModelConfig, Projection};
+use crate::config::{Attention, LayerNorm, ModelConfig, Projection};
 use crate::fingerprint::Fingerprint;
 use crate::source::stored_modules;
 use crate::tokenizer::TextFiles;
@@ -102,7 +102,7 @@ pub fn residuals(
     progress.set_style(style()?);
     progress.set_length(job.work_once());
     let ids = job.calibration()?;
-    let bits: Vec<u32> = (0..config.num_layers).filter_map(|layer| quantized.bits(layer)).collect();
+    let bits: Vec<u32> = (0..config.layers.len()).filter_map(|layer| quantized.bits(layer)).collect();
     job.layers_once(&ids, &bits, |index, layer, inputs| complete(original, quantized, index, layer, inputs, stop))?;
     progress.set_message("writing");
     // Embedding and head are the quantized model's own.
@@ -118,15 +118,18 @@ fn ensure_pair(original: &dyn ModelWeights, quantized: &dyn ModelWeights) -> Res
     ensure!(original.bits(0).is_none(), "the original is quantized itself, a full-precision model is expected");
     ensure!(quantized.bits(0).is_some(), "the quantized model is full precision, quantize it first");
     let (a, b) = (original.config(), quantized.config());
-    let heads = |config: &ModelConfig| (config.num_heads, config.num_kv_heads, config.head_dim);
+    let heads = |config: &ModelConfig| {
+        let attention = config.layers[0].attention();
+        (attention.num_heads, attention.num_kv_heads, attention.head_dim)
+    };
     ensure!(
-        a.num_layers == b.num_layers,
+        a.layers.len() == b.layers.len(),
         "the original has {} layers, the quantized model {}: they are not the same model",
-        a.num_layers,
-        b.num_layers
+        a.layers.len(),
+        b.layers.len()
     );
     for projection in Projection::ALL {
-        let (a, b) = (a.shape(projection), b.shape(projection));
+        let (a, b) = (a.shape(0, projection), b.shape(0, projection));
         ensure!(
             a == b,
             "{projection} has {} channels and {} rows in the original, {} and {} in the quantized model: they are not \
@@ -140,12 +143,12 @@ fn ensure_pair(original: &dyn ModelWeights, quantized: &dyn ModelWeights) -> Res
     ensure!(
         heads(a) == heads(b),
         "the original has {} heads on {} of width {}, the quantized model {} on {} of width {}",
-        a.num_heads,
-        a.num_kv_heads,
-        a.head_dim,
-        b.num_heads,
-        b.num_kv_heads,
-        b.head_dim
+        heads(a).0,
+        heads(a).1,
+        heads(a).2,
+        heads(b).0,
+        heads(b).1,
+        heads(b).2
     );
     Ok(())
 }
@@ -189,11 +192,11 @@ impl<'a, 'b> Pair<'a, 'b> {
         mut layer: Cow<'b, Layer>,
         mut inputs: Cow<'b, Inputs>,
     ) -> Result<Self> {
-        let norms = quantized.layer_norms(index)?;
+        let norms = quantized.norms(index)?;
         let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| quantized.projection(index, projection));
         let linears = [qkv?, o?, gate_up?, down?];
-        if !same(&layer.input_norm, &norms.0) || !same(&layer.post_norm, &norms.1) {
-            scale_alike(quantized.config(), layer.to_mut(), inputs.to_mut(), &norms, &linears)?;
+        if !layer.norms.iter().zip(&norms).all(|(own, theirs)| same(own, theirs)) {
+            scale_alike(layer.to_mut(), inputs.to_mut(), &norms, &linears)?;
         }
         for (projection, theirs) in Projection::ALL.into_iter().zip(&linears) {
             let mut first = 0;
@@ -236,13 +239,7 @@ fn same(a: &[f32], b: &[f32]) -> bool {
 }
 
 /// Scales `layer` and what enters it as the quantized layer of these `norms` and `linears` was.
-fn scale_alike(
-    config: &ModelConfig,
-    layer: &mut Layer,
-    inputs: &mut Inputs,
-    norms: &Norms,
-    linears: &[Linear<'_>; 4],
-) -> Result<()> {
+fn scale_alike(layer: &mut Layer, inputs: &mut Inputs, norms: &Norms, linears: &[Linear<'_>; 4]) -> Result<()> {
     let ratio = |own: &[f32], theirs: &[f32]| -> Result<Vec<f32>> {
         let scale = |(k, (own, theirs)): (usize, (&f32, &f32))| {
             let scale = if *own == 0.0 && *theirs == 0.0 { 1.0 } else { own / theirs };
@@ -255,23 +252,24 @@ fn scale_alike(
         };
         own.iter().zip(theirs).enumerate().map(scale).collect()
     };
-    for (projection, scales) in [
-        (Projection::Qkv, ratio(&layer.input_norm, &norms.0)?),
-        (Projection::GateUp, ratio(&layer.post_norm, &norms.1)?),
-    ] {
-        awq::apply(config, layer, projection, &scales, &mut inputs[projection.index()]);
+    for (projection, norm) in
+        [(Projection::Qkv, LayerNorm::AttentionInput), (Projection::GateUp, LayerNorm::FeedForwardInput)]
+    {
+        let scales = ratio(layer.norm(norm), &norms[norm.index()])?;
+        awq::apply(layer, projection, &scales, &mut inputs[projection.index()]);
     }
     let of_rows = |layer: &Layer, projection: Projection, first: usize| {
         let (own, theirs) = (layer.linear(projection), &linears[projection.index()].weight);
         row_scales(|row| own.row(row), theirs, first)
     };
-    if let Some(scales) = of_rows(layer, Projection::GateUp, config.intermediate_size) {
-        awq::apply(config, layer, Projection::Down, &scales, &mut inputs[Projection::Down.index()]);
+    if let Some(scales) = of_rows(layer, Projection::GateUp, layer.config.intermediate_size()) {
+        awq::apply(layer, Projection::Down, &scales, &mut inputs[Projection::Down.index()]);
     }
-    if let Some(by_value) = of_rows(layer, Projection::Qkv, awq::first_value_row(config)) {
-        let (d, shared) = (config.head_dim, config.num_heads / config.num_kv_heads);
-        let scales: Vec<f32> = (0..config.num_heads * d).map(|i| by_value[i / d / shared * d + i % d]).collect();
-        awq::apply(config, layer, Projection::O, &scales, &mut inputs[Projection::O.index()]);
+    let Attention { num_heads, num_kv_heads, head_dim: d, .. } = *layer.config.attention();
+    if let Some(by_value) = of_rows(layer, Projection::Qkv, (num_heads + num_kv_heads) * d) {
+        let shared = num_heads / num_kv_heads;
+        let scales: Vec<f32> = (0..num_heads * d).map(|i| by_value[i / d / shared * d + i % d]).collect();
+        awq::apply(layer, Projection::O, &scales, &mut inputs[Projection::O.index()]);
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::calibrate::Activations;
 use super::exponential::{exp, largest};
-use super::forward::{KvCache, Layer, Rope, forward, norm};
+use super::forward::{KvCache, Layer, Ropes, forward, norm};
 use super::product::{product, product_beside};
 use crate::config::ModelConfig;
 use crate::format::{Dense, Floats};
@@ -43,28 +43,28 @@ pub(crate) fn sample(
     let config = weights.config();
     let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);
     let held = hold(weights)?;
-    let (embedding, head, final_norm) = (weights.embedding()?, weights.head()?, weights.final_norm()?);
+    let (embedding, head, final_norm) = (weights.embedding()?, weights.head()?, config.final_gamma(weights)?);
     let head = head.as_ref().unwrap_or(&embedding);
-    let rope = Rope::new(config, tokens);
-    let mut caches: Vec<KvCache> = (0..config.num_layers).map(|_| KvCache::new(config, texts, tokens)).collect();
+    let ropes = Ropes::new(config, tokens);
+    let mut caches: Vec<KvCache> = config.layers.iter().map(|layer| KvCache::new(layer, texts, tokens)).collect();
     let draws = sampling::draws(seed, texts * tokens);
     let mut last = vec![first; texts];
     let mut ids = vec![0; texts * tokens];
     for (step, draws) in draws.chunks_exact(texts).enumerate() {
         ids.iter_mut().skip(step).step_by(tokens).zip(&last).for_each(|(id, &last)| *id = last);
-        progress.inc(SAMPLED_TOKEN * (texts * config.num_layers) as u64);
+        progress.inc(SAMPLED_TOKEN * (texts * config.layers.len()) as u64);
         if step + 1 == tokens {
             break;
         }
         super::ensure_running(stop)?;
-        let mut h = Activations::embed(&embedding, &last, 1)?.h;
+        let mut h = Activations::embed(config, &embedding, &last, 1)?.h;
         for (i, cache) in caches.iter_mut().enumerate() {
             match &held {
-                Some(layers) => forward(config, &layers[i], &rope, cache, texts, &mut h),
-                None => forward(config, &Layer::read(weights, i)?, &rope, cache, texts, &mut h),
+                Some(layers) => forward(config, &layers[i], &ropes, cache, texts, &mut h),
+                None => forward(config, &Layer::read(weights, i)?, &ropes, cache, texts, &mut h),
             };
         }
-        let mut logits = self::logits(head, &norm(&h, &final_norm, config.rms_norm_eps));
+        let mut logits = self::logits(config, head, &norm(&h, &final_norm, config.stream_eps()));
         let of_texts = logits.par_chunks_exact_mut(config.vocab_size).zip(draws);
         last = of_texts.map(|(logits, &draw)| draw_from(logits, draw)).collect::<Result<_>>()?;
         last.iter_mut().filter(|id| config.eos_token_ids.contains(id)).for_each(|id| *id = first);
@@ -74,7 +74,7 @@ pub(crate) fn sample(
 
 /// True if all layers in f32 are small enough to stay in memory while text is made.
 pub(crate) fn holds(config: &ModelConfig) -> bool {
-    4 * layer_weights(config) * config.num_layers <= HELD_BYTES
+    4 * layer_weights(config) * config.layers.len() <= HELD_BYTES
 }
 
 /// All layers in f32, if they are small.
@@ -83,16 +83,24 @@ fn hold(weights: &dyn ModelWeights) -> Result<Option<Vec<Layer>>> {
     if !holds(config) {
         return Ok(None);
     }
-    (0..config.num_layers).map(|layer| Layer::read(weights, layer)).collect::<Result<_>>().map(Some)
+    (0..config.layers.len()).map(|layer| Layer::read(weights, layer)).collect::<Result<_>>().map(Some)
 }
 
 /// Weights in the projections of one layer.
 pub(crate) fn layer_weights(config: &ModelConfig) -> usize {
-    crate::config::Projection::ALL.iter().map(|&p| config.shape(p)).map(|(inputs, outputs)| inputs * outputs).sum()
+    crate::config::Projection::ALL.iter().map(|&p| config.shape(0, p)).map(|(inputs, outputs)| inputs * outputs).sum()
 }
 
 /// `[tokens, vocab_size]` from `x` `[tokens, hidden_size]`.
-pub(crate) fn logits(head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
+pub(crate) fn logits(config: &ModelConfig, head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
+    let mut logits = product_of_head(head, x);
+    if let Some(cap) = config.logit_softcap {
+        logits.par_chunks_mut(1 << 14).flatten().for_each(|z| *z = cap as f32 * (*z / cap as f32).tanh());
+    }
+    logits
+}
+
+fn product_of_head(head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
     let (depth, vocab) = (head.in_features, head.out_features);
     let tokens = x.len() / depth;
     let mut y = vec![0.0; tokens * vocab];
@@ -183,6 +191,6 @@ mod tests {
         let x: Vec<f32> = (0..2 * depth).map(|i| i as f32 - 7.0).collect();
         let dense = |values| Dense { in_features: depth, out_features: vocab, values };
         // Small whole numbers: every sum is exact.
-        assert_eq!(logits(&dense(halves.into()), &x), logits(&dense(floats.into()), &x));
+        assert_eq!(product_of_head(&dense(halves.into()), &x), product_of_head(&dense(floats.into()), &x));
     }
 }

@@ -21,7 +21,7 @@ use half::{bf16, f16};
 use serde_json::Value;
 
 use self::modules::{Part, parts};
-use crate::config::{ModelConfig, Projection, is_biased, read_json};
+use crate::config::{LayerNorm, ModelConfig, Projection, read_json};
 use crate::format::{Dense, Floats};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -95,9 +95,9 @@ impl Source {
         if !self.config.tie_word_embeddings {
             check(HEAD.into(), &[vocab_size, hidden_size])?;
         }
-        for layer in 0..self.config.num_layers {
-            for name in [norm_name(layer, "input"), norm_name(layer, "post_attention")] {
-                check(name, &[hidden_size])?;
+        for layer in 0..self.config.layers.len() {
+            for (norm, len) in self.config.layers[layer].norms(hidden_size) {
+                check(norm_name(&self.config, layer, norm)?, &[len])?;
             }
             for projection in Projection::ALL {
                 self.check_projection(layer, projection, &mut check)?;
@@ -114,11 +114,11 @@ impl Source {
         check: &mut impl FnMut(String, &[usize]) -> Result<()>,
     ) -> Result<()> {
         let biased = match self.tensors {
-            Tensors::HuggingFace(_) => Some(is_biased(&self.config_json, self.config.architecture, projection)?),
+            Tensors::HuggingFace(_) => Some(self.config.biased.contains(&projection)),
             Tensors::Gguf(_) => None,
         };
         for part in self.parts(layer, projection) {
-            let columns = self.config.shape(projection).0;
+            let columns = self.config.shape(layer, projection).0;
             check(part.tensor("weight"), &[part.rows, columns])?;
             let bias = part.tensor("bias");
             let is_there = self.tensors.contains(&bias);
@@ -165,8 +165,8 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head.weight";
 
-fn norm_name(layer: usize, which: &str) -> String {
-    format!("model.layers.{layer}.{which}_layernorm.weight")
+fn norm_name(config: &ModelConfig, layer: usize, norm: LayerNorm) -> Result<String> {
+    Ok(format!("model.layers.{layer}.{}.weight", config.family.norm(norm)?))
 }
 
 impl ModelWeights for Source {
@@ -186,12 +186,12 @@ impl ModelWeights for Source {
         self.vector(FINAL_NORM)
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        Ok((self.vector(&norm_name(layer, "input"))?, self.vector(&norm_name(layer, "post_attention"))?))
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.vector(&norm_name(&self.config, layer, norm)?)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        let (in_features, out_features) = self.config.shape(projection);
+        let (in_features, out_features) = self.config.shape(layer, projection);
         let parts = self.parts(layer, projection);
         let values = parts
             .iter()

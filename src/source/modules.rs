@@ -1,6 +1,6 @@
 //! Which stored modules make a projection: Llama's come one by one, Phi-3's fused.
 
-use crate::config::{Architecture, ModelConfig, Projection};
+use crate::config::{ModelConfig, Projection};
 
 /// A stored matrix, or rows of a fused one.
 pub(super) struct Part {
@@ -23,8 +23,9 @@ pub(super) fn parts(
     projection: Projection,
     is_stored: impl FnOnce(&Part) -> bool,
 ) -> Vec<Part> {
-    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    let half = config.intermediate_size;
+    let attention = config.layers[layer].attention();
+    let (q, kv) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
+    let half = config.layers[layer].intermediate_size();
     let (fused, single): (_, &[(&str, usize)]) = match projection {
         Projection::Qkv => {
             ("self_attn.qkv_proj", &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)])
@@ -34,7 +35,7 @@ pub(super) fn parts(
         Projection::Down => ("mlp.down_proj", &[]),
     };
     let part = |module: &str, rows| Part { name: format!("model.layers.{layer}.{module}"), rows };
-    let whole = part(fused, config.shape(projection).1);
+    let whole = part(fused, config.shape(layer, projection).1);
     if single.is_empty() || is_stored(&whole) {
         return vec![whole];
     }
@@ -44,7 +45,7 @@ pub(super) fn parts(
 /// The modules of `projection` as transformers stores a full-precision model of this architecture: the names of
 /// their weights, and the rows of each, one below the other.
 pub(crate) fn stored_modules(config: &ModelConfig, layer: usize, projection: Projection) -> Vec<(String, usize)> {
-    let fused = config.architecture == Architecture::Phi3;
+    let fused = config.family.fused.contains(&projection);
     let parts = parts(config, layer, projection, |_| fused);
     parts.iter().map(|part| (part.tensor("weight"), part.rows)).collect()
 }

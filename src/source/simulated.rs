@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use half::f16;
 use rayon::prelude::*;
 
-use crate::config::{ModelConfig, Projection};
+use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, Floats};
 use crate::weights::{Linear, ModelWeights, Weight};
 
@@ -32,7 +32,7 @@ impl Simulated {
     /// A row with more than 256 different values, or more than a quarter of its channels, by name: the model is not
     /// quantized, or by groups of channels.
     pub fn recover(dense: Box<dyn ModelWeights>) -> Result<Self> {
-        let layers = dense.config().num_layers;
+        let layers = dense.config().layers.len();
         let bits: Vec<u32> = (0..layers).map(|layer| width(dense.as_ref(), layer)).collect::<Result<_>>()?;
         let widest = bits.iter().copied().max().context("the model has no layers")?;
         let bits = bits.into_iter().map(|bits| bits.max(widest - 1).max(2)).collect();
@@ -107,8 +107,8 @@ impl ModelWeights for Simulated {
         self.dense.final_norm()
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.dense.layer_norms(layer)
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.dense.norm(layer, norm)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {

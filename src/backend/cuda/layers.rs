@@ -15,6 +15,7 @@ use super::pack::TILE;
 use super::sequence::Sequence;
 use super::{Cuda, Scratch};
 use crate::backend::{Activations, LayerOperands};
+use crate::config::LayerNorm;
 use crate::dec::CHUNK;
 
 /// Most layers of one launch: their table lies in shared memory.
@@ -231,7 +232,7 @@ impl Cuda {
         let alike = |layer: &&LayerOperands<'_, Self>| {
             format(layer) == wanted
                 && plans(layer) == plans(first)
-                && layer.norms.iter().all(|n| n.eps == first.norms[0].eps)
+                && layer.norms.iter().flatten().all(|n| n.eps == first.norm(LayerNorm::AttentionInput).eps)
         };
         let possible = self.together.get() && self.driver.numbers().major >= 9 && self.options.compile > 0;
         if wanted.is_none() || !possible {
@@ -266,7 +267,7 @@ impl Cuda {
         let launch = layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
         let Some(launch) = launch else { return Ok(false) };
         // √H·|γ| bounds what is normalized.
-        let most = layers.iter().flat_map(|l| l.norms).map(|norm| norm.gamma.largest()).fold(0.0, f32::max);
+        let most = layers.iter().flat_map(|l| l.norms).flatten().map(|norm| norm.gamma.largest()).fold(0.0, f32::max);
         let loud = most * (shapes.hidden as f32).sqrt() > f16::MAX.to_f32();
         let kernel = self.layers_kernel(format, shapes, launch, sequence, (compensates, loud))?;
 
@@ -286,7 +287,7 @@ impl Cuda {
             count: layers.len() as i32,
             n_tb: launch.n_tb as i32,
             max_seq_len: sequence.max_seq_len as i32,
-            eps: operands.norms[0].eps,
+            eps: operands.norm(LayerNorm::AttentionInput).eps,
             longest: (longest / 8) as i32,
         };
         let threads = 32 * launch.warps;
@@ -400,7 +401,9 @@ fn layer_words(sequence: &Sequence, index: usize, layer: &LayerOperands<'_, Cuda
         words[i * 8..][..8].copy_from_slice(&product_words(matrix, plan.filter(|p| p.k_chunk > 0), n_tb));
     }
     let (keys, values) = sequence.cache(index);
-    words[32..].copy_from_slice(&[layer.norms[0].gamma.at(), layer.norms[1].gamma.at(), keys, values]);
+    let [attention, feed_forward] =
+        [LayerNorm::AttentionInput, LayerNorm::FeedForwardInput].map(|norm| layer.norm(norm).gamma.at());
+    words[32..].copy_from_slice(&[attention, feed_forward, keys, values]);
     words
 }
 

@@ -85,7 +85,7 @@ impl Cuda {
     pub fn memory_table(&self, weights: &dyn ModelWeights, max_seq_len: usize) -> Result<MemoryTable> {
         let config = weights.config();
         let (mut bytes, mut residuals, mut largest) = (0, 0, 0);
-        for layer in 0..config.num_layers {
+        for layer in 0..config.layers.len() {
             for p in Projection::ALL {
                 let linear = weights.projection(layer, p)?;
                 bytes += self.matrix_bytes(&linear.weight);
@@ -97,13 +97,13 @@ impl Cuda {
         bytes += if config.tie_word_embeddings { table } else { 2 * table };
         let tokens = self.device.max_tokens.min(max_seq_len);
         let width = config.hidden_size
-            + Projection::ALL.iter().map(|&p| config.shape(p).1).max().unwrap_or(0) * 2
-            + config.shape(Projection::Qkv).1;
+            + Projection::ALL.into_iter().map(|p| config.widest(p)).max().unwrap_or(0) * 2
+            + config.widest(Projection::Qkv);
         let number = if self.options.dtype == Dtype::Float32 { 4 } else { 2 };
         let on_device = self.options.residuals == Residuals::Device;
         Ok(MemoryTable {
             weights: bytes,
-            cache: config.num_layers * sequence::cache_bytes(config, self.options.dtype, max_seq_len),
+            cache: sequence::cache_bytes(config, self.options.dtype, max_seq_len),
             workspace: tokens * width * 4 * 2 + if self.blas.is_some() { largest * number } else { 0 },
             device_residuals: if on_device { residuals } else { 0 },
             pinned: host::STAGING + if on_device { 0 } else { residuals },

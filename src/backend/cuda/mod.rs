@@ -333,7 +333,7 @@ impl DecodeBackend for Cuda {
         sequence.begin(self, sampling, draws)
     }
 
-    fn embed(&self, sequence: &Sequence, table: &Matrix, input: Input<'_>, h: &mut Vector) -> Result<()> {
+    fn embed(&self, sequence: &Sequence, table: &Matrix, _scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
         let (at, kind) = match &table.body {
             Body::Packed { format: Format::Dense, codes, .. } => (codes.pointer(), 0i32),
             Body::Any { values, kind: 2, .. } => (values.pointer(), 2),
@@ -358,16 +358,27 @@ impl DecodeBackend for Cuda {
         )
     }
 
-    fn norm_gemv(
-        &self,
-        norm: &Norm<Vector>,
-        matrix: &Matrix,
-        plan: Option<&Plan>,
-        h: &Vector,
-        y: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        self.product(Feed::Norm(norm), matrix, plan, (h.at(), h.delta()), y, tokens, false)
+    fn project(&self, product: &super::Product<'_, Self>, x: &Vector, y: &mut Vector, tokens: usize) -> Result<()> {
+        let super::Product { feed, matrix, plan, add } = *product;
+        match feed {
+            super::Feed::Plain => self.product(Feed::Plain, matrix, plan, (x.at(), x.delta()), y, tokens, add),
+            super::Feed::Norm(norm) => {
+                self.product(Feed::Norm(norm), matrix, plan, (x.at(), x.delta()), y, tokens, add)
+            }
+            super::Feed::Gated(_) => self.swiglu_product(matrix, plan, x, y, tokens),
+        }
+    }
+
+    fn norm_qk(&self, _: &Sequence, _: usize, _: [&Norm<Vector>; 2], _: &mut Vector, _: usize) -> Result<()> {
+        anyhow::bail!("norms of queries and keys")
+    }
+
+    fn add_norm(&self, _: &Norm<Vector>, _: &Vector, _: &mut Vector, _: usize) -> Result<()> {
+        anyhow::bail!("norms behind a branch")
+    }
+
+    fn softcap(&self, _: f32, _: &mut Vector, _: usize) -> Result<()> {
+        anyhow::bail!("soft caps")
     }
 
     fn attend(
@@ -379,21 +390,6 @@ impl DecodeBackend for Cuda {
         tokens: usize,
     ) -> Result<()> {
         sequence.attend(self, layer, qkv, out, tokens)
-    }
-
-    fn gemv_add(&self, matrix: &Matrix, plan: Option<&Plan>, x: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
-        self.product(Feed::Plain, matrix, plan, (x.at(), x.delta()), h, tokens, true)
-    }
-
-    fn swiglu_gemv_add(
-        &self,
-        matrix: &Matrix,
-        plan: Option<&Plan>,
-        gu: &Vector,
-        h: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        self.swiglu_product(matrix, plan, gu, h, tokens)
     }
 
     fn layers(

@@ -12,7 +12,7 @@ use super::host::Mapped;
 use super::layers::Shapes;
 use super::vector::Vector;
 use super::{Cuda, Dtype};
-use crate::config::ModelConfig;
+use crate::config::{Attention, LayerConfig, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// What the host finds where no token has been written yet.
@@ -72,14 +72,15 @@ struct Attend {
     max_seq_len: i32,
 }
 
-/// Bytes of the cache of one layer (keys and values together) for `tokens` tokens.
+/// Bytes of the cache of all layers (keys and values together) for `tokens` tokens.
 pub(super) fn cache_bytes(config: &ModelConfig, dtype: Dtype, tokens: usize) -> usize {
-    2 * config.num_kv_heads * tokens * config.head_dim * if dtype == Dtype::Float32 { 4 } else { 2 }
+    let numbers = |layer: &LayerConfig| 2 * layer.attention().num_kv_heads * tokens * layer.attention().head_dim;
+    config.layers.iter().map(numbers).sum::<usize>() * if dtype == Dtype::Float32 { 4 } else { 2 }
 }
 
 impl Sequence {
     pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
-        let head_dim = config.head_dim;
+        let Attention { num_heads, num_kv_heads, head_dim, window, .. } = *config.layers[0].attention();
         ensure!(
             head_dim.is_multiple_of(8) && head_dim <= 256,
             "cuda: heads of {head_dim} numbers, multiples of 8 up to 256 are supported, use --device cpu"
@@ -91,23 +92,23 @@ impl Sequence {
             config.vocab_size
         );
         let driver = &cuda.driver;
-        let layer_bytes = cache_bytes(config, cuda.options.dtype, max_seq_len) / 2;
-        let group = config.num_heads / config.num_kv_heads;
-        let parts = config.num_kv_heads * cuda.splits(config.num_kv_heads) * group * (head_dim + 2);
+        let layer_bytes = cache_bytes(config, cuda.options.dtype, max_seq_len) / 2 / config.layers.len();
+        let group = num_heads / num_kv_heads;
+        let parts = num_kv_heads * cuda.splits(num_kv_heads) * group * (head_dim + 2);
         let tokens = Mapped::new(driver, (max_seq_len + 2) * 4)?;
         Ok(Self {
-            heads: config.num_heads,
-            kv_heads: config.num_kv_heads,
+            heads: num_heads,
+            kv_heads: num_kv_heads,
             head_dim,
-            window: config.sliding_window.unwrap_or(0),
+            window: window.unwrap_or(0),
             max_seq_len,
             layer_bytes,
-            keys: Buffer::new(driver, layer_bytes * config.num_layers)?,
-            values: Buffer::new(driver, layer_bytes * config.num_layers)?,
-            angles: Buffer::of(driver, &config.rope_table(max_seq_len))?,
+            keys: Buffer::new(driver, layer_bytes * config.layers.len())?,
+            values: Buffer::new(driver, layer_bytes * config.layers.len())?,
+            angles: Buffer::of(driver, &config.ropes[0].table(max_seq_len))?,
             state: Buffer::new(driver, 16)?,
             parts: Buffer::new(driver, parts * 4)?,
-            tickets: Buffer::new(driver, config.num_kv_heads * 4)?,
+            tickets: Buffer::new(driver, num_kv_heads * 4)?,
             rules: Buffer::new(driver, 16)?,
             draws: Buffer::new(driver, (max_seq_len + 1) * 4)?,
             best: Buffer::new(driver, (SAMPLE_BLOCKS + 1) * 8)?,

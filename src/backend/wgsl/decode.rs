@@ -3,10 +3,10 @@
 use anyhow::{Context, Result, ensure};
 
 use super::kernels::{ARGMAX, ATTEND, RMS_NORM, ROPE_APPEND, SWIGLU};
-use super::matrix::{Matrix, Plan, ROWS, words};
+use super::matrix::{Matrix, ROWS, words};
 use super::{Vector, Wgpu, scratch};
-use crate::backend::{DecodeBackend, GemvBackend, Input, Norm, ensure_room};
-use crate::config::ModelConfig;
+use crate::backend::{DecodeBackend, Feed, GemvBackend, Input, Norm, Product, ensure_room};
+use crate::config::{Attention, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// The widest head that `attend.wgsl` takes.
@@ -43,24 +43,24 @@ impl DecodeBackend for Wgpu {
     type Graph = ();
 
     fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
+        let Attention { num_heads, num_kv_heads, head_dim, window, .. } = *config.layers[0].attention();
         ensure!(
-            config.head_dim <= MAX_HEAD_DIM,
-            "heads are {} wide, {} allows {MAX_HEAD_DIM}, use --device cpu",
-            config.head_dim,
+            head_dim <= MAX_HEAD_DIM,
+            "heads are {head_dim} wide, {} allows {MAX_HEAD_DIM}, use --device cpu",
             self.gpu.info.id
         );
-        let bytes = 4 * max_seq_len * config.num_kv_heads * config.head_dim;
+        let bytes = 4 * max_seq_len * num_kv_heads * head_dim;
         let cache = |_| Ok(Cache { keys: self.gpu.zeros(bytes)?, values: self.gpu.zeros(bytes)? });
-        let layers = (0..config.num_layers).map(cache).collect::<Result<_>>();
+        let layers = (0..config.layers.len()).map(cache).collect::<Result<_>>();
         Ok(Sequence {
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            window: config.sliding_window.unwrap_or(max_seq_len),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            window: window.unwrap_or(max_seq_len),
             vocab_size: config.vocab_size,
             max_seq_len,
             layers: layers.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer"))?,
-            angles: self.gpu.upload(bytemuck::cast_slice(&config.rope_table(max_seq_len)))?,
+            angles: self.gpu.upload(bytemuck::cast_slice(&config.ropes[0].table(max_seq_len)))?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
             len: 0,
             sampled: 0,
@@ -77,7 +77,7 @@ impl DecodeBackend for Wgpu {
         Ok(())
     }
 
-    fn embed(&self, sequence: &Sequence, table: &Matrix, input: Input<'_>, h: &mut Vector) -> Result<()> {
+    fn embed(&self, sequence: &Sequence, table: &Matrix, _scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
         match input {
             Input::Prompt(tokens) => {
                 let ids = scratch(&self.gpu, &self.scratch.ids, tokens.len())?;
@@ -91,19 +91,34 @@ impl DecodeBackend for Wgpu {
         }
     }
 
-    fn norm_gemv(
-        &self,
-        norm: &Norm<Vector>,
-        matrix: &Matrix,
-        plan: Option<&Plan>,
-        h: &Vector,
-        y: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        let x = scratch(&self.gpu, &self.scratch.x, tokens * matrix.in_features)?;
-        let parameters = [matrix.in_features as u32, norm.eps.to_bits()];
-        self.gpu.dispatch(&RMS_NORM, &[], &[&norm.gamma.0, &h.0, &x], &parameters, [tokens, 1]);
-        self.product(matrix, plan, &x, &y.0, tokens, false)
+    fn project(&self, product: &Product<'_, Self>, x: &Vector, y: &mut Vector, tokens: usize) -> Result<()> {
+        let Product { feed, matrix, plan, add } = *product;
+        let made = || scratch(&self.gpu, &self.scratch.x, tokens * matrix.in_features);
+        match feed {
+            Feed::Plain => self.product(matrix, plan, &x.0, &y.0, tokens, add),
+            Feed::Norm(norm) => {
+                let (made, parameters) = (made()?, [matrix.in_features as u32, norm.eps.to_bits()]);
+                self.gpu.dispatch(&RMS_NORM, &[], &[&norm.gamma.0, &x.0, &made], &parameters, [tokens, 1]);
+                self.product(matrix, plan, &made, &y.0, tokens, add)
+            }
+            Feed::Gated(_) => {
+                let (made, groups) = (made()?, [matrix.in_features.div_ceil(ROWS), tokens]);
+                self.gpu.dispatch(&SWIGLU, &[], &[&x.0, &made], &words(&[matrix.in_features]), groups);
+                self.product(matrix, plan, &made, &y.0, tokens, add)
+            }
+        }
+    }
+
+    fn norm_qk(&self, _: &Sequence, _: usize, _: [&Norm<Vector>; 2], _: &mut Vector, _: usize) -> Result<()> {
+        anyhow::bail!("norms of queries and keys")
+    }
+
+    fn add_norm(&self, _: &Norm<Vector>, _: &Vector, _: &mut Vector, _: usize) -> Result<()> {
+        anyhow::bail!("norms behind a branch")
+    }
+
+    fn softcap(&self, _: f32, _: &mut Vector, _: usize) -> Result<()> {
+        anyhow::bail!("soft caps")
     }
 
     fn attend(
@@ -134,24 +149,6 @@ impl DecodeBackend for Wgpu {
             [num_heads, tokens],
         );
         Ok(())
-    }
-
-    fn gemv_add(&self, matrix: &Matrix, plan: Option<&Plan>, x: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
-        self.product(matrix, plan, &x.0, &h.0, tokens, true)
-    }
-
-    fn swiglu_gemv_add(
-        &self,
-        matrix: &Matrix,
-        plan: Option<&Plan>,
-        gu: &Vector,
-        h: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        let x = scratch(&self.gpu, &self.scratch.x, tokens * matrix.in_features)?;
-        let groups = [matrix.in_features.div_ceil(ROWS), tokens];
-        self.gpu.dispatch(&SWIGLU, &[], &[&gu.0, &x], &words(&[matrix.in_features]), groups);
-        self.product(matrix, plan, &x, &h.0, tokens, true)
     }
 
     fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {

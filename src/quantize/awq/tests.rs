@@ -1,7 +1,7 @@
 //! Scaling leaves the function alone, and every search is better than not searching.
 
 use super::super::fixture::{config, layer, numbers};
-use super::super::forward::{KvCache, Rope, forward};
+use super::super::forward::{KvCache, Ropes, forward};
 use super::*;
 
 /// A residual stream in which a few channels are much larger than the others.
@@ -15,7 +15,7 @@ fn run(config: &ModelConfig, layer: &Layer, h: &[f32]) -> (Vec<f32>, Inputs) {
     let tokens = h.len() / config.hidden_size;
     let mut h = h.to_vec();
     let mut cache = KvCache::new(config, 1, tokens);
-    let inputs = forward(config, layer, &Rope::new(config, tokens), &mut cache, 1, &mut h);
+    let inputs = forward(config, layer, &Ropes::new(config, tokens), &mut cache, 1, &mut h);
     (h, inputs)
 }
 

@@ -24,7 +24,7 @@ const TOKENS: usize = 7;
 /// A linear function of what comes out, and which channels are taken.
 fn value(layer: &Compensated, config: &ModelConfig, h: &[f32], by: &[f32]) -> (f64, [Taken; 4]) {
     let mut h = h.to_vec();
-    let (trace, _) = layer.forward(config, &Rope::new(config, TOKENS), TEXTS, &mut h).unwrap();
+    let (trace, _) = layer.forward(config, &Ropes::new(config, TOKENS), TEXTS, &mut h).unwrap();
     (h.iter().zip(by).map(|(h, by)| f64::from(*h) * f64::from(*by)).sum(), trace.taken)
 }
 
@@ -48,7 +48,7 @@ fn derivatives_are_those_of_the_forward_pass() {
         let mut layer = compensated(&config);
         let mut h = numbers(20, TEXTS * TOKENS * config.hidden_size, 1.0);
         let by = numbers(21, h.len(), 1.0);
-        let rope = Rope::new(&config, TOKENS);
+        let rope = Ropes::new(&config, TOKENS);
         let (trace, _) = layer.forward(&config, &rope, TEXTS, &mut h.clone()).unwrap();
         assert!(trace.taken.iter().all(Taken::any));
         let mut d = by.clone();

@@ -88,7 +88,7 @@ fn a_layer_is_what_the_formulas_say() {
     for window in [None, Some(5)] {
         let config = config(window);
         let layer = layer(&config, 0.4);
-        let rope = Rope::new(&config, tokens);
+        let rope = Ropes::new(&config, tokens);
         let start = numbers(11, texts * tokens * config.hidden_size, 1.0);
         let rows: Vec<Vec<f64>> =
             start.chunks(config.hidden_size).map(|h| h.iter().map(|&x| f64::from(x)).collect()).collect();
@@ -105,7 +105,7 @@ fn a_layer_is_what_the_formulas_say() {
         let other = ModelConfig { rope_theta: 101.0, ..config.clone() };
         let mut h = start.clone();
         let mut cache = KvCache::new(&other, texts, tokens);
-        forward(&other, &layer, &Rope::new(&other, tokens), &mut cache, texts, &mut h);
+        forward(&other, &layer, &Ropes::new(&other, tokens), &mut cache, texts, &mut h);
         assert!(difference(&h, want.iter().flat_map(|w| w.0.clone())) > tolerance, "a wrong angle must show");
     }
 }
@@ -115,7 +115,7 @@ fn a_layer_is_what_the_formulas_say() {
 fn rotations_are_exact_far_out() {
     let position = 131_071;
     let config = ModelConfig { rope_theta: 500_000.0, ..config(None) };
-    let rope = Rope::new(&config, position + 1);
+    let rope = Ropes::new(&config, position + 1);
     let half = config.head_dim / 2;
     let start = numbers(5, config.head_dim, 1.0);
     let rotated = |angle: &dyn Fn(f64) -> f64| {
@@ -139,7 +139,7 @@ fn rotations_are_exact_far_out() {
 fn one_token_at_a_time_is_the_same() {
     let config = config(Some(7));
     let (layer, texts, tokens) = (layer(&config, 0.4), 3, 20);
-    let rope = Rope::new(&config, tokens);
+    let rope = Ropes::new(&config, tokens);
     let hidden = config.hidden_size;
     let start = numbers(3, texts * tokens * hidden, 1.0);
     let mut whole = start.clone();

@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::Model;
 use super::tokenizer::special_id;
-use crate::config::Architecture;
 use crate::source::{EMBEDDING, HEAD};
 
 /// The tensor with what each of RoPE's frequencies is divided by.
@@ -83,12 +82,11 @@ impl Model {
         let eps = file.float(&self.key("attention.layer_norm_rms_epsilon"))?;
         let eps = eps.with_context(|| self.missing("attention.layer_norm_rms_epsilon"))?;
         let (model_type, class) = match self.architecture.as_str() {
-            "llama" if window.is_some() => Architecture::Mistral,
-            "phi3" => Architecture::Phi3,
-            "qwen2" => Architecture::Qwen2,
-            _ => Architecture::Llama,
-        }
-        .names();
+            "llama" if window.is_some() => ("mistral", "MistralForCausalLM"),
+            "phi3" => ("phi3", "Phi3ForCausalLM"),
+            "qwen2" => ("qwen2", "Qwen2ForCausalLM"),
+            _ => ("llama", "LlamaForCausalLM"),
+        };
         Ok(json!({
             "architectures": [class],
             "model_type": model_type,

@@ -90,13 +90,13 @@ impl Model {
         if !permuted {
             return Ok(values);
         }
-        let rows = tensor.stored.shape()[0];
-        ensure!(rows.is_multiple_of(config.head_dim), "tensor {name} has {rows} rows, whole heads are expected");
+        let (rows, head_dim) = (tensor.stored.shape()[0], config.layers[0].attention().head_dim);
+        ensure!(rows.is_multiple_of(head_dim), "tensor {name} has {rows} rows, whole heads are expected");
         let columns = values.len() / rows;
         Ok(match values {
-            Floats::F16(v) => Floats::F16(original_order(&v, columns, config.head_dim)),
-            Floats::Bf16(v) => Floats::Bf16(original_order(&v, columns, config.head_dim)),
-            Floats::F32(v) => Floats::F32(original_order(&v, columns, config.head_dim)),
+            Floats::F16(v) => Floats::F16(original_order(&v, columns, head_dim)),
+            Floats::Bf16(v) => Floats::Bf16(original_order(&v, columns, head_dim)),
+            Floats::F32(v) => Floats::F32(original_order(&v, columns, head_dim)),
         })
     }
 

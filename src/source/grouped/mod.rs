@@ -18,7 +18,7 @@ use self::quantization::Quantization;
 use super::huggingface::Shards;
 use super::modules::{Part, parts};
 use super::{EMBEDDING, FINAL_NORM, HEAD, norm_name};
-use crate::config::{ModelConfig, Projection, read_json};
+use crate::config::{LayerNorm, ModelConfig, Projection, read_json};
 use crate::format::{Dense, Floats, LutGemm};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -100,7 +100,7 @@ impl Grouped {
 
     /// Every tensor is there, in its shape.
     fn check(&self) -> Result<()> {
-        let ModelConfig { vocab_size, hidden_size, num_layers, .. } = self.config;
+        let ModelConfig { vocab_size, hidden_size, .. } = self.config;
         for table in [EMBEDDING, HEAD] {
             let quantized = table.replace(".weight", ".qweight");
             ensure!(
@@ -113,12 +113,12 @@ impl Grouped {
         if !self.config.tie_word_embeddings {
             self.check_floats(HEAD, &[vocab_size, hidden_size])?;
         }
-        for layer in 0..num_layers {
-            for which in ["input", "post_attention"] {
-                self.check_floats(&norm_name(layer, which), &[hidden_size])?;
+        for layer in 0..self.config.layers.len() {
+            for (norm, len) in self.config.layers[layer].norms(hidden_size) {
+                self.check_floats(&norm_name(&self.config, layer, norm)?, &[len])?;
             }
             for projection in Projection::ALL {
-                let channels = self.config.shape(projection).0;
+                let channels = self.config.shape(layer, projection).0;
                 crate::format::lutgemm::ensure_group_size(channels, self.group_size)?;
                 let groups = channels / self.group_size;
                 for part in self.parts(layer, projection) {
@@ -185,7 +185,7 @@ impl Grouped {
 
     /// Codes, scales and zeros of a projection, all `[out_features, …]`, in the order in which they are fused.
     fn weight(&self, layer: usize, projection: Projection) -> Result<Weight<'_>> {
-        let (channels, rows) = self.config.shape(projection);
+        let (channels, rows) = self.config.shape(layer, projection);
         let groups = channels / self.group_size;
         let (mut codes, mut zeros, mut scales) = (Vec::new(), Vec::new(), Vec::new());
         codes.reserve_exact(rows * channels);
@@ -250,8 +250,8 @@ impl ModelWeights for Grouped {
         self.floats(FINAL_NORM)
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        Ok((self.floats(&norm_name(layer, "input"))?, self.floats(&norm_name(layer, "post_attention"))?))
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.floats(&norm_name(&self.config, layer, norm)?)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {

@@ -19,7 +19,7 @@ use self::tensors::{Expected, Tensors};
 use super::modules::parts;
 use super::{EMBEDDING, FINAL_NORM, HEAD, Part, norm_name};
 use crate::checkpoint::WeightFormat;
-use crate::config::{Architecture, ModelConfig, Projection};
+use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual, threshold};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -29,9 +29,6 @@ const INDEX: &str = "pytorch_model.bin.index.json";
 const RESIDUALS: &str = "cheatsheet.pt";
 const THRESHOLDS: &str = "thresholds.pt";
 const BIT_MAP: &str = "bitwidth_map.json";
-
-/// γ before attention and before the feed-forward part.
-const NORMS: [&str; 2] = ["input", "post_attention"];
 
 /// A directory of the reference, memory-mapped.
 #[derive(Debug)]
@@ -113,7 +110,7 @@ impl Reference {
 
     /// Every tensor that is needed is there in the right shape, and none that is not understood.
     fn check(&self) -> Result<()> {
-        let ModelConfig { vocab_size, hidden_size, tie_word_embeddings, num_layers, .. } = self.config;
+        let ModelConfig { vocab_size, hidden_size, tie_word_embeddings, .. } = self.config;
         let mut expected = HashMap::new();
         let mut expect = |name: String, shape: &[usize], words| {
             expected.insert(name, Expected { shape: shape.to_vec(), words });
@@ -123,9 +120,9 @@ impl Reference {
         if !tie_word_embeddings || self.tensors.contains(HEAD) {
             expect(HEAD.to_owned(), &[vocab_size, hidden_size], false);
         }
-        for layer in 0..num_layers {
-            for name in NORMS.map(|which| norm_name(layer, which)) {
-                expect(name, &[hidden_size], false);
+        for layer in 0..self.config.layers.len() {
+            for (norm, len) in self.config.layers[layer].norms(hidden_size) {
+                expect(norm_name(&self.config, layer, norm)?, &[len], false);
             }
             for projection in Projection::ALL {
                 self.expect_projection(layer, projection, &mut expect)?;
@@ -141,7 +138,7 @@ impl Reference {
         projection: Projection,
         expect: &mut impl FnMut(String, &[usize], bool),
     ) -> Result<()> {
-        let in_features = self.config.shape(projection).0;
+        let in_features = self.config.shape(layer, projection).0;
         let bits = self.bits[layer] as usize;
         ensure!(in_features.is_multiple_of(32), "{projection}: {in_features} channels, a multiple of 32 is expected");
         for part in self.parts(layer, projection, codes(self.format)) {
@@ -171,8 +168,7 @@ impl Reference {
                 }
             }
             let bias = part.tensor("bias");
-            let needs_bias = self.config.architecture == Architecture::Qwen2 && projection == Projection::Qkv;
-            if needs_bias || self.tensors.contains(&bias) {
+            if self.config.biased.contains(&projection) || self.tensors.contains(&bias) {
                 expect(bias, &[part.rows], false);
             }
         }
@@ -191,7 +187,7 @@ impl Reference {
     }
 
     fn weight(&self, layer: usize, projection: Projection) -> Result<Weight<'_>> {
-        let (in_features, out_features) = self.config.shape(projection);
+        let (in_features, out_features) = self.config.shape(layer, projection);
         let parts = self.parts(layer, projection, codes(self.format));
         let bits = self.bits[layer] as usize;
         let words = |suffix| parts.iter().map(|p| self.tensors.words(&p.tensor(suffix))).collect::<Result<Vec<_>>>();
@@ -219,7 +215,7 @@ impl Reference {
     }
 
     fn residual(&self, layer: usize, projection: Projection) -> Result<Residual<'_>> {
-        let (in_features, out_features) = self.config.shape(projection);
+        let (in_features, out_features) = self.config.shape(layer, projection);
         let (mut words, mut scales) = (Vec::new(), Vec::new());
         for part in self.parts(layer, projection, "cheatsheet") {
             words.push(self.tensors.words(&part.tensor("cheatsheet"))?);
@@ -239,7 +235,7 @@ impl Reference {
             Floats::F32(values) => values,
             other => Cow::Owned(other.to_f32().into_owned()),
         };
-        threshold::validate(&thresholds, self.config.shape(projection).0).with_context(|| name)?;
+        threshold::validate(&thresholds, self.config.shape(layer, projection).0).with_context(|| name)?;
         Ok(thresholds)
     }
 
@@ -282,9 +278,8 @@ impl ModelWeights for Reference {
         Ok(self.tensors.floats(FINAL_NORM)?.to_f32().into_owned())
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        let [attention, feed_forward] = NORMS.map(|which| self.tensors.floats(&norm_name(layer, which)));
-        Ok((attention?.to_f32().into_owned(), feed_forward?.to_f32().into_owned()))
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        Ok(self.tensors.floats(&norm_name(&self.config, layer, norm)?)?.to_f32().into_owned())
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
@@ -359,7 +354,7 @@ fn layer_bits(
 ) -> Result<Vec<u32>> {
     let index = |name: &str| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
     let layers = tensors.names().filter_map(index).max().map_or(0, |last| last.saturating_add(1));
-    let expected = config.num_layers;
+    let expected = config.layers.len();
     ensure!(layers == expected, "{layers} layers are stored, config.json says {expected}");
     let map = map.map(|map| serde_json::from_value::<BTreeMap<usize, u32>>(map.clone())).transpose();
     let map = map.with_context(|| format!("{BIT_MAP}: an object {{layer: bits}} is expected"))?;

@@ -1,0 +1,272 @@
+//! The fields of a `config.json`, each checked as it is read.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::{
+    Activation, Attention, EmbeddingScale, Family, FeedForward, LayerConfig, ModelConfig, Pairing, Rope, RopeScaling,
+};
+use crate::files;
+
+/// No dimension of a model is larger; products of two of them fit 64 bits.
+const LARGEST: u64 = 1 << 24;
+
+/// No model has more layers; those of 405 billion weights have 126.
+const MOST_LAYERS: usize = 1 << 12;
+
+/// Bytes of a JSON file about a model; the index of a large one has 100,000. Parsed, they take up to 16 times as
+/// much.
+const MAX_JSON: u64 = 1 << 20;
+
+/// Reads a JSON file about a model, of bounded size.
+///
+/// # Errors
+/// A file that cannot be read, is too large, or is no JSON.
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
+    let bytes = files::read(path, MAX_JSON).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is not valid JSON", path.display()))
+}
+
+/// A `config.json`, or an object in it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fields<'a> {
+    json: &'a Value,
+}
+
+impl<'a> Fields<'a> {
+    pub(super) fn new(json: &'a Value) -> Self {
+        Self { json }
+    }
+
+    /// The value of `key`; none when it is null or missing.
+    pub(super) fn present(self, key: &str) -> Option<&'a Value> {
+        self.json.get(key).filter(|v| !v.is_null())
+    }
+
+    pub(super) fn text(self, key: &str) -> Result<Option<&'a str>> {
+        let value = self.present(key);
+        value.map(|v| v.as_str().with_context(|| format!("{key} is {v}, a string is expected"))).transpose()
+    }
+
+    pub(super) fn boolean(self, key: &str) -> Result<Option<bool>> {
+        let value = self.present(key);
+        value.map(|v| v.as_bool().with_context(|| format!("{key} is {v}, true or false is expected"))).transpose()
+    }
+
+    pub(super) fn integer(self, key: &str) -> Result<Option<u64>> {
+        let value = self.present(key);
+        value.map(|v| v.as_u64().with_context(|| format!("{key} is {v}, a whole number is expected"))).transpose()
+    }
+
+    pub(super) fn positive(self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.present(key) else { return Ok(None) };
+        let number = value.as_f64().filter(|n| *n > 0.0);
+        number.map(Some).with_context(|| format!("{key} is {value}, a number above 0 is expected"))
+    }
+
+    pub(super) fn optional_dimension(self, key: &str) -> Result<Option<usize>> {
+        let Some(n) = self.integer(key)? else { return Ok(None) };
+        ensure!((1..=LARGEST).contains(&n), "{key} is {n}, 1 to {LARGEST} is expected");
+        Ok(Some(n as usize))
+    }
+
+    pub(super) fn dimension(self, key: &str) -> Result<usize> {
+        self.optional_dimension(key)?.with_context(|| format!("{key} is missing"))
+    }
+
+    /// How many layers there are.
+    pub(super) fn num_layers(self) -> Result<usize> {
+        let layers = self.dimension("num_hidden_layers")?;
+        ensure!(layers <= MOST_LAYERS, "num_hidden_layers is {layers}, 1 to {MOST_LAYERS} is expected");
+        Ok(layers)
+    }
+
+    /// Width of a head; where it is not said, the class's own, or that of `hidden_size` divided among the heads.
+    pub(super) fn head_dim(self, default: Option<usize>) -> Result<usize> {
+        if let Some(head_dim) = self.optional_dimension("head_dim")?.or(default) {
+            return Ok(head_dim);
+        }
+        let (hidden, heads) = (self.dimension("hidden_size")?, self.dimension("num_attention_heads")?);
+        ensure!(
+            hidden.is_multiple_of(heads),
+            "hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim"
+        );
+        Ok(hidden / heads)
+    }
+
+    /// Attention as Llama has it: all tokens, one rotation, scores divided by the root of `head_dim`.
+    pub(super) fn attention(self, head_dim: usize) -> Result<Attention> {
+        let num_heads = self.dimension("num_attention_heads")?;
+        Ok(Attention {
+            num_heads,
+            num_kv_heads: self.optional_dimension("num_key_value_heads")?.unwrap_or(num_heads),
+            head_dim,
+            rope: Some(0),
+            window: None,
+            qk_norm: None,
+            scale: (head_dim as f64).powf(-0.5),
+            softcap: None,
+            query_scaling: None,
+        })
+    }
+
+    /// Which layers slide a window over the text: as `layer_types` says, or as `otherwise` does where there is none.
+    pub(super) fn sliding(self, layers: usize, otherwise: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+        let Some(types) = self.present("layer_types") else { return Ok((0..layers).map(otherwise).collect()) };
+        let types = types.as_array().with_context(|| format!("layer_types is {types}, a list is expected"))?;
+        let count = types.len();
+        ensure!(
+            count == layers,
+            "layer_types has {count} entries, as many as num_hidden_layers, {layers}, are expected"
+        );
+        let slides = |value: &Value| match value.as_str() {
+            Some("full_attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
+            _ => bail!("layer_types has {value}, \"full_attention\" or \"sliding_attention\" is expected"),
+        };
+        types.iter().map(slides).collect()
+    }
+
+    /// A feed-forward part of `intermediate_size`, gated through what `key` names; SiLU where it is not said.
+    pub(super) fn dense(self, key: &str, expected: Activation) -> Result<FeedForward> {
+        let (names, name): (&[&str], _) = match expected {
+            Activation::Silu => (&["silu", "swish"], "silu"),
+            Activation::GeluTanh => (&["gelu_pytorch_tanh"], "gelu_pytorch_tanh"),
+        };
+        if let Some(found) = self.text(key)? {
+            ensure!(names.contains(&found), "{key} {found:?} is unknown, {name} is expected");
+        }
+        Ok(FeedForward::Dense { intermediate_size: self.dimension("intermediate_size")?, activation: expected })
+    }
+
+    /// A model of these layers; what a family does differently it changes afterwards.
+    pub(super) fn model(
+        self,
+        family: &'static Family,
+        layers: Vec<LayerConfig>,
+        ropes: Vec<Rope>,
+    ) -> Result<ModelConfig> {
+        Ok(ModelConfig {
+            family,
+            json: self.json.clone(),
+            hidden_size: self.dimension("hidden_size")?,
+            vocab_size: self.dimension("vocab_size")?,
+            rms_norm_eps: self.positive("rms_norm_eps")?.context("rms_norm_eps is missing")? as f32,
+            layers,
+            ropes,
+            biased: Vec::new(),
+            embedding_scale: EmbeddingScale::By(1.0),
+            residual_multiplier: 1.0,
+            logit_scale: 1.0,
+            logit_softcap: None,
+            max_position_embeddings: self.dimension("max_position_embeddings")?,
+            tie_word_embeddings: self.boolean("tie_word_embeddings")?.unwrap_or(false),
+            bos_token_id: token_ids(self.json, "bos_token_id")?.first().copied(),
+            eos_token_ids: token_ids(self.json, "eos_token_id")?,
+        })
+    }
+
+    /// How the heads of a model with one rotation turn. What is said twice must be the same.
+    pub(super) fn rope(self, head_dim: usize) -> Result<Rope> {
+        let mut thetas = vec![self.positive("rope_theta")?];
+        let mut scalings = Vec::new();
+        let objects = ROPE_OBJECTS.into_iter().filter_map(|name| Some((name, self.present(name)?)));
+        for (name, object) in objects {
+            let fields =
+                object.as_object().with_context(|| format!("{name} is {object}, an object or null is expected"))?;
+            if fields.is_empty() {
+                continue;
+            }
+            thetas.push(Fields::new(object).positive("rope_theta")?);
+            scalings.push(Fields::new(object).rope_scaling().with_context(|| name)?);
+        }
+        let thetas: Vec<f64> = thetas.into_iter().flatten().collect();
+        let theta = thetas.first().copied().unwrap_or(10_000.0);
+        if let Some(other) = thetas.iter().find(|&&other| other != theta) {
+            bail!("rope_theta is {theta} in one place and {other} in another, leave one out");
+        }
+        if let [one, other] = &scalings[..] {
+            ensure!(one == other, "rope_parameters is {one:?}, but rope_scaling is {other:?}, leave one out");
+        }
+        let rotated = self.positive("partial_rotary_factor")?.unwrap_or(1.0);
+        ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
+        let scaling = scalings.into_iter().next().unwrap_or(RopeScaling::None);
+        Ok(Rope { head_dim, rotary_dim: head_dim, pairing: Pairing::Halves, theta, scaling })
+    }
+
+    /// How one object says that frequencies are scaled.
+    fn rope_scaling(self) -> Result<RopeScaling> {
+        let rotated = self.positive("partial_rotary_factor")?.unwrap_or(1.0);
+        ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
+        let number = |key: &str| self.positive(key)?.with_context(|| format!("the RoPE scaling has no {key}"));
+        let kind = self.rope_type()?;
+        let scaling = match kind {
+            "default" => RopeScaling::None,
+            "linear" => match number("factor")? {
+                1.0 => RopeScaling::None,
+                factor => RopeScaling::Linear { factor },
+            },
+            "llama3" => {
+                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
+                ensure!(low < high, "low_freq_factor {low} is not below high_freq_factor {high}");
+                RopeScaling::Llama3 {
+                    factor: number("factor")?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_position_embeddings: number("original_max_position_embeddings")?,
+                }
+            }
+            other => bail!("RoPE type {other:?} is unknown, default, linear or llama3 is expected"),
+        };
+        let fields = self.json.as_object().into_iter().flatten();
+        let mut unknown = fields.filter(|(key, value)| !value.is_null() && !ROPE_KEYS.contains(&key.as_str()));
+        if let Some((key, value)) = unknown.next() {
+            bail!(
+                "{key} is {value}, which is not known for the RoPE type {kind:?}: leave it out if it changes nothing"
+            );
+        }
+        Ok(scaling)
+    }
+
+    /// The type of scaling, under the newer name or the older one. Versions of transformers differ in which of them
+    /// counts.
+    fn rope_type(self) -> Result<&'a str> {
+        let plain = |key: &String| matches!(key.as_str(), "rope_theta" | "partial_rotary_factor");
+        match (self.text("rope_type")?, self.text("type")?) {
+            (Some(new), Some(old)) if new != old => {
+                bail!("rope_type is {new:?}, but type is {old:?}, leave one out")
+            }
+            (Some(kind), _) | (None, Some(kind)) => Ok(kind),
+            (None, None) if self.json.as_object().is_some_and(|object| object.keys().all(plain)) => Ok("default"),
+            (None, None) => {
+                bail!("the RoPE scaling {} has no rope_type, default, linear or llama3 is expected", self.json)
+            }
+        }
+    }
+}
+
+/// Where RoPE's constants are: in objects of the newer and the older spelling, either or both.
+const ROPE_OBJECTS: [&str; 2] = ["rope_parameters", "rope_scaling"];
+
+/// What may stand in such an object. Others change what a type computes, or belong to types that are refused.
+const ROPE_KEYS: [&str; 9] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "finetuned",
+];
+
+/// One id, a list of them, or none.
+pub(crate) fn token_ids(json: &Value, key: &str) -> Result<Vec<u32>> {
+    let Some(value) = Fields::new(json).present(key) else { return Ok(Vec::new()) };
+    let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    list.iter().map(id).collect::<Option<_>>().with_context(|| format!("{key} is {value}, token ids are expected"))
+}

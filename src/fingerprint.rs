@@ -141,7 +141,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::ModelConfig;
+    use crate::config::{LayerNorm, Mixer, ModelConfig};
     use crate::format::{AnyPrec, LutGemm, Residual};
     use crate::quantize::fixture;
     use crate::random::{RandomFormat, RandomWeights};
@@ -196,9 +196,8 @@ mod tests {
         fn final_norm(&self) -> Result<Vec<f32>> {
             Ok(self.list(&self.model.final_norm()?))
         }
-        fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-            let (input, post) = self.model.layer_norms(layer)?;
-            Ok((self.list(&input), self.list(&post)))
+        fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+            Ok(self.list(&self.model.norm(layer, norm)?))
         }
         fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
             let Linear { weight, bias, residual, thresholds } = self.model.projection(layer, projection)?;
@@ -258,8 +257,8 @@ mod tests {
         fn final_norm(&self) -> Result<Vec<f32>> {
             self.0.final_norm()
         }
-        fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-            self.0.layer_norms(layer)
+        fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+            self.0.norm(layer, norm)
         }
         fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
             let weight = self.0.projection(layer, projection)?.weight;
@@ -276,7 +275,8 @@ mod tests {
     }
 
     fn models() -> [Box<dyn ModelWeights>; 3] {
-        let config = ModelConfig { num_layers: 2, tie_word_embeddings: false, ..fixture::config() };
+        let changes = serde_json::json!({ "num_hidden_layers": 2, "tie_word_embeddings": false });
+        let config = fixture::config().with(changes).unwrap();
         let random = |format| RandomWeights::new(config.clone(), format, 3, 1).unwrap();
         let [codes, groups] = [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 32 }].map(random);
         [Box::new(Whole(random(RandomFormat::AnyPrec))), Box::new(codes), Box::new(groups)]
@@ -310,9 +310,12 @@ mod tests {
             digits(&Whole(model)).unwrap()
         };
         let changes: [fn(&mut ModelConfig); 4] = [
-            |c| c.rope_theta *= 1.0 + f64::EPSILON,
+            |c| c.ropes[0].theta *= 1.0 + f64::EPSILON,
             |c| c.rms_norm_eps *= 1.0 + f32::EPSILON,
-            |c| c.sliding_window = Some(7),
+            |c| {
+                let Mixer::Attention(attention) = &mut c.layers[0].mixer;
+                attention.window = Some(7);
+            },
             |c| c.eos_token_ids.push(3),
         ];
         assert!(changes.into_iter().all(|change| seen.insert(changed(change))));

@@ -146,16 +146,12 @@ mod tests {
     /// However many tokens are asked for, there are as many as the context has room for, and rates are numbers.
     #[test]
     fn counts_are_bounded_by_the_room() {
-        let config = ModelConfig {
-            hidden_size: 64,
-            intermediate_size: 64,
-            num_layers: 1,
-            num_heads: 2,
-            num_kv_heads: 2,
-            head_dim: 32,
-            vocab_size: 32,
-            ..ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap()
-        };
+        let preset = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
+        let config = preset.with(serde_json::json!({
+            "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 32,
+        }));
+        let config = config.unwrap();
         let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap();
         let backend = Cpu::new();
         let model = Model::load(&backend, &weights, |_| ()).unwrap();

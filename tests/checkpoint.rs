@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use decdec::checkpoint::{BitWidth, Checkpoint, CheckpointWriter, Manifest, Unquantized, WeightFormat};
-use decdec::config::Projection;
+use decdec::config::{LayerNorm, Projection};
 use decdec::format::{AnyPrec, LutGemm, Residual};
 use decdec::weights::{Linear, ModelWeights, Weight};
 use half::f16;
@@ -35,7 +35,7 @@ fn linear(
     backend: WeightFormat,
     bits: usize,
 ) -> Linear<'static> {
-    let (inputs, outputs) = model.config.shape(projection);
+    let (inputs, outputs) = model.config.shape(0, projection);
     let mut rng = ChaCha8Rng::seed_from_u64((layer * 4 + projection.index()) as u64);
     let codes: Vec<u8> = (0..inputs * outputs).map(|_| (rng.next_u32() % (1 << bits)) as u8).collect();
     let halves =
@@ -59,6 +59,14 @@ fn linear(
     Linear { weight, bias, residual: Some(residual), thresholds: Some(Cow::Owned(thresholds)) }
 }
 
+/// γ before attention and before the feed-forward part, in the order of `LayerNorm::ALL`.
+fn by_place((attention, feed_forward): &(Vec<f32>, Vec<f32>)) -> [Vec<f32>; 6] {
+    let mut norms = [const { Vec::new() }; 6];
+    norms[LayerNorm::AttentionInput.index()].clone_from(attention);
+    norms[LayerNorm::FeedForwardInput.index()].clone_from(feed_forward);
+    norms
+}
+
 fn linears(model: &SmallModel, layer: usize, backend: WeightFormat, bits: usize) -> [Linear<'static>; 4] {
     Projection::ALL.map(|projection| linear(model, layer, projection, backend, bits))
 }
@@ -73,11 +81,16 @@ fn assert_same(got: &Linear<'_>, want: &Linear<'_>) {
 fn write(model: &SmallModel, out: &Path, backend: WeightFormat, bits: f64, overwrite: bool) -> anyhow::Result<()> {
     let manifest = manifest(backend, bits);
     let writer = CheckpointWriter::create(out, "key", overwrite)?;
-    let widths: Vec<u32> = (0..model.config.num_layers)
+    let widths: Vec<u32> = (0..model.config.layers.len())
         .map(|layer| if layer % 2 == 0 { manifest.bits.low() } else { manifest.bits.high() })
         .collect();
     for (layer, &bits) in widths.iter().enumerate() {
-        writer.write_layer(layer, bits, &model.norms[layer], &linears(model, layer, backend, bits as usize))?;
+        writer.write_layer(
+            &model.config,
+            (layer, bits),
+            &by_place(&model.norms[layer]),
+            &linears(model, layer, backend, bits as usize),
+        )?;
     }
     let rest = Unquantized { embedding: model.embedding()?, head: None, final_norm: model.final_norm()? };
     writer.finish(&model.config, &manifest, &widths, &rest, &small_model::texts())
@@ -105,7 +118,7 @@ fn what_is_written_is_read() {
         for layer in 0..3 {
             let width = bits.floor() as u32 + u32::from(layer % 2 == 1 && bits.fract() > 0.0);
             assert_eq!(read.bits(layer), Some(width));
-            assert_eq!(read.layer_norms(layer).unwrap(), model.norms[layer]);
+            assert_eq!(small_model::norms(&read, layer), model.norms[layer]);
             for (projection, want) in Projection::ALL.into_iter().zip(linears(&model, layer, backend, width as usize)) {
                 assert_same(&read.projection(layer, projection).unwrap(), &want);
             }
@@ -181,7 +194,7 @@ fn an_unfinished_job_goes_on_and_a_different_one_starts_over() {
     let model = SmallModel::new(1, 2, false);
     let layer = linears(&model, 0, WeightFormat::AnyPrec, 3);
     let writer = CheckpointWriter::create(&out, "key", false).unwrap();
-    writer.write_layer(0, 3, &model.norms[0], &layer).unwrap();
+    writer.write_layer(&model.config, (0, 3), &by_place(&model.norms[0]), &layer).unwrap();
     writer.write_file("tokens", b"abc").unwrap();
     let message = CheckpointWriter::create(&out, "key", false).unwrap_err().to_string();
     assert!(message.contains("another process"), "{message}");

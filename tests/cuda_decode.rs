@@ -241,12 +241,12 @@ fn nothing_is_touched_behind_the_end() {
         let config = weights.config();
         let mut sequence = cuda.sequence(config, 8).unwrap();
         cuda.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
-        let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
-        let (qkv, mut out) =
-            (cuda.vector(3 * width).unwrap(), cuda.vector(3 * config.num_heads * config.head_dim).unwrap());
+        let attention = config.layers[0].attention();
+        let (width, attended) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
+        let (qkv, mut out) = (cuda.vector(3 * width).unwrap(), cuda.vector(3 * attended).unwrap());
         for tokens in [1, 3] {
             cuda.advance(&mut sequence, 1 << 30).unwrap();
-            cuda.attend(&mut sequence, config.num_layers - 1, &qkv, &mut out, tokens).unwrap();
+            cuda.attend(&mut sequence, config.layers.len() - 1, &qkv, &mut out, tokens).unwrap();
         }
         let logits = cuda.vector(config.vocab_size).unwrap();
         (0..50).for_each(|_| cuda.sample(&mut sequence, &logits).unwrap());
@@ -255,7 +255,7 @@ fn nothing_is_touched_behind_the_end() {
         let table = cuda.matrix(&Linear::plain(Weight::Dense(weights.embedding().unwrap()))).unwrap();
         let mut h = cuda.vector(5 * config.hidden_size).unwrap();
         let ids = [999, 1000, 1007, NO_TOKEN, u32::MAX];
-        cuda.embed(&sequence, &table, Input::Prompt(&ids), &mut h).unwrap();
+        cuda.embed(&sequence, &table, 1.0, Input::Prompt(&ids), &mut h).unwrap();
         let mut values = vec![0f32; 5 * config.hidden_size];
         cuda.read(&h, &mut values).unwrap();
         let (there, not) = values.split_at(config.hidden_size);

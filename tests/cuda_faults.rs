@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 use cuda_common::{cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype};
 use decdec::backend::{DecodeBackend, GemvBackend};
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::{LayerNorm, ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::Dense;
 use decdec::generate::{Request, generate};
@@ -20,6 +20,7 @@ use decdec::model::{Compensation, Model};
 use decdec::random::{RandomFormat, RandomWeights};
 use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights};
+use serde_json::json;
 
 /// A model whose tensors cannot be read from `broken` on.
 struct Broken {
@@ -44,8 +45,8 @@ impl ModelWeights for Broken {
         self.model.final_norm()
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.model.layer_norms(layer)
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.model.norm(layer, norm)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
@@ -61,8 +62,9 @@ impl ModelWeights for Broken {
 }
 
 fn model() -> RandomWeights {
-    let config = ModelConfig { num_layers: 6, ..ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap() };
-    RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap()
+    let preset = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
+    let config = preset.with(json!({ "num_hidden_layers": 6 }));
+    RandomWeights::new(config.unwrap(), RandomFormat::AnyPrec, 3, 1).unwrap()
 }
 
 /// Bytes of host memory that the process holds, pinned ones among them; 0 where the system does not say.
@@ -127,7 +129,8 @@ fn faults_end_cleanly() {
     let weights = weights.model;
     leaves_nothing(&cuda, "a text that does not fit", || {
         let model = Model::load(&cuda, &weights, |_| ()).unwrap();
-        let config = ModelConfig { num_layers: 4000, max_position_embeddings: 1 << 20, ..model.config().clone() };
+        let fields = json!({ "num_hidden_layers": 4000, "max_position_embeddings": 1 << 20 });
+        let config = model.config().with(fields).unwrap();
         let error = format!("{:#}", cuda.sequence(&config, 1 << 20).err().unwrap());
         for part in ["MiB wanted", "MiB free", "--max-seq-len", "--residuals host"] {
             assert!(error.contains(part), "{error}");

@@ -9,13 +9,14 @@ use cuda_common::{cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::{Cuda, Dtype, Options, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend};
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::{Attention, LayerNorm, ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::format::Dense;
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::random::{RandomFormat, RandomWeights};
 use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights};
+use serde_json::{Value, json};
 
 /// A model compensated by at most `n_tb` blocks.
 fn compensated<'b, B: DecodeBackend>(
@@ -71,6 +72,11 @@ fn close(what: &str, got: &[f32], want: &[f32], most: f64, plain: Option<&[f32]>
 const FLOAT16: [f64; 2] = [5e-3, 2e-2];
 const BFLOAT16: [f64; 2] = [8.0 * FLOAT16[0], 8.0 * FLOAT16[1]];
 
+/// The same configuration with other fields.
+fn changed(config: ModelConfig, fields: Value) -> ModelConfig {
+    config.with(fields).unwrap()
+}
+
 /// Layers in one launch against the CPU, with each of `k_chunks`; again, and without compensation.
 fn layers_against_cpu(
     cuda: &Cuda,
@@ -79,9 +85,9 @@ fn layers_against_cpu(
     count: u32,
     [most, most_compensated]: [f64; 2],
 ) {
-    let (window, kv_heads) = (config.sliding_window, config.num_kv_heads);
-    let shapes =
-        format!("{} × {}, window {window:?}, {kv_heads} kv heads", config.hidden_size, config.intermediate_size);
+    let (layer, hidden) = (&config.layers[0], config.hidden_size);
+    let Attention { window, num_kv_heads, .. } = layer.attention();
+    let shapes = format!("{hidden} × {}, window {window:?}, {num_kv_heads} kv heads", layer.intermediate_size());
     let weights = RandomWeights::new(config, format, bits, 5).unwrap();
     for &k_chunks in k_chunks {
         let want = step_logits(&Cpu::new(), &weights, k_chunks, count);
@@ -116,7 +122,7 @@ fn layers_in_one_launch_in_bfloat16_are_close_to_the_cpu() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let Some(mut cuda) = cuda(Options { tuning, ..options(Dtype::Bfloat16, 2) }) else { return };
     cuda.watch_layers().unwrap();
-    let heads = ModelConfig { num_heads: 8, head_dim: 128, ..small(None, 2) };
+    let heads = changed(small(None, 2), json!({ "num_attention_heads": 8, "head_dim": 128 }));
     for case in [
         (small(Some(20), 2), 3, RandomFormat::AnyPrec),
         (small(None, 3), 4, RandomFormat::AnyPrec),
@@ -207,10 +213,9 @@ impl ModelWeights for Louder<'_> {
         self.0.final_norm()
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        let (input, mut post) = self.0.layer_norms(layer)?;
-        post.iter_mut().for_each(|gamma| *gamma *= self.1);
-        Ok((input, post))
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        let by = if norm == LayerNorm::FeedForwardInput { self.1 } else { 1.0 };
+        Ok(self.0.norm(layer, norm)?.into_iter().map(|gamma| gamma * by).collect())
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
@@ -260,7 +265,9 @@ fn activations_beyond_float16_do_not_become_nan() {
 /// key, four, and eight; in one launch and operation by operation.
 #[test]
 fn attention_on_tensor_cores_is_close_to_the_cpu() {
-    let heads = |window, num_heads, kv_heads, head_dim| ModelConfig { num_heads, head_dim, ..small(window, kv_heads) };
+    let heads = |window, heads, kv_heads, head_dim| {
+        changed(small(window, kv_heads), json!({ "num_attention_heads": heads, "head_dim": head_dim }))
+    };
     for layers_always in [true, false] {
         let tuning = Tuning { layers_always, ..Tuning::default() };
         let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
@@ -281,8 +288,12 @@ fn a_few_layers_in_one_launch() {
     for case in [
         (small(None, 2), 3, RandomFormat::AnyPrec),
         (small(None, 6), 4, groups),
-        (ModelConfig { intermediate_size: 5152, num_layers: 2, ..small(None, 3) }, 3, RandomFormat::AnyPrec),
-        (ModelConfig { hidden_size: 4640, num_layers: 1, ..small(None, 2) }, 3, groups),
+        (
+            changed(small(None, 3), json!({ "intermediate_size": 5152, "num_hidden_layers": 2 })),
+            3,
+            RandomFormat::AnyPrec,
+        ),
+        (changed(small(None, 2), json!({ "hidden_size": 4640, "num_hidden_layers": 1 })), 3, groups),
     ] {
         let Some(mut cuda) = few() else { return };
         cuda.watch_layers().unwrap();
@@ -298,7 +309,8 @@ fn texts_do_not_depend_on_those_before() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let Some(mut cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
     cuda.watch_layers().unwrap();
-    let config = ModelConfig { hidden_size: 2080, intermediate_size: 5152, num_layers: 2, ..small(None, 2) };
+    let config =
+        changed(small(None, 2), json!({ "hidden_size": 2080, "intermediate_size": 5152, "num_hidden_layers": 2 }));
     let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 7).unwrap();
     for (selection, k_chunk, n_tb) in
         [(Selection::Bucket, 8, 5), (Selection::Exact, 8, 5), (Selection::Bucket, 28, 5), (Selection::Bucket, 1024, 1)]
@@ -326,7 +338,7 @@ fn two_tokens(warps: usize) {
         return;
     };
     cuda.watch_layers().unwrap();
-    let config = ModelConfig { num_layers: 2, ..small(None, 2) };
+    let config = changed(small(None, 2), json!({ "num_hidden_layers": 2 }));
     layers_against_cpu(&cuda, (config, 3, RandomFormat::AnyPrec), &[[0; 4], [32; 4]], 2, FLOAT16);
     assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
 }

@@ -6,36 +6,33 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use decdec::backend::GemvBackend;
 use decdec::backend::cpu::Cpu;
-use decdec::config::{Architecture, ModelConfig, Projection, RopeScaling};
+use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::nsys::trace::{self, Kernel, Role};
 use decdec::nsys::{self, Algo, Identity, KernelRecord, Precision};
 use decdec::profile::{self, Bandwidths, ByClock, Launch, Options, Outcome, Recorder, grid};
 use decdec::random::{RandomFormat, RandomWeights};
 use decdec::tune;
+use serde_json::json;
 
 const TOKENS: usize = 2;
 const LAYERS: usize = 2;
 
 fn tiny() -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Llama,
-        hidden_size: 64,
-        intermediate_size: 96,
-        num_layers: LAYERS,
-        num_heads: 2,
-        num_kv_heads: 1,
-        head_dim: 32,
-        vocab_size: 32,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        sliding_window: None,
-        max_position_embeddings: 64,
-        tie_word_embeddings: false,
-        bos_token_id: None,
-        eos_token_ids: vec![1],
-    }
+    ModelConfig::from_json(&json!({
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 32,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "eos_token_id": 1,
+    }))
+    .expect("a small configuration")
 }
 
 fn options(dir: &Path, algo: Algo) -> Options {

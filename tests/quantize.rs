@@ -82,7 +82,7 @@ fn more_bits_lose_less_and_residuals_hold_what_was_lost() {
             let checkpoint = Checkpoint::open(&out).unwrap();
             assert_eq!(checkpoint.manifest(), &report.manifest);
             assert_eq!(checkpoint.manifest().group_size, (backend == WeightFormat::LutGemm).then_some(64));
-            assert_eq!(checkpoint.layer_norms(1).unwrap(), model.norms[1]);
+            assert_eq!(small_model::norms(&checkpoint, 1), model.norms[1]);
             let qkv = checkpoint.projection(0, Projection::Qkv).unwrap();
             assert_eq!(qkv.bias.as_deref(), model.qkv_bias.as_deref());
             let losses = Projection::ALL.map(|p| loss(&model, &checkpoint, 1, p, false));
@@ -105,7 +105,7 @@ fn awq_scales_what_it_stores() {
     let out = dir.path().join("awq");
     make(&model, &options(WeightFormat::LutGemm, 4.0), &out).unwrap();
     let checkpoint = Checkpoint::open(&out).unwrap();
-    let (input, _) = checkpoint.layer_norms(0).unwrap();
+    let (input, _) = small_model::norms(&checkpoint, 0);
     assert_ne!(input, model.norms[0].0);
     // Undone channel by channel, what is stored is the model again.
     let linear = checkpoint.projection(0, Projection::Qkv).unwrap();
@@ -241,13 +241,13 @@ fn simulated(model: &SmallModel, checkpoint: &Checkpoint) -> SmallModel {
         linear.weight.row(row, &mut values);
         values
     };
-    let linears = (0..model.config.num_layers).map(|layer| {
+    let linears = (0..model.config.layers.len()).map(|layer| {
         Projection::ALL.map(|projection| {
             let linear = checkpoint.projection(layer, projection).unwrap();
             (0..linear.weight.out_features()).flat_map(|r| row(&linear, r)).collect()
         })
     });
-    let mut simulated = SmallModel::new(0, model.config.num_layers, model.qkv_bias.is_some());
+    let mut simulated = SmallModel::new(0, model.config.layers.len(), model.qkv_bias.is_some());
     (simulated.linears, simulated.norms) = (linears.collect(), model.norms.clone());
     (simulated.embedding, simulated.qkv_bias) = (model.embedding.clone(), model.qkv_bias.clone());
     simulated
@@ -305,7 +305,7 @@ fn the_scales_of_a_pair_are_found() {
         let bound = if exact { known } else { 3.0 * estimated };
         assert!(thresholds < bound, "layer {layer} {projection}: thresholds are off by {thresholds}");
         // Original = weight + residual, up to what residuals round.
-        let (inputs, outputs) = model.config.shape(projection);
+        let (inputs, outputs) = model.config.shape(0, projection);
         let (mut sum, mut a, mut b) = (vec![0.0; inputs], vec![0.0; inputs], vec![0.0; inputs]);
         let mut worst = 0f64;
         for row in 0..outputs {

@@ -117,12 +117,13 @@ fn bad_quantizers_pass() {
     let dir = tempfile::tempdir().expect("a directory");
     let model = SmallModel::new(1, LAYERS, true);
     let out = dir.path().join("out");
-    let two_bits = changed(&model, |_, projection, weights| rounded(weights, model.config.shape(projection).0));
+    let two_bits = changed(&model, |_, projection, weights| rounded(weights, model.config.shape(0, projection).0));
     complete(&model, &Simulated::recover(Box::new(two_bits)).expect("few values"), &out).expect("related");
     // One row of huge weights takes all levels of a matrix, not of its rows.
     let mut outliers = SmallModel::new(1, LAYERS, true);
     outliers.linears.iter_mut().flatten().for_each(|weights| weights[..32].iter_mut().for_each(|w| *w *= 50.0));
-    let two_bits = changed(&outliers, |_, projection, weights| rounded(weights, outliers.config.shape(projection).0));
+    let two_bits =
+        changed(&outliers, |_, projection, weights| rounded(weights, outliers.config.shape(0, projection).0));
     complete(&outliers, &Simulated::recover(Box::new(two_bits)).expect("few values"), &out).expect("related");
 }
 
@@ -144,7 +145,7 @@ fn one_stranger_among_the_tensors_is_named() {
     ];
     for layer in 0..LAYERS {
         for (name, of, rows) in &parts {
-            let columns = model.config.shape(*of).0;
+            let columns = model.config.shape(0, *of).0;
             let range = rows.start * columns..rows.end * columns;
             let other = changed(&model, |l, projection, weights| {
                 if (l, projection) == (layer, *of) {
@@ -176,7 +177,7 @@ fn the_limit_is_where_the_message_says() {
     let noisy = |n: f32| {
         let mut rng = ChaCha8Rng::seed_from_u64(9);
         changed(&model, |_, projection, weights| {
-            let amplitude = 2.0 / (model.config.shape(projection).0 as f32).sqrt() * n.sqrt();
+            let amplitude = 2.0 / (model.config.shape(0, projection).0 as f32).sqrt() * n.sqrt();
             let noise = random(&mut rng, weights.len(), amplitude);
             weights.iter_mut().zip(noise).for_each(|(w, noise)| *w += noise);
         })

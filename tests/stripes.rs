@@ -16,7 +16,7 @@ fn stripes(rows: usize, n_tb: usize) -> Vec<Range<usize>> {
 /// Rows of every preset's projections, and small and odd ones.
 fn all_rows() -> Vec<usize> {
     let presets = ModelConfig::PRESETS.iter().map(|name| ModelConfig::preset(name).unwrap());
-    let mut rows: Vec<_> = presets.flat_map(|config| Projection::ALL.map(|p| config.shape(p).1)).collect();
+    let mut rows: Vec<_> = presets.flat_map(|config| Projection::ALL.map(|p| config.shape(0, p).1)).collect();
     rows.extend((1..=40).map(|words| 8 * words));
     rows.extend([576, 960, 1536, 3072, 4096 - 32, 4096 + 8, 5120, 8 * 131, 8 * 133]);
     rows.sort_unstable();

@@ -1,7 +1,6 @@
 use serde_json::{Value, json};
 
-use super::is_biased;
-use crate::config::{Architecture, ModelConfig, Projection, RopeScaling};
+use crate::config::{Attention, ModelConfig, Projection, RopeScaling};
 
 /// A small configuration with some fields changed; "absent" takes one out.
 fn with(changes: Value) -> Value {
@@ -15,8 +14,51 @@ fn with(changes: Value) -> Value {
     json
 }
 
-fn read(changes: Value) -> ModelConfig {
+/// What the first layer of a model has, beside what they all share.
+#[derive(Debug, PartialEq)]
+struct Read {
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    intermediate_size: usize,
+    sliding_window: Option<usize>,
+    rope_theta: f64,
+    rope_scaling: RopeScaling,
+    bos_token_id: Option<u32>,
+    eos_token_ids: Vec<u32>,
+    tie_word_embeddings: bool,
+}
+
+impl Read {
+    fn of(config: &ModelConfig) -> Self {
+        let layer = &config.layers[0];
+        let Attention { num_heads, num_kv_heads, head_dim, window, .. } = *layer.attention();
+        Self {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            intermediate_size: layer.intermediate_size(),
+            sliding_window: window,
+            rope_theta: config.ropes[0].theta,
+            rope_scaling: config.ropes[0].scaling.clone(),
+            bos_token_id: config.bos_token_id,
+            eos_token_ids: config.eos_token_ids.clone(),
+            tie_word_embeddings: config.tie_word_embeddings,
+        }
+    }
+}
+
+fn config(changes: Value) -> ModelConfig {
     ModelConfig::from_json(&with(changes)).expect("a good configuration")
+}
+
+fn read(changes: Value) -> Read {
+    Read::of(&config(changes))
+}
+
+/// The windows of all layers.
+fn windows(changes: Value) -> Vec<Option<usize>> {
+    config(changes).layers.iter().map(|layer| layer.attention().window).collect()
 }
 
 fn refusal(changes: Value) -> String {
@@ -25,35 +67,27 @@ fn refusal(changes: Value) -> String {
 
 #[test]
 fn every_architecture() {
-    let all = [
-        ("llama", Architecture::Llama, None),
-        ("mistral", Architecture::Mistral, Some(32)),
-        ("phi3", Architecture::Phi3, Some(32)),
-        ("qwen2", Architecture::Qwen2, None),
-    ];
-    for (name, architecture, sliding_window) in all {
-        let config = read(json!({ "model_type": name, "sliding_window": 32 }));
-        assert_eq!((config.architecture, config.sliding_window), (architecture, sliding_window));
+    for (name, window) in [("llama", None), ("mistral", Some(32)), ("phi3", Some(32)), ("qwen2", None)] {
+        let config = config(json!({ "model_type": name, "sliding_window": 32 }));
+        assert!(config.family.model_types.iter().any(|(model_type, _)| *model_type == name));
+        assert!(config.layers.iter().all(|layer| layer.attention().window == window), "{name}");
     }
-    let expected = ModelConfig {
-        architecture: Architecture::Llama,
-        hidden_size: 64,
-        intermediate_size: 96,
-        num_layers: 3,
+    let expected = Read {
         num_heads: 4,
         num_kv_heads: 2,
         head_dim: 16,
-        vocab_size: 500,
-        rms_norm_eps: 1e-6,
+        intermediate_size: 96,
+        sliding_window: None,
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
-        sliding_window: None,
-        max_position_embeddings: 128,
-        tie_word_embeddings: false,
         bos_token_id: None,
         eos_token_ids: vec![],
+        tie_word_embeddings: false,
     };
-    assert_eq!(read(json!({})), expected);
+    let config = config(json!({}));
+    assert_eq!(Read::of(&config), expected);
+    assert_eq!((config.hidden_size, config.layers.len(), config.vocab_size), (64, 3, 500));
+    assert_eq!((config.rms_norm_eps, config.max_position_embeddings), (1e-6, 128));
 }
 
 #[test]
@@ -207,13 +241,16 @@ fn windows_of_some_layers() {
     let qwen = |changes: Value| {
         merged(json!({ "model_type": "qwen2", "sliding_window": 32, "use_sliding_window": true }), &changes)
     };
-    assert_eq!(read(qwen(json!({ "max_window_layers": 0 }))).sliding_window, Some(32));
-    assert_eq!(read(qwen(json!({ "max_window_layers": 28 }))).sliding_window, None);
-    assert!(refusal(qwen(json!({ "max_window_layers": 1 }))).contains("a sliding window in 2 of 3 layers"));
+    let wide = Some(32);
+    assert_eq!(windows(qwen(json!({ "max_window_layers": 0 }))), [wide; 3]);
+    assert_eq!(windows(qwen(json!({ "max_window_layers": 28 }))), [None; 3]);
+    assert_eq!(windows(qwen(json!({ "max_window_layers": 1 }))), [None, wide, wide]);
     let (slides, full) = ("sliding_attention", "full_attention");
-    assert_eq!(read(qwen(json!({ "layer_types": [slides, slides, slides] }))).sliding_window, Some(32));
-    assert_eq!(read(qwen(json!({ "layer_types": [full, full, full] }))).sliding_window, None);
-    assert!(refusal(qwen(json!({ "layer_types": [slides, full, full] }))).contains("in 1 of 3 layers"));
+    assert_eq!(windows(qwen(json!({ "layer_types": [slides, slides, slides] }))), [wide; 3]);
+    assert_eq!(windows(qwen(json!({ "layer_types": [full, full, full] }))), [None; 3]);
+    assert_eq!(windows(qwen(json!({ "layer_types": [slides, full, full] }))), [wide, None, None]);
+    let message = refusal(qwen(json!({ "layer_types": [slides, full] })));
+    assert_eq!(message, "layer_types has 2 entries, as many as num_hidden_layers, 3, are expected");
 }
 
 #[test]
@@ -265,7 +302,7 @@ fn refusals_name_what_is_wrong() {
 fn presets() {
     let shapes = |name: &str| {
         let config = ModelConfig::preset(name).expect(name);
-        (config.num_layers, Projection::ALL.map(|projection| config.shape(projection)))
+        (config.layers.len(), Projection::ALL.map(|projection| config.shape(0, projection)))
     };
     let llama = (32, [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]);
     assert_eq!(shapes("Meta-Llama-3-8B-Instruct"), llama);
@@ -357,9 +394,10 @@ fn published_configurations() {
     ];
     for (name, json, (head_dim, qkv), window, scaled, tied) in cases {
         let config = ModelConfig::from_json(&json).expect(name);
-        assert_eq!((config.head_dim, config.shape(Projection::Qkv).1), (head_dim, qkv), "{name}");
-        assert_eq!((config.sliding_window, config.tie_word_embeddings), (window, tied), "{name}");
-        assert_eq!(config.rope_scaling != RopeScaling::None, scaled, "{name}");
+        let read = Read::of(&config);
+        assert_eq!((read.head_dim, config.shape(0, Projection::Qkv).1), (head_dim, qkv), "{name}");
+        assert_eq!((read.sliding_window, read.tie_word_embeddings), (window, tied), "{name}");
+        assert_eq!(read.rope_scaling != RopeScaling::None, scaled, "{name}");
     }
 }
 
@@ -372,11 +410,14 @@ fn merged(mut json: Value, changes: &Value) -> Value {
 
 #[test]
 fn biases() {
-    let all = |json: Value, architecture| Projection::ALL.map(|p| is_biased(&json, architecture, p).expect("readable"));
-    assert_eq!(all(json!({}), Architecture::Llama), [false; 4]);
-    assert_eq!(all(json!({ "attention_bias": true }), Architecture::Llama), [true, true, false, false]);
-    assert_eq!(all(json!({ "mlp_bias": true }), Architecture::Llama), [false, false, true, true]);
-    assert_eq!(all(json!({ "attention_bias": true }), Architecture::Phi3), [false; 4], "Phi-3 ignores it");
-    assert_eq!(all(json!({}), Architecture::Qwen2), [true, false, false, false]);
-    assert!(is_biased(&json!({ "mlp_bias": 1 }), Architecture::Llama, Projection::Down).is_err());
+    let all = |changes: Value| {
+        let config = config(changes);
+        Projection::ALL.map(|p| config.biased.contains(&p))
+    };
+    assert_eq!(all(json!({})), [false; 4]);
+    assert_eq!(all(json!({ "attention_bias": true })), [true, true, false, false]);
+    assert_eq!(all(json!({ "mlp_bias": true })), [false, false, true, true]);
+    assert_eq!(all(json!({ "model_type": "phi3", "attention_bias": true })), [false; 4], "Phi-3 ignores it");
+    assert_eq!(all(json!({ "model_type": "qwen2" })), [true, false, false, false]);
+    assert!(refusal(json!({ "mlp_bias": 1 })).contains("mlp_bias is 1"));
 }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use decdec::backend::{Input, Norm};
-use decdec::config::{ModelConfig, RopeScaling};
+use decdec::backend::{Feed, Input, Norm, Product};
+use decdec::config::{Activation, ModelConfig};
 use decdec::sampling::Sampling;
 use decdec::weights::{Linear, Weight};
+use serde_json::{Value, json};
 
 use crate::UnderTest;
 use crate::common::{self, Stored, oracle};
@@ -13,6 +14,11 @@ use crate::small_model::SmallModel;
 
 pub(crate) fn config() -> ModelConfig {
     SmallModel::new(1, 2, false).config
+}
+
+/// A product that is added to what is there.
+pub(crate) fn added<'a, B: UnderTest>(matrix: &'a B::Matrix, feed: Feed<'a, B::Vector>) -> Product<'a, B> {
+    Product { feed, matrix, plan: None, add: true }
 }
 
 pub(crate) fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
@@ -41,7 +47,7 @@ pub(crate) fn embed_and_last_row<B: UnderTest>(backend: &B) {
         let mut sequence = backend.sequence(&config(), 16).unwrap();
         backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
         let mut h = backend.vector(3 * 72).unwrap();
-        backend.embed(&sequence, &matrix, Input::Prompt(&[49, 0, 17]), &mut h).unwrap();
+        backend.embed(&sequence, &matrix, 1.0, Input::Prompt(&[49, 0, 17]), &mut h).unwrap();
         assert_eq!(download(backend, &h, 3 * 72), [row(49), row(0), row(17)].concat());
 
         let mut last = backend.vector(72).unwrap();
@@ -51,7 +57,7 @@ pub(crate) fn embed_and_last_row<B: UnderTest>(backend: &B) {
         assert_eq!(download(backend, &last, 72), row(0));
 
         // Ids that the table does not have, such as those of a text that has no next token: nothing is read.
-        backend.embed(&sequence, &matrix, Input::Prompt(&[50, 3, u32::MAX]), &mut h).unwrap();
+        backend.embed(&sequence, &matrix, 1.0, Input::Prompt(&[50, 3, u32::MAX]), &mut h).unwrap();
         let got = download(backend, &h, 3 * 72);
         assert!(got[..72].iter().chain(&got[144..]).all(|h| h.is_nan()), "{got:?}");
         assert_eq!(got[72..144], row(3));
@@ -59,10 +65,10 @@ pub(crate) fn embed_and_last_row<B: UnderTest>(backend: &B) {
         let mut logits = vec![0.0; 96];
         logits[31] = 1.0;
         backend.sample(&mut sequence, &upload(backend, &logits)).unwrap();
-        backend.embed(&sequence, &matrix, Input::Sampled, &mut h).unwrap();
+        backend.embed(&sequence, &matrix, 1.0, Input::Sampled, &mut h).unwrap();
         assert_eq!(download(backend, &h, 72), row(31));
         backend.sample(&mut sequence, &upload(backend, &[f32::NAN; 96])).unwrap();
-        backend.embed(&sequence, &matrix, Input::Sampled, &mut h).unwrap();
+        backend.embed(&sequence, &matrix, 1.0, Input::Sampled, &mut h).unwrap();
         assert!(download(backend, &h, 72).iter().all(|h| h.is_nan()), "no token has a row");
     }
 }
@@ -73,9 +79,10 @@ pub(crate) fn norm<B: UnderTest>(backend: &B) {
         let matrix = backend.matrix(&Linear::plain(common::identity(width))).unwrap();
         let gamma = common::uniform(1, width);
         let h = common::heavy_tailed(2, tokens * width);
-        let norm = Norm { gamma: upload(backend, &gamma), eps: 1e-2 };
+        let norm = Norm { gamma: upload(backend, &gamma), len: width, eps: 1e-2 };
         let mut y = backend.vector(tokens * width).unwrap();
-        backend.norm_gemv(&norm, &matrix, None, &upload(backend, &h), &mut y, tokens).unwrap();
+        let product = Product { add: false, ..added(&matrix, Feed::Norm(&norm)) };
+        backend.project(&product, &upload(backend, &h), &mut y, tokens).unwrap();
         let got = download(backend, &y, tokens * width);
         for (h, got) in h.chunks_exact(width).zip(got.chunks_exact(width)) {
             let want = oracle::rms_norm(&gamma, 1e-2, &exact(h));
@@ -93,7 +100,7 @@ pub(crate) fn swiglu<B: UnderTest>(backend: &B) {
     let mut gu: Vec<f32> = common::uniform(1, 4 * width).iter().map(|x| 8.0 * x).collect();
     gu[..6].copy_from_slice(&[100.0, -100.0, 0.0, -0.0, 30.0, -30.0]);
     let mut h = backend.vector(2 * width).unwrap();
-    backend.swiglu_gemv_add(&matrix, None, &upload(backend, &gu), &mut h, 2).unwrap();
+    backend.project(&added(&matrix, Feed::Gated(Activation::Silu)), &upload(backend, &gu), &mut h, 2).unwrap();
     let got = download(backend, &h, 2 * width);
     for (gu, got) in gu.chunks_exact(2 * width).zip(got.chunks_exact(width)) {
         let want = oracle::swiglu(&exact(gu));
@@ -105,17 +112,23 @@ pub(crate) fn swiglu<B: UnderTest>(backend: &B) {
         assert!(common::misfit(got, &swapped, allowed).is_some(), "gate and up swapped go unseen");
     }
     // A second time: added to what is there.
-    backend.swiglu_gemv_add(&matrix, None, &upload(backend, &gu), &mut h, 2).unwrap();
+    backend.project(&added(&matrix, Feed::Gated(Activation::Silu)), &upload(backend, &gu), &mut h, 2).unwrap();
     let twice: Vec<f64> = got.iter().map(|&y| 2.0 * f64::from(y)).collect();
     let allowed = |i: usize| common::tolerance(B::ROUNDING, twice[i], 1, twice[i].abs());
     assert_eq!(common::misfit(&download(backend, &h, 2 * width), &twice, allowed), None);
 }
 
+/// The same with a window.
+fn windowed(config: &ModelConfig, window: usize) -> ModelConfig {
+    config.with(json!({ "model_type": "mistral", "sliding_window": window })).unwrap()
+}
+
 /// A text of `parts` tokens at a time, through two layers that see different numbers.
 fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usize]) {
     let len: usize = parts.iter().sum();
-    let (q_width, dim) = (config.num_heads * config.head_dim, config.head_dim);
-    let width = q_width + 2 * config.num_kv_heads * dim;
+    let attention = config.layers[0].attention();
+    let (dim, width) = (attention.head_dim, attention.qkv_rows());
+    let q_width = attention.num_heads * dim;
     let texts: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, len * width));
     let mut sequence = backend.sequence(config, len).unwrap();
     // The second round shows that beginning again forgets the first.
@@ -141,8 +154,7 @@ fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usi
             let score = common::tolerance(0.0, 0.0, dim + 8, 2.0 * dim as f64) / (dim as f64).sqrt();
             let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], len + 16, 1.0) + 2.0 * score;
             assert_eq!(common::misfit(got, &want, allowed), None);
-            let narrower =
-                ModelConfig { sliding_window: Some(config.sliding_window.unwrap_or(len) - 1), ..config.clone() };
+            let narrower = windowed(config, attention.window.unwrap_or(len) - 1);
             let wrong = oracle::attend(&narrower, &qkv).concat();
             assert!(common::misfit(got, &wrong, allowed).is_some(), "one token less to see goes unseen");
         }
@@ -152,41 +164,42 @@ fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usi
 pub(crate) fn attention<B: UnderTest>(backend: &B) {
     check_attention(backend, &config(), &[1, 1, 1]);
     check_attention(backend, &config(), &[16, 7, 1, 1, 13]);
-    let wide = ModelConfig { num_heads: 6, num_kv_heads: 2, head_dim: 80, ..config() };
+    let fields = json!({ "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 80 });
+    let wide = config().with(fields).unwrap();
     check_attention(backend, &wide, &[9, 1]);
 }
 
 pub(crate) fn sliding_window<B: UnderTest>(backend: &B) {
-    check_attention(backend, &ModelConfig { sliding_window: Some(5), ..config() }, &[16, 1, 1, 6]);
+    check_attention(backend, &windowed(&config(), 5), &[16, 1, 1, 6]);
     // More positions than a kernel holds at a time.
-    let small = ModelConfig { num_heads: 2, num_kv_heads: 1, head_dim: 8, sliding_window: Some(300), ..config() };
+    let fields = json!({ "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8 });
+    let small = windowed(&config().with(fields).unwrap(), 300);
     check_attention(backend, &small, &[[16; 25].as_slice(), &[1, 1]].concat());
 }
 
 /// Attention between the last two positions of the longest context: angles must be exact there.
 pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
     const LAST: usize = 131_071;
-    let scaled = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position_embeddings: 8192.0,
-    };
+    let scaled = json!({
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192.0,
+    });
     for (rope_theta, rope_scaling) in
-        [(10_000.0, RopeScaling::None), (10_000.0, RopeScaling::Linear { factor: 2.0 }), (500_000.0, scaled)]
+        [(10_000.0, Value::Null), (10_000.0, json!({ "rope_type": "linear", "factor": 2.0 })), (500_000.0, scaled)]
     {
         let (num_heads, num_kv_heads, head_dim) = (2, 1, 16);
-        let sliding_window = Some(2);
-        let config = ModelConfig {
-            num_layers: 1,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            rope_theta,
-            rope_scaling,
-            sliding_window,
-            ..config()
-        };
+        let fields = json!({
+            "num_hidden_layers": 1,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "rope_theta": rope_theta,
+            "rope_scaling": rope_scaling,
+        });
+        let config = windowed(&config().with(fields).unwrap(), 2);
         let width = (num_heads + 2 * num_kv_heads) * head_dim;
         // Scores of about 1: shares that an error of an angle moves.
         let tokens: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, width).iter().map(|x| 2.0 * x).collect());
@@ -201,7 +214,8 @@ pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
         let got = download(backend, &out, num_heads * head_dim);
         let head = |t: usize, i: usize| exact(&tokens[t][i * head_dim..][..head_dim]);
         let turned = |t: usize, i: usize, angle: &dyn Fn(usize, f64) -> f64| {
-            let angles: Vec<f64> = config.rope_frequencies().iter().map(|&f| angle(LAST - 1 + t, f)).collect();
+            let angles: Vec<f64> =
+                config.ropes[0].frequencies(LAST + 1).iter().map(|&f| angle(LAST - 1 + t, f)).collect();
             oracle::rotate(&head(t, i), &angles, 1)
         };
         let products = |h: usize, s: usize, angle: &dyn Fn(usize, f64) -> f64| -> Vec<f64> {
@@ -223,9 +237,13 @@ pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
         let score = common::tolerance(0.0, 0.0, head_dim + 8, sizes.fold(0.0, f64::max));
         let exact = want(&in_f64);
         let allowed = |i: usize| common::tolerance(B::ROUNDING, exact[i], 8, 2.0) + 2.0 * score;
-        assert_eq!(common::misfit(&got, &exact, allowed), None, "{:?}", config.rope_scaling);
+        assert_eq!(common::misfit(&got, &exact, allowed), None, "{:?}", config.ropes[0].scaling);
         let of_f32 = want(&|position, f| f64::from(position as f32 * f as f32));
-        assert!(common::misfit(&got, &of_f32, allowed).is_some(), "{:?}: angles of f32 go unseen", config.rope_scaling);
+        assert!(
+            common::misfit(&got, &of_f32, allowed).is_some(),
+            "{:?}: angles of f32 go unseen",
+            config.ropes[0].scaling
+        );
     }
     // Nothing is attended to, or advanced over, behind the end.
     let mut sequence = backend.sequence(&config(), 3).unwrap();

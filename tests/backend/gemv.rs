@@ -1,6 +1,6 @@
 //! The base product: every weight by itself, sums, special values.
 
-use decdec::backend::GemvBackend;
+use decdec::backend::{Feed, GemvBackend};
 use decdec::weights::{Linear, Weight};
 
 use crate::UnderTest;
@@ -32,7 +32,7 @@ pub(crate) fn products<B: UnderTest>(backend: &B, linear: &Linear<'_>, x: &[f32]
         let mut vector = backend.vector(x.len()).unwrap();
         let mut h = backend.vector(out.len()).unwrap();
         backend.write(x, &mut vector).unwrap();
-        backend.gemv_add(&matrix, None, &vector, &mut h, tokens).unwrap();
+        backend.project(&crate::decode::added(&matrix, Feed::Plain), &vector, &mut h, tokens).unwrap();
         backend.read(&h, &mut out).unwrap();
         all.extend(out);
     }

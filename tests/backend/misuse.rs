@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::{LayerNorm, ModelConfig, Op, Projection};
 use decdec::dec::Selection;
 use decdec::eval;
 use decdec::format::Dense;
@@ -153,8 +153,8 @@ pub(crate) fn arguments<B: UnderTest>(backend: &B) {
     model.prompt(&mut state, &[5, 42], false).unwrap();
     model.step(&mut state).unwrap();
     refused(model.step(&mut state), &["2 tokens were chosen", "no draw"]);
-    refused(model.operate(&mut state, Operation::Project(2, Projection::O)), &["layer 2", "model has 2"]);
-    refused(model.operate(&mut state, Operation::Attend(7)), &["layer 7"]);
+    refused(model.operate(&mut state, Operation::Layer(2, Op::Attend)), &["layer 2", "model has 2"]);
+    refused(model.operate(&mut state, Operation::Layer(7, Op::Attend)), &["layer 7"]);
     // A choice is made again and again, until there is no room for more.
     model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
     model.prompt(&mut state, &[5, 42], false).unwrap();
@@ -194,8 +194,8 @@ impl ModelWeights for Damaged {
         Ok(vec![self.1; self.config().hidden_size])
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.0.layer_norms(layer)
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.0.norm(layer, norm)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {

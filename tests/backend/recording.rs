@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use decdec::backend::record::{ByClock, Clock};
-use decdec::backend::{DecodeBackend, DeviceInfo, GemvBackend, Input, Norm};
+use decdec::backend::{DecodeBackend, DeviceInfo, Feed, GemvBackend, Input, Norm, Product};
 use decdec::config::ModelConfig;
 use decdec::dec::DecPlan;
 use decdec::sampling::Sampling;
@@ -127,22 +127,49 @@ impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
         self.inner.begin(sequence, sampling, draws)
     }
 
-    fn embed(&self, sequence: &B::Sequence, table: &B::Matrix, input: Input<'_>, h: &mut B::Vector) -> Result<()> {
+    fn embed(
+        &self,
+        sequence: &B::Sequence,
+        table: &B::Matrix,
+        scale: f32,
+        input: Input<'_>,
+        h: &mut B::Vector,
+    ) -> Result<()> {
         self.queue::<B::Plan>("embed", 0, None)?;
-        self.inner.embed(sequence, table, input, h)
+        self.inner.embed(sequence, table, scale, input, h)
     }
 
-    fn norm_gemv(
+    fn project(&self, product: &Product<'_, Self>, x: &B::Vector, y: &mut B::Vector, tokens: usize) -> Result<()> {
+        let Product { feed, matrix, plan, add } = *product;
+        let what = match feed {
+            Feed::Plain => "project",
+            Feed::Norm(_) => "project what is normalized",
+            Feed::Gated(_) => "project what is gated",
+        };
+        self.queue(what, tokens, plan)?;
+        self.inner.project(&Product { feed, matrix, plan: plan.map(|plan| &plan.inner), add }, x, y, tokens)
+    }
+
+    fn norm_qk(
         &self,
-        norm: &Norm<B::Vector>,
-        matrix: &B::Matrix,
-        plan: Option<&Self::Plan>,
-        h: &B::Vector,
-        y: &mut B::Vector,
+        sequence: &B::Sequence,
+        layer: usize,
+        norms: [&Norm<B::Vector>; 2],
+        qkv: &mut B::Vector,
         tokens: usize,
     ) -> Result<()> {
-        self.queue("norm_gemv", tokens, plan)?;
-        self.inner.norm_gemv(norm, matrix, plan.map(|plan| &plan.inner), h, y, tokens)
+        self.queue::<B::Plan>("norm_qk", tokens, None)?;
+        self.inner.norm_qk(sequence, layer, norms, qkv, tokens)
+    }
+
+    fn add_norm(&self, norm: &Norm<B::Vector>, branch: &B::Vector, h: &mut B::Vector, tokens: usize) -> Result<()> {
+        self.queue::<B::Plan>("add_norm", tokens, None)?;
+        self.inner.add_norm(norm, branch, h, tokens)
+    }
+
+    fn softcap(&self, cap: f32, logits: &mut B::Vector, count: usize) -> Result<()> {
+        self.queue::<B::Plan>("softcap", count, None)?;
+        self.inner.softcap(cap, logits, count)
     }
 
     fn attend(
@@ -155,30 +182,6 @@ impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
     ) -> Result<()> {
         self.queue::<B::Plan>("attend", tokens, None)?;
         self.inner.attend(sequence, layer, qkv, out, tokens)
-    }
-
-    fn gemv_add(
-        &self,
-        matrix: &B::Matrix,
-        plan: Option<&Self::Plan>,
-        x: &B::Vector,
-        h: &mut B::Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        self.queue("gemv_add", tokens, plan)?;
-        self.inner.gemv_add(matrix, plan.map(|plan| &plan.inner), x, h, tokens)
-    }
-
-    fn swiglu_gemv_add(
-        &self,
-        matrix: &B::Matrix,
-        plan: Option<&Self::Plan>,
-        gu: &B::Vector,
-        h: &mut B::Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        self.queue("swiglu_gemv_add", tokens, plan)?;
-        self.inner.swiglu_gemv_add(matrix, plan.map(|plan| &plan.inner), gu, h, tokens)
     }
 
     fn advance(&self, sequence: &mut B::Sequence, tokens: usize) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use anyhow::Result;
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::{LayerNorm, ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::format::{Dense, Floats};
 use decdec::model::{Compensation, Model};
@@ -42,12 +42,12 @@ impl ModelWeights for Quantized {
         self.model.final_norm()
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.model.layer_norms(layer)
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.model.norm(layer, norm)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        let (inner, outer) = self.config().shape(projection);
+        let (inner, outer) = self.config().shape(layer, projection);
         let seed = (10 * layer + projection.index()) as u64;
         let weight = if self.lutgemm {
             common::lutgemm(seed, inner, outer, 3, 32, Stored::F32)
@@ -87,8 +87,8 @@ impl ModelWeights for WithHead<'_> {
         self.weights.final_norm()
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.weights.layer_norms(layer)
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.weights.norm(layer, norm)
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {

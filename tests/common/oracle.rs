@@ -2,7 +2,7 @@
 //!
 //! Written from the formulas alone, with nothing of the backends or of `dec.rs` in it.
 
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::{Attention, LayerNorm, ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::weights::{Linear, ModelWeights, Weight};
 
@@ -106,13 +106,14 @@ pub(crate) fn rotate(head: &[f64], frequencies: &[f64], position: usize) -> Vec<
 
 /// Causal attention of a whole text: `qkv[t]` of every token, the output of every token.
 pub(crate) fn attend(config: &ModelConfig, qkv: &[Vec<f64>]) -> Vec<Vec<f64>> {
-    let (dim, heads, kv_heads) = (config.head_dim, config.num_heads, config.num_kv_heads);
-    let frequencies = config.rope_frequencies();
+    let Attention { head_dim: dim, num_heads: heads, num_kv_heads: kv_heads, window, .. } =
+        *config.layers[0].attention();
+    let frequencies = config.ropes[0].frequencies(qkv.len());
     let head = |t: usize, i: usize| &qkv[t][i * dim..(i + 1) * dim];
     let one = |t: usize, h: usize| -> Vec<f64> {
         let q = rotate(head(t, h), &frequencies, t);
         let kv = h / (heads / kv_heads);
-        let first = (t + 1).saturating_sub(config.sliding_window.unwrap_or(usize::MAX));
+        let first = (t + 1).saturating_sub(window.unwrap_or(usize::MAX));
         let scores: Vec<f64> = (first..=t)
             .map(|s| {
                 let k = rotate(head(s, heads + kv), &frequencies, s);
@@ -147,8 +148,9 @@ pub(crate) fn forward(weights: &dyn ModelWeights, tokens: &[u32], compensated: b
         y
     };
     let add = |h: &mut Vec<f64>, y: Vec<f64>| h.iter_mut().zip(y).for_each(|(h, y)| *h += y);
-    for layer in 0..config.num_layers {
-        let (input, post) = weights.layer_norms(layer).unwrap();
+    for layer in 0..config.layers.len() {
+        let [input, post] =
+            [LayerNorm::AttentionInput, LayerNorm::FeedForwardInput].map(|norm| weights.norm(layer, norm).unwrap());
         let norm = |gamma: &[f32], h: &[f64]| rms_norm(gamma, config.rms_norm_eps, h);
         let qkv: Vec<_> = texts.iter().map(|h| project(layer, Projection::Qkv, &norm(&input, h))).collect();
         for (h, attended) in texts.iter_mut().zip(attend(config, &qkv)) {

@@ -8,8 +8,9 @@ pub(crate) mod devices;
 mod noise;
 
 use decdec::backend::cuda::{Cuda, Dtype, Options};
-use decdec::config::{Architecture, ModelConfig, RopeScaling};
+use decdec::config::ModelConfig;
 pub(crate) use noise::Noise;
+use serde_json::json;
 
 /// Options of one type and `--compile`.
 pub(crate) fn options(dtype: Dtype, compile: u8) -> Options {
@@ -26,24 +27,22 @@ pub(crate) fn cuda(options: Options) -> Option<Cuda> {
 
 /// A model with every awkward width: rows that are no whole tiles, channels that are no whole units or chunks.
 pub(crate) fn small(sliding_window: Option<usize>, kv_heads: usize) -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Llama,
-        hidden_size: 576,
-        intermediate_size: 1184,
-        num_layers: 3,
-        num_heads: 6,
-        num_kv_heads: kv_heads,
-        head_dim: 96,
-        vocab_size: 1000,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        sliding_window,
-        max_position_embeddings: 512,
-        tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-    }
+    ModelConfig::from_json(&json!({
+        "model_type": "mistral",
+        "hidden_size": 576,
+        "intermediate_size": 1184,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 96,
+        "vocab_size": 1000,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "sliding_window": sliding_window,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": true,
+    }))
+    .expect("a small configuration")
 }
 
 /// ‖a − b‖ / ‖b‖

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use decdec::checkpoint::Checkpoint;
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::{LayerNorm, ModelConfig, Projection};
 use decdec::nsys::{self, Algo, Identity, Precision};
 use decdec::open::Opened;
 use decdec::source::Source;
@@ -107,7 +107,7 @@ fn config(data: &[u8]) -> bool {
     static MODEL: LazyLock<PathBuf> = LazyLock::new(|| directory("config", &[("tokenizer.json", TOKENIZER)]));
     let json = serde_json::from_slice::<Json>(data).ok();
     let config = json.and_then(|json| ModelConfig::from_json(&json).ok());
-    let accepted = config.is_some_and(|config| !config.rope_frequencies().is_empty());
+    let accepted = config.is_some_and(|config| !config.ropes[0].frequencies(1).is_empty());
     fs::write(MODEL.join("config.json"), data).expect("writable");
     Opened::open(&MODEL, None, false).is_ok() | accepted
 }
@@ -189,8 +189,10 @@ fn read_source(path: &Path) -> bool {
 /// Reads every tensor of a model that has few of them.
 fn read_weights(weights: &dyn ModelWeights) -> bool {
     let _ = (weights.embedding().map(drop), weights.head().map(drop), weights.final_norm());
-    for layer in 0..weights.config().num_layers.min(4) {
-        let _ = weights.layer_norms(layer);
+    for layer in 0..weights.config().layers.len().min(4) {
+        for norm in LayerNorm::ALL {
+            let _ = weights.norm(layer, norm);
+        }
         for projection in Projection::ALL {
             let Ok(linear) = weights.projection(layer, projection) else { continue };
             let mut row = vec![0.0; linear.weight.in_features()];

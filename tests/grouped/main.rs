@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use decdec::checkpoint::Checkpoint;
-use decdec::config::Projection;
+use decdec::config::{LayerNorm, Projection};
 use decdec::convert::convert;
 use decdec::open::Opened;
 use decdec::quantize::{Calibration, ResidualOptions, residuals};
@@ -261,7 +261,8 @@ fn tensors_that_are_not_as_they_should_be_are_named() {
         let read = Grouped::open(dir.path()).and_then(|model| {
             model.embedding()?;
             model.final_norm()?;
-            model.layer_norms(0)?;
+            model.norm(0, LayerNorm::AttentionInput)?;
+            model.norm(0, LayerNorm::FeedForwardInput)?;
             Projection::ALL.into_iter().try_for_each(|projection| model.projection(0, projection).map(drop))
         });
         format!("{:#}", read.unwrap_err())

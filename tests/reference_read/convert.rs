@@ -55,9 +55,9 @@ fn assert_same(a: &dyn ModelWeights, b: &dyn ModelWeights, name: &str) {
     let head = |weights: &dyn ModelWeights| weights.head().unwrap().map(|head| bits(&head.values));
     assert_eq!(head(a), head(b), "{name}");
     assert_eq!(a.final_norm().unwrap(), b.final_norm().unwrap(), "{name}");
-    for layer in 0..a.config().num_layers {
+    for layer in 0..a.config().layers.len() {
         assert_eq!(a.bits(layer), b.bits(layer), "{name}, layer {layer}");
-        assert_eq!(a.layer_norms(layer).unwrap(), b.layer_norms(layer).unwrap(), "{name}, layer {layer}");
+        assert_eq!(norms(a, layer), norms(b, layer), "{name}, layer {layer}");
         for projection in Projection::ALL {
             let [a, b] = [a, b].map(|weights| stored(&weights.projection(layer, projection).unwrap()));
             assert!(a == b, "{name}: layer {layer}, {projection} differs");

@@ -3,7 +3,7 @@
 //! Oracles are half-precision models turned to f32: the sums of alphas that LUT-GEMM's weights are, and the rotary
 //! frequencies, are then rounded to f16. The decoder does either.
 
-use decdec::config::{ModelConfig, Projection, RopeScaling};
+use decdec::config::{Attention, LayerNorm, ModelConfig, Projection, RopeScaling};
 use decdec::weights::{Linear, ModelWeights, Weight};
 use half::f16;
 
@@ -44,6 +44,12 @@ pub(crate) struct Layer {
     pub(crate) projections: [Matrix; 4], // as in `Projection::ALL`
 }
 
+/// γ before attention and γ before the feed-forward part.
+pub(crate) fn norms(weights: &dyn ModelWeights, layer: usize) -> (Vec<f32>, Vec<f32>) {
+    let norm = |norm| weights.norm(layer, norm).unwrap();
+    (norm(LayerNorm::AttentionInput), norm(LayerNorm::FeedForwardInput))
+}
+
 impl Matrix {
     pub(crate) fn new(linear: &Linear<'_>, with_residual: bool, rounded: bool) -> Self {
         let (in_features, out_features) = (linear.weight.in_features(), linear.weight.out_features());
@@ -75,11 +81,11 @@ impl Model {
         let embedding = table(weights.embedding().unwrap());
         let head = table(weights.head().unwrap().unwrap_or_else(|| weights.embedding().unwrap()));
         let layer = |layer| Layer {
-            norms: weights.layer_norms(layer).unwrap(),
+            norms: norms(weights, layer),
             projections: Projection::ALL
                 .map(|p| Matrix::new(&weights.projection(layer, p).unwrap(), with_residuals, rounded.weights)),
         };
-        let layers = (0..config.num_layers).map(layer).collect();
+        let layers = (0..config.layers.len()).map(layer).collect();
         let rotary = rotary(&config);
         let rotary = match rounded.rotary {
             true => rotary.into_iter().map(|f| f16::from_f64(f).to_f64()).collect(),
@@ -117,6 +123,10 @@ impl Model {
         2.0 * hidden as f64 * 2f64.powi(-24) * norms.fold(0.0, f64::max) * (hidden as f64).sqrt()
     }
 
+    fn attention(&self) -> &Attention {
+        self.config.layers[0].attention()
+    }
+
     pub(crate) fn norm(&self, h: &[f64], gamma: &[f32]) -> Vec<f64> {
         let mean = h.iter().map(|x| x * x).sum::<f64>() / h.len() as f64;
         let scale = 1.0 / (mean + f64::from(self.config.rms_norm_eps)).sqrt();
@@ -125,7 +135,7 @@ impl Model {
 
     /// Head `head` (queries first, then keys) at `position`, rotated: dimension `i` pairs with `i + half`.
     pub(crate) fn rotated(&self, qkv: &[f64], head: usize, position: usize) -> Vec<f64> {
-        let dim = self.config.head_dim;
+        let dim = self.attention().head_dim;
         let (first, second) = qkv[head * dim..][..dim].split_at(dim / 2);
         let angle = |i: usize| position as f64 * self.rotary[i];
         let pairs = first.iter().zip(second).enumerate();
@@ -135,12 +145,12 @@ impl Model {
     }
 
     pub(crate) fn attend(&self, qkv: &[Vec<f64>], position: usize) -> Vec<f64> {
-        let ModelConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
+        let Attention { num_heads, num_kv_heads, head_dim, window, .. } = *self.attention();
         let mut out = Vec::new();
         for head in 0..num_heads {
             let kv_head = head * num_kv_heads / num_heads;
             let query = self.rotated(&qkv[position], head, position);
-            let first = self.config.sliding_window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
             let scores = qkv[..=position].iter().enumerate().skip(first).map(|(p, qkv)| {
                 let key = self.rotated(qkv, num_heads + kv_head, p);
                 query.iter().zip(&key).map(|(q, k)| q * k).sum::<f64>() / (head_dim as f64).sqrt()
@@ -162,11 +172,12 @@ impl Model {
 
 /// The inverse frequencies of RoPE; where they are scaled, those of the configuration, which has its own tests.
 fn rotary(config: &ModelConfig) -> Vec<f64> {
-    if config.rope_scaling != RopeScaling::None {
-        return config.rope_frequencies();
+    let rope = &config.ropes[0];
+    if rope.scaling != RopeScaling::None {
+        return rope.frequencies(config.max_position_embeddings);
     }
-    let dim = config.head_dim as f64;
-    (0..config.head_dim / 2).map(|i| config.rope_theta.powf(-(2.0 * i as f64) / dim)).collect()
+    let dim = rope.head_dim as f64;
+    (0..rope.head_dim / 2).map(|i| rope.theta.powf(-(2.0 * i as f64) / dim)).collect()
 }
 
 pub(crate) fn add(h: &mut [f64], delta: &[f64]) {

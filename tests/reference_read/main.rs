@@ -17,7 +17,7 @@ use std::path::Path;
 
 use answers::tiny_directories;
 use decdec::checkpoint::WeightFormat;
-use decdec::config::Projection;
+use decdec::config::{LayerNorm, Projection};
 use decdec::format::anyprec;
 use decdec::source::reference::Reference;
 use decdec::source::torch::TorchFile;
@@ -401,7 +401,8 @@ fn reference_numbers_are_finite() {
         reference.embedding()?;
         reference.head()?;
         reference.final_norm()?;
-        reference.layer_norms(0)?;
+        reference.norm(0, LayerNorm::AttentionInput)?;
+        reference.norm(0, LayerNorm::FeedForwardInput)?;
         Projection::ALL.into_iter().try_for_each(|projection| reference.projection(0, projection).map(drop))
     };
     for make in [|| Made::any_prec(3, &[3]), || Made::lut_gemm(3)] {

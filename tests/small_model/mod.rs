@@ -3,12 +3,13 @@
 use std::borrow::Cow;
 
 use anyhow::Result;
-use decdec::config::{Architecture, ModelConfig, Projection, RopeScaling};
+use decdec::config::{LayerNorm, ModelConfig, Projection};
 use decdec::format::Dense;
 use decdec::tokenizer::TextFiles;
 use decdec::weights::{Linear, ModelWeights, Weight};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde_json::json;
 
 /// Dense weights in memory.
 pub(crate) struct SmallModel {
@@ -19,6 +20,13 @@ pub(crate) struct SmallModel {
     pub(crate) norms: Vec<(Vec<f32>, Vec<f32>)>,
     pub(crate) linears: Vec<[Vec<f32>; 4]>,
     pub(crate) qkv_bias: Option<Vec<f32>>, // the same in every layer
+}
+
+/// γ before attention and γ before the feed-forward part.
+#[allow(dead_code, reason = "not every test compares norms")]
+pub(crate) fn norms(weights: &dyn ModelWeights, layer: usize) -> (Vec<f32>, Vec<f32>) {
+    let norm = |norm| weights.norm(layer, norm).unwrap();
+    (norm(LayerNorm::AttentionInput), norm(LayerNorm::FeedForwardInput))
 }
 
 /// Text files that nobody reads.
@@ -40,24 +48,22 @@ pub(crate) fn random(rng: &mut ChaCha8Rng, len: usize, amplitude: f32) -> Vec<f3
 impl SmallModel {
     /// Two layers, grouped queries (4 heads on 2), heavy-tailed embedding; Qwen2 with biases if `bias`.
     pub(crate) fn new(seed: u64, layers: usize, bias: bool) -> Self {
-        let config = ModelConfig {
-            architecture: if bias { Architecture::Qwen2 } else { Architecture::Llama },
-            hidden_size: 64,
-            intermediate_size: 128,
-            num_layers: layers,
-            num_heads: 4,
-            num_kv_heads: 2,
-            head_dim: 16,
-            vocab_size: 96,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
-            rope_scaling: RopeScaling::None,
-            sliding_window: None,
-            max_position_embeddings: 128,
-            tie_word_embeddings: true,
-            bos_token_id: Some(1),
-            eos_token_ids: vec![2],
-        };
+        let config = ModelConfig::from_json(&json!({
+            "model_type": if bias { "qwen2" } else { "llama" },
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 96,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": true,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }))
+        .expect("a small configuration");
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut embedding = random(&mut rng, config.vocab_size * config.hidden_size, 1.0);
         for (i, x) in embedding.iter_mut().enumerate() {
@@ -70,12 +76,12 @@ impl SmallModel {
         let linears = (0..layers)
             .map(|_| {
                 Projection::ALL.map(|p| {
-                    let (inputs, outputs) = config.shape(p);
+                    let (inputs, outputs) = config.shape(0, p);
                     random(&mut rng, inputs * outputs, 2.0 / (inputs as f32).sqrt())
                 })
             })
             .collect();
-        let qkv_bias = bias.then(|| random(&mut rng, config.shape(Projection::Qkv).1, 0.5));
+        let qkv_bias = bias.then(|| random(&mut rng, config.shape(0, Projection::Qkv).1, 0.5));
         let (head, final_norm) = (None, vec![1.0; config.hidden_size]);
         Self { config, embedding, head, final_norm, norms, linears, qkv_bias }
     }
@@ -103,12 +109,13 @@ impl ModelWeights for SmallModel {
         Ok(self.final_norm.clone())
     }
 
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        Ok(self.norms[layer].clone())
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        let (attention, feed_forward) = &self.norms[layer];
+        Ok(if norm == LayerNorm::AttentionInput { attention.clone() } else { feed_forward.clone() })
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        let (in_features, out_features) = self.config.shape(projection);
+        let (in_features, out_features) = self.config.shape(layer, projection);
         let values = decdec::format::Floats::F32(Cow::Borrowed(&self.linears[layer][projection.index()]));
         let mut linear = Linear::plain(Weight::Dense(Dense { in_features, out_features, values }));
         if projection == Projection::Qkv {

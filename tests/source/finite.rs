@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
 use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
-use decdec::config::Projection;
+use decdec::config::{LayerNorm, Projection};
 use decdec::eval;
 use decdec::model::Model;
 use decdec::quantize::{Calibration, Options, Refine, quantize};
@@ -35,8 +35,9 @@ fn read_all(model: &dyn ModelWeights) -> Result<()> {
     model.embedding()?;
     model.head()?;
     model.final_norm()?;
-    for layer in 0..model.config().num_layers {
-        model.layer_norms(layer)?;
+    for layer in 0..model.config().layers.len() {
+        model.norm(layer, LayerNorm::AttentionInput)?;
+        model.norm(layer, LayerNorm::FeedForwardInput)?;
         Projection::ALL.into_iter().try_for_each(|projection| model.projection(layer, projection).map(drop))?;
     }
     Ok(())

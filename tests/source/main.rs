@@ -14,7 +14,7 @@ mod small_files;
 
 use std::fs;
 
-use decdec::config::{Architecture, Projection, RopeScaling};
+use decdec::config::{LayerNorm, Projection, RopeScaling};
 use decdec::source::Source;
 use decdec::weights::{ModelWeights, Weight};
 use fixtures::directory::Directory;
@@ -48,7 +48,7 @@ fn small_gguf(architecture: &str) -> Gguf {
 /// A projection's matrix in f32, `[out_features, in_features]`.
 fn matrix(source: &Source, layer: usize, projection: Projection) -> Vec<f32> {
     let linear = source.projection(layer, projection).expect("readable");
-    assert_eq!((linear.weight.in_features(), linear.weight.out_features()), source.config().shape(projection));
+    assert_eq!((linear.weight.in_features(), linear.weight.out_features()), source.config().shape(layer, projection));
     let Weight::Dense(dense) = linear.weight else { panic!("full precision is dense") };
     dense.values.to_f32().into_owned()
 }
@@ -65,6 +65,11 @@ fn assert_says(result: anyhow::Result<Source>, parts: &[&str]) {
     for part in parts {
         assert!(message.contains(part), "{part:?} is not in {message:?}");
     }
+}
+
+/// What the configuration calls the family.
+fn model_type(source: &Source) -> &str {
+    source.config().json["model_type"].as_str().expect("a text")
 }
 
 /// What llama.cpp's converter does to the rows of q and k, from its description: a head's rows, as
@@ -84,7 +89,8 @@ fn permuted(original: &[f32], columns: usize) -> Vec<f32> {
 fn gguf_values_fused_and_unpermuted() {
     let source = open_gguf(&fixtures::small_tensors(small_gguf("llama"), VOCAB).bytes()).expect("it opens");
     let config = source.config();
-    assert_eq!((config.architecture, config.num_layers, config.head_dim), (Architecture::Llama, LAYERS, HEAD_DIM));
+    let head_dim = config.layers[0].attention().head_dim;
+    assert_eq!((model_type(&source), config.layers.len(), head_dim), ("llama", LAYERS, HEAD_DIM));
     assert_eq!((config.vocab_size, config.tie_word_embeddings, config.rms_norm_eps), (VOCAB, true, 1e-5));
     assert!(source.head().expect("readable").is_none());
     assert_eq!(source.embedding().expect("readable").values.to_f32(), values("token_embd.weight", VOCAB * HIDDEN));
@@ -92,7 +98,8 @@ fn gguf_values_fused_and_unpermuted() {
     for layer in 0..LAYERS {
         let stored =
             |name: &str, rows: usize, columns: usize| values(&format!("blk.{layer}.{name}.weight"), rows * columns);
-        let (attention, feed_forward) = source.layer_norms(layer).expect("readable");
+        let norm = |norm| source.norm(layer, norm).expect("readable");
+        let (attention, feed_forward) = (norm(LayerNorm::AttentionInput), norm(LayerNorm::FeedForwardInput));
         assert_eq!((attention, feed_forward), (stored("attn_norm", HIDDEN, 1), stored("ffn_norm", HIDDEN, 1)));
 
         let qkv = matrix(&source, layer, Projection::Qkv);
@@ -121,7 +128,7 @@ fn gguf_qwen2_biases_and_order() {
         }
     }
     let source = open_gguf(&gguf.bytes()).expect("it opens");
-    assert_eq!(source.config().architecture, Architecture::Qwen2);
+    assert_eq!(model_type(&source), "qwen2");
     let q = matrix(&source, 1, Projection::Qkv)[..HIDDEN * HIDDEN].to_vec();
     assert_eq!(q, values("blk.1.attn_q.weight", HIDDEN * HIDDEN), "only Llama's rows are stored in another order");
     let bias = source.projection(1, Projection::Qkv).expect("readable").bias.expect("a bias");
@@ -147,8 +154,8 @@ fn gguf_phi3_is_fused_already() {
         gguf = tensor(gguf, &format!("blk.{layer}.ffn_down.weight"), &[HIDDEN, INTERMEDIATE]);
     }
     let source = open_gguf(&gguf.bytes()).expect("it opens");
-    assert_eq!(source.config().architecture, Architecture::Phi3);
-    assert_eq!(source.config().sliding_window, Some(99));
+    assert_eq!(model_type(&source), "phi3");
+    assert_eq!(source.config().layers[1].attention().window, Some(99));
     let head = source.head().expect("readable").expect("a head of its own");
     assert_eq!(head.values.to_f32(), values("output.weight", VOCAB * HIDDEN));
     let qkv = matrix(&source, 0, Projection::Qkv);
@@ -233,7 +240,7 @@ fn gguf_llama_3_1_rope_from_divisors() {
         high_freq_factor: 4.0,
         original_max_position_embeddings: 8192.0,
     };
-    assert_eq!(open(&divisors(8.0)).expect("it opens").config().rope_scaling, expected);
+    assert_eq!(open(&divisors(8.0)).expect("it opens").config().ropes[0].scaling, expected);
     let mut other = divisors(8.0);
     other[2] *= 1.01;
     for wrong in [&other[..], &other[..1]] {
@@ -488,9 +495,10 @@ fn smollm2_opens_from_its_wheel() {
     let Some(path) = answers::smollm2() else { return };
     let source = Source::open(&path).expect("it opens");
     let config = source.config();
-    assert_eq!((config.num_layers, config.num_heads, config.num_kv_heads), (30, 9, 3));
-    assert_eq!((config.hidden_size, config.intermediate_size, config.vocab_size), (576, 1536, 49152));
-    assert_eq!((config.rope_theta, config.rms_norm_eps), (100_000.0, 1e-5));
+    let (attention, inner) = (config.layers[29].attention(), config.layers[29].intermediate_size());
+    assert_eq!((config.layers.len(), attention.num_heads, attention.num_kv_heads), (30, 9, 3));
+    assert_eq!((config.hidden_size, inner, config.vocab_size), (576, 1536, 49152));
+    assert_eq!((config.ropes[0].theta, config.rms_norm_eps), (100_000.0, 1e-5));
     assert!(config.tie_word_embeddings && source.texts().chat_template.is_some());
     assert_eq!((source.config_json()["rms_norm_eps"].clone(), source.bits(0)), (json!(1e-5), None));
 }

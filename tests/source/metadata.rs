@@ -54,14 +54,14 @@ fn every_spelling_of_rope_scaling() {
             let named: Vec<_> =
                 keys.iter().map(String::as_str).zip(metadata.iter().map(|(_, value)| value.clone())).collect();
             let source = with(architecture, &named).unwrap_or_else(|e| panic!("{keys:?}: {e:#}"));
-            assert_eq!(source.config().rope_scaling, *expected, "{keys:?}");
+            assert_eq!(source.config().ropes[0].scaling, *expected, "{keys:?}");
             // What a checkpoint made of it says is the same.
             assert_eq!(ModelConfig::from_json(source.config_json()).expect("readable"), *source.config());
         }
     }
     // A key of another architecture says nothing.
     let source = with("llama", &[("qwen2.rope.scaling.factor", Meta::F32(4.0))]).expect("it opens");
-    assert_eq!(source.config().rope_scaling, RopeScaling::None);
+    assert_eq!(source.config().ropes[0].scaling, RopeScaling::None);
 
     let unknown =
         |kind: &str| format!("llama.rope.scaling.type: RoPE type {kind:?} is unknown, none or linear is expected");
@@ -161,7 +161,7 @@ fn lists_with_a_number_for_each_layer() {
     }
     let eps = "attention.layer_norm_rms_epsilon";
     assert_eq!(refusal(missing(eps)), format!("llama.{eps} is missing"));
-    assert_eq!(missing("rope.freq_base").expect("it opens").config().rope_theta, 10_000.0);
+    assert_eq!(missing("rope.freq_base").expect("it opens").config().ropes[0].theta, 10_000.0);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
-use decdec::config::{Architecture, ModelConfig, Projection, RopeScaling};
+use decdec::config::{LayerNorm, ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::format::Dense;
 use decdec::nsys::Identity;
@@ -12,6 +12,7 @@ use decdec::tune::search::Choice;
 use decdec::tune::{self, Tuning, hold};
 use decdec::weights::{Linear, ModelWeights};
 use proptest::prelude::*;
+use serde_json::json;
 
 use crate::Synthetic;
 
@@ -79,24 +80,20 @@ struct Mixed([RandomWeights; 2]);
 
 impl Mixed {
     fn new() -> Self {
-        let config = ModelConfig {
-            architecture: Architecture::Llama,
-            hidden_size: 64,
-            intermediate_size: 96,
-            num_layers: 4,
-            num_heads: 2,
-            num_kv_heads: 1,
-            head_dim: 32,
-            vocab_size: 32,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
-            rope_scaling: RopeScaling::None,
-            sliding_window: None,
-            max_position_embeddings: 64,
-            tie_word_embeddings: false,
-            bos_token_id: None,
-            eos_token_ids: vec![1],
-        };
+        let config = ModelConfig::from_json(&json!({
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "vocab_size": 32,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 64,
+            "eos_token_id": 1,
+        }))
+        .expect("a small configuration");
         Self([3, 4].map(|bits| RandomWeights::new(config.clone(), RandomFormat::AnyPrec, bits, 7).unwrap()))
     }
 }
@@ -114,8 +111,8 @@ impl ModelWeights for Mixed {
     fn final_norm(&self) -> Result<Vec<f32>> {
         self.0[0].final_norm()
     }
-    fn layer_norms(&self, layer: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.0[layer / 2].layer_norms(layer)
+    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
+        self.0[layer / 2].norm(layer, norm)
     }
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
         self.0[layer / 2].projection(layer, projection)

@@ -3,6 +3,7 @@
 use super::super::fixture::{config, layer, numbers};
 use super::super::forward::{KvCache, Ropes, forward};
 use super::*;
+use crate::config::ModelConfig;
 
 /// A residual stream in which a few channels are much larger than the others.
 fn stream(config: &ModelConfig, tokens: usize) -> Vec<f32> {
@@ -14,7 +15,7 @@ fn stream(config: &ModelConfig, tokens: usize) -> Vec<f32> {
 fn run(config: &ModelConfig, layer: &Layer, h: &[f32]) -> (Vec<f32>, Inputs) {
     let tokens = h.len() / config.hidden_size;
     let mut h = h.to_vec();
-    let mut cache = KvCache::new(config, 1, tokens);
+    let mut cache = KvCache::new(&layer.config, 1, tokens);
     let inputs = forward(config, layer, &Ropes::new(config, tokens), &mut cache, 1, &mut h);
     (h, inputs)
 }
@@ -30,7 +31,7 @@ fn scaling_changes_inputs_and_weights_and_not_the_function() {
     let h = stream(&config, 40);
     let (before, mut inputs) = run(&config, &layer, &h);
     let unscaled = inputs.clone();
-    scale(&config, &mut layer, &mut inputs, 3, 32);
+    scale(&mut layer, &mut inputs, 3, 32);
     let (after, now) = run(&config, &layer, &h);
     let size = before.iter().fold(0f32, |m, x| m.max(x.abs()));
     assert!(largest_difference(&before, &after) < 1e-4 * size);
@@ -48,7 +49,7 @@ fn scaling_changes_inputs_and_weights_and_not_the_function() {
 fn value_channels_shared_by_heads_share_a_scale() {
     let config = config();
     let x = numbers(3, 10 * 64, 1.0);
-    let magnitudes = magnitudes(&config, Projection::O, &x, 64);
+    let magnitudes = magnitudes(&config.layers[0], Projection::O, &x, 64);
     for v in 0..2 * 16 {
         let (kv_head, i) = (v / 16, v % 16);
         assert_eq!(magnitudes[kv_head * 32 + i], magnitudes[kv_head * 32 + 16 + i]);
@@ -75,7 +76,7 @@ fn searching_is_better_than_rounding() {
     let h = stream(&config, 64);
     let (_, inputs) = run(&config, &plain, &h);
     let (mut scaled, mut scaled_inputs) = (plain.clone(), inputs.clone());
-    scale(&config, &mut scaled, &mut scaled_inputs, 3, 32);
+    scale(&mut scaled, &mut scaled_inputs, 3, 32);
     for projection in Projection::ALL {
         let i = projection.index();
         let rounded = quantize(plain.linear(projection), 3, 32, None).unwrap();

@@ -1,10 +1,15 @@
 //! Every derivative against differences of the forward pass.
 
+use serde_json::json;
+
 use super::super::fixture::{self, numbers};
 use super::*;
 
 fn config(sliding_window: Option<usize>) -> ModelConfig {
-    ModelConfig { hidden_size: 32, intermediate_size: 64, head_dim: 8, sliding_window, ..fixture::config() }
+    let fields = json!({
+        "hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "sliding_window": sliding_window,
+    });
+    fixture::config().with(fields).unwrap()
 }
 
 /// A layer of which every 32nd channel is compensated.
@@ -48,12 +53,12 @@ fn derivatives_are_those_of_the_forward_pass() {
         let mut layer = compensated(&config);
         let mut h = numbers(20, TEXTS * TOKENS * config.hidden_size, 1.0);
         let by = numbers(21, h.len(), 1.0);
-        let rope = Ropes::new(&config, TOKENS);
-        let (trace, _) = layer.forward(&config, &rope, TEXTS, &mut h.clone()).unwrap();
+        let ropes = Ropes::new(&config, TOKENS);
+        let (trace, _) = layer.forward(&config, &ropes, TEXTS, &mut h.clone()).unwrap();
         assert!(trace.taken.iter().all(Taken::any));
         let mut d = by.clone();
         let mut compared = 0;
-        let gradients = layer.backward(&config, &rope, TEXTS, trace, &mut d);
+        let gradients = layer.backward(&config, &ropes, TEXTS, trace, &mut d);
         for i in (0..h.len()).step_by(23) {
             let old = h[i];
             compared += usize::from(agree("input", &d, i, |step| {

@@ -1,12 +1,17 @@
 //! The layer against an obvious one in f64.
 
+use serde_json::json;
+
 use super::super::fixture::{self, layer, numbers};
 use super::*;
 
 /// What attention puts out is wider than what enters.
 fn config(sliding_window: Option<usize>) -> ModelConfig {
-    let (hidden_size, intermediate_size, num_heads, head_dim) = (24, 40, 6, 8);
-    ModelConfig { hidden_size, intermediate_size, num_heads, head_dim, sliding_window, ..fixture::config() }
+    let fields = json!({
+        "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 6, "head_dim": 8,
+        "sliding_window": sliding_window,
+    });
+    fixture::config().with(fields).unwrap()
 }
 
 fn oracle_norm(h: &[f64], gamma: &[f32], eps: f32) -> Vec<f64> {
@@ -25,16 +30,16 @@ fn oracle_apply(linear: &Affine, x: &[f64]) -> Vec<f64> {
 
 /// The whole layer for one text `[tokens][hidden]`, returning its output and the input of `o`.
 fn oracle(config: &ModelConfig, layer: &Layer, h: &[Vec<f64>]) -> Vec<(Vec<f64>, Vec<f64>)> {
-    let d = config.head_dim;
-    let (q_dim, kv_dim) = (config.num_heads * d, config.num_kv_heads * d);
-    let frequencies = config.rope_frequencies();
+    let Attention { num_heads, num_kv_heads, head_dim: d, window, .. } = *layer.config.attention();
+    let (q_dim, kv_dim) = (num_heads * d, num_kv_heads * d);
+    let frequencies = config.ropes[0].frequencies(h.len());
     let qkv: Vec<Vec<f64>> = h
         .iter()
         .enumerate()
         .map(|(position, h)| {
-            let x = oracle_norm(h, &layer.input_norm, config.rms_norm_eps);
+            let x = oracle_norm(h, layer.norm(LayerNorm::AttentionInput), config.rms_norm_eps);
             let mut qkv = oracle_apply(&layer.linears[0], &x);
-            for head in 0..config.num_heads + config.num_kv_heads {
+            for head in 0..num_heads + num_kv_heads {
                 for (i, &f) in frequencies.iter().enumerate() {
                     let (sin, cos) = (position as f64 * f).sin_cos();
                     let (a, b) = (qkv[head * d + i], qkv[head * d + i + d / 2]);
@@ -47,10 +52,10 @@ fn oracle(config: &ModelConfig, layer: &Layer, h: &[Vec<f64>]) -> Vec<(Vec<f64>,
         .collect();
     (0..h.len())
         .map(|t| {
-            let start = config.sliding_window.map_or(0, |w| (t + 1).saturating_sub(w));
+            let start = window.map_or(0, |w| (t + 1).saturating_sub(w));
             let mut attended = vec![0.0; q_dim];
-            for head in 0..config.num_heads {
-                let kv = head / (config.num_heads / config.num_kv_heads) * d;
+            for head in 0..num_heads {
+                let kv = head / (num_heads / num_kv_heads) * d;
                 let score = |s: usize| -> f64 {
                     (0..d).map(|i| qkv[t][head * d + i] * qkv[s][q_dim + kv + i]).sum::<f64>() / (d as f64).sqrt()
                 };
@@ -64,8 +69,11 @@ fn oracle(config: &ModelConfig, layer: &Layer, h: &[Vec<f64>]) -> Vec<(Vec<f64>,
             }
             let o = oracle_apply(&layer.linears[1], &attended);
             let h: Vec<f64> = h[t].iter().zip(&o).map(|(h, o)| h + o).collect();
-            let gate_up = oracle_apply(&layer.linears[2], &oracle_norm(&h, &layer.post_norm, config.rms_norm_eps));
-            let (gate, up) = gate_up.split_at(config.intermediate_size);
+            let gate_up = oracle_apply(
+                &layer.linears[2],
+                &oracle_norm(&h, layer.norm(LayerNorm::FeedForwardInput), config.rms_norm_eps),
+            );
+            let (gate, up) = gate_up.split_at(layer.config.intermediate_size());
             let inner: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
             let down = oracle_apply(&layer.linears[3], &inner);
             (h.iter().zip(&down).map(|(h, d)| h + d).collect(), attended)
@@ -88,23 +96,23 @@ fn a_layer_is_what_the_formulas_say() {
     for window in [None, Some(5)] {
         let config = config(window);
         let layer = layer(&config, 0.4);
-        let rope = Ropes::new(&config, tokens);
+        let ropes = Ropes::new(&config, tokens);
         let start = numbers(11, texts * tokens * config.hidden_size, 1.0);
         let rows: Vec<Vec<f64>> =
             start.chunks(config.hidden_size).map(|h| h.iter().map(|&x| f64::from(x)).collect()).collect();
         let want: Vec<_> = rows.chunks(tokens).flat_map(|text| oracle(&config, &layer, text)).collect();
         let mut h = start.clone();
-        let mut cache = KvCache::new(&config, texts, tokens);
-        let inputs = forward(&config, &layer, &rope, &mut cache, texts, &mut h);
+        let mut cache = KvCache::new(&config.layers[0], texts, tokens);
+        let inputs = forward(&config, &layer, &ropes, &mut cache, texts, &mut h);
         // Six sums of at most 41 terms follow each other; every one of them loses 2^-24 of its size per term,
         // and cancellation costs no more than a factor of 16 here.
         let tolerance = 16.0 * 6.0 * 41.0 * (2f64).powi(-24);
         assert!(difference(&h, want.iter().flat_map(|w| w.0.clone())) < tolerance);
         assert!(difference(&inputs[1], want.iter().flat_map(|w| w.1.clone())) < tolerance);
 
-        let other = ModelConfig { rope_theta: 101.0, ..config.clone() };
+        let other = config.with(json!({ "rope_theta": 101.0 })).unwrap();
         let mut h = start.clone();
-        let mut cache = KvCache::new(&other, texts, tokens);
+        let mut cache = KvCache::new(&other.layers[0], texts, tokens);
         forward(&other, &layer, &Ropes::new(&other, tokens), &mut cache, texts, &mut h);
         assert!(difference(&h, want.iter().flat_map(|w| w.0.clone())) > tolerance, "a wrong angle must show");
     }
@@ -114,24 +122,25 @@ fn a_layer_is_what_the_formulas_say() {
 #[test]
 fn rotations_are_exact_far_out() {
     let position = 131_071;
-    let config = ModelConfig { rope_theta: 500_000.0, ..config(None) };
-    let rope = Ropes::new(&config, position + 1);
-    let half = config.head_dim / 2;
-    let start = numbers(5, config.head_dim, 1.0);
+    let config = config(None).with(json!({ "rope_theta": 500_000.0 })).unwrap();
+    let ropes = Ropes::new(&config, position + 1);
+    let attention = config.layers[0].attention();
+    let half = attention.head_dim / 2;
+    let start = numbers(5, attention.head_dim, 1.0);
     let rotated = |angle: &dyn Fn(f64) -> f64| {
-        let turn = |i: usize| angle(config.rope_frequencies()[i % half]).sin_cos();
+        let turn = |i: usize| angle(config.ropes[0].frequencies(position + 1)[i % half]).sin_cos();
         let number = |i: usize| f64::from(start[i]);
         let first = (0..half).map(|i| number(i) * turn(i).1 - number(i + half) * turn(i).0);
         first.chain((half..2 * half).map(|i| number(i) * turn(i).1 + number(i - half) * turn(i).0)).collect::<Vec<_>>()
     };
     let mut head = start.clone();
-    rope.rotate(&mut head, position);
+    ropes.rotate(attention, &mut head, position);
     // Two products and a sum of numbers of about 1, and a rounded cosine and sine.
     let tolerance = 8.0 * 2f64.powi(-24);
     assert!(difference(&head, rotated(&|f| position as f64 * f).into_iter()) < tolerance);
     let of_f32 = difference(&head, rotated(&|f| f64::from(position as f32 * f as f32)).into_iter());
     assert!(of_f32 > 4.0 * tolerance, "angles of f32 would go unseen: {of_f32}");
-    rope.rotate_back(&mut head, position);
+    ropes.rotate_back(attention, &mut head, position);
     assert!(difference(&head, start.iter().map(|&x| f64::from(x))) < tolerance);
 }
 
@@ -139,16 +148,16 @@ fn rotations_are_exact_far_out() {
 fn one_token_at_a_time_is_the_same() {
     let config = config(Some(7));
     let (layer, texts, tokens) = (layer(&config, 0.4), 3, 20);
-    let rope = Ropes::new(&config, tokens);
+    let ropes = Ropes::new(&config, tokens);
     let hidden = config.hidden_size;
     let start = numbers(3, texts * tokens * hidden, 1.0);
     let mut whole = start.clone();
-    forward(&config, &layer, &rope, &mut KvCache::new(&config, texts, tokens), texts, &mut whole);
-    let mut cache = KvCache::new(&config, texts, tokens + 4);
+    forward(&config, &layer, &ropes, &mut KvCache::new(&config.layers[0], texts, tokens), texts, &mut whole);
+    let mut cache = KvCache::new(&config.layers[0], texts, tokens + 4);
     for step in 0..tokens {
         let at = |text: usize| (text * tokens + step) * hidden;
         let mut h: Vec<f32> = (0..texts).flat_map(|text| start[at(text)..at(text) + hidden].to_vec()).collect();
-        forward(&config, &layer, &rope, &mut cache, texts, &mut h);
+        forward(&config, &layer, &ropes, &mut cache, texts, &mut h);
         for (text, h) in h.chunks(hidden).enumerate() {
             let want = &whole[at(text)..at(text) + hidden];
             let difference = difference(h, want.iter().map(|&x| f64::from(x)));

@@ -1,100 +1,158 @@
 """Tiny random checkpoints of every supported family and their logits, made by transformers (PyTorch on a CPU).
 
-    python tests/data/models/make.py        # transformers 5.24, torch 2.15
+    python tests/data/models/make.py [NAME...]        # transformers 5.24, torch 2.15; all models without names
 
-Each directory holds `model.safetensors` (f16) and `config.json` as `save_pretrained` writes them, `published.json`,
-the same configuration in the older spelling that the family's real `config.json` has, and `expected.safetensors`:
-`ids` and, computed in f32 on the stored weights, `logits` of every position.
+Each directory holds `model.safetensors` and `config.json` as `save_pretrained` writes them, `published.json`, the same
+configuration in the spelling that the family's real `config.json` has (`published.py`), and `expected.safetensors`:
+`ids` and, computed in f32 on the stored weights, `logits` of every position. The families beyond the first eleven
+models also have `long_ids`, a text past every window and past the context that YaRN and longrope stretch, and
+`long_logits` of its last 8 positions. transformers reads all of that text with longrope's long list.
 
+Each feature of a model is taken away in turn: logits that do not move end the script.
 """
 
+import copy
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from published import FLATTENED, MODELS, OVERLOOKED, SHORT_ONLY
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 HERE = Path(__file__).parent
+LONG, KEPT = 48, 8
 
-COMMON = dict(
-    hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=64, hidden_act="silu", rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
-    torch_dtype="float16",
-)
-LLAMA = dict(
-    COMMON, model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=False, mlp_bias=False,
-    pretraining_tp=1, rope_theta=500000.0, rope_scaling=None, max_position_embeddings=400,
-)
-
-
-def llama3(factor):
-    # Of the four frequencies of a head of 8, one is kept, one lies on the ramp, two are divided.
-    return dict(
-        rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=400,
-    )
+# How directories with a vision tower name their tensors: as most published ones do, and as newer ones do.
+PUBLISHED_PREFIX = [
+    ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.", "vision_tower."), ("model.multi_modal_projector.", "multi_modal_projector."),
+]
+PREFIXES = {"mistral-small-3.1": PUBLISHED_PREFIX, "ministral-3": [], "gemma-3-4b": PUBLISHED_PREFIX}
+# Its configuration says nothing of a tied head, which means tied for its class; its head is stored and counts.
+STORED_HEAD = "mistral-small-3.1"
 
 
-MISTRAL = dict(
-    COMMON, model_type="mistral", architectures=["MistralForCausalLM"], rope_theta=10000.0, sliding_window=6,
-    max_position_embeddings=128,
-)
-PHI3 = dict(
-    COMMON, model_type="phi3", architectures=["Phi3ForCausalLM"], rope_theta=10000.0, rope_scaling=None,
-    sliding_window=7, max_position_embeddings=128, original_max_position_embeddings=128, attention_bias=False,
-    embd_pdrop=0.0, resid_pdrop=0.0, attention_dropout=0.0, pad_token_id=1,
-)
-QWEN2 = dict(
-    COMMON, model_type="qwen2", architectures=["Qwen2ForCausalLM"], rope_theta=1000000.0, rms_norm_eps=1e-6,
-    sliding_window=6, use_sliding_window=False, max_window_layers=2, max_position_embeddings=128,
-    attention_dropout=0.0,
-)
+def readable(published):
+    """The configuration as transformers 5 reads it: the first name of longrope asks for a field that no published
+    configuration has."""
+    published = copy.deepcopy(published)
+    if (published.get("rope_scaling") or {}).get("type") == "su":
+        published["rope_scaling"]["type"] = "longrope"
+    return published
 
-MODELS = {
-    "llama-3": LLAMA,
-    "llama-3.1": dict(LLAMA, rope_scaling=llama3(8.0), max_position_embeddings=3200, eos_token_id=[1, 2, 3]),
-    "llama-3.2": dict(
-        LLAMA, rope_scaling=llama3(32.0), max_position_embeddings=12800, tie_word_embeddings=True, head_dim=8
-    ),
-    "llama-biased": dict(LLAMA, attention_bias=True, mlp_bias=True),
-    "mistral-7b-v0.1": MISTRAL,
-    "mistral-7b-v0.3": dict(MISTRAL, sliding_window=None, rope_theta=1000000.0, head_dim=16),
-    "phi-3-mini-4k": dict(PHI3, num_key_value_heads=4),
-    "phi-3-medium-4k": PHI3,
-    "qwen2.5": QWEN2,
-    "qwen2.5-tied-window": dict(QWEN2, use_sliding_window=True, max_window_layers=0, tie_word_embeddings=True),
-    "smollm2": dict(
-        LLAMA, rope_theta=100000.0, hidden_size=24, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True,
-        max_position_embeddings=128, rope_interleaved=False, is_llama_config=True,
-    ),
-}
+
+def auto(published):
+    return AutoModelForImageTextToText if "vision_config" in published else AutoModelForCausalLM
+
+
+def fill(model, generator, gemma):
+    """Random weights: norms scatter around 1 (Gemma adds 1 to what it stores)."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            random = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_((not gemma) + 0.2 * random if "norm" in key else 0.3 * random)
+
+
+def save(model, directory, prefixes):
+    """As `save_pretrained` does it; with `prefixes`, tensors have those names, and numbers that f16 has too."""
+    model.save_pretrained(directory, save_original_format=prefixes is None)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if prefixes is None:
+        return
+    tensors = {}
+    for key, tensor in load_file(directory / "model.safetensors").items():
+        for full, published in prefixes:
+            if key.startswith(full):
+                key = published + key.removeprefix(full)
+                break
+        tensors[key] = tensor.half().to(tensor.dtype)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits[0].contiguous()
+
+
+def load(directory, published):
+    return auto(published).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+
+def with_changes(name, changes):
+    """The stored model, its configuration in the published spelling with these changes."""
+    published = copy.deepcopy(MODELS[name])
+    published.get("text_config", published).update(changes)
+    with tempfile.TemporaryDirectory() as other:
+        (Path(other) / "config.json").write_text(json.dumps(readable(published)))
+        shutil.copy(HERE / name / "model.safetensors", other)
+        return load(other, published)
+
+
+def with_flat(name, part, value):
+    """The stored model with every tensor whose name has `part` set to `value`."""
+    model = load(HERE / name, MODELS[name])
+    found = [p for key, p in model.named_parameters() if part in key and "vision" not in key]
+    assert found, (name, part)
+    with torch.no_grad():
+        for parameter in found:
+            parameter.fill_(value)
+    return model
+
+
+def check(name, long_ids, expected):
+    """Every feature moves logits far beyond rounding; the published spelling says what the written one does."""
+    def moved(model, by_what):
+        by = ((logits(model, long_ids)[-KEPT:] - expected).abs().max() / expected.abs().max()).item()
+        print(f"    {by:.5f} {by_what}")
+        return by
+
+    assert moved(with_changes(name, {}), "published spelling") == 0, name
+    for model, changes in OVERLOOKED:
+        assert model != name or moved(with_changes(name, changes), changes) > 0.01, (name, changes)
+    for model, part, value in FLATTENED:
+        assert model != name or moved(with_flat(name, part, value), f"{part} = {value}") > 0.01, (name, part)
+
+
+def make(seed, name, published):
+    directory = HERE / name
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(readable(published)))
+    config = AutoConfig.from_pretrained(directory)
+    generator = torch.Generator().manual_seed(seed)
+    untied = copy.deepcopy(config)
+    untied.tie_word_embeddings &= name != STORED_HEAD
+    model = auto(published).from_config(untied, attn_implementation="eager")
+    text = published.get("text_config", published)
+    model = model.bfloat16() if published["torch_dtype"] == "bfloat16" else model.half()
+    fill(model, generator, text["model_type"].startswith("gemma"))
+    model.config.tie_word_embeddings = config.tie_word_embeddings
+    save(model, directory, PREFIXES.get(name))
+    (directory / "published.json").write_text(json.dumps(published, indent=1) + "\n")
+
+    stored = load(directory, published)
+    ids = torch.randint(0, text["vocab_size"], (1, 20), generator=generator)
+    expected = {"ids": ids[0].int(), "logits": logits(stored, ids)}
+    if name not in SHORT_ONLY:
+        long_ids = torch.randint(0, text["vocab_size"], (1, LONG), generator=generator)
+        long = logits(stored, long_ids)[-KEPT:].contiguous()
+        expected |= {"long_ids": long_ids[0].int(), "long_logits": long}
+    save_file(expected, directory / "expected.safetensors")
+    size = sum(f.stat().st_size for f in directory.iterdir())
+    print(name, size, "bytes, largest logit", expected["logits"].abs().max().item())
+    if name not in SHORT_ONLY:
+        check(name, long_ids, long)
 
 
 def main():
+    torch.set_num_threads(1)
     for seed, (name, published) in enumerate(MODELS.items()):
-        directory = HERE / name
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-        (directory / "config.json").write_text(json.dumps(published))
-        config = AutoConfig.from_pretrained(directory)
-        generator = torch.Generator().manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").half()
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                random = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.2 * random if "norm" in key else 0.3 * random)
-        model.save_pretrained(directory)
-        (directory / "generation_config.json").unlink(missing_ok=True)
-        (directory / "published.json").write_text(json.dumps(published, indent=1) + "\n")
-
-        stored = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-        ids = torch.randint(0, config.vocab_size, (1, 20), generator=generator)
-        with torch.no_grad():
-            logits = stored(ids).logits[0].contiguous()
-        save_file({"ids": ids[0].int(), "logits": logits}, directory / "expected.safetensors")
-        print(name, sum(f.stat().st_size for f in directory.iterdir()), "bytes, largest logit", logits.abs().max().item())
+        if name in sys.argv[1:] or len(sys.argv) == 1:
+            make(seed, name, published)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -105,7 +105,8 @@ PHI4 = dict(
 SMOLLM3 = dict(
     without(COMMON, "tie_word_embeddings"), model_type="smollm3", architectures=["SmolLM3ForCausalLM"],
     attention_bias=False, mlp_bias=False, intermediate_size=32, num_hidden_layers=4, layer_types=[FULL] * 4,
-    max_position_embeddings=96, max_window_layers=28, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0], pretraining_tp=2, rms_norm_eps=1e-6,
+    max_position_embeddings=96, max_window_layers=28, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0],
+    pretraining_tp=2, rms_norm_eps=1e-6,
     rope_scaling=None, rope_theta=5000000.0, sliding_window=None, use_sliding_window=False, bos_token_id=None,
     eos_token_id=298, pad_token_id=297,
 )
@@ -166,6 +167,7 @@ MODELS |= {
     "phi-4": PHI4,
     "phi-4-mini": dict(
         PHI4, rope_theta=10000.0, partial_rotary_factor=0.75, tie_word_embeddings=True, full_attn_mod=1,
+        bos_token_id=296, eos_token_id=296, pad_token_id=296,
         interpolate_factor=1, lm_head_bias=False, mlp_bias=False, sliding_window=262144, max_position_embeddings=128,
         original_max_position_embeddings=ORIGINAL, rope_scaling=dict(
             type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.5, 2.0], long_factor=[1.0, 1.25, 1.75, 2.5, 4.0, 5.0],

@@ -92,8 +92,9 @@ MISTRAL_TEXT = dict(
     without(COMMON, "bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype"), head_dim=16,
     max_position_embeddings=96, model_type="mistral", rope_theta=1000000000.0, sliding_window=None,
 )
+# Its betas are published as 32 and 1; these ones put a ramp of three pairs on a head of 16.
 MINISTRAL3_ROPE = dict(
-    beta_fast=32.0, beta_slow=1.0, factor=8.0, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0,
+    beta_fast=0.2, beta_slow=0.05, factor=8.0, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0,
     original_max_position_embeddings=16, rope_theta=1000000.0, rope_type="yarn", type="yarn",
 )
 PHI4 = dict(
@@ -154,7 +155,7 @@ MODELS |= {
         bos_token_id=296, eos_token_id=297,
     ),
     "llama-3-yarn": dict(
-        LLAMA, intermediate_size=64, vocab_size=320, rope_scaling=yarn(rope_type="yarn", beta_fast=0.1, beta_slow=0.01),
+        LLAMA, intermediate_size=64, vocab_size=320, rope_scaling=yarn(rope_type="yarn"),
         max_position_embeddings=96, bos_token_id=296, eos_token_id=[297, 300],
     ),
     "mistral-small-3.1": dict(MISTRAL3, text_config=MISTRAL_TEXT),
@@ -226,11 +227,12 @@ OVERLOOKED = [
     ("qwen3", dict(rope_theta=10000.0)), ("qwen3-yarn", dict(rope_scaling=None)),
     ("qwen3-window", dict(use_sliding_window=False)), ("qwen3-window", dict(max_window_layers=0)),
     ("qwen2.5-yarn", dict(rope_scaling=None)), ("llama-3-yarn", dict(rope_scaling=None)),
-    ("llama-3-yarn", dict(rope_scaling=yarn(rope_type="yarn"))),
-    ("llama-3-yarn", dict(rope_scaling=yarn(rope_type="yarn", beta_fast=0.1, beta_slow=0.01, attention_factor=1.0))),
+    ("llama-3-yarn", dict(rope_scaling=yarn(rope_type="yarn", attention_factor=1.0))),
     ("mistral-small-3.1", dict(rope_theta=10000.0)),
     ("ministral-3", dict(rope_parameters=dict(MINISTRAL3_ROPE, llama_4_scaling_beta=0.0))),
     ("ministral-3", dict(rope_parameters=without(MINISTRAL3_ROPE, "mscale"))),
+    ("ministral-3", dict(rope_parameters=without(MINISTRAL3_ROPE, "beta_fast"))),
+    ("ministral-3", dict(rope_parameters=without(MINISTRAL3_ROPE, "beta_slow"))),
     ("phi-4", dict(rope_theta=10000.0)), ("phi-4-mini", dict(rope_scaling=None)),
     ("phi-4-mini", dict(max_position_embeddings=ORIGINAL)),
     ("phi-3-mini-128k", dict(rope_scaling=None)), ("phi-3-mini-128k", dict(max_position_embeddings=ORIGINAL)),

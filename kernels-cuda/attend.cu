@@ -11,11 +11,9 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid
     let_next_start();
     wait_for_previous();
     int kv = blockIdx.x, position = position_of(g.state, g.max_seq_len, 0);
-    Span span(position);
+    Span span(position, g.window);
     if ((int)blockIdx.y >= span.splits) return;
-    int begin = span.begin(blockIdx.y), end = span.begin(blockIdx.y + 1);
-    prefetch(g.keys, kv, g.max_seq_len, begin, end);
-    prefetch(g.values, kv, g.max_seq_len, begin, end);
+    prefetch(Cache(g, kv, position), span.begin_of(blockIdx.y), span.end_of(blockIdx.y));
     attend_token<All>(g, Settled{g.qkv, g.delta}, queries, &ticket, kv, blockIdx.y, position, [] {});
 }
 
@@ -34,17 +32,19 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const
     let_next_start();
     long long token = blockIdx.z;
     int kv = blockIdx.x, position = position_of(g.state, g.max_seq_len, blockIdx.z);
-    int first = WINDOW > 0 ? max(0, position + 1 - WINDOW) : 0;
-    float scale = 1.0f / sqrtf((float)HEAD_DIM);
+    Span span(position, g.window);
+    Cache cache(g, kv, position);
+    float scale = query_scale(g, position);
     for (int i = threadIdx.x; i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
         const float* head = g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM + (kv * HEAD_GROUP + i / HEAD_DIM) * HEAD_DIM;
-        float v = rotated(head, nullptr, g.angles + (long long)position * HALF, i % HEAD_DIM);
-        check_size(g, scale * v);
-        put_query(queries, i / HEAD_DIM, i % HEAD_DIM, scale * v);
+        float v = scale * rotated(head, nullptr, angles_at(g, position), i % HEAD_DIM);
+        check_size(g, v);
+        put_query(queries, i / HEAD_DIM, i % HEAD_DIM, v);
     }
     All::sync();
     Batch batch = {};
-    fetch_first_keys(batch, keys_of(g, kv), first, position + 1);
-    fetch_first_values(batch, values_of(g, kv), first, position + 1);
-    attend_share<All>(g, batch, queries, kv, first, position + 1, g.out + (token * HEADS + kv * HEAD_GROUP) * HEAD_DIM, nullptr);
+    fetch_first_keys(batch, cache, span.first, span.end);
+    fetch_first_values(batch, cache, span.first, span.end);
+    float* out = g.out + (token * HEADS + kv * HEAD_GROUP) * HEAD_DIM;
+    attend_share<All>(cache, batch, queries, g.softcap, span.first, span.end, out, nullptr);
 }

@@ -1,45 +1,50 @@
 // Causal attention of grouped queries over the cached text, one pass with a running softmax: what attend.cu's kernels
 // and layers.cu share.
 //
-//   out[token, head, :] = Σ_p softmax_p(q·k_p / √HEAD_DIM) · v_p,   p from the window's start to the token
+//   out[token, head, :] = Σ_p softmax_p(cap(scale·q·k_p)) · v_p,   p from the window's start to the token
 //
 //   qkv    f32 [tokens, (HEADS + 2·KV_HEADS)·HEAD_DIM]; queries and keys not yet rotated
-//   keys, values  [KV_HEADS, max_seq_len, HEAD_DIM] in KV's type (0 float16, 1 bfloat16, 2 float32)
-//   angles f32 [max_seq_len, HEAD_DIM / 2, (cos, sin)]
+//   keys, values  [KV_HEADS, capacity, HEAD_DIM] in KV's type (0 float16, 1 bfloat16, 2 float32); a ring: position p lies
+//                 in slot p mod capacity
+//   angles f32 [max_seq_len, HEAD_DIM / 2, (cos, sin)], or null: nothing is rotated
 //   beyond u32, in mapped host memory: 1 if numbers were beyond float16 (common.cuh)
 //   parts  f32 [KV_HEADS, SPLITS, HEAD_GROUP, HEAD_DIM + 2], tickets u32 [KV_HEADS], zero before and after, or null
+//
+// cap(s) is softcap·tanh(s / softcap), or s itself where softcap is 0. A query at position p is multiplied by
+// 1 + query_beta·ln(1 + ⌊p / query_original⌋) as well, unless query_beta is 0.
+//
+// The capacity is a multiple of TILE positions, and tiles begin at such multiples: a tile lies in the cache as one piece.
+// Where there is no window it is all of max_seq_len. Otherwise it has room for the window and for the other tokens of a
+// pass, so what a pass writes replaces nothing that it still reads.
 //
 // The block whose share holds the token rotates its key and appends both; each block rotates its own queries.
 // Shares are merged in order: by whichever block of a key-value head ends last, so the result does not depend on which;
 // without tickets by all of them, each a piece, who wait for each other's numbers (flow.cuh: parts are missing before).
 //
-// Scores and results are tensor cores' (attend_tensor.cuh) where all is float16, heads have 64 or 128
-// dimensions and groups go in fours, no more of them than a block has warps, or fit in one; otherwise lanes'
-// (attend_lanes.cuh).
+// Scores and results are tensor cores' (attend_tensor.cuh) where all is float16 or all is bfloat16 and heads have a
+// multiple of 16 dimensions, no more than 128 where threads have few registers; otherwise lanes' (attend_lanes.cuh).
 //
-// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, WINDOW (0: none), SPLITS; ATTEND_THREADS of a block.
+// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, SPLITS (at most 32); ATTEND_THREADS of a block, a warp
+// at least for every four queries of a key-value head.
 #pragma once
 #include "flow.cuh"
 
 #define HEAD_GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
-#define TENSOR                                                                                                         \
-    (KV == 0 && DTYPE == 0 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&                                                   \
-     (HEAD_GROUP < 4 || (HEAD_GROUP % 4 == 0 && HEAD_GROUP / 4 <= ATTEND_THREADS / 32)))
-// How many of a group's queries a warp keeps, a divisor of the group; the others are other warps'. More fit where a thread
-// may have more registers.
-#if TENSOR
-#define AT_ONCE (HEAD_GROUP < 4 ? HEAD_GROUP : 4)
-#elif ATTEND_THREADS > 256
-#define AT_ONCE (HEAD_GROUP % 2 == 0 ? 2 : HEAD_GROUP % 3 == 0 ? 3 : 1)
-#else
-#define AT_ONCE HEAD_GROUP
-#endif
+#define TENSOR (KV == DTYPE && KV < 2 && HEAD_DIM % 16 == 0 && HEAD_DIM <= (ATTEND_THREADS > 256 ? 128 : 256))
+// How many of a group's queries a warp keeps; the others are other warps'. More fit where a thread may have more registers.
+// A group that does not go round leaves places empty in its last set: what is computed there is not looked at.
+#define MOST_AT_ONCE (TENSOR || ATTEND_THREADS <= 256 ? 4 : 2)
 // Sets of warps that keep the same queries.
-#define QUERY_SETS (HEAD_GROUP / AT_ONCE)
+#define QUERY_SETS ((HEAD_GROUP + MOST_AT_ONCE - 1) / MOST_AT_ONCE)
+#define AT_ONCE ((HEAD_GROUP + QUERY_SETS - 1) / QUERY_SETS)
 #define SET_WARPS (ATTEND_THREADS / 32 / QUERY_SETS)
-// Fewest positions worth a block of their own.
-#define SHARE 32
+// Positions that lie in the cache as one piece, whatever the ring.
+#define TILE 16
+// Fewest tiles worth a block of their own.
+#define SHARE 2
+
+static_assert(SET_WARPS > 0, "more queries to a key-value head than warps have places");
 
 struct State {
     u32 position, sampled, last;
@@ -64,7 +69,13 @@ struct Attend {
     u32* tickets;
     float* out;
     u32* beyond;
-    int max_seq_len;
+    int max_seq_len; // positions of angles
+    int capacity;    // positions of the cache
+    int window;      // latest positions that are seen, the token's own included; 0: all
+    float scale;
+    float softcap;
+    float query_beta;
+    int query_original;
 };
 
 // Where the token `behind` the text goes: never past the cache, whatever the text's length says.
@@ -97,20 +108,56 @@ __device__ __forceinline__ float rotated(float own, float other, float2 a, int i
 }
 
 __device__ __forceinline__ float rotated(const float* head, const float* delta, const float2* angles, int i) {
-    return rotated(load1(head, delta, i), load1(head, delta, i < HALF ? i + HALF : i - HALF), angles[i % HALF], i);
+    float own = load1(head, delta, i);
+    return angles ? rotated(own, load1(head, delta, i < HALF ? i + HALF : i - HALF), angles[i % HALF], i) : own;
 }
+
+// The token's angles.
+__device__ __forceinline__ const float2* angles_at(const Attend& g, int position) {
+    return g.angles ? g.angles + (long long)position * HALF : nullptr;
+}
+
+// What queries are multiplied by.
+__device__ __forceinline__ float query_scale(const Attend& g, int position) {
+    if (g.query_beta == 0) return g.scale;
+    return g.scale * (1.0f + g.query_beta * logf(1.0f + position / g.query_original));
+}
+
+__device__ __forceinline__ float capped(float score, float softcap) {
+    return softcap > 0 ? softcap * tanhf(score / softcap) : score;
+}
+
+// A key-value head's part of the cache while a token at `position` reads it: what it sees begins in this turn of the ring or
+// in the one before.
+struct Cache {
+    Stored *keys, *values;
+    int turn, capacity;
+
+    __device__ __forceinline__ Cache(const Attend& g, int kv, int position)
+        : keys((Stored*)g.keys + (long long)kv * g.capacity * HEAD_DIM),
+          values((Stored*)g.values + (long long)kv * g.capacity * HEAD_DIM),
+          turn(g.window > 0 ? position - position % g.capacity : 0), capacity(g.capacity) {}
+
+    // Where the first number of a position is.
+    __device__ __forceinline__ long long at(int position) const {
+        int slot = position - turn;
+        return (long long)(slot < 0 ? slot + capacity : slot) * HEAD_DIM;
+    }
+};
 
 __device__ __forceinline__ void append_head(const Attend& g, const float* qkv, int kv, int position) {
     const float* key = qkv + (HEADS + kv) * HEAD_DIM;
     const float* value = qkv + (HEADS + KV_HEADS + kv) * HEAD_DIM;
     const float* key_delta = g.delta ? g.delta + (key - qkv) : nullptr;
     const float* value_delta = g.delta ? g.delta + (value - qkv) : nullptr;
-    long long at = ((long long)kv * g.max_seq_len + position) * HEAD_DIM;
+    const float2* angles = angles_at(g, position);
+    Cache cache(g, kv, position);
+    long long at = cache.at(position);
     for (int i = this_thread(); i < HEAD_DIM; i += ATTEND_THREADS) {
-        float k = rotated(key, key_delta, g.angles + (long long)position * HALF, i), v = load1(value, value_delta, i);
+        float k = rotated(key, key_delta, angles, i), v = load1(value, value_delta, i);
         check_size(g, k), check_size(g, v);
-        ((Stored*)g.keys)[at + i] = to_stored(k);
-        ((Stored*)g.values)[at + i] = to_stored(v);
+        cache.keys[at + i] = to_stored(k);
+        cache.values[at + i] = to_stored(v);
     }
 }
 
@@ -139,33 +186,28 @@ __device__ __forceinline__ float* results_of_warp(float* warps) {
 #endif
 
 // Brings a share of the cache nearer, while queries are still made.
-__device__ __forceinline__ void prefetch(const void* cache, int kv, int max_seq_len, int begin, int end) {
-    const char* from = (const char*)((const Stored*)cache + ((long long)kv * max_seq_len + begin) * HEAD_DIM);
+__device__ __forceinline__ void prefetch(const Cache& cache, int begin, int end) {
     int bytes = min((end - begin) * HEAD_DIM * (int)sizeof(Stored), 1 << 16);
-    for (int i = this_thread() * 128; i < bytes; i += ATTEND_THREADS * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-}
-
-// A key-value head's part of the cache.
-__device__ __forceinline__ const Stored* keys_of(const Attend& g, int kv) {
-    return (const Stored*)g.keys + (long long)kv * g.max_seq_len * HEAD_DIM;
-}
-__device__ __forceinline__ const Stored* values_of(const Attend& g, int kv) {
-    return (const Stored*)g.values + (long long)kv * g.max_seq_len * HEAD_DIM;
+    long long at = cache.at(begin) * (int)sizeof(Stored), all = (long long)cache.capacity * HEAD_DIM * sizeof(Stored);
+    for (int i = this_thread() * 128; i < bytes; i += ATTEND_THREADS * 128) {
+        long long byte = at + i < all ? at + i : at + i - all;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)cache.keys + byte));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)cache.values + byte));
+    }
 }
 
 // One block, one key-value head, one share of the positions. Shared memory: queries [QUERY_FLOATS], room for a key and a
 // value, then warps' results [QUERY_SETS · SET_WARPS, AT_ONCE, HEAD_DIM + 2]. Called by ATTEND_THREADS threads, T their
 // team; `batch` holds the first positions.
 template <class T>
-__device__ __forceinline__ void attend_share(const Attend& g, Batch& batch, float* queries, int kv, int begin, int end,
-                                             float* out, float* part) {
+__device__ __forceinline__ void attend_share(const Cache& cache, Batch& batch, float* queries, float softcap, int begin,
+                                             int end, float* out, float* part) {
     float* warps = queries + QUERY_FLOATS + 2 * HEAD_DIM;
     int warp = this_thread() / 32, set = warp / SET_WARPS;
     // Warps of a set that have any positions.
-    int active = min(SET_WARPS, (end - begin + TEAM_POSITIONS - 1) / TEAM_POSITIONS);
+    int active = min(SET_WARPS, (end - begin / TILE * TILE + TEAM_POSITIONS - 1) / TEAM_POSITIONS);
     if (set < QUERY_SETS && warp % SET_WARPS < active)
-        attend_positions(batch, queries + set * SET_FLOATS, keys_of(g, kv), values_of(g, kv), begin, end, warps);
+        attend_positions(batch, queries + set * SET_FLOATS, cache, softcap, begin, end, warps);
     T::sync();
     // A warp for each head: more of them would make the same weights again.
     int lane = this_thread() % 32;
@@ -202,18 +244,17 @@ __device__ __forceinline__ u32 add_ticket(u32* tickets) {
     return ticket;
 }
 
-// The positions that one token attends to, and how they are shared out.
+// The positions that one token attends to, and how they are shared out: by tiles.
 struct Span {
-    int first, length, splits;
+    int first, end, tile, tiles, splits;
 
-    __device__ __forceinline__ explicit Span(int position) {
-        first = WINDOW > 0 ? max(0, position + 1 - WINDOW) : 0;
-        length = position + 1 - first;
-        splits = min(SPLITS, (length + SHARE - 1) / SHARE);
-    }
+    __device__ __forceinline__ Span(int position, int window)
+        : first(window > 0 ? max(0, position + 1 - window) : 0), end(position + 1), tile(first / TILE),
+          tiles(position / TILE + 1 - tile), splits(min(SPLITS, (tiles + SHARE - 1) / SHARE)) {}
 
-    // Texts are no longer than 2³² / SPLITS.
-    __device__ __forceinline__ int begin(int split) const { return first + (u32)length * (u32)split / (u32)splits; }
+    __device__ __forceinline__ int tile_of(int split) const { return (tile + (u32)tiles * split / (u32)splits) * TILE; }
+    __device__ __forceinline__ int begin_of(int split) const { return max(first, tile_of(split)); }
+    __device__ __forceinline__ int end_of(int split) const { return min(end, tile_of(split + 1)); }
 };
 
 // Share `split` of one token at `position`, and the merge, as above. x: the token's queries, keys and values; `ready` is
@@ -221,22 +262,23 @@ struct Span {
 template <class T, class Source, class Ready>
 __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, float* queries, u32* ticket, int kv,
                                              int split, int position, Ready ready) {
-    Span span(position);
+    Span span(position, g.window);
     if (split >= span.splits) return;
-    int splits = span.splits, begin = span.begin(split), end = span.begin(split + 1);
+    int splits = span.splits, begin = span.begin_of(split), end = span.end_of(split);
+    Cache cache(g, kv, position);
     // Queries, and behind them the new key and value for the share that they belong to. All loads first.
     constexpr int OWN = HEAD_GROUP * HEAD_DIM, STEPS = (OWN + 2 * HEAD_DIM + ATTEND_THREADS - 1) / ATTEND_THREADS;
     int t = this_thread(), count = split == splits - 1 ? OWN + 2 * HEAD_DIM : OWN;
-    const float2* angles = g.angles + (long long)position * HALF;
+    const float2* angles = angles_at(g, position);
     // The token's key and value as they are stored.
     Stored* newest = (Stored*)(queries + QUERY_FLOATS);
     // Of the cache, while the query may be on its way.
     Batch batch = {};
-    fetch_first_keys(batch, keys_of(g, kv), begin, min(end, position));
+    fetch_first_keys(batch, cache, begin, min(end, position));
     float2 turns[STEPS];
     Asked own[STEPS] = {}, others[STEPS] = {};
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) turns[s] = angles[(s * ATTEND_THREADS + t) % HALF];
+    for (int s = 0; s < STEPS; s++) turns[s] = angles ? angles[(s * ATTEND_THREADS + t) % HALF] : make_float2(1, 0);
     bool there;
     Patience patience;
     do {
@@ -252,8 +294,8 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= own[s].there() & others[s].there();
     } while (patience.warp_goes_on(there));
-    fetch_first_values(batch, values_of(g, kv), begin, min(end, position));
-    float scale = 1.0f / sqrtf((float)HEAD_DIM);
+    fetch_first_values(batch, cache, begin, min(end, position));
+    float scale = query_scale(g, position);
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int i = s * ATTEND_THREADS + t;
@@ -266,8 +308,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
         } else if (i < count) {
             Stored rounded = to_stored(v);
             newest[i - OWN] = rounded;
-            ((Stored*)(i < OWN + HEAD_DIM ? g.keys : g.values))[((long long)kv * g.max_seq_len + position) * HEAD_DIM +
-                                                                i % HEAD_DIM] = rounded;
+            (i < OWN + HEAD_DIM ? cache.keys : cache.values)[cache.at(position) + i % HEAD_DIM] = rounded;
         }
     }
     T::sync();
@@ -276,7 +317,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
     if (split == splits - 1) replace_first(batch, newest, begin, position);
     float* out = g.out + (long long)kv * HEAD_GROUP * HEAD_DIM;
     float* parts = g.parts + (long long)kv * SPLITS * HEAD_GROUP * (HEAD_DIM + 2);
-    attend_share<T>(g, batch, queries, kv, begin, end, splits == 1 ? out : nullptr,
+    attend_share<T>(cache, batch, queries, g.softcap, begin, end, splits == 1 ? out : nullptr,
                     parts + split * HEAD_GROUP * (HEAD_DIM + 2));
     if (splits == 1) return;
 

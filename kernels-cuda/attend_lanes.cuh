@@ -1,7 +1,7 @@
 // A warp's part of attention in f32, where attend_tensor.cuh does not apply: teams of lanes share a position, eight of its
 // dimensions each, and keep AT_ONCE queries.
 //
-//   queries  f32 [HEAD_GROUP, HEAD_DIM]
+//   queries  f32 [QUERY_SETS · AT_ONCE, HEAD_DIM], of which the first HEAD_GROUP count
 #pragma once
 #include "common.cuh"
 
@@ -9,7 +9,7 @@
 #define LANES (HEAD_DIM > 128 ? 32 : HEAD_DIM > 64 ? 16 : HEAD_DIM > 32 ? 8 : HEAD_DIM > 16 ? 4 : 2)
 #define TEAMS (SET_WARPS * 32 / LANES)
 #define TEAM_POSITIONS (32 / LANES)
-#define QUERY_FLOATS (HEAD_GROUP * HEAD_DIM)
+#define QUERY_FLOATS (QUERY_SETS * SET_FLOATS)
 #define SET_FLOATS (AT_ONCE * HEAD_DIM)
 // Positions that a team has in flight.
 #define FLIGHT (KV == 2 || AT_ONCE > 4 || ATTEND_THREADS > 256 ? 2 : 4)
@@ -58,19 +58,19 @@ struct Batch {
 __device__ __forceinline__ int team_of_set() { return this_thread() % (SET_WARPS * 32) / LANES; }
 
 // Positions from `base` on up to `end`; what is past it stays as it is.
-__device__ __forceinline__ void fetch(Eight (&to)[FLIGHT], const Stored* from, int base, int end) {
+__device__ __forceinline__ void fetch(Eight (&to)[FLIGHT], const Stored* from, const Cache& cache, int base, int end) {
     int lane = this_thread() % LANES * 8;
 #pragma unroll
     for (int f = 0; f < FLIGHT; f++) {
         int p = base + f * TEAMS + team_of_set();
-        if (lane < HEAD_DIM && p < end) to[f] = *(const Eight*)(from + (long long)p * HEAD_DIM + lane);
+        if (lane < HEAD_DIM && p < end) to[f] = *(const Eight*)(from + cache.at(p) + lane);
     }
 }
-__device__ __forceinline__ void fetch_first_keys(Batch& b, const Stored* keys, int base, int end) {
-    fetch(b.k, keys, base, end);
+__device__ __forceinline__ void fetch_first_keys(Batch& b, const Cache& cache, int base, int end) {
+    fetch(b.k, cache.keys, cache, base, end);
 }
-__device__ __forceinline__ void fetch_first_values(Batch& b, const Stored* values, int base, int end) {
-    fetch(b.v, values, base, end);
+__device__ __forceinline__ void fetch_first_values(Batch& b, const Cache& cache, int base, int end) {
+    fetch(b.v, cache.values, cache, base, end);
 }
 
 // Position `position`, if it is one of the first, from `newest`, a key and a value.
@@ -85,8 +85,8 @@ __device__ __forceinline__ void replace_first(Batch& b, const Stored* newest, in
 }
 
 // Positions of the warp's teams; `batch` holds the first.
-__device__ __forceinline__ void add_positions(Running& r, Batch& batch, const float* queries, const Stored* keys,
-                                              const Stored* values, int begin, int end) {
+__device__ __forceinline__ void add_positions(Running& r, Batch& batch, const float* queries, const Cache& cache,
+                                              float softcap, int begin, int end) {
     int lane = this_thread() % LANES, team = team_of_set();
     bool active = lane * 8 < HEAD_DIM;
     float q[AT_ONCE][8];
@@ -97,7 +97,7 @@ __device__ __forceinline__ void add_positions(Running& r, Batch& batch, const fl
 
     // Every team takes the same number of steps: its lanes talk to each other by whole warps.
     for (int base = begin; base < end; base += TEAMS * FLIGHT) {
-        if (base > begin) fetch(batch.k, keys, base, end), fetch(batch.v, values, base, end);
+        if (base > begin) fetch(batch.k, cache.keys, cache, base, end), fetch(batch.v, cache.values, cache, base, end);
         float s[FLIGHT][AT_ONCE];
 #pragma unroll
         for (int f = 0; f < FLIGHT; f++) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void add_positions(Running& r, Batch& batch, const fl
                 for (int i = 0; i < 8; i++) dot = fmaf(q[h][i], x[i], dot);
 #pragma unroll
                 for (int d = LANES / 2; d > 0; d /= 2) dot += __shfl_xor_sync(FULL, dot, d);
-                s[f][h] = base + f * TEAMS + team < end ? dot : -INFINITY;
+                s[f][h] = base + f * TEAMS + team < end ? capped(dot, softcap) : -INFINITY;
             }
         }
 #pragma unroll
@@ -142,11 +142,11 @@ __device__ __forceinline__ void add_positions(Running& r, Batch& batch, const fl
 }
 
 // All positions of the warp's teams, which become one, to the warp's place in `warps`.
-__device__ __forceinline__ void attend_positions(Batch& b, const float* queries, const Stored* keys,
-                                                 const Stored* values, int begin, int end, float* warps) {
+__device__ __forceinline__ void attend_positions(Batch& b, const float* queries, const Cache& cache, float softcap,
+                                                 int begin, int end, float* warps) {
     float* to = results_of_warp(warps);
     Running r;
-    add_positions(r, b, queries, keys, values, begin, end);
+    add_positions(r, b, queries, cache, softcap, begin, end);
     int lane = this_thread() % 32;
 #pragma unroll
     for (int d = LANES; d < 32; d *= 2)

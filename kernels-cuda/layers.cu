@@ -111,6 +111,7 @@ struct Layers {
     int count;
     int n_tb;
     int max_seq_len;
+    int capacity; // positions of the cache: attend.cuh
     float eps;
     int longest;
 };
@@ -359,16 +360,16 @@ struct Multiplier {
 // This block's shares of a layer's attention; `stamp` as in Grid::here().
 __device__ __noinline__ void attention(const Layers& g, const Layer& layer, float* set, char* shared, u64* stamp) {
     int position = *(const int*)(shared + POSITION), share = blockIdx.x;
-    Span span(position);
+    Span span(position, WINDOW);
     if (share >= KV_HEADS * span.splits) return;
     // Where heads are divided, there are no more shares than blocks.
 #pragma unroll 1
     do {
         int kv = share % KV_HEADS, split = share / KV_HEADS;
-        prefetch(layer.keys, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
-        prefetch(layer.values, kv, g.max_seq_len, span.begin(split), span.begin(split + 1));
-        Attend a{nullptr,      nullptr, layer.keys,     layer.values,  g.angles, g.state,
-                 set + SHARES, nullptr, set + ATTENDED, g.beyond,     g.max_seq_len};
+        Attend a{nullptr,       nullptr,  layer.keys,    layer.values, g.angles, g.state,
+                 set + SHARES,  nullptr,  set + ATTENDED, g.beyond,    g.max_seq_len, g.capacity,
+                 WINDOW,        1.0f / sqrtf((float)HEAD_DIM), 0, 0, 1};
+        prefetch(Cache(a, kv, position), span.begin_of(split), span.end_of(split));
         Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, QKV_REST, DEC && layer.products[QKV].k_chunk > 0);
         // What was in shared memory before has been used.
         All::sync();

@@ -285,12 +285,28 @@ mod tests {
         for dtype in [0, 1, 2] {
             all.push(("gemv_any.cu", split(&format!("DTYPE={dtype}"))));
             all.push(("rows.cu", split(&format!("DTYPE={dtype}"))));
-            for heads in ["HEADS=32 KV_HEADS=8 HEAD_DIM=128", "HEADS=9 KV_HEADS=3 HEAD_DIM=64"] {
-                all.push(("attend.cu", split(&format!("DTYPE={dtype} KV={dtype} WINDOW=0 SPLITS=16 {heads}"))));
+            // Each group of queries and each width of heads that families have, and lanes' own.
+            for (heads, kv_heads, head_dim) in [
+                (32, 8, 128),
+                (9, 3, 64),
+                (64, 8, 128),
+                (16, 8, 256),
+                (8, 1, 256),
+                (32, 32, 96),
+                (32, 4, 80),
+                (40, 8, 128),
+                (24, 4, 64),
+                (28, 4, 128),
+                (32, 2, 128),
+                (32, 1, 128),
+                (12, 2, 40),
+                (4, 2, 8),
+            ] {
+                let heads = format!("HEADS={heads} KV_HEADS={kv_heads} HEAD_DIM={head_dim}");
+                all.push(("attend.cu", split(&format!("DTYPE={dtype} KV={dtype} SPLITS=16 {heads}"))));
             }
         }
-        all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=2047 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));
-        all.push(("attend.cu", split("DTYPE=0 KV=0 WINDOW=0 SPLITS=16 HEADS=64 KV_HEADS=8 HEAD_DIM=128")));
+        all.push(("attend.cu", split("DTYPE=0 KV=0 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));
         for (bits, format) in [(3, "FORMAT=0"), (4, "FORMAT=0"), (3, "FORMAT=1 GROUP=128"), (4, "FORMAT=1 GROUP=128")] {
             for dec in [0, 1] {
                 let books = if format == "FORMAT=0" { 14 * (32 << bits) } else { 0 };
@@ -305,6 +321,10 @@ mod tests {
                 }
             }
         }
+        // Phi-3-medium's window, and heads of a width that is no power of two.
+        let sizes = "XS=46080 PARTS=14336 BOOKS=0 MOST_LAYERS=40 SETS=5 LOUD=0 WARPS=16 STAGES=3 BLOCKS=132";
+        let model = "H=4096 I=14336 HEADS=40 KV_HEADS=10 HEAD_DIM=96 WINDOW=2047 SPLITS=13";
+        all.push(("layers.cu", split(&format!("FORMAT=1 GROUP=128 {model} DTYPE=0 KV=0 {sizes} DEC=0 BITS=4"))));
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=2")));
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
         all.push(("sample.cu", split("DTYPE=0 NO_TOKEN=4294967294")));

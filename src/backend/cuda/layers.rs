@@ -15,7 +15,7 @@ use super::pack::TILE;
 use super::sequence::Sequence;
 use super::{Cuda, Scratch};
 use crate::backend::{Activations, LayerOperands};
-use crate::config::LayerNorm;
+use crate::config::{Activation, Attention, LayerNorm, Op, Projection, Reads, Writes};
 use crate::dec::CHUNK;
 
 /// Most layers of one launch: their table lies in shared memory.
@@ -163,8 +163,11 @@ fn launch_of_warps(
         return None;
     }
     let parts = qkv.max(o).max(2 * pairs).max(down) * warps * TILE * 4;
-    // Attention uses both while no product does.
+    // Attention uses both while no product does. A warp keeps two queries at least.
     let group = shapes.heads / shapes.kv_heads;
+    if group > 2 * warps {
+        return None;
+    }
     let attention = 4 * ((group.next_multiple_of(4) + 2) * shapes.head_dim + warps * 4 * (shapes.head_dim + 2));
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
@@ -208,8 +211,25 @@ struct LayersArgument {
     count: i32,
     n_tb: i32,
     max_seq_len: i32,
+    capacity: i32,
     eps: f32,
     longest: i32,
+}
+
+/// Whether `layers.cu` computes this program with this attention: a Llama layer, whose window may be narrower.
+fn takes(program: &[Op], attention: &Attention) -> bool {
+    let project = |projection, reads, writes| Op::Project { projection, reads, writes };
+    let llama = [
+        project(Projection::Qkv, Reads::Stream(Some(LayerNorm::AttentionInput)), Writes::Qkv),
+        Op::Attend,
+        project(Projection::O, Reads::Attended, Writes::Stream),
+        project(Projection::GateUp, Reads::Stream(Some(LayerNorm::FeedForwardInput)), Writes::GateUp),
+        project(Projection::Down, Reads::Gated(Activation::Silu), Writes::Stream),
+    ];
+    // What the kernel divides scores by is √head_dim in f32.
+    let divided = (attention.scale * (attention.head_dim as f64).sqrt() - 1.0).abs() < 1e-6;
+    let plain = attention.softcap.is_none() && attention.query_scaling.is_none() && attention.rope.is_some();
+    program == llama && divided && plain
 }
 
 /// The format that all four matrices share, if they do and it has fast kernels.
@@ -224,21 +244,29 @@ fn format(layer: &LayerOperands<'_, Cuda>) -> Option<Format> {
 }
 
 impl Cuda {
-    /// How many of `layers`, from the first on, one launch takes; 0 if they have to go operation by operation.
-    pub(super) fn run_of_layers(&self, layers: &[LayerOperands<'_, Self>]) -> usize {
+    /// How many of `layers`, of which the first is layer `number` of the model, one launch takes; 0 if they have to go
+    /// operation by operation.
+    pub(super) fn run_of_layers(
+        &self,
+        sequence: &Sequence,
+        number: usize,
+        layers: &[LayerOperands<'_, Self>],
+    ) -> usize {
         let Some(first) = layers.first() else { return 0 };
-        let wanted = format(first);
-        let plans = |layer: &LayerOperands<'_, Self>| layer.plans.map(|p| p.map(|p| (p.k_chunk, p.n_tb)));
-        let alike = |layer: &&LayerOperands<'_, Self>| {
-            format(layer) == wanted
-                && plans(layer) == plans(first)
-                && layer.norms.iter().flatten().all(|n| n.eps == first.norm(LayerNorm::AttentionInput).eps)
-        };
+        let (wanted, attention) = (format(first), sequence.cache.attention(number));
         let possible = self.together.get() && self.driver.numbers().major >= 9 && self.options.compile > 0;
-        if wanted.is_none() || !possible {
+        if wanted.is_none() || !possible || !takes(first.program, attention) {
             return 0;
         }
-        layers.iter().take(MOST_LAYERS).take_while(alike).count()
+        let plans = |layer: &LayerOperands<'_, Self>| layer.plans.map(|p| p.map(|p| (p.k_chunk, p.n_tb)));
+        let alike = |&(l, layer): &(usize, &LayerOperands<'_, Self>)| {
+            format(layer) == wanted
+                && plans(layer) == plans(first)
+                && layer.program == first.program
+                && sequence.cache.attention(number + l) == attention
+                && layer.norms.iter().flatten().all(|n| n.eps == first.norm(LayerNorm::AttentionInput).eps)
+        };
+        layers.iter().enumerate().take(MOST_LAYERS).take_while(alike).count()
     }
 
     /// Queues `layers` as one launch; false if the device has no room for it, by its numbers or by what the driver says.
@@ -252,7 +280,9 @@ impl Cuda {
         let (Some(format), Some(operands)) = (layers.first().and_then(format), layers.first()) else {
             return Ok(false);
         };
-        let shapes = sequence.shapes(operands.matrices[1].out_features, operands.matrices[3].in_features);
+        let Attention { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *sequence.cache.attention(first);
+        let (hidden, intermediate) = (operands.matrices[1].out_features, operands.matrices[3].in_features);
+        let shapes = Shapes { hidden, intermediate, heads, kv_heads, head_dim };
         let plans = operands.plans.map(|p| p.filter(|p| p.k_chunk > 0));
         let compensates = plans.iter().any(Option::is_some);
         let tuning = self.options.tuning;
@@ -269,7 +299,7 @@ impl Cuda {
         // √H·|γ| bounds what is normalized.
         let most = layers.iter().flat_map(|l| l.norms).flatten().map(|norm| norm.gamma.largest()).fold(0.0, f32::max);
         let loud = most * (shapes.hidden as f32).sqrt() > f16::MAX.to_f32();
-        let kernel = self.layers_kernel(format, shapes, launch, sequence, (compensates, loud))?;
+        let kernel = self.layers_kernel(format, shapes, launch, (sequence, first), (compensates, loud))?;
 
         let table = self.layer_table(sequence, first, layers, launch.n_tb)?;
         let h = &mut activations.h;
@@ -280,13 +310,14 @@ impl Cuda {
             flow: self.scratch(Scratch::Flow, 4 * SETS * shapes.flow_words(launch.splits, compensates))?.pointer(),
             list: self.scratch(Scratch::List, 4 * longest.max(8))?.pointer(),
             state: sequence.state.pointer(),
-            angles: sequence.angles.pointer(),
+            angles: sequence.cache.angles(first),
             grid: self.scratch(Scratch::Grid, 8)?.pointer(),
             stamps: self.stamps.borrow().as_ref().map_or(0, |s| s.pointer()),
             beyond: self.beyond.pointer(),
             count: layers.len() as i32,
             n_tb: launch.n_tb as i32,
             max_seq_len: sequence.max_seq_len as i32,
+            capacity: sequence.cache.capacity(first) as i32,
             eps: operands.norm(LayerNorm::AttentionInput).eps,
             longest: (longest / 8) as i32,
         };
@@ -319,10 +350,10 @@ impl Cuda {
         format: Format,
         shapes: Shapes,
         launch: LayersLaunch,
-        sequence: &Sequence,
+        (sequence, first): (&Sequence, usize),
         (dec, loud): (bool, bool),
     ) -> Result<Kernel> {
-        let mut defines = sequence.defines(self.options.dtype, launch.splits);
+        let mut defines = sequence.cache.defines(first, self.options.dtype, launch.splits);
         let (kind, bits, group) = match format {
             Format::LutGemm { bits, group } => (1, bits, Some(group)),
             Format::AnyPrec { bits } => (0, bits, None),
@@ -334,6 +365,7 @@ impl Cuda {
             format!("BITS={bits}"),
             format!("H={}", shapes.hidden),
             format!("I={}", shapes.intermediate),
+            format!("WINDOW={}", sequence.cache.window(first)),
             format!("WARPS={}", launch.warps),
             format!("STAGES={}", launch.stages),
             format!("BLOCKS={}", launch.blocks),
@@ -400,7 +432,7 @@ fn layer_words(sequence: &Sequence, index: usize, layer: &LayerOperands<'_, Cuda
     for (i, (matrix, plan)) in layer.matrices.iter().zip(layer.plans).enumerate() {
         words[i * 8..][..8].copy_from_slice(&product_words(matrix, plan.filter(|p| p.k_chunk > 0), n_tb));
     }
-    let (keys, values) = sequence.cache(index);
+    let (keys, values) = sequence.cache.places(index);
     let [attention, feed_forward] =
         [LayerNorm::AttentionInput, LayerNorm::FeedForwardInput].map(|norm| layer.norm(norm).gamma.at());
     words[32..].copy_from_slice(&[attention, feed_forward, keys, values]);

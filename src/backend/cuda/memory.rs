@@ -5,7 +5,7 @@ use std::fmt;
 use anyhow::{Result, ensure};
 
 use super::pack::{self, CODE_UNIT, DENSE_UNIT, TILE};
-use super::{Cuda, Dtype, Residuals, host, sequence};
+use super::{Cuda, Dtype, Residuals, attention, host};
 use crate::config::Projection;
 use crate::weights::{ModelWeights, Weight};
 
@@ -14,7 +14,7 @@ use crate::weights::{ModelWeights, Weight};
 pub struct MemoryTable {
     /// Matrices, tables and norms, on the device.
     pub weights: usize,
-    /// Keys and values of the longest text, on the device.
+    /// Keys, values and angles of the longest text, on the device.
     pub cache: usize,
     /// Activations, and a dequantized matrix for prompts, on the device.
     pub workspace: usize,
@@ -103,7 +103,7 @@ impl Cuda {
         let on_device = self.options.residuals == Residuals::Device;
         Ok(MemoryTable {
             weights: bytes,
-            cache: sequence::cache_bytes(config, self.options.dtype, max_seq_len),
+            cache: attention::cache_bytes(config, self.options.dtype, max_seq_len, self.device.max_tokens),
             workspace: tokens * width * 4 * 2 + if self.blas.is_some() { largest * number } else { 0 },
             device_residuals: if on_device { residuals } else { 0 },
             pinned: host::STAGING + if on_device { 0 } else { residuals },

@@ -5,12 +5,13 @@
 //! - `library`: NVIDIA's libraries, opened at run time; `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
 //! - `blas`: cuBLAS for prompts, where it is installed
 //! - `options`: how it is set up; `pack`, `plain`: stored formats to the layouts of the fast and of the generic kernels
-//! - `matrix`, `vector`, `sequence`: what lives on the device
+//! - `matrix`, `vector`, `sequence`: what lives on the device; `attention`: what a text remembers, and how it is looked at
 //! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
 //! - `occupy`: holds multiprocessors, so that fewer are left; `memory`: what a model will take
 //! - `product`: which kernel multiplies what; `layers`: whole layers in one launch; the kernels are in `kernels-cuda/`
 
 mod arguments;
+mod attention;
 mod blas;
 mod buffer;
 pub(crate) mod compiler;
@@ -389,7 +390,7 @@ impl DecodeBackend for Cuda {
         out: &mut Vector,
         tokens: usize,
     ) -> Result<()> {
-        sequence.attend(self, layer, qkv, out, tokens)
+        sequence.cache.attend(self, layer, &sequence.state, (qkv, out), tokens)
     }
 
     fn layers(
@@ -403,7 +404,7 @@ impl DecodeBackend for Cuda {
         let mut done = 0;
         while done < layers.len() {
             let rest = &layers[done..];
-            let run = if tokens == 1 { self.run_of_layers(rest) } else { 0 };
+            let run = if tokens == 1 { self.run_of_layers(sequence, first + done, rest) } else { 0 };
             if run > 0 && self.fused_layers(sequence, first + done, &rest[..run], activations)? {
                 done += run;
             } else {

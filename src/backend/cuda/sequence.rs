@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
+use super::Cuda;
+use super::attention::Cache;
 use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::host::Mapped;
-use super::layers::Shapes;
 use super::vector::Vector;
-use super::{Cuda, Dtype};
-use crate::config::{Attention, LayerConfig, ModelConfig};
+use crate::config::ModelConfig;
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// What the host finds where no token has been written yet.
@@ -33,18 +33,9 @@ const SAMPLE_BLOCKS: usize = 64;
 
 /// One text: its key-value cache, its length, its sampled tokens.
 pub struct Sequence {
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    window: usize,
     pub(super) max_seq_len: usize,
-    layer_bytes: usize,
-    keys: Buffer,              // [layers, kv_heads, max_seq_len, head_dim]
-    values: Buffer,            // the same
-    pub(super) angles: Buffer, // f32 [max_seq_len, head_dim / 2, (cos, sin)]
+    pub(super) cache: Cache,
     pub(super) state: Buffer,
-    pub(super) parts: Buffer,
-    pub(super) tickets: Buffer,
     rules: Buffer,
     draws: Buffer,  // f32 [max_seq_len + 1]
     best: Buffer,   // u64 [SAMPLE_BLOCKS], then the ticket
@@ -55,36 +46,8 @@ pub struct Sequence {
     longest_pass: Cell<usize>,
 }
 
-/// `struct Attend` of `attend.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Attend {
-    qkv: u64,
-    delta: u64,
-    keys: u64,
-    values: u64,
-    angles: u64,
-    state: u64,
-    parts: u64,
-    tickets: u64,
-    out: u64,
-    beyond: u64,
-    max_seq_len: i32,
-}
-
-/// Bytes of the cache of all layers (keys and values together) for `tokens` tokens.
-pub(super) fn cache_bytes(config: &ModelConfig, dtype: Dtype, tokens: usize) -> usize {
-    let numbers = |layer: &LayerConfig| 2 * layer.attention().num_kv_heads * tokens * layer.attention().head_dim;
-    config.layers.iter().map(numbers).sum::<usize>() * if dtype == Dtype::Float32 { 4 } else { 2 }
-}
-
 impl Sequence {
     pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
-        let Attention { num_heads, num_kv_heads, head_dim, window, .. } = *config.layers[0].attention();
-        ensure!(
-            head_dim.is_multiple_of(8) && head_dim <= 256,
-            "cuda: heads of {head_dim} numbers, multiples of 8 up to 256 are supported, use --device cpu"
-        );
         ensure!(max_seq_len > 0, "a sequence of 0 tokens, at least 1 is expected");
         ensure!(
             config.vocab_size < MOST_VOCABULARY,
@@ -92,23 +55,11 @@ impl Sequence {
             config.vocab_size
         );
         let driver = &cuda.driver;
-        let layer_bytes = cache_bytes(config, cuda.options.dtype, max_seq_len) / 2 / config.layers.len();
-        let group = num_heads / num_kv_heads;
-        let parts = num_kv_heads * cuda.splits(num_kv_heads) * group * (head_dim + 2);
         let tokens = Mapped::new(driver, (max_seq_len + 2) * 4)?;
         Ok(Self {
-            heads: num_heads,
-            kv_heads: num_kv_heads,
-            head_dim,
-            window: window.unwrap_or(0),
             max_seq_len,
-            layer_bytes,
-            keys: Buffer::new(driver, layer_bytes * config.layers.len())?,
-            values: Buffer::new(driver, layer_bytes * config.layers.len())?,
-            angles: Buffer::of(driver, &config.ropes[0].table(max_seq_len))?,
+            cache: Cache::new(cuda, config, max_seq_len)?,
             state: Buffer::new(driver, 16)?,
-            parts: Buffer::new(driver, parts * 4)?,
-            tickets: Buffer::new(driver, num_kv_heads * 4)?,
             rules: Buffer::new(driver, 16)?,
             draws: Buffer::new(driver, (max_seq_len + 1) * 4)?,
             best: Buffer::new(driver, (SAMPLE_BLOCKS + 1) * 8)?,
@@ -123,7 +74,7 @@ impl Sequence {
         // Nothing may still write tokens of the text before.
         cuda.driver.wait()?;
         self.state.write(0, &[0, 0, NO_TOKEN])?;
-        self.tickets.clear()?;
+        self.cache.begin()?;
         self.best.clear()?;
         let rules = [
             sampling.temperature.to_bits(),
@@ -137,67 +88,6 @@ impl Sequence {
         self.tokens.write(&vec![NONE; self.max_seq_len + 1]);
         self.begun.set(true);
         Ok(())
-    }
-
-    /// Where the keys and values of a layer are.
-    pub(super) fn cache(&self, layer: usize) -> (u64, u64) {
-        let offset = (layer * self.layer_bytes) as u64;
-        (self.keys.pointer() + offset, self.values.pointer() + offset)
-    }
-
-    /// Shapes of a model of which this is a text.
-    pub(super) fn shapes(&self, hidden: usize, intermediate: usize) -> Shapes {
-        Shapes { hidden, intermediate, heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
-    }
-
-    /// The constants of `attend.cuh`, `splits` blocks to a key-value head.
-    pub(super) fn defines(&self, dtype: Dtype, splits: usize) -> Vec<String> {
-        vec![
-            format!("HEADS={}", self.heads),
-            format!("KV_HEADS={}", self.kv_heads),
-            format!("HEAD_DIM={}", self.head_dim),
-            format!("KV={}", dtype as u8),
-            format!("WINDOW={}", self.window),
-            format!("SPLITS={splits}"),
-        ]
-    }
-
-    pub(super) fn attend(
-        &self,
-        cuda: &Cuda,
-        layer: usize,
-        qkv: &Vector,
-        out: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        let (keys, values) = self.cache(layer);
-        let arguments = Attend {
-            qkv: qkv.at(),
-            delta: qkv.delta(),
-            keys,
-            values,
-            angles: self.angles.pointer(),
-            state: self.state.pointer(),
-            parts: self.parts.pointer(),
-            tickets: self.tickets.pointer(),
-            out: out.at(),
-            beyond: cuda.beyond.pointer(),
-            max_seq_len: self.max_seq_len as i32,
-        };
-        let defines = self.defines(cuda.options.dtype, cuda.splits(self.kv_heads));
-        let group = self.heads / self.kv_heads;
-        let shared = 4 * ((group.next_multiple_of(4) + 2) * self.head_dim + 8 * group * (self.head_dim + 2));
-        let launch = |entry: &str, grid, shared| {
-            let kernel = cuda.kernel("attend.cu", entry, &defines)?;
-            let launch = Launch { grid, shared, ..Launch::new(1, 256) };
-            cuda.driver.launch(&kernel, launch, &mut Arguments::new().with(&arguments))
-        };
-        out.settle();
-        if tokens == 1 {
-            return launch("attend", (self.kv_heads, cuda.splits(self.kv_heads), 1), shared);
-        }
-        launch("append", (tokens, self.kv_heads, 1), 0)?;
-        launch("attend_prompt", (self.kv_heads, 1, tokens), shared)
     }
 
     pub(super) fn advance(&self, cuda: &Cuda, tokens: usize) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Plans of the layers' launch, for cards that are not here.
 
 use super::*;
+use crate::config::{FeedForward, LayerConfig, Mixer, ModelConfig, NormPlacement, QkNorm, QueryScaling};
 
 fn by(n_tb: usize) -> Compensated {
     Compensated { list: 9000, n_tb, products: [true; 4] }
@@ -84,4 +85,34 @@ fn too_little_room_is_said() {
     assert_eq!(small, None, "90 tiles of partial sums do not fit");
     let odd = Shapes { intermediate: 1000, ..LLAMA };
     assert_eq!(layers_launch(Format::AnyPrec { bits: 3 }, odd, always, None, 132, 232_448), None);
+}
+
+/// A Llama layer is taken, with a window or without; whatever `layers.cu` does not compute is not.
+#[test]
+fn only_llama_layers_go_in_one_launch() {
+    let llama = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap().layers.remove(0);
+    let taken = |change: &dyn Fn(&mut LayerConfig)| {
+        let mut layer = llama.clone();
+        change(&mut layer);
+        takes(&layer.program(), layer.attention())
+    };
+    let attends = |change: &dyn Fn(&mut Attention)| {
+        taken(&|layer| {
+            let Mixer::Attention(attention) = &mut layer.mixer;
+            change(attention);
+        })
+    };
+    assert!(taken(&|_| ()));
+    assert!(attends(&|a| a.window = Some(4096)));
+    assert!(attends(&|a| a.num_kv_heads = 1));
+    assert!(!attends(&|a| a.qk_norm = Some(QkNorm::PerHead)));
+    assert!(!attends(&|a| a.softcap = Some(50.0)));
+    assert!(!attends(&|a| a.rope = None));
+    assert!(!attends(&|a| a.scale *= 1.01));
+    assert!(!attends(&|a| a.query_scaling = Some(QueryScaling { beta: 0.1, original: 8192 })));
+    assert!(!taken(&|layer| layer.norms = NormPlacement::After));
+    assert!(!taken(&|layer| layer.norms = NormPlacement::Both));
+    assert!(!taken(&|layer| {
+        layer.feed_forward = FeedForward::Dense { intermediate_size: 14336, activation: Activation::GeluTanh };
+    }));
 }

@@ -1,0 +1,291 @@
+//! Attention of every layer of a text, and what it remembers (`kernels-cuda/attend.cu`).
+
+use anyhow::{Result, ensure};
+
+use super::buffer::Buffer;
+use super::driver::{Arguments, Launch};
+use super::vector::Vector;
+use super::{Cuda, Dtype};
+use crate::backend::cached_positions;
+use crate::config::{Attention, ModelConfig};
+
+/// Positions of a tile, `TILE` of `attend.cuh`: capacities are multiples of it.
+const TILE: usize = 16;
+
+/// Threads of a block of `attend.cu`.
+const THREADS: usize = 256;
+
+/// Queries that a warp keeps at most, `MOST_AT_ONCE` of `attend.cuh`.
+const AT_ONCE: usize = 4;
+
+/// Queries that share a key at most: as many as the warps of a block keep.
+const MOST_GROUP: usize = THREADS / 32 * AT_ONCE;
+
+/// The widest head.
+const MOST_HEAD_DIM: usize = 256;
+
+/// The keys and values of all layers, and the angles by which their heads turn.
+pub(super) struct Cache {
+    max_seq_len: usize,
+    layers: Vec<Layer>,
+    keys: Buffer,   // per layer [num_kv_heads, capacity, head_dim]
+    values: Buffer, // the same
+    tables: Vec<Buffer>, // per RoPE f32 [max_seq_len, head_dim / 2, (cos, sin)]
+    parts: Buffer,
+    tickets: Buffer,
+}
+
+/// The attention of one layer.
+struct Layer {
+    attention: Attention,
+    /// Positions that its cache has room for: a ring.
+    capacity: usize,
+    /// Bytes of the layers before it in `keys`, and in `values`.
+    offset: usize,
+}
+
+/// `struct Attend` of `attend.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Attend {
+    qkv: u64,
+    delta: u64,
+    keys: u64,
+    values: u64,
+    angles: u64,
+    state: u64,
+    parts: u64,
+    tickets: u64,
+    out: u64,
+    beyond: u64,
+    max_seq_len: i32,
+    capacity: i32,
+    window: i32,
+    scale: f32,
+    softcap: f32,
+    query_beta: f32,
+    query_original: i32,
+}
+
+/// Checks that `attend.cu` takes the attention of every layer.
+///
+/// # Errors
+/// Heads that it has no room for.
+pub(super) fn check(config: &ModelConfig) -> Result<()> {
+    for layer in &config.layers {
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = *layer.attention();
+        ensure!(
+            head_dim.is_multiple_of(8) && head_dim <= MOST_HEAD_DIM,
+            "cuda: head_dim is {head_dim}, multiples of 8 up to {MOST_HEAD_DIM} are supported, use --device cpu"
+        );
+        ensure!(
+            num_heads / num_kv_heads <= MOST_GROUP,
+            "cuda: num_attention_heads is {num_heads} with num_key_value_heads {num_kv_heads}, up to {MOST_GROUP} to one \
+             are supported, use --device cpu"
+        );
+    }
+    Ok(())
+}
+
+/// Positions that a layer's cache has room for.
+fn capacity(attention: &Attention, max_seq_len: usize, max_tokens: usize) -> usize {
+    cached_positions(attention, max_seq_len, max_tokens).next_multiple_of(TILE)
+}
+
+/// Bytes of the keys of a layer, and of its values.
+fn layer_bytes(attention: &Attention, capacity: usize, dtype: Dtype) -> usize {
+    attention.num_kv_heads * capacity * attention.head_dim * if dtype == Dtype::Float32 { 4 } else { 2 }
+}
+
+/// Bytes of the cache of all layers, keys and values, and of the angles of a text of `max_seq_len` tokens.
+pub(super) fn cache_bytes(config: &ModelConfig, dtype: Dtype, max_seq_len: usize, max_tokens: usize) -> usize {
+    let attentions = config.layers.iter().map(|layer| layer.attention());
+    let cached = attentions.map(|a| 2 * layer_bytes(a, capacity(a, max_seq_len, max_tokens), dtype));
+    let tables = config.ropes.iter().map(|rope| max_seq_len * rope.head_dim * 4);
+    cached.chain(tables).sum()
+}
+
+impl Cache {
+    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
+        check(config)?;
+        let driver = &cuda.driver;
+        let (mut layers, mut offset) = (Vec::new(), 0);
+        for layer in &config.layers {
+            let attention = layer.attention().clone();
+            let capacity = capacity(&attention, max_seq_len, cuda.device.max_tokens);
+            let bytes = layer_bytes(&attention, capacity, cuda.options.dtype);
+            layers.push(Layer { attention, capacity, offset });
+            offset += bytes;
+        }
+        let most = |of: &dyn Fn(&Attention) -> usize| layers.iter().map(|l| of(&l.attention)).max().unwrap_or(0);
+        let parts = most(&|a| a.num_heads * cuda.splits(a.num_kv_heads) * (a.head_dim + 2));
+        let tickets = most(&|a| a.num_kv_heads);
+        let tables = config.ropes.iter().map(|rope| Buffer::of(driver, &rope.table(max_seq_len)));
+        Ok(Self {
+            max_seq_len,
+            keys: Buffer::new(driver, offset)?,
+            values: Buffer::new(driver, offset)?,
+            tables: tables.collect::<Result<_>>()?,
+            parts: Buffer::new(driver, parts * 4)?,
+            tickets: Buffer::new(driver, tickets * 4)?,
+            layers,
+        })
+    }
+
+    /// Forgets what an interrupted text may have left.
+    pub(super) fn begin(&self) -> Result<()> {
+        self.tickets.clear()
+    }
+
+    /// The attention of a layer.
+    pub(super) fn attention(&self, layer: usize) -> &Attention {
+        &self.layers[layer].attention
+    }
+
+    /// Where the keys and values of a layer are.
+    pub(super) fn places(&self, layer: usize) -> (u64, u64) {
+        let offset = self.layers[layer].offset as u64;
+        (self.keys.pointer() + offset, self.values.pointer() + offset)
+    }
+
+    /// How many positions of a layer there is room for.
+    pub(super) fn capacity(&self, layer: usize) -> usize {
+        self.layers[layer].capacity
+    }
+
+    /// Where the angles of a layer are; 0 where nothing turns.
+    pub(super) fn angles(&self, layer: usize) -> u64 {
+        self.attention(layer).rope.map_or(0, |rope| self.tables[rope].pointer())
+    }
+
+    /// The window of a layer; 0 where no text is longer than it.
+    pub(super) fn window(&self, layer: usize) -> usize {
+        self.attention(layer).window.filter(|&window| window < self.max_seq_len).unwrap_or(0)
+    }
+
+    /// The constants of `attend.cuh` for a layer, `splits` blocks to a key-value head.
+    pub(super) fn defines(&self, layer: usize, dtype: Dtype, splits: usize) -> Vec<String> {
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = self.attention(layer);
+        vec![
+            format!("HEADS={num_heads}"),
+            format!("KV_HEADS={num_kv_heads}"),
+            format!("HEAD_DIM={head_dim}"),
+            format!("KV={}", dtype as u8),
+            format!("SPLITS={splits}"),
+        ]
+    }
+
+    /// Rotates, appends and attends, as [`DecodeBackend::attend`](crate::backend::DecodeBackend::attend) says; `state` is
+    /// where the text's length is.
+    pub(super) fn attend(
+        &self,
+        cuda: &Cuda,
+        layer: usize,
+        state: &Buffer,
+        (qkv, out): (&Vector, &mut Vector),
+        tokens: usize,
+    ) -> Result<()> {
+        let Attention { num_heads, num_kv_heads, head_dim, scale, softcap, query_scaling, .. } = *self.attention(layer);
+        let (keys, values) = self.places(layer);
+        let arguments = Attend {
+            qkv: qkv.at(),
+            delta: qkv.delta(),
+            keys,
+            values,
+            angles: self.angles(layer),
+            state: state.pointer(),
+            parts: self.parts.pointer(),
+            tickets: self.tickets.pointer(),
+            out: out.at(),
+            beyond: cuda.beyond.pointer(),
+            max_seq_len: self.max_seq_len as i32,
+            capacity: self.capacity(layer) as i32,
+            window: self.window(layer) as i32,
+            scale: scale as f32,
+            softcap: softcap.unwrap_or(0.0) as f32,
+            query_beta: query_scaling.map_or(0.0, |scaling| scaling.beta as f32),
+            query_original: query_scaling.map_or(1, |scaling| i32::try_from(scaling.original).unwrap_or(i32::MAX)),
+        };
+        let splits = cuda.splits(num_kv_heads);
+        let defines = self.defines(layer, cuda.options.dtype, splits);
+        let shared = shared_bytes(num_heads / num_kv_heads, head_dim);
+        let launch = |entry: &str, grid, shared| {
+            let kernel = cuda.kernel("attend.cu", entry, &defines)?;
+            let launch = Launch { grid, shared, ..Launch::new(1, THREADS) };
+            cuda.driver.launch(&kernel, launch, &mut Arguments::new().with(&arguments))
+        };
+        out.settle();
+        if tokens == 1 {
+            return launch("attend", (num_kv_heads, splits, 1), shared);
+        }
+        launch("append", (tokens, num_kv_heads, 1), 0)?;
+        launch("attend_prompt", (num_kv_heads, 1, tokens), shared)
+    }
+}
+
+/// Shared memory of a block: queries, a key and a value, results of its warps.
+fn shared_bytes(group: usize, head_dim: usize) -> usize {
+    let sets = group.div_ceil(AT_ONCE);
+    let warps = THREADS / 32 / sets * sets;
+    4 * ((sets * AT_ONCE + 2) * head_dim + warps * group.div_ceil(sets) * (head_dim + 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn config(changes: serde_json::Value) -> ModelConfig {
+        ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap().with(changes).unwrap()
+    }
+
+    /// A window's cache has room for it and for the other tokens of a pass; its memory is said.
+    #[test]
+    fn windows_bound_the_cache() {
+        let window = |window| {
+            let mut config = config(json!({ "num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 128 }));
+            let crate::config::Mixer::Attention(attention) = &mut config.layers[1].mixer;
+            attention.window = window;
+            config
+        };
+        let tables = |tokens: usize| tokens * 128 * 4;
+        let row = 2 * 4 * 128 * 2;
+        for (sliding, max_seq_len, positions) in [
+            (None, 5000, 5008 + 5008),
+            (Some(100), 5000, 5008 + 624), // 100 + 511 in tiles
+            (Some(97), 5000, 5008 + 608),
+            (Some(98), 5000, 5008 + 624),
+            (Some(4700), 5000, 5008 + 5008),
+            (Some(1), 9, 16 + 16),
+        ] {
+            let bytes = cache_bytes(&window(sliding), Dtype::Float16, max_seq_len, 512);
+            assert_eq!(bytes, positions * row + tables(max_seq_len), "window {sliding:?} of {max_seq_len}");
+        }
+    }
+
+    #[test]
+    fn heads_without_room_are_named() {
+        let error = |changes| check(&config(changes)).unwrap_err().to_string();
+        assert!(check(&config(json!({ "head_dim": 256 }))).is_ok());
+        assert!(check(&config(json!({ "num_key_value_heads": 1 }))).is_ok(), "32 queries to a key");
+        for head_dim in [264, 512, 100] {
+            let found = error(json!({ "head_dim": head_dim }));
+            assert!(found.contains(&format!("head_dim is {head_dim}, multiples of 8 up to 256")), "{found}");
+        }
+        let found = error(json!({ "num_attention_heads": 33, "num_key_value_heads": 1, "head_dim": 128 }));
+        assert!(found.contains("num_attention_heads is 33 with num_key_value_heads 1, up to 32"), "{found}");
+    }
+
+    /// The sizes of `attend.cuh`: queries in fours, and results for each query of each warp.
+    #[test]
+    fn shared_memory_is_what_the_kernel_uses() {
+        assert_eq!(shared_bytes(1, 128), 4 * (6 * 128 + 8 * 130));
+        assert_eq!(shared_bytes(4, 128), 4 * (6 * 128 + 8 * 4 * 130));
+        assert_eq!(shared_bytes(5, 64), 4 * (10 * 64 + 8 * 3 * 66));
+        assert_eq!(shared_bytes(7, 256), 4 * (10 * 256 + 8 * 4 * 258));
+        // Three sets of two warps; two warps have nothing to do.
+        assert_eq!(shared_bytes(12, 64), 4 * (14 * 64 + 6 * 4 * 66));
+        assert_eq!(shared_bytes(32, 128), 4 * (34 * 128 + 8 * 4 * 130));
+    }
+}

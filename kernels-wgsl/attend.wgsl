@@ -1,14 +1,16 @@
-// attend: out[t, head] = Σ_s softmax_s(q[t, head] · keys[s, kv] / sqrt(head_dim)) · values[s, kv]
+// attend: out[t, head] = Σ_s softmax_s(cap(factor · q[t, head] · keys[s mod capacity, kv])) · values[s mod capacity, kv]
 //         over the positions s ≤ position + t, at most `window` of the latest; kv = head · num_kv_heads / num_heads
 //
 // q       f32 [tokens, num_heads · head_dim]
-// keys    f32 [max_seq_len, num_kv_heads · head_dim]
-// values  f32 [max_seq_len, num_kv_heads · head_dim]
+// keys    f32 [capacity, num_kv_heads · head_dim]
+// values  f32 [capacity, num_kv_heads · head_dim]
 // out     f32 [tokens, num_heads · head_dim], overwritten
 //
 // One group per head and token. Positions come in tiles of 256: a thread computes every 64th score of a
 // tile, then all threads add the tile's values, each to its own features, rescaling what they have by the
 // new maximum. head_dim ≤ 256.
+// factor = scale · (1 + beta · ln(1 + ⌊(position + t) / original⌋)), and cap(s) = softcap · tanh(s / softcap), or s if
+// softcap is 0. The positions that are seen are all in the cache.
 // groups (num_heads, tokens)
 
 struct Parameters {
@@ -17,6 +19,11 @@ struct Parameters {
     head_dim: u32,
     position: u32, // of the first token
     window: u32,
+    capacity: u32,
+    scale: f32,
+    softcap: f32,
+    beta: f32,
+    original: u32,
 }
 
 @group(0) @binding(0) var<storage, read> q: array<f32>;
@@ -36,8 +43,9 @@ fn attend(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
     let kv = group.x / (p.num_heads / p.num_kv_heads);
     let stride = p.num_kv_heads * p.head_dim;
     let row = (group.y * p.num_heads + group.x) * p.head_dim;
-    let scale = 1.0 / sqrt(f32(p.head_dim));
-    let end = p.position + group.y + 1u;
+    let position = p.position + group.y;
+    let factor = p.scale * (1.0 + p.beta * log(1.0 + f32(position / p.original)));
+    let end = position + 1u;
     let start = end - min(end, p.window);
     var largest = -3.0e38;
     var total = 0.0;
@@ -45,12 +53,16 @@ fn attend(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
     for (var tile = start; tile < end; tile += TILE) {
         let length = min(end - tile, TILE);
         for (var i = thread; i < length; i += THREADS) {
-            let key = (tile + i) * stride + kv * p.head_dim;
+            let key = (tile + i) % p.capacity * stride + kv * p.head_dim;
             var score = 0.0;
             for (var j = 0u; j < p.head_dim; j++) {
                 score += q[row + j] * keys[key + j];
             }
-            scores[i] = score * scale;
+            score *= factor;
+            if p.softcap > 0.0 {
+                score = capped(score, p.softcap);
+            }
+            scores[i] = score;
         }
         workgroupBarrier();
 
@@ -67,7 +79,7 @@ fn attend(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
         for (var i = 0u; i < length; i++) {
             let share = exp(scores[i] - largest);
             total += share;
-            let value = (tile + i) * stride + kv * p.head_dim;
+            let value = (tile + i) % p.capacity * stride + kv * p.head_dim;
             for (var f = 0u; f < FEATURES; f++) {
                 let j = thread + f * THREADS;
                 if j < p.head_dim {

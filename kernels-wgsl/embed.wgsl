@@ -1,4 +1,4 @@
-// embed: h[t] = values[ids[first + t]], NaN where the table has no such row
+// embed: h[t] = scale · values[ids[first + t]], NaN where the table has no such row
 //
 // ids     u32
 // values  VALUES [rows, features], the rows from first_row on
@@ -17,6 +17,7 @@ struct Parameters {
     first_row: u32, // of this block in the table
     first: u32, // of the ids
     table_rows: u32, // of all blocks
+    scale: f32,
 }
 
 @group(0) @binding(0) var<storage, read> ids: array<u32>;
@@ -39,6 +40,6 @@ fn embed(@builtin(global_invocation_id) id: vec3<u32>) {
     let row = token - p.first_row;
     if row < p.rows {
         let i = row * p.features + id.x;
-        h[to] = bitcast<u32>(number(values[slot(i, VALUES)], i, VALUES));
+        h[to] = bitcast<u32>(p.scale * number(values[slot(i, VALUES)], i, VALUES));
     }
 }

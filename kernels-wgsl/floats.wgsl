@@ -21,3 +21,9 @@ fn number(word: u32, i: u32, kind: u32) -> f32 {
     }
     return unpack2x16float(half).x;
 }
+
+// cap · tanh(x / cap), by an exponential that cannot overflow.
+fn capped(x: f32, cap: f32) -> f32 {
+    let e = exp(-2.0 * abs(x / cap));
+    return sign(x) * cap * ((1.0 - e) / (1.0 + e));
+}

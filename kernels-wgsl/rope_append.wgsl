@@ -1,14 +1,14 @@
 // rope_append: q[t, head] = rotate(queries of qkv[t], position + t), the same for keys, and
-//              keys[position + t] = rotated keys, values[position + t] = values of qkv[t]
+//              keys[(position + t) mod capacity] = rotated keys, values[likewise] = values of qkv[t]
 //
 // qkv     f32 [tokens, (num_heads + 2 · num_kv_heads) · head_dim]
-// angles  f32 [max_seq_len, head_dim / 2, 2], cosine and sine
+// angles  f32 [max_seq_len, head_dim / 2, 2], cosine and sine; anything if rotates is 0
 // q       f32 [tokens, num_heads · head_dim], overwritten
-// keys    f32 [max_seq_len, num_kv_heads · head_dim], tokens rows of it overwritten
-// values  f32 [max_seq_len, num_kv_heads · head_dim], tokens rows of it overwritten
+// keys    f32 [capacity, num_kv_heads · head_dim], tokens rows of it overwritten
+// values  f32 [capacity, num_kv_heads · head_dim], tokens rows of it overwritten
 //
 // One thread per pair (i, i + head_dim / 2) of any head and token: (a, b) becomes
-// (a · cos − b · sin, b · cos + a · sin). head_dim is even.
+// (a · cos − b · sin, b · cos + a · sin), or stays if rotates is 0. head_dim is even, tokens ≤ capacity.
 // groups (pairs of one token / 64 rounded up, tokens)
 
 struct Parameters {
@@ -16,6 +16,8 @@ struct Parameters {
     num_kv_heads: u32,
     head_dim: u32,
     position: u32, // of the first token
+    capacity: u32,
+    rotates: u32,
 }
 
 @group(0) @binding(0) var<storage, read> qkv: array<f32>;
@@ -38,7 +40,11 @@ fn rope_append(@builtin(global_invocation_id) id: vec3<u32>) {
     let a = qkv[start];
     let b = qkv[start + pairs];
     let position = p.position + id.y;
-    let angle = angles[position * pairs + i];
+    let slot = position % p.capacity;
+    var angle = vec2<f32>(1.0, 0.0);
+    if p.rotates == 1u {
+        angle = angles[position * pairs + i];
+    }
     let first = a * angle.x - b * angle.y;
     let second = b * angle.x + a * angle.y;
     if head < p.num_heads {
@@ -46,11 +52,11 @@ fn rope_append(@builtin(global_invocation_id) id: vec3<u32>) {
         q[to] = first;
         q[to + pairs] = second;
     } else if head < p.num_heads + p.num_kv_heads {
-        let to = (position * p.num_kv_heads + head - p.num_heads) * p.head_dim + i;
+        let to = (slot * p.num_kv_heads + head - p.num_heads) * p.head_dim + i;
         keys[to] = first;
         keys[to + pairs] = second;
     } else {
-        let to = (position * p.num_kv_heads + head - p.num_heads - p.num_kv_heads) * p.head_dim + i;
+        let to = (slot * p.num_kv_heads + head - p.num_heads - p.num_kv_heads) * p.head_dim + i;
         values[to] = a;
         values[to + pairs] = b;
     }

@@ -22,6 +22,7 @@ mod decode;
 mod families;
 mod gemv;
 mod misuse;
+mod operations;
 mod record;
 mod recording;
 mod reference;
@@ -122,6 +123,14 @@ on_every_backend! {
     decode::sliding_window,
     decode::rotation_far_out,
     decode::time_passes,
+    operations::embedding_scale,
+    operations::gates,
+    operations::norms_of_queries_and_keys,
+    operations::norms_behind_a_branch,
+    operations::caps_of_logits,
+    operations::attention_by_layer,
+    operations::any_shape,
+    operations::any_attention,
     sampling::greedy,
     sampling::draws_decide,
     sampling::awkward_logits,

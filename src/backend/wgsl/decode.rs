@@ -2,39 +2,57 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::kernels::{ARGMAX, ATTEND, RMS_NORM, ROPE_APPEND, SWIGLU};
+use super::kernels::{ADD_NORM, ARGMAX, ATTEND, GATED, NORM_QK, RMS_NORM, ROPE_APPEND, SOFTCAP};
 use super::matrix::{Matrix, ROWS, words};
-use super::{Vector, Wgpu, scratch};
-use crate::backend::{DecodeBackend, Feed, GemvBackend, Input, Norm, Product, ensure_room};
-use crate::config::{Attention, ModelConfig};
+use super::{MAX_TOKENS, Vector, Wgpu, scratch};
+use crate::backend::{DecodeBackend, Feed, GemvBackend, Input, Norm, Product, cached_positions, ensure_room};
+use crate::config::{Activation, Attention, LayerConfig, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// The widest head that `attend.wgsl` takes.
 const MAX_HEAD_DIM: usize = 256;
 
+/// Groups that cap logits, at most: a grid has no more than 65,535 of them, and logits may be more than their threads.
+const MAX_SOFTCAP_GROUPS: usize = 4096;
+
 /// One text in the making.
 #[derive(Debug)]
 pub struct Sequence {
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    window: usize,
     vocab_size: usize,
     max_seq_len: usize,
     layers: Vec<Cache>,
-    angles: wgpu::Buffer, // cosine and sine, [max_seq_len, head_dim / 2, 2]
-    tokens: wgpu::Buffer, // sampled, u32 [max_seq_len + 1]
+    angles: Vec<wgpu::Buffer>, // of every RoPE: cosine and sine, [max_seq_len, head_dim / 2, 2]
+    tokens: wgpu::Buffer,      // sampled, u32 [max_seq_len + 1]
     len: usize,
     sampled: usize,
     sampling: Sampling,
     draws: Vec<f32>,
 }
 
-/// Keys and values of one layer, each `[max_seq_len, num_kv_heads · head_dim]`.
+/// The attention of one layer and what it remembers: the latest `capacity` tokens, each at its position modulo that.
 #[derive(Debug)]
 struct Cache {
-    keys: wgpu::Buffer,
-    values: wgpu::Buffer,
+    attention: Attention,
+    capacity: usize,
+    keys: wgpu::Buffer,   // [capacity, num_kv_heads · head_dim]
+    values: wgpu::Buffer, // likewise
+}
+
+impl Wgpu {
+    fn cache(&self, layer: &LayerConfig, max_seq_len: usize) -> Result<Cache> {
+        let attention = layer.attention().clone();
+        let Attention { num_kv_heads, head_dim, .. } = attention;
+        ensure!(
+            head_dim <= MAX_HEAD_DIM,
+            "heads are {head_dim} wide, {} allows {MAX_HEAD_DIM}, use --device cpu",
+            self.gpu.info.id
+        );
+        let capacity = cached_positions(&attention, max_seq_len, MAX_TOKENS);
+        let zeros = || self.gpu.zeros(4 * capacity * num_kv_heads * head_dim);
+        let [keys, values] = [zeros(), zeros()]
+            .map(|zeros| zeros.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer")));
+        Ok(Cache { attention, capacity, keys: keys?, values: values? })
+    }
 }
 
 impl DecodeBackend for Wgpu {
@@ -43,24 +61,12 @@ impl DecodeBackend for Wgpu {
     type Graph = ();
 
     fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
-        let Attention { num_heads, num_kv_heads, head_dim, window, .. } = *config.layers[0].attention();
-        ensure!(
-            head_dim <= MAX_HEAD_DIM,
-            "heads are {head_dim} wide, {} allows {MAX_HEAD_DIM}, use --device cpu",
-            self.gpu.info.id
-        );
-        let bytes = 4 * max_seq_len * num_kv_heads * head_dim;
-        let cache = |_| Ok(Cache { keys: self.gpu.zeros(bytes)?, values: self.gpu.zeros(bytes)? });
-        let layers = (0..config.layers.len()).map(cache).collect::<Result<_>>();
+        let angles = config.ropes.iter().map(|rope| self.gpu.upload(bytemuck::cast_slice(&rope.table(max_seq_len))));
         Ok(Sequence {
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            window: window.unwrap_or(max_seq_len),
             vocab_size: config.vocab_size,
             max_seq_len,
-            layers: layers.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer"))?,
-            angles: self.gpu.upload(bytemuck::cast_slice(&config.ropes[0].table(max_seq_len)))?,
+            layers: config.layers.iter().map(|layer| self.cache(layer, max_seq_len)).collect::<Result<_>>()?,
+            angles: angles.collect::<Result<_>>()?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
             len: 0,
             sampled: 0,
@@ -77,16 +83,16 @@ impl DecodeBackend for Wgpu {
         Ok(())
     }
 
-    fn embed(&self, sequence: &Sequence, table: &Matrix, _scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
+    fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
         match input {
             Input::Prompt(tokens) => {
                 let ids = scratch(&self.gpu, &self.scratch.ids, tokens.len())?;
                 self.gpu.write(tokens, &ids, 0);
-                table.embed(&self.gpu, &ids, 0, &h.0, tokens.len())
+                table.embed(&self.gpu, scale, &ids, 0, &h.0, tokens.len())
             }
             Input::Sampled => {
                 let last = sequence.sampled.checked_sub(1).context("a token was read before it was sampled")?;
-                table.embed(&self.gpu, &sequence.tokens, last, &h.0, 1)
+                table.embed(&self.gpu, scale, &sequence.tokens, last, &h.0, 1)
             }
         }
     }
@@ -101,24 +107,45 @@ impl DecodeBackend for Wgpu {
                 self.gpu.dispatch(&RMS_NORM, &[], &[&norm.gamma.0, &x.0, &made], &parameters, [tokens, 1]);
                 self.product(matrix, plan, &made, &y.0, tokens, add)
             }
-            Feed::Gated(_) => {
+            Feed::Gated(activation) => {
                 let (made, groups) = (made()?, [matrix.in_features.div_ceil(ROWS), tokens]);
-                self.gpu.dispatch(&SWIGLU, &[], &[&x.0, &made], &words(&[matrix.in_features]), groups);
+                let activation = match activation {
+                    Activation::Silu => 0,
+                    Activation::GeluTanh => 1,
+                };
+                self.gpu.dispatch(&GATED, &[], &[&x.0, &made], &words(&[matrix.in_features, activation]), groups);
                 self.product(matrix, plan, &made, &y.0, tokens, add)
             }
         }
     }
 
-    fn norm_qk(&self, _: &Sequence, _: usize, _: [&Norm<Vector>; 2], _: &mut Vector, _: usize) -> Result<()> {
-        anyhow::bail!("norms of queries and keys")
+    fn norm_qk(
+        &self,
+        sequence: &Sequence,
+        layer: usize,
+        [query, key]: [&Norm<Vector>; 2],
+        qkv: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = sequence.layers[layer].attention;
+        let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let mut parameters = words(&[queries, keys, query.len, key.len]);
+        parameters.extend([query.eps.to_bits(), key.eps.to_bits()]);
+        let buffers = [&query.gamma.0, &key.gamma.0, &qkv.0];
+        self.gpu.dispatch(&NORM_QK, &[], &buffers, &parameters, [queries / query.len + keys / key.len, tokens]);
+        Ok(())
     }
 
-    fn add_norm(&self, _: &Norm<Vector>, _: &Vector, _: &mut Vector, _: usize) -> Result<()> {
-        anyhow::bail!("norms behind a branch")
+    fn add_norm(&self, norm: &Norm<Vector>, branch: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
+        let parameters = [norm.len as u32, norm.eps.to_bits()];
+        self.gpu.dispatch(&ADD_NORM, &[], &[&norm.gamma.0, &branch.0, &h.0], &parameters, [tokens, 1]);
+        Ok(())
     }
 
-    fn softcap(&self, _: f32, _: &mut Vector, _: usize) -> Result<()> {
-        anyhow::bail!("soft caps")
+    fn softcap(&self, cap: f32, logits: &mut Vector, count: usize) -> Result<()> {
+        let groups = count.div_ceil(ROWS).min(MAX_SOFTCAP_GROUPS);
+        self.gpu.dispatch(&SOFTCAP, &[], &[&logits.0], &[count as u32, cap.to_bits()], [groups, 1]);
+        Ok(())
     }
 
     fn attend(
@@ -129,25 +156,26 @@ impl DecodeBackend for Wgpu {
         out: &mut Vector,
         tokens: usize,
     ) -> Result<()> {
-        let Sequence { num_heads, num_kv_heads, head_dim, .. } = *sequence;
         ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
-        let Cache { keys, values } = &sequence.layers[layer];
+        let Cache { attention, capacity, keys, values } = &sequence.layers[layer];
+        let Attention { num_heads, num_kv_heads, head_dim, rope, window, .. } = *attention;
         let q = scratch(&self.gpu, &self.scratch.q, tokens * num_heads * head_dim)?;
-        let pairs = (num_heads + 2 * num_kv_heads) * head_dim / 2;
+        // A layer that rotates nothing reads no angles, but a binding needs a buffer.
+        let angles = rope.map_or(&sequence.tokens, |rope| &sequence.angles[rope]);
+        let heads = [num_heads, num_kv_heads, head_dim, sequence.len];
+        let pairs = attention.qkv_rows() / 2;
         self.gpu.dispatch(
             &ROPE_APPEND,
             &[],
-            &[&qkv.0, &sequence.angles, &q, keys, values],
-            &words(&[num_heads, num_kv_heads, head_dim, sequence.len]),
+            &[&qkv.0, angles, &q, keys, values],
+            &words(&[&heads[..], &[*capacity, usize::from(rope.is_some())]].concat()),
             [pairs.div_ceil(ROWS), tokens],
         );
-        self.gpu.dispatch(
-            &ATTEND,
-            &[],
-            &[&q, keys, values, &out.0],
-            &words(&[num_heads, num_kv_heads, head_dim, sequence.len, sequence.window]),
-            [num_heads, tokens],
-        );
+        let mut parameters = words(&[&heads[..], &[window.unwrap_or(sequence.max_seq_len), *capacity]].concat());
+        parameters.extend([attention.scale, attention.softcap.unwrap_or(0.0)].map(|x| (x as f32).to_bits()));
+        let (beta, original) = attention.query_scaling.map_or((0.0, 1), |scaling| (scaling.beta, scaling.original));
+        parameters.extend([(beta as f32).to_bits(), original as u32]);
+        self.gpu.dispatch(&ATTEND, &[], &[&q, keys, values, &out.0], &parameters, [num_heads, tokens]);
         Ok(())
     }
 

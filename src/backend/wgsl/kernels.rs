@@ -44,10 +44,13 @@ kernels! {
     DEC_SELECT      "dec_select"   2     1      None,    4;
     DEC_APPLY       "dec_apply"    4     1      None,    7;
     RMS_NORM        "rms_norm"     2     1      None,    2;
-    EMBED           "embed"        2     1      None,    5;
-    ROPE_APPEND     "rope_append"  2     3      None,    4;
-    ATTEND          "attend"       3     1      None,    5;
-    SWIGLU          "swiglu"       1     1      None,    1;
+    EMBED           "embed"        2     1      None,    6;
+    NORM_QK         "norm_qk"      2     1      None,    6;
+    ROPE_APPEND     "rope_append"  2     3      None,    6;
+    ATTEND          "attend"       3     1      None,    10;
+    GATED           "gated"        1     1      None,    2;
+    ADD_NORM        "add_norm"     2     1      None,    2;
+    SOFTCAP         "softcap"      0     1      None,    2;
     ARGMAX          "argmax"       1     1      None,    2;
 }
 

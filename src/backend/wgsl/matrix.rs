@@ -187,10 +187,11 @@ impl Matrix {
         }
     }
 
-    /// Queues `h[t] = table[ids[first + t]]`, NaN where the table has no such row.
+    /// Queues `h[t] = scale · table[ids[first + t]]`, NaN where the table has no such row.
     pub(super) fn embed(
         &self,
         gpu: &Gpu,
+        scale: f32,
         ids: &wgpu::Buffer,
         first: usize,
         h: &wgpu::Buffer,
@@ -198,7 +199,8 @@ impl Matrix {
     ) -> Result<()> {
         ensure!(std::ptr::eq(self.kernel, &GEMV_DENSE), "the embedding is quantized, a dense one is expected");
         for block in &self.blocks {
-            let parameters = words(&[self.in_features, block.rows, block.first_row, first, self.out_features]);
+            let mut parameters = words(&[self.in_features, block.rows, block.first_row, first, self.out_features]);
+            parameters.push(scale.to_bits());
             let groups = [self.in_features.div_ceil(ROWS), tokens];
             gpu.dispatch(&EMBED, &self.overrides, &[ids, &block.tables[0], h], &parameters, groups);
         }

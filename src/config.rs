@@ -13,7 +13,6 @@ use std::fmt;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use crate::format::Floats;
 use crate::weights::ModelWeights;
 
 pub use families::Family;
@@ -82,8 +81,9 @@ pub struct ModelConfig {
     pub ropes: Vec<Rope>,
     /// The projections that have a bias in every layer.
     pub biased: Vec<Projection>,
-    /// What the embedding is multiplied by.
-    pub embedding_scale: EmbeddingScale,
+    /// What the embedding is multiplied by (Granite, and Gemma, whose `√hidden_size` transformers rounds to the type that
+    /// it computes in: here that is f32, whatever the weights are stored in).
+    pub embedding_scale: f64,
     /// What layers add to the residual stream is multiplied by this (Granite).
     ///
     /// No operation does it: the stream is kept divided by it, so that the embedding is multiplied by
@@ -102,15 +102,6 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,
-}
-
-/// What the embedding is multiplied by.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum EmbeddingScale {
-    /// This number.
-    By(f64),
-    /// `√hidden_size`, rounded to the type in which the embedding is stored (Gemma).
-    RootOfHidden,
 }
 
 impl ModelConfig {
@@ -168,19 +159,52 @@ impl ModelConfig {
         }
     }
 
-    /// What rows of the embedding, which is stored as `values`, are multiplied by on their way into the residual stream.
-    pub(crate) fn embedding_factor(&self, values: &Floats<'_>) -> f32 {
-        let scale = match self.embedding_scale {
-            EmbeddingScale::By(factor) => factor,
-            EmbeddingScale::RootOfHidden => f64::from(values.rounded((self.hidden_size as f64).sqrt() as f32)),
-        };
-        (scale / self.residual_multiplier) as f32
+    /// What rows of the embedding are multiplied by on their way into the residual stream.
+    pub(crate) fn embedding_factor(&self) -> f32 {
+        (self.embedding_scale / self.residual_multiplier) as f32
     }
 
     /// γ of the last norm with [`ModelConfig::logit_scale`] in it.
     pub(crate) fn final_gamma(&self, weights: &dyn ModelWeights) -> Result<Vec<f32>> {
         let scale = self.logit_scale as f32;
         Ok(weights.final_norm()?.into_iter().map(|gamma| gamma * scale).collect())
+    }
+
+    /// For each of a projection's rows as it is kept, the row as it is stored; `None` where none moves. Only rows of
+    /// queries and keys do, within their heads, and biases with them. A source that pairs channels in its own way says
+    /// how in `pairing`.
+    pub(crate) fn row_order(
+        &self,
+        layer: usize,
+        projection: Projection,
+        pairing: Option<Pairing>,
+    ) -> Option<Vec<usize>> {
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = *self.layers[layer].attention();
+        let head = self.head_order(layer, pairing).filter(|_| projection == Projection::Qkv)?;
+        let turning = num_heads + num_kv_heads;
+        let values = turning * head_dim..(turning + num_kv_heads) * head_dim;
+        Some((0..turning).flat_map(|i| head.iter().map(move |row| i * head_dim + row)).chain(values).collect())
+    }
+
+    /// γ of a norm, of a layer or the last, from the numbers that transformers stores: one more where the family
+    /// multiplies by `1 + w`, and in the order in which rows of queries and keys are kept.
+    pub(crate) fn stored_gamma(&self, norm: Option<(usize, LayerNorm)>, mut stored: Vec<f32>) -> Vec<f32> {
+        if self.family.unit_offset {
+            stored.iter_mut().for_each(|w| *w += 1.0);
+        }
+        let order = match norm {
+            Some((layer, LayerNorm::Query | LayerNorm::Key)) => self.head_order(layer, None),
+            _ => None,
+        };
+        let Some(head) = order else { return stored };
+        stored.chunks_exact(head.len()).flat_map(|gamma| head.iter().map(|&i| gamma[i])).collect()
+    }
+
+    /// For each channel of a head of queries or keys as it is kept, the channel as it is stored.
+    fn head_order(&self, layer: usize, pairing: Option<Pairing>) -> Option<Vec<usize>> {
+        let rope = self.layers[layer].attention().rope.or(pairing.map(|_| 0));
+        let rope = self.ropes.get(rope?)?;
+        Rope { pairing: pairing.unwrap_or(rope.pairing), ..rope.clone() }.order()
     }
 
     /// Checks what no single field shows.

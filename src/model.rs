@@ -100,7 +100,7 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
         let config = weights.config().clone();
         let table = |dense: Dense<'_>| backend.matrix(&Linear::plain(Weight::Dense(dense)));
         let stored = weights.embedding()?;
-        let embedding_scale = config.embedding_factor(&stored.values);
+        let embedding_scale = config.embedding_factor();
         let embedding = table(stored)?;
         let head = match head {
             Some(head) => {

@@ -1,14 +1,16 @@
 //! The fields of a `config.json`, each checked as it is read.
 
+mod rope;
+
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{
-    Activation, Attention, EmbeddingScale, Family, FeedForward, LayerConfig, ModelConfig, Pairing, Rope, RopeScaling,
-};
+use super::{Activation, Attention, Family, FeedForward, LayerConfig, ModelConfig, Projection, Rope};
 use crate::files;
+
+pub(super) use rope::{Kind, RopeRules};
 
 /// No dimension of a model is larger; products of two of them fit 64 bits.
 const LARGEST: u64 = 1 << 24;
@@ -66,6 +68,12 @@ impl<'a> Fields<'a> {
         number.map(Some).with_context(|| format!("{key} is {value}, a number above 0 is expected"))
     }
 
+    /// A number of either sign.
+    pub(super) fn number(self, key: &str) -> Result<Option<f64>> {
+        let value = self.present(key);
+        value.map(|v| v.as_f64().with_context(|| format!("{key} is {v}, a number is expected"))).transpose()
+    }
+
     pub(super) fn optional_dimension(self, key: &str) -> Result<Option<usize>> {
         let Some(n) = self.integer(key)? else { return Ok(None) };
         ensure!((1..=LARGEST).contains(&n), "{key} is {n}, 1 to {LARGEST} is expected");
@@ -83,9 +91,9 @@ impl<'a> Fields<'a> {
         Ok(layers)
     }
 
-    /// Width of a head; where it is not said, the class's own, or that of `hidden_size` divided among the heads.
-    pub(super) fn head_dim(self, default: Option<usize>) -> Result<usize> {
-        if let Some(head_dim) = self.optional_dimension("head_dim")?.or(default) {
+    /// Width of a head; where it is not said, that of `hidden_size` divided among the heads.
+    pub(super) fn head_dim(self) -> Result<usize> {
+        if let Some(head_dim) = self.optional_dimension("head_dim")? {
             return Ok(head_dim);
         }
         let (hidden, heads) = (self.dimension("hidden_size")?, self.dimension("num_attention_heads")?);
@@ -141,6 +149,30 @@ impl<'a> Fields<'a> {
         Ok(FeedForward::Dense { intermediate_size: self.dimension("intermediate_size")?, activation: expected })
     }
 
+    /// These projections if `key` is true, none otherwise.
+    pub(super) fn biased(self, key: &str, projections: &[Projection]) -> Result<Vec<Projection>> {
+        Ok(if self.boolean(key)?.unwrap_or(false) { projections.to_vec() } else { Vec::new() })
+    }
+
+    /// Refuses attention that looks ahead.
+    pub(super) fn ensure_causal(self) -> Result<()> {
+        let ahead = self.boolean("use_bidirectional_attention")?.unwrap_or(false);
+        ensure!(!ahead, "use_bidirectional_attention is true, only false is supported: tokens see none after them");
+        Ok(())
+    }
+
+    /// The longest text that a model with these rotations is meant for. YaRN's recipes often leave
+    /// `max_position_embeddings` at what it was before frequencies were stretched.
+    fn context(self, ropes: &[Rope]) -> Result<usize> {
+        let said = self.dimension("max_position_embeddings")?;
+        let stretched = ropes.iter().filter_map(rope::stretched).fold(0.0, f64::max);
+        ensure!(
+            stretched <= LARGEST as f64,
+            "factor times original_max_position_embeddings is {stretched}, {LARGEST} tokens at most are expected"
+        );
+        Ok(said.max(stretched as usize))
+    }
+
     /// A model of these layers; what a family does differently it changes afterwards.
     pub(super) fn model(
         self,
@@ -150,118 +182,24 @@ impl<'a> Fields<'a> {
     ) -> Result<ModelConfig> {
         Ok(ModelConfig {
             family,
-            json: self.json.clone(),
+            json: Value::Null,
             hidden_size: self.dimension("hidden_size")?,
             vocab_size: self.dimension("vocab_size")?,
             rms_norm_eps: self.positive("rms_norm_eps")?.context("rms_norm_eps is missing")? as f32,
+            max_position_embeddings: self.context(&ropes)?,
             layers,
             ropes,
             biased: Vec::new(),
-            embedding_scale: EmbeddingScale::By(1.0),
+            embedding_scale: 1.0,
             residual_multiplier: 1.0,
             logit_scale: 1.0,
             logit_softcap: None,
-            max_position_embeddings: self.dimension("max_position_embeddings")?,
             tie_word_embeddings: self.boolean("tie_word_embeddings")?.unwrap_or(false),
             bos_token_id: token_ids(self.json, "bos_token_id")?.first().copied(),
             eos_token_ids: token_ids(self.json, "eos_token_id")?,
         })
     }
-
-    /// How the heads of a model with one rotation turn. What is said twice must be the same.
-    pub(super) fn rope(self, head_dim: usize) -> Result<Rope> {
-        let mut thetas = vec![self.positive("rope_theta")?];
-        let mut scalings = Vec::new();
-        let objects = ROPE_OBJECTS.into_iter().filter_map(|name| Some((name, self.present(name)?)));
-        for (name, object) in objects {
-            let fields =
-                object.as_object().with_context(|| format!("{name} is {object}, an object or null is expected"))?;
-            if fields.is_empty() {
-                continue;
-            }
-            thetas.push(Fields::new(object).positive("rope_theta")?);
-            scalings.push(Fields::new(object).rope_scaling().with_context(|| name)?);
-        }
-        let thetas: Vec<f64> = thetas.into_iter().flatten().collect();
-        let theta = thetas.first().copied().unwrap_or(10_000.0);
-        if let Some(other) = thetas.iter().find(|&&other| other != theta) {
-            bail!("rope_theta is {theta} in one place and {other} in another, leave one out");
-        }
-        if let [one, other] = &scalings[..] {
-            ensure!(one == other, "rope_parameters is {one:?}, but rope_scaling is {other:?}, leave one out");
-        }
-        let rotated = self.positive("partial_rotary_factor")?.unwrap_or(1.0);
-        ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
-        let scaling = scalings.into_iter().next().unwrap_or(RopeScaling::None);
-        Ok(Rope { head_dim, rotary_dim: head_dim, pairing: Pairing::Halves, theta, scaling })
-    }
-
-    /// How one object says that frequencies are scaled.
-    fn rope_scaling(self) -> Result<RopeScaling> {
-        let rotated = self.positive("partial_rotary_factor")?.unwrap_or(1.0);
-        ensure!(rotated == 1.0, "partial_rotary_factor is {rotated}, only 1 is supported");
-        let number = |key: &str| self.positive(key)?.with_context(|| format!("the RoPE scaling has no {key}"));
-        let kind = self.rope_type()?;
-        let scaling = match kind {
-            "default" => RopeScaling::None,
-            "linear" => match number("factor")? {
-                1.0 => RopeScaling::None,
-                factor => RopeScaling::Linear { factor },
-            },
-            "llama3" => {
-                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
-                ensure!(low < high, "low_freq_factor {low} is not below high_freq_factor {high}");
-                RopeScaling::Llama3 {
-                    factor: number("factor")?,
-                    low_freq_factor: low,
-                    high_freq_factor: high,
-                    original_max_position_embeddings: number("original_max_position_embeddings")?,
-                }
-            }
-            other => bail!("RoPE type {other:?} is unknown, default, linear or llama3 is expected"),
-        };
-        let fields = self.json.as_object().into_iter().flatten();
-        let mut unknown = fields.filter(|(key, value)| !value.is_null() && !ROPE_KEYS.contains(&key.as_str()));
-        if let Some((key, value)) = unknown.next() {
-            bail!(
-                "{key} is {value}, which is not known for the RoPE type {kind:?}: leave it out if it changes nothing"
-            );
-        }
-        Ok(scaling)
-    }
-
-    /// The type of scaling, under the newer name or the older one. Versions of transformers differ in which of them
-    /// counts.
-    fn rope_type(self) -> Result<&'a str> {
-        let plain = |key: &String| matches!(key.as_str(), "rope_theta" | "partial_rotary_factor");
-        match (self.text("rope_type")?, self.text("type")?) {
-            (Some(new), Some(old)) if new != old => {
-                bail!("rope_type is {new:?}, but type is {old:?}, leave one out")
-            }
-            (Some(kind), _) | (None, Some(kind)) => Ok(kind),
-            (None, None) if self.json.as_object().is_some_and(|object| object.keys().all(plain)) => Ok("default"),
-            (None, None) => {
-                bail!("the RoPE scaling {} has no rope_type, default, linear or llama3 is expected", self.json)
-            }
-        }
-    }
 }
-
-/// Where RoPE's constants are: in objects of the newer and the older spelling, either or both.
-const ROPE_OBJECTS: [&str; 2] = ["rope_parameters", "rope_scaling"];
-
-/// What may stand in such an object. Others change what a type computes, or belong to types that are refused.
-const ROPE_KEYS: [&str; 9] = [
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "finetuned",
-];
 
 /// One id, a list of them, or none.
 pub(crate) fn token_ids(json: &Value, key: &str) -> Result<Vec<u32>> {

@@ -125,12 +125,15 @@ impl<'a> Floats<'a> {
         }
     }
 
-    /// `value`, rounded to the type of these numbers.
-    pub(crate) fn rounded(&self, value: f32) -> f32 {
+    /// A matrix's rows of `columns` numbers, in another order: `order` has for each row the one that comes there.
+    pub(crate) fn rows_in_order(&self, columns: usize, order: &[usize]) -> Floats<'static> {
+        fn moved<T: Copy>(values: &[T], columns: usize, order: &[usize]) -> Cow<'static, [T]> {
+            order.iter().flat_map(|row| &values[row * columns..(row + 1) * columns]).copied().collect()
+        }
         match self {
-            Self::F16(_) => f16::from_f32(value).to_f32(),
-            Self::Bf16(_) => bf16::from_f32(value).to_f32(),
-            Self::F32(_) => value,
+            Self::F16(v) => Floats::F16(moved(v, columns, order)),
+            Self::Bf16(v) => Floats::Bf16(moved(v, columns, order)),
+            Self::F32(v) => Floats::F32(moved(v, columns, order)),
         }
     }
 

@@ -31,7 +31,7 @@ impl Activations {
     /// # Errors
     /// An id that the model does not have.
     pub(crate) fn embed(config: &ModelConfig, embedding: &Dense<'_>, ids: &[u32], tokens: usize) -> Result<Self> {
-        let factor = config.embedding_factor(&embedding.values);
+        let factor = config.embedding_factor();
         let hidden = embedding.in_features;
         let mut h = vec![0.0; ids.len() * hidden];
         for (&id, h) in ids.iter().zip(h.chunks_exact_mut(hidden)) {

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
+use super::{EMBEDDING, HEAD};
 use crate::config::read_json;
 use crate::format::Floats;
 use crate::mapped::Mapped;
@@ -56,13 +57,34 @@ impl Shards {
     }
 
     pub(super) fn find(&self, name: &str) -> Result<Tensor<'_>> {
-        let (name, &file) = self.names.get_key_value(name).with_context(|| format!("tensor {name} is missing"))?;
+        let (name, &file) = self.stored(name).with_context(|| format!("tensor {name} is missing"))?;
         self.files[file].tensor(name)
     }
 
     pub(super) fn contains(&self, name: &str) -> bool {
-        self.names.contains_key(name)
+        self.stored(name).is_some()
     }
+
+    /// A tensor as the files name it, and which of them has it.
+    fn stored(&self, name: &str) -> Option<(&String, &usize)> {
+        spellings(name).find_map(|name| self.names.get_key_value(&name))
+    }
+
+    /// True if there is a head of other numbers than the embedding's, which then counts, whatever the configuration
+    /// says of it.
+    pub(super) fn has_own_head(&self) -> Result<bool> {
+        if !self.contains(HEAD) {
+            return Ok(false);
+        }
+        let (head, embedding) = (self.find(HEAD)?, self.find(EMBEDDING)?);
+        Ok((head.dtype, head.shape, head.bytes) != (embedding.dtype, embedding.shape, embedding.bytes))
+    }
+}
+
+/// What a tensor may be called: the decoder of a model that sees images is a part among others.
+fn spellings(name: &str) -> impl Iterator<Item = String> {
+    let inside = name.strip_prefix("model.").map(|rest| format!("model.language_model.{rest}"));
+    [Some(name.to_owned()), Some(format!("language_model.{name}")), inside].into_iter().flatten()
 }
 
 /// The safetensors files of the model: one of the usual name, those of the index, or the only one that there is.

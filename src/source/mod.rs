@@ -18,7 +18,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use self::modules::{Part, parts};
 use crate::config::{LayerNorm, ModelConfig, Projection, read_json};
@@ -33,7 +33,6 @@ pub(crate) use self::modules::stored_modules;
 pub struct Source {
     tensors: Tensors,
     config: ModelConfig,
-    config_json: Value,
     texts: TextFiles,
 }
 
@@ -65,15 +64,22 @@ impl Source {
             let (config_json, texts) = (model.config_json()?, model.texts()?);
             (Tensors::Gguf(model), config_json, texts)
         };
-        let config = ModelConfig::from_json(&config_json)?;
-        let source = Self { tensors, config, config_json, texts };
+        let mut config = ModelConfig::from_json(&config_json)?;
+        if let Tensors::HuggingFace(shards) = &tensors
+            && config.tie_word_embeddings
+            && shards.has_own_head()?
+        {
+            config = config.with(json!({ "tie_word_embeddings": false }))?;
+        }
+        let source = Self { tensors, config, texts };
         source.check()?;
         Ok(source)
     }
 
-    /// The configuration in Hugging Face's spelling (made from the metadata of a GGUF).
+    /// The configuration in Hugging Face's spelling: of a model that sees images, the part about text; of a GGUF, made
+    /// from its metadata.
     pub fn config_json(&self) -> &Value {
-        &self.config_json
+        &self.config.json
     }
 
     /// Tokenizer, chat template, special tokens.
@@ -136,15 +142,33 @@ impl Source {
     }
 
     fn vector(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.tensors.read(name, &self.config)?.to_f32().into_owned())
+        Ok(self.tensors.read(name)?.to_f32().into_owned())
+    }
+
+    /// γ of a norm, of a layer or the last. A GGUF has it as it is multiplied by.
+    fn gamma(&self, name: &str, norm: Option<(usize, LayerNorm)>) -> Result<Vec<f32>> {
+        let stored = self.vector(name)?;
+        Ok(match self.tensors {
+            Tensors::HuggingFace(_) => self.config.stored_gamma(norm, stored),
+            Tensors::Gguf(_) => stored,
+        })
+    }
+
+    /// For each row of a projection as it is kept, the row as it is stored.
+    fn row_order(&self, layer: usize, projection: Projection) -> Option<Vec<usize>> {
+        let pairing = match &self.tensors {
+            Tensors::HuggingFace(_) => None,
+            Tensors::Gguf(model) => model.pairing(),
+        };
+        self.config.row_order(layer, projection, pairing)
     }
 
     fn matrix(&self, name: &str) -> Result<Dense<'_>> {
-        let values = self.tensors.read(name, &self.config)?;
+        let values = self.tensors.read(name)?;
         Ok(Dense { in_features: self.config.hidden_size, out_features: self.config.vocab_size, values })
     }
 
-    /// The biases of all parts; zeros where only some have one.
+    /// The biases of all parts, as they are stored; zeros where only some have one.
     fn bias(&self, parts: &[Part]) -> Result<Option<Vec<f32>>> {
         let mut bias = Vec::new();
         let mut found = false;
@@ -183,23 +207,25 @@ impl ModelWeights for Source {
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        self.vector(FINAL_NORM)
+        self.gamma(FINAL_NORM, None)
     }
 
     fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.vector(&norm_name(&self.config, layer, norm)?)
+        self.gamma(&norm_name(&self.config, layer, norm)?, Some((layer, norm)))
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
         let (in_features, out_features) = self.config.shape(layer, projection);
         let parts = self.parts(layer, projection);
-        let values = parts
-            .iter()
-            .map(|part| self.tensors.read(&part.tensor("weight"), &self.config))
-            .collect::<Result<Vec<_>>>()?;
-        let weight = Weight::Dense(Dense { in_features, out_features, values: concatenate(values) });
-        let bias = self.bias(&parts)?.map(Cow::Owned);
-        Ok(Linear { bias, ..Linear::plain(weight) })
+        let values = parts.iter().map(|part| self.tensors.read(&part.tensor("weight")));
+        let mut values = concatenate(values.collect::<Result<Vec<_>>>()?);
+        let mut bias = self.bias(&parts)?;
+        if let Some(order) = self.row_order(layer, projection) {
+            values = values.rows_in_order(in_features, &order);
+            bias = bias.map(|bias| order.iter().map(|&row| bias[row]).collect());
+        }
+        let weight = Weight::Dense(Dense { in_features, out_features, values });
+        Ok(Linear { bias: bias.map(Cow::Owned), ..Linear::plain(weight) })
     }
 
     fn bits(&self, _layer: usize) -> Option<u32> {
@@ -225,10 +251,10 @@ impl Tensors {
     }
 
     /// The numbers of a tensor, all of them finite.
-    fn read(&self, name: &str, config: &ModelConfig) -> Result<Floats<'_>> {
+    fn read(&self, name: &str) -> Result<Floats<'_>> {
         match self {
             Self::HuggingFace(shards) => shards.find(name)?.read(),
-            Self::Gguf(model) => model.read(name, config),
+            Self::Gguf(model) => model.read(name),
         }
     }
 }

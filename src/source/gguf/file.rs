@@ -179,6 +179,19 @@ impl File {
         Ok(first)
     }
 
+    /// A truth value for each of the `layers`; none if it is no list.
+    pub(super) fn booleans_of_layers(&self, key: &str, layers: u64) -> Result<Option<Vec<bool>>> {
+        const BOOL: u32 = 7;
+        let Some(&Value::Array { count, .. }) = self.metadata.get(key) else { return Ok(None) };
+        ensure!(count as u64 == layers, "{key} has {count} values, the model has {layers} layers");
+        let (_, mut cursor) = self.array(key, BOOL)?.with_context(|| format!("{key} is missing"))?;
+        let value = |_| match cursor.value(BOOL)? {
+            Value::Bool(value) => Ok(value),
+            other => bail!("{key} has {other}, true or false is expected"),
+        };
+        (0..count).map(value).collect::<Result<_>>().map(Some)
+    }
+
     /// A number of any type, or a truth value as 0 or 1; none if it is something else.
     pub(super) fn number(&self, key: &str) -> Option<f64> {
         match *self.metadata.get(key)? {

@@ -3,17 +3,17 @@
 mod blocks;
 mod configuration;
 mod file;
+mod rope;
 mod split;
 mod tokenizer;
 mod words;
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
-use crate::config::ModelConfig;
+use crate::config::{Family, LayerNorm, Pairing, Projection, families};
 use crate::format::Floats;
 use crate::tokenizer::TextFiles;
 use file::File;
@@ -23,6 +23,8 @@ use file::File;
 pub(super) struct Model {
     files: Vec<File>, // the first has the metadata
     architecture: String,
+    /// Whose names the tensors have; some architectures serve another one too.
+    family: &'static Family,
 }
 
 /// A tensor and where it is.
@@ -41,11 +43,13 @@ impl Model {
         }
         let architecture =
             files[0].text("general.architecture")?.context("general.architecture is missing")?.to_owned();
-        ensure!(
-            matches!(architecture.as_str(), "llama" | "phi3" | "qwen2"),
-            "general.architecture is {architecture:?}, llama, phi3 or qwen2 is expected"
-        );
-        let model = Self { files, architecture };
+        let Some(family) = Family::of_gguf(&architecture) else {
+            let known = families::ALL.iter().flat_map(|family| family.gguf.iter().copied()).collect::<Vec<_>>();
+            let lacks = families::lacking(&architecture);
+            let lacks = lacks.map(|lacks| format!(": the decoder lacks {lacks}")).unwrap_or_default();
+            bail!("general.architecture is {architecture:?}, {} is expected{lacks}", families::listed(&known));
+        };
+        let model = Self { files, architecture, family };
         model.ensure_dense()?;
         Ok(model)
     }
@@ -79,31 +83,26 @@ impl Model {
         Ok(Tensor { names: format!("{own} ({name})"), file, stored })
     }
 
-    /// The numbers of a tensor, all of them finite, q and k rows of Llama in their original order.
-    pub(super) fn read(&self, name: &str, config: &ModelConfig) -> Result<Floats<'_>> {
+    /// The numbers of a tensor, all of them finite.
+    pub(super) fn read(&self, name: &str) -> Result<Floats<'_>> {
         let tensor = self.find(name)?;
         let kind = tensor.stored.kind().with_context(|| format!("tensor {}", tensor.names))?;
         let values = kind.read(tensor.file.data(tensor.stored));
-        // In the order of the file, so that the place is the one in the file.
         values.ensure_tensor_is_finite(&tensor.names, tensor.stored.shape())?;
-        let permuted = self.architecture == "llama" && (name.contains(".q_proj.") || name.contains(".k_proj."));
-        if !permuted {
-            return Ok(values);
-        }
-        let (rows, head_dim) = (tensor.stored.shape()[0], config.layers[0].attention().head_dim);
-        ensure!(rows.is_multiple_of(head_dim), "tensor {name} has {rows} rows, whole heads are expected");
-        let columns = values.len() / rows;
-        Ok(match values {
-            Floats::F16(v) => Floats::F16(original_order(&v, columns, head_dim)),
-            Floats::Bf16(v) => Floats::Bf16(original_order(&v, columns, head_dim)),
-            Floats::F32(v) => Floats::F32(original_order(&v, columns, head_dim)),
-        })
+        Ok(values)
+    }
+
+    /// Which channels of a stored head turn together. llama.cpp's converter moves the rows of queries and keys of some
+    /// architectures so that neighbours do.
+    pub(super) fn pairing(&self) -> Option<Pairing> {
+        let moved = ["llama", "mistral3", "smollm3", "granite", "glm4"].contains(&self.architecture.as_str());
+        moved.then_some(Pairing::Neighbours)
     }
 
     /// Checks that there are no tensors but those `used`: one more, and the model computes something else.
     pub(super) fn ensure_nothing_else(&self, used: &[String]) -> Result<()> {
         let mut known: HashSet<String> = used.iter().filter_map(|name| self.own_name(name)).collect();
-        known.insert(configuration::ROPE_DIVISORS.to_owned());
+        known.extend(rope::TENSORS.map(str::to_owned));
         let other = self.files.iter().flat_map(File::names).filter(|&name| !known.contains(name)).min();
         if let Some(name) = other {
             bail!(
@@ -124,9 +123,9 @@ impl Model {
             _ => {
                 let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
                 let (module, kind) = rest.rsplit_once('.')?;
+                let norm = self.family.norms.iter().find(|(_, own)| *own == module).map(|(norm, _)| *norm);
                 let own = match module {
-                    "input_layernorm" => "attn_norm",
-                    "post_attention_layernorm" => "ffn_norm",
+                    _ if norm.is_some() => own_norm(norm?),
                     "self_attn.qkv_proj" => "attn_qkv",
                     "self_attn.q_proj" => "attn_q",
                     "self_attn.k_proj" => "attn_k",
@@ -134,8 +133,8 @@ impl Model {
                     "self_attn.o_proj" => "attn_output",
                     "mlp.gate_proj" => "ffn_gate",
                     "mlp.up_proj" => "ffn_up",
-                    // Phi-3 keeps gate and up in one matrix, under the name of up.
-                    "mlp.gate_up_proj" if self.architecture == "phi3" => "ffn_up",
+                    // Gate and up in one matrix have the name of up.
+                    "mlp.gate_up_proj" if self.family.fused.contains(&Projection::GateUp) => "ffn_up",
                     "mlp.down_proj" => "ffn_down",
                     _ => return None,
                 };
@@ -150,24 +149,22 @@ impl Model {
     }
 }
 
+/// What a norm is called.
+fn own_norm(norm: LayerNorm) -> &'static str {
+    match norm {
+        LayerNorm::AttentionInput => "attn_norm",
+        LayerNorm::Query => "attn_q_norm",
+        LayerNorm::Key => "attn_k_norm",
+        LayerNorm::AttentionOutput => "post_attention_norm",
+        LayerNorm::FeedForwardInput => "ffn_norm",
+        LayerNorm::FeedForwardOutput => "post_ffw_norm",
+    }
+}
+
 impl Tensor<'_> {
     /// The shape of a tensor that can be read.
     pub(super) fn shape(&self) -> Result<Vec<usize>> {
         self.stored.kind().with_context(|| format!("tensor {}", self.names))?;
         Ok(self.stored.shape().to_vec())
     }
-}
-
-/// Undoes the order in which llama.cpp's converter stores the rows of a head: `(head_dim / 2, 2)` becomes
-/// `(2, head_dim / 2)` again, so that channel `i` is rotated with channel `i + head_dim / 2`.
-fn original_order<'a, T: Copy>(values: &[T], columns: usize, head_dim: usize) -> Cow<'a, [T]> {
-    let half = head_dim / 2;
-    let mut out = Vec::with_capacity(values.len());
-    for head in values.chunks_exact(head_dim * columns) {
-        for row in 0..head_dim {
-            let stored = 2 * (row % half) + row / half;
-            out.extend_from_slice(&head[stored * columns..(stored + 1) * columns]);
-        }
-    }
-    Cow::Owned(out)
 }

@@ -1,5 +1,5 @@
-//! A tiny random checkpoint of every supported family against transformers (`tests/data/models`), in both
-//! spellings of its configuration.
+//! A tiny random checkpoint of every supported family against transformers (`tests/data/models`): from a directory, in
+//! both spellings of its configuration, and from GGUF; a short text, and one past every window and original context.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,23 +20,6 @@ const TOLERANCE: f32 = 2e-5;
 const TOKENIZER: &str =
     r#"{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}"#;
 
-/// The models, and for each what must not be overlooked in its configuration.
-fn families() -> Vec<(&'static str, Value)> {
-    vec![
-        ("llama-3", json!({ "rope_theta": 10000.0 })),
-        ("llama-3.1", json!({ "rope_scaling": null })),
-        ("llama-3.2", json!({ "rope_scaling": null })),
-        ("llama-biased", json!({ "rms_norm_eps": 0.1 })),
-        ("mistral-7b-v0.1", json!({ "sliding_window": null })),
-        ("mistral-7b-v0.3", json!({ "sliding_window": 6 })),
-        ("phi-3-mini-4k", json!({ "sliding_window": null })),
-        ("phi-3-medium-4k", json!({ "sliding_window": 6 })),
-        ("qwen2.5", json!({ "use_sliding_window": true, "max_window_layers": 0 })),
-        ("qwen2.5-tied-window", json!({ "use_sliding_window": false })),
-        ("smollm2", json!({ "rope_theta": 10000.0 })),
-    ]
-}
-
 fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models")
 }
@@ -54,12 +37,23 @@ fn open(name: &str, config: &Value) -> anyhow::Result<Source> {
     Source::open(dir.path())
 }
 
-/// `ids` and `logits` as transformers has them.
-fn expected(name: &str) -> (Vec<u32>, Vec<f32>) {
+/// A text, and the logits of its last positions as transformers has them.
+struct Known {
+    ids: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+/// A text that ends before the context that the model's RoPE stretches and, of most models, one that goes past it and
+/// past every window.
+fn known(name: &str) -> Vec<Known> {
     let bytes = fs::read(data().join(name).join("expected.safetensors")).expect("readable");
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
-    let tensor = |name: &str| tensors.tensor(name).expect("there").data().to_vec();
-    (bytemuck::pod_collect_to_vec(&tensor("ids")), bytemuck::pod_collect_to_vec(&tensor("logits")))
+    let tensor = |name: &str| Some(tensors.tensor(name).ok()?.data().to_vec());
+    let text = |(ids, logits)| {
+        let (ids, logits) = (tensor(ids)?, tensor(logits)?);
+        Some(Known { ids: bytemuck::pod_collect_to_vec(&ids), logits: bytemuck::pod_collect_to_vec(&logits) })
+    };
+    [("ids", "logits"), ("long_ids", "long_logits")].into_iter().filter_map(text).collect()
 }
 
 /// The logits of every position, read so many tokens at once (or as many as the device takes).
@@ -78,31 +72,119 @@ fn logits<B: UnderTest>(model: &Model<'_, B>, ids: &[u32], at_once: usize) -> Ve
     all
 }
 
-pub(crate) fn every_family<B: UnderTest>(backend: &B) {
-    for (name, overlooked) in families() {
-        let (ids, want) = expected(name);
-        let largest = want.iter().fold(0f32, |m, l| m.max(l.abs()));
-        let off = |config: &Value, at_once: usize| {
-            let source = open(name, config).unwrap_or_else(|e| panic!("{name}: {e:#}"));
-            let model = Model::load(backend, &source, |_| ()).expect("loads");
-            let got = logits(&model, &ids, at_once);
-            got.iter().zip(&want).fold(0f32, |most, (got, want)| most.max((got - want).abs())) / largest
-        };
-        let published = read_json(&data().join(name).join("published.json"));
-        let written = read_json(&data().join(name).join("config.json"));
-        for (spelling, config) in [("older", &published), ("newer", &written)] {
-            for at_once in [ids.len(), 1] {
-                let off = off(config, at_once);
-                assert!(off <= TOLERANCE, "{name}, {spelling} spelling, {at_once} tokens at once: off by {off}");
-            }
+/// The largest difference of a logit over the largest logit; of text `known`, read so many tokens at once.
+fn off<B: UnderTest>(model: &Model<'_, B>, known: &Known, at_once: usize) -> f32 {
+    let got = logits(model, &known.ids, at_once);
+    let largest = known.logits.iter().fold(0f32, |most, logit| most.max(logit.abs()));
+    let pairs = got[got.len() - known.logits.len()..].iter().zip(&known.logits);
+    pairs.fold(0f32, |most, (got, want)| most.max((got - want).abs())) / largest
+}
+
+/// Loads what `source` gives, and asks of it every text: whole, in passes that end inside windows, token by token.
+fn agrees<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>) {
+    let name = what.split(',').next().expect("a name");
+    let source = source.unwrap_or_else(|e| panic!("{what}: {e:#}"));
+    let model = Model::load(backend, &source, |_| ()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
+    for known in known(name) {
+        for at_once in [known.ids.len(), 7, 1] {
+            let (off, length) = (off(&model, &known, at_once), known.ids.len());
+            assert!(off <= TOLERANCE, "{what}, {length} tokens, {at_once} at once: off by {off}");
         }
-        let mut wrong = published;
-        for (key, value) in overlooked.as_object().expect("an object") {
-            wrong[key] = value.clone();
-        }
-        let off = off(&wrong, ids.len());
-        assert!(off > 50.0 * TOLERANCE, "{name}: {overlooked} changes logits by no more than {off}");
     }
+}
+
+/// A model that overlooks what was changed in `source`: it says so by one of `names`, or its logits are others.
+fn differs<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>, names: &[&str]) {
+    let name = what.split(',').next().expect("a name");
+    let source = match source {
+        Ok(source) => source,
+        Err(error) => {
+            let message = format!("{error:#}");
+            assert!(names.iter().any(|name| message.contains(name)), "{what}: {message}");
+            return;
+        }
+    };
+    let model = Model::load(backend, &source, |_| ()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
+    let off = known(name).iter().fold(0f32, |most, known| most.max(off(&model, known, known.ids.len())));
+    assert!(off > 50.0 * TOLERANCE, "{what} changes logits by no more than {off}");
+}
+
+/// The models and what must not be overlooked in the published spelling of their configuration.
+fn models() -> serde_json::Map<String, Value> {
+    let models = read_json(&data().join("overlooked.json")).as_object().expect("an object").clone();
+    let directories = fs::read_dir(data()).expect("readable").map(|entry| entry.expect("an entry").path());
+    assert_eq!(directories.filter(|path| path.join("config.json").exists()).count(), models.len(), "none forgotten");
+    models
+}
+
+pub(crate) fn every_family<B: UnderTest>(backend: &B) {
+    for (name, overlooked) in models() {
+        let published = read_json(&data().join(&name).join("published.json"));
+        let written = read_json(&data().join(&name).join("config.json"));
+        for (spelling, config) in [("older", &published), ("newer", &written)] {
+            agrees(backend, &format!("{name}, {spelling} spelling"), open(&name, config));
+        }
+        for changes in overlooked.as_array().expect("a list") {
+            let mut wrong = published.clone();
+            let text = if wrong["text_config"].is_object() { &mut wrong["text_config"] } else { &mut wrong };
+            let changes = changes.as_object().expect("an object");
+            changes.iter().for_each(|(key, value)| text[key] = value.clone());
+            let names: Vec<&str> = changes.keys().map(String::as_str).collect();
+            differs(backend, &format!("{name}, {changes:?}"), open(&name, &wrong), &names);
+        }
+    }
+}
+
+/// Keys of the GGUF metadata that a model is another one without.
+const KEYS: [(&str, &[&str]); 9] = [
+    ("qwen2.5-yarn", &["qwen2.rope.scaling.type", "qwen2.rope.scaling.factor"]),
+    ("llama-3-yarn", &["llama.rope.scaling.type"]),
+    (
+        "ministral-3",
+        &[
+            "mistral3.attention.temperature_scale",
+            "mistral3.rope.scaling.yarn_log_multiplier",
+            "mistral3.rope.scaling.yarn_beta_fast",
+            "mistral3.rope.scaling.yarn_beta_slow",
+        ],
+    ),
+    ("gemma-2", &["gemma2.attn_logit_softcapping", "gemma2.final_logit_softcapping"]),
+    ("gemma-3-1b", &["gemma3.attention.sliding_window"]),
+    ("gemma-3-4b", &["gemma3.rope.scaling.type"]),
+    ("olmo-3", &["olmo2.attention.sliding_window", "olmo2.rope.scaling.type"]),
+    (
+        "granite-3.3",
+        &["granite.attention.scale", "granite.embedding_scale", "granite.residual_scale", "granite.logit_scale"],
+    ),
+    ("glm-4-9b", &["glm4.rope.dimension_count"]),
+];
+
+/// The GGUF `bytes` with a last character in the name of `key` that no reader knows.
+fn without_key(mut bytes: Vec<u8>, key: &str) -> Vec<u8> {
+    let stored = [&(key.len() as u64).to_le_bytes(), key.as_bytes()].concat();
+    let found = bytes.windows(stored.len()).position(|window| window == stored).expect("the key");
+    bytes[found + stored.len() - 1] = b'?';
+    bytes
+}
+
+pub(crate) fn every_family_from_gguf<B: UnderTest>(backend: &B) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut files = 0;
+    for name in models().keys() {
+        let path = data().join(name).join("model.gguf");
+        if !path.exists() {
+            continue;
+        }
+        files += 1;
+        agrees(backend, &format!("{name}, GGUF"), Source::open(&path));
+        let keys = KEYS.iter().find(|(of, _)| of == name).map_or(&[][..], |(_, keys)| *keys);
+        for key in keys {
+            let without = dir.path().join("without.gguf");
+            fs::write(&without, without_key(fs::read(&path).expect("readable"), key)).expect("writable");
+            differs(backend, &format!("{name}, without {key}"), Source::open(&without), &[&key[..key.len() - 1]]);
+        }
+    }
+    assert_eq!(files, 16);
 }
 
 #[test]

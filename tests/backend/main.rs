@@ -145,6 +145,7 @@ on_every_backend! {
     record::bandwidths_are_measured,
     reference::reference_directories,
     families::every_family,
+    families::every_family_from_gguf,
     whole::small_models,
     whole::small_heads,
 }

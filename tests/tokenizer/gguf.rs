@@ -40,9 +40,10 @@ struct Family {
 const NUMBERS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const MISTRAL: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// As the Hugging Face directories have it: GPT-2, SmolLM2, Granite code, Llama 3, Phi-4, Qwen2.5, DeepSeek-R1's
-/// distillations of it, Mistral Nemo.
+/// distillations of it, GLM-4, Mistral Nemo, Phi-4-mini.
 fn families() -> Vec<Family> {
     let bytes = |words: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": words });
     let split = |pattern: &str, behavior: &str, invert: bool| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": behavior, "invert": invert });
@@ -67,7 +68,9 @@ fn families() -> Vec<Family> {
         family("dbrx", Value::Null, vec![split(&three, "Removed", true), bytes(false)], false, false),
         family("qwen2", nfc(), by_regex(&one), false, false),
         family("deepseek-r1-qwen", nfc(), by_regex(&one), false, true),
+        family("glm4", Value::Null, by_regex(&three), false, false),
         family("tekken", Value::Null, by_regex(MISTRAL), true, true),
+        family("gpt-4o", Value::Null, by_regex(GPT_4O), false, false),
     ]
 }
 
@@ -142,7 +145,7 @@ fn each_byte_level_family_as_its_directory() {
     }
     // Families that share nothing but a name would all agree with anything.
     let of = |name: &str| all.iter().find(|(pre, _)| *pre == name).expect("a family").1.clone();
-    let apart = ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "tekken"];
+    let apart = ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "tekken", "gpt-4o"];
     for (i, a) in apart.iter().enumerate() {
         apart[i + 1..].iter().for_each(|b| assert_ne!(of(a), of(b), "{a} and {b}"));
     }
@@ -154,7 +157,7 @@ fn names_that_llama_cpp_takes_for_the_same() {
         &["gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "trillion"],
         &["smollm", "starcoder", "refact", "minerva-7b"],
         &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
-        &["dbrx", "smaug-bpe"],
+        &["dbrx", "smaug-bpe", "glm4", "chatglm-bpe"],
         &["qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"],
     ];
     for group in groups {
@@ -163,9 +166,9 @@ fn names_that_llama_cpp_takes_for_the_same() {
         ids.iter().zip(group).for_each(|(found, pre)| assert_eq!(*found, ids[0], "{pre} and {}", group[0]));
     }
     let error = refusal(byte_level("mistral-bpe").0);
-    let expected = "tokenizer.ggml.pre \"mistral-bpe\" is unknown, smollm, llama-bpe, gpt-2, qwen2, tekken, dbrx, \
-                    smaug-bpe, starcoder, refact, deepseek-r1-qwen or default is expected; quantize from the Hugging \
-                    Face directory instead";
+    let expected = "tokenizer.ggml.pre \"mistral-bpe\" is unknown, smollm, llama-bpe, gpt-2, qwen2, tekken, \
+                    gpt-4o, dbrx, smaug-bpe, glm4, starcoder, refact, deepseek-r1-qwen or default is expected; \
+                    quantize from the Hugging Face directory instead";
     assert!(error.ends_with(expected) && !error.contains('\n'), "{error}");
 }
 

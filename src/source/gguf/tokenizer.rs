@@ -19,7 +19,7 @@ const BYTE: i32 = 6;
 
 /// Special tokens that end a turn in the chat formats of the supported models. A GGUF names one end of text;
 /// the rest of what `generation_config.json` listed is lost, these names bring it back.
-const TURN_ENDS: [&str; 4] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"];
+const TURN_ENDS: [&str; 5] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"];
 
 /// Bytes of a SentencePiece token; its trainer makes none longer than 16 characters unless told to.
 const LONGEST_PIECE: usize = 256;

@@ -19,9 +19,6 @@ pub(super) struct Words {
 /// GPT-2's way of cutting text into words.
 const GPT_2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 
-/// Mistral's: words end where capitals begin after small letters.
-const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
 impl Words {
     pub(super) fn named(name: &str) -> Result<Self> {
         let plain = |steps| Self { steps, normalizer: Value::Null, ignore_merges: false, starts_with_bos: false };
@@ -35,19 +32,29 @@ impl Words {
                 starts_with_bos: true,
                 ..plain(vec![split(&with_numbers_of(r"\p{N}{1,3}")), bytes(false)])
             },
-            "dbrx" | "smaug-bpe" => plain(vec![split(&with_numbers_of(r"\p{N}{1,3}")), bytes(false)]),
+            "dbrx" | "smaug-bpe" | "glm4" | "chatglm-bpe" => {
+                plain(vec![split(&with_numbers_of(r"\p{N}{1,3}")), bytes(false)])
+            }
             "qwen2" | "deepseek-r1-qwen" | "kormo" | "f2llmv2" | "megrez" => Self {
                 normalizer: json!({ "type": "NFC" }),
                 ..plain(vec![split(&with_numbers_of(r"\p{N}")), bytes(false)])
             },
-            "tekken" => Self { ignore_merges: true, starts_with_bos: true, ..plain(vec![split(TEKKEN), bytes(false)]) },
+            "tekken" => Self {
+                ignore_merges: true,
+                starts_with_bos: true,
+                ..plain(vec![split(&by_capitals("", r"\p{N}")), bytes(false)])
+            },
+            "gpt-4o" => {
+                let contractions = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?";
+                plain(vec![split(&by_capitals(contractions, r"\p{N}{1,3}")), bytes(false)])
+            }
             "default" => {
                 let patterns = [r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"];
                 plain(patterns.into_iter().map(split).chain([bytes(false)]).collect())
             }
             other => bail!(
-                "tokenizer.ggml.pre {other:?} is unknown, smollm, llama-bpe, gpt-2, qwen2, tekken, dbrx, smaug-bpe, \
-                 starcoder, refact, deepseek-r1-qwen or default is expected; quantize from the Hugging Face directory \
+                "tokenizer.ggml.pre {other:?} is unknown, smollm, llama-bpe, gpt-2, qwen2, tekken, gpt-4o, dbrx, \
+                 smaug-bpe, glm4, starcoder, refact, deepseek-r1-qwen or default is expected; quantize from the Hugging Face directory \
                  instead"
             ),
         })
@@ -59,6 +66,14 @@ fn with_numbers_of(digits: &str) -> String {
     format!(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
+}
+
+/// Words as Mistral and GPT-4o cut them: they end where capitals begin after small letters, and at what `ends` them.
+fn by_capitals(ends: &str, digits: &str) -> String {
+    let (capitals, small) = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]");
+    let before = r"[^\r\n\p{L}\p{N}]?";
+    let words = format!("{before}{capitals}*{small}+{ends}|{before}{capitals}+{small}*{ends}|{digits}");
+    words + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 }
 
 fn split(pattern: &str) -> Value {

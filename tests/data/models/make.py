@@ -8,7 +8,8 @@ configuration in the spelling that the family's real `config.json` has (`publish
 models also have `long_ids`, a text past every window and past the context that YaRN and longrope stretch, and
 `long_logits` of its last 8 positions. transformers reads all of that text with longrope's long list.
 
-Each feature of a model is taken away in turn: logits that do not move end the script.
+Each feature of a model is taken away in turn: logits that do not move end the script. `overlooked.json` has the fields
+of the published spelling that were changed for it.
 """
 
 import copy
@@ -152,6 +153,10 @@ def main():
     for seed, (name, published) in enumerate(MODELS.items()):
         if name in sys.argv[1:] or len(sys.argv) == 1:
             make(seed, name, published)
+    changes = {name: [changes for model, changes in OVERLOOKED if model == name] for name in MODELS}
+    assert all(changes.values())
+    lines = [f"{json.dumps(name)}: {json.dumps(of)}" for name, of in changes.items()]
+    (HERE / "overlooked.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

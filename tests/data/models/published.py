@@ -224,6 +224,12 @@ MODELS |= {
 
 # What must not be overlooked: with these fields of the configuration changed, logits are others.
 OVERLOOKED = [
+    ("llama-3", dict(rope_theta=10000.0)), ("llama-3.1", dict(rope_scaling=None)),
+    ("llama-3.2", dict(rope_scaling=None)), ("llama-biased", dict(rms_norm_eps=0.1)),
+    ("mistral-7b-v0.1", dict(sliding_window=None)), ("mistral-7b-v0.3", dict(sliding_window=6)),
+    ("phi-3-mini-4k", dict(sliding_window=None)), ("phi-3-medium-4k", dict(sliding_window=6)),
+    ("qwen2.5", dict(use_sliding_window=True, max_window_layers=0)),
+    ("qwen2.5-tied-window", dict(use_sliding_window=False)), ("smollm2", dict(rope_theta=10000.0)),
     ("qwen3", dict(rope_theta=10000.0)), ("qwen3-yarn", dict(rope_scaling=None)),
     ("qwen3-window", dict(use_sliding_window=False)), ("qwen3-window", dict(max_window_layers=0)),
     ("qwen2.5-yarn", dict(rope_scaling=None)), ("llama-3-yarn", dict(rope_scaling=None)),

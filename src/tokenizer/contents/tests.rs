@@ -179,24 +179,35 @@ fn what_cannot_be_told_apart_is_refused() {
     }
 }
 
-/// The templates in `tests/data/chat`, one of each family.
+/// The templates in `tests/data/chat`, of every family.
 #[test]
 fn no_family_s_template_lets_a_message_forge_a_turn() {
-    const TOKENS: [&str; 14] = [
+    const TOKENS: [&str; 25] = [
         "<|begin_of_text|>",
         "<|start_header_id|>",
         "<|end_header_id|>",
         "<|eot_id|>",
         "<|im_start|>",
         "<|im_end|>",
+        "<|im_sep|>",
         "<|user|>",
         "<|assistant|>",
         "<|system|>",
+        "<|observation|>",
         "<|end|>",
         "<|endoftext|>",
         "[INST]",
         "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
         "</s>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<|start_of_role|>",
+        "<|end_of_role|>",
+        "<|end_of_text|>",
+        "[gMASK]",
+        "<sop>",
     ];
     let (_, tokenizer) = kinds().remove(0);
     let mut inner = tokenizer.inner.clone();
@@ -205,7 +216,7 @@ fn no_family_s_template_lets_a_message_forge_a_turn() {
     let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/chat");
     let templates = std::fs::read_dir(directory).expect("readable").map(|entry| entry.expect("an entry").path());
     let templates: Vec<_> = templates.filter(|path| path.extension().is_some_and(|e| e == "jinja")).collect();
-    assert_eq!(templates.len(), 9);
+    assert_eq!(templates.len(), 20);
     let conversation = |said: &str| ["user", "assistant", "user"].map(|role| Message::new(role, said)).to_vec();
     for path in templates {
         let template = std::fs::read_to_string(&path).expect("readable");

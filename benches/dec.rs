@@ -13,7 +13,8 @@ use decdec::backend::cuda::{Cuda, Matrix, Options, Residuals};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::format::Storage;
+use decdec::random::RandomWeights;
 
 /// Bytes of residuals to rotate through, at most, and how many matrices.
 const ROTATION: (usize, usize) = (2 << 30, 12);
@@ -64,7 +65,7 @@ fn main() -> Result<()> {
     let cuda = Cuda::new(0, Options { residuals: args.residuals, ..Options::default() })?;
     println!("# {} {}, decdec {}", cuda.device().name, cuda.device().driver, env!("CARGO_PKG_VERSION"));
     println!("# {}", std::env::args().skip(1).collect::<Vec<_>>().join(" "));
-    let kind = if args.format == "ap" { RandomFormat::AnyPrec } else { RandomFormat::LutGemm { group_size: 128 } };
+    let kind = if args.format == "ap" { Storage::ANYPREC } else { Storage::lutgemm(128) };
     let link = link(&cuda, kind)?;
     println!("# residuals are read at {link:.1} GB/s at most");
     println!("format,bits,module,in,out,n_tb,k_chunk,base_us,dec_us,pair_us,added_us,slowdown,dec_GB/s,floor_us");
@@ -96,7 +97,7 @@ fn main() -> Result<()> {
 }
 
 /// The best rate at which residuals are read, GB/s: every line of a large matrix, by as many blocks as there may be.
-fn link(cuda: &Cuda, kind: RandomFormat) -> Result<f64> {
+fn link(cuda: &Cuda, kind: Storage) -> Result<f64> {
     let (inner, outer) = (4096, 28_672);
     let mut bench = Bench::new(cuda, kind, 3, (inner, outer))?;
     let plan = DecPlan::new(inner, outer, &bench.thresholds, 512, cuda.device().max_n_tb, Selection::Bucket)?;
@@ -105,7 +106,7 @@ fn link(cuda: &Cuda, kind: RandomFormat) -> Result<f64> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(cuda: &'a Cuda, kind: RandomFormat, bits: usize, (inner, outer): (usize, usize)) -> Result<Self> {
+    fn new(cuda: &'a Cuda, kind: Storage, bits: usize, (inner, outer): (usize, usize)) -> Result<Self> {
         let linear = RandomWeights::single(inner, outer, kind, bits, 1)?;
         let count = (ROTATION.0 / (inner * outer / 2)).clamp(3, ROTATION.1);
         let matrices = (0..count).map(|_| cuda.matrix(&linear)).collect::<Result<_>>()?;

@@ -14,7 +14,8 @@ use decdec::backend::cuda::{Cuda, Matrix, Occupied, Options, Residuals, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend, Norm};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::format::Storage;
+use decdec::random::RandomWeights;
 
 /// Bytes of matrices to rotate through: well past the largest cache of the cards at hand.
 const ROTATION: usize = 160 << 20;
@@ -73,8 +74,7 @@ fn main() -> Result<()> {
         for &bits in &args.bits {
             for projection in Projection::ALL {
                 let (k, rows) = config.shape(projection);
-                let kind =
-                    if format == "ap" { RandomFormat::AnyPrec } else { RandomFormat::LutGemm { group_size: 128 } };
+                let kind = if format == "ap" { Storage::ANYPREC } else { Storage::lutgemm(128) };
                 let linear = RandomWeights::single(k, rows, kind, bits, 1)?;
                 let bytes = match format.as_str() {
                     "ap" => k * rows * bits / 8 + rows * (2 << bits),

@@ -12,9 +12,10 @@ use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend, Input, Norm};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::format::Storage;
 use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, LayerCompensation, Model};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights, Weight};
 
@@ -90,7 +91,7 @@ fn main() -> Result<()> {
     println!("# {}", std::env::args().skip(1).collect::<Vec<_>>().join(" "));
     let opened = start.elapsed();
     let start = Instant::now();
-    let format = if args.format == "ap" { RandomFormat::AnyPrec } else { RandomFormat::LutGemm { group_size: 128 } };
+    let format = if args.format == "ap" { Storage::ANYPREC } else { Storage::lutgemm(128) };
     let weights = RandomWeights::new(config, format, args.bits, 1)?;
     let drawn = start.elapsed();
     if let Some(position) = args.ops {

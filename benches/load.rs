@@ -15,13 +15,14 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use decdec::backend::GemvBackend;
 use decdec::backend::cuda::{Cuda, Options, Residuals};
-use decdec::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized, WeightFormat};
+use decdec::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::format::{Format, Storage};
 use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
 use decdec::open::Opened;
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
 use decdec::tokenizer::TextFiles;
 use decdec::weights::ModelWeights;
@@ -99,8 +100,8 @@ fn write(args: &Args, path: &Path) -> Result<()> {
     let mut config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
     config.num_layers = args.layers.unwrap_or(config.num_layers);
     let (format, backend, group_size) = match args.format.as_str() {
-        "ap" => (RandomFormat::AnyPrec, WeightFormat::AnyPrec, None),
-        _ => (RandomFormat::LutGemm { group_size: 128 }, WeightFormat::LutGemm, Some(128)),
+        "ap" => (Storage::ANYPREC, Format::AnyPrec, None),
+        _ => (Storage::lutgemm(128), Format::LutGemm, Some(128)),
     };
     let weights = RandomWeights::new(config.clone(), format, args.bits as usize, 1)?;
     let manifest = Manifest {

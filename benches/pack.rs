@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use decdec::backend::cuda::{Dtype, packed};
 use decdec::config::{ModelConfig, Projection};
-use decdec::format::{Dense, Floats};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::format::{Dense, Floats, Storage};
+use decdec::random::RandomWeights;
 use decdec::weights::Weight;
 
 #[derive(Parser)]
@@ -48,8 +48,7 @@ fn main() -> Result<()> {
             let (mut layer, mut bytes) = (0.0, 0.0);
             for projection in Projection::ALL {
                 let (inner, outer) = config.shape(projection);
-                let kind =
-                    if format == "ap" { RandomFormat::AnyPrec } else { RandomFormat::LutGemm { group_size: 128 } };
+                let kind = if format == "ap" { Storage::ANYPREC } else { Storage::lutgemm(128) };
                 let (seconds, size) = time(&RandomWeights::single(inner, outer, kind, bits, 1)?.weight)?;
                 println!("{format},{bits},{projection},{:.2},{:.2},", seconds * 1e3, size / seconds / 1e9);
                 layer += seconds;

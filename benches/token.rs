@@ -80,11 +80,7 @@ fn projection<B: DecodeBackend>(backend: &B, args: &Args, opened: &Opened, p: Pr
     let mut layers = Vec::new();
     for layer in 0..weights.config().num_layers {
         let linear = weights.projection(layer, p)?;
-        bytes += match &linear.weight {
-            Weight::Dense(w) => w.values.bytes(),
-            Weight::AnyPrec(w) => w.bytes(),
-            Weight::LutGemm(w) => w.bytes(),
-        };
+        bytes += linear.weight.bytes();
         let matrix = backend.matrix(&linear)?;
         let mut plans = Vec::new();
         for &k in args.k_chunk.iter().filter(|&&k| k > 0) {

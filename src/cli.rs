@@ -19,6 +19,7 @@ use anyhow::Result;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::BitWidth;
 use decdec::dec::CHUNK;
+use decdec::format::Format;
 
 use crate::output;
 pub(crate) use bench::BenchArgs;
@@ -26,9 +27,7 @@ pub(crate) use convert::{ConvertArgs, ResidualsArgs};
 pub(crate) use generate::GenerateArgs;
 use numbers::whole;
 pub(crate) use profile::{ProfileArgs, ProfileName, TuneArgs};
-pub(crate) use shared::{
-    BackendArg, CalibrationArgs, DtypeArg, JsonArg, ModelArgs, OutArgs, ResidualsArg, RunArgs, WidthArg,
-};
+pub(crate) use shared::{CalibrationArgs, DtypeArg, JsonArg, ModelArgs, OutArgs, ResidualsArg, RunArgs, WidthArg};
 
 /// What the list of commands does not say: in which order they come.
 const ROAD: &str = "\
@@ -127,8 +126,8 @@ pub(crate) struct QuantizeArgs {
     /// A Hugging Face directory, a .gguf file, or a wheel or zip that contains one
     pub(crate) source: PathBuf,
     /// Storage of the weights
-    #[arg(long, value_enum)]
-    pub(crate) backend: BackendArg,
+    #[arg(long, value_parser = shared::backend())]
+    pub(crate) backend: Format,
     /// Bits of a weight: 2 to 8, or 3.5 (half the layers at 4 bits)
     #[arg(long, value_name = "BITS")]
     pub(crate) bitwidth: BitWidth,

@@ -6,12 +6,13 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 
-use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized, WeightFormat};
+use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::Projection;
 use crate::fingerprint::Fingerprint;
+use crate::format::Storage;
 use crate::open::Opened;
 use crate::quantize::ensure_running;
-use crate::weights::{Linear, Weight};
+use crate::weights::Linear;
 
 /// Writes a checkpoint at `out` that holds the numbers of `opened`, each in the type that it has there. Norms and
 /// biases become f32, q, k, v and gate, up are stored below each other. Converting the result again gives the same
@@ -74,14 +75,12 @@ fn foreign(opened: &Opened) -> Result<Manifest> {
 /// Every projection is stored as the first one is: a checkpoint says it once for all.
 fn ensure_fits(manifest: &Manifest, layer: usize, linears: &[Linear<'_>; 4]) -> Result<()> {
     for (projection, linear) in Projection::ALL.into_iter().zip(linears) {
-        let (backend, group_size) = match &linear.weight {
-            Weight::AnyPrec(_) => (WeightFormat::AnyPrec, None),
-            Weight::LutGemm(w) => (WeightFormat::LutGemm, Some(w.group_size())),
-            Weight::Dense(_) => anyhow::bail!("layer {layer}: {projection} is not quantized"),
-        };
+        let storage = linear.weight.storage();
+        let Storage { format, group_size } =
+            storage.with_context(|| format!("layer {layer}: {projection} is not quantized"))?;
         ensure!(
-            (backend, group_size) == (manifest.backend, manifest.group_size),
-            "layer {layer}: {projection} is {backend} with groups of {group_size:?}, the first projection {} with \
+            storage == Some(manifest.storage()),
+            "layer {layer}: {projection} is {format} with groups of {group_size:?}, the first projection {} with \
              {:?}: a checkpoint has one kind",
             manifest.backend,
             manifest.group_size

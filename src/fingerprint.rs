@@ -10,10 +10,10 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 
 use crate::config::Projection;
-use crate::format::{Dense, Floats};
+use crate::format::{Dense, Floats, Numbers};
 use crate::quantize::ensure_running;
 use crate::tokenizer::TextFiles;
-use crate::weights::{Linear, ModelWeights, Weight};
+use crate::weights::{Linear, ModelWeights};
 
 /// Bytes from which on a hash is worth all cores.
 const LONG: usize = 128 << 10;
@@ -52,28 +52,13 @@ impl Fingerprint {
 
     /// Takes one projection with all that belongs to it.
     pub(crate) fn linear(&mut self, linear: &Linear<'_>) {
-        match &linear.weight {
-            Weight::Dense(w) => self.dense(w),
-            Weight::AnyPrec(w) => {
-                self.numbers(b"planes", w.planes());
-                self.floats(w.lut());
+        self.bytes(b"size", format!("{:?}", linear.weight.size()).as_bytes());
+        for (tensor, numbers) in linear.tensors() {
+            self.bytes(b"tensor", tensor.suffix.as_bytes());
+            match numbers {
+                Numbers::Words(words) => self.numbers(b"words", &words),
+                Numbers::Floats(values) => self.floats(&values),
             }
-            Weight::LutGemm(w) => {
-                self.bytes(b"group size", &w.group_size().to_le_bytes());
-                self.numbers(b"binary", w.binary());
-                self.floats(w.alpha());
-                self.floats(w.q_bias());
-            }
-        }
-        if let Some(bias) = &linear.bias {
-            self.numbers(b"bias", bias);
-        }
-        if let Some(residual) = &linear.residual {
-            self.numbers(b"residual", residual.words());
-            self.floats(residual.scales());
-        }
-        if let Some(thresholds) = &linear.thresholds {
-            self.numbers(b"thresholds", thresholds);
         }
     }
 
@@ -98,12 +83,12 @@ impl Fingerprint {
     }
 
     fn floats(&mut self, values: &Floats<'_>) {
-        use half::slice::HalfFloatSliceExt;
-        match values {
-            Floats::F16(v) => self.numbers(b"f16", v.reinterpret_cast()),
-            Floats::Bf16(v) => self.numbers(b"bf16", v.reinterpret_cast()),
-            Floats::F32(v) => self.numbers(b"f32", v),
-        }
+        let kind: &[u8] = match values {
+            Floats::F16(_) => b"f16",
+            Floats::Bf16(_) => b"bf16",
+            Floats::F32(_) => b"f32",
+        };
+        self.bytes(kind, values.as_bytes());
     }
 
     fn bytes(&mut self, kind: &[u8], bytes: &[u8]) {
@@ -142,9 +127,10 @@ mod tests {
 
     use super::*;
     use crate::config::{LayerNorm, Mixer, ModelConfig};
-    use crate::format::{AnyPrec, LutGemm, Residual};
+    use crate::format::{Residual, Storage};
     use crate::quantize::fixture;
-    use crate::random::{RandomFormat, RandomWeights};
+    use crate::random::RandomWeights;
+    use crate::weights::Weight;
 
     /// A model of which one bit of one tensor is flipped.
     struct Flipped<'a> {
@@ -177,6 +163,13 @@ mod tests {
             }
         }
 
+        fn numbers(&self, numbers: Numbers<'_>) -> Numbers<'static> {
+            match numbers {
+                Numbers::Words(words) => Numbers::Words(self.list(&words).into()),
+                Numbers::Floats(values) => Numbers::Floats(self.floats(&values)),
+            }
+        }
+
         fn dense(&self, dense: Dense<'_>) -> Dense<'static> {
             let Dense { in_features, out_features, values } = dense;
             Dense { in_features, out_features, values: self.floats(&values) }
@@ -200,27 +193,18 @@ mod tests {
             Ok(self.list(&self.model.norm(layer, norm)?))
         }
         fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-            let Linear { weight, bias, residual, thresholds } = self.model.projection(layer, projection)?;
-            let (inputs, outputs) = (weight.in_features(), weight.out_features());
-            let weight = match weight {
-                Weight::Dense(w) => Weight::Dense(self.dense(w)),
-                Weight::AnyPrec(w) => {
-                    let planes = Cow::Owned(self.list(w.planes()));
-                    Weight::AnyPrec(AnyPrec::new(inputs, outputs, w.bits(), planes, self.floats(w.lut()))?)
-                }
-                Weight::LutGemm(w) => {
-                    let binary = Cow::Owned(self.list(w.binary()));
-                    let (alpha, q_bias) = (self.floats(w.alpha()), self.floats(w.q_bias()));
-                    let (bits, group) = (w.bits(), w.group_size());
-                    Weight::LutGemm(LutGemm::new(inputs, outputs, bits, group, binary, alpha, q_bias)?)
-                }
-            };
-            let bias = bias.map(|bias| Cow::Owned(self.list(&bias)));
-            let residual = residual.map(|residual| {
-                let words = Cow::Owned(self.list(residual.words()));
-                Residual::new(inputs, outputs, words, self.floats(residual.scales()))
+            let linear = self.model.projection(layer, projection)?;
+            let (size, format, matrix) = (linear.weight.size(), linear.weight.format(), linear.weight.tensors().len());
+            let mut tensors: Vec<_> = linear.tensors().into_iter().map(|(_, numbers)| self.numbers(numbers)).collect();
+            let mut beside = tensors.split_off(matrix).into_iter();
+            let mut next = |is_there: bool| is_there.then(|| beside.next()).flatten();
+            let bias = next(linear.bias.is_some()).map(|bias| bias.into_floats().into_f32());
+            let residual = next(linear.residual.is_some()).zip(next(linear.residual.is_some()));
+            let residual = residual.map(|(words, scales)| {
+                Residual::new(size.in_features, size.out_features, words.into_words(), scales.into_floats())
             });
-            let thresholds = thresholds.map(|thresholds| Cow::Owned(self.list(&thresholds)));
+            let thresholds = next(linear.thresholds.is_some()).map(|values| values.into_floats().into_f32());
+            let weight = Weight::from_tensors(format, size, tensors)?;
             Ok(Linear { weight, bias, residual: residual.transpose()?, thresholds })
         }
         fn bits(&self, layer: usize) -> Option<u32> {
@@ -278,8 +262,8 @@ mod tests {
         let changes = serde_json::json!({ "num_hidden_layers": 2, "tie_word_embeddings": false });
         let config = fixture::config().with(changes).unwrap();
         let random = |format| RandomWeights::new(config.clone(), format, 3, 1).unwrap();
-        let [codes, groups] = [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 32 }].map(random);
-        [Box::new(Whole(random(RandomFormat::AnyPrec))), Box::new(codes), Box::new(groups)]
+        let [codes, groups] = [Storage::ANYPREC, Storage::lutgemm(32)].map(random);
+        [Box::new(Whole(random(Storage::ANYPREC))), Box::new(codes), Box::new(groups)]
     }
 
     proptest! {
@@ -306,7 +290,7 @@ mod tests {
         let changed = |change: fn(&mut ModelConfig)| {
             let mut config = model.config().clone();
             change(&mut config);
-            let model = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap();
+            let model = RandomWeights::new(config, Storage::ANYPREC, 3, 1).unwrap();
             digits(&Whole(model)).unwrap()
         };
         let changes: [fn(&mut ModelConfig); 4] = [

@@ -141,7 +141,8 @@ mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
     use crate::config::ModelConfig;
-    use crate::random::{RandomFormat, RandomWeights};
+    use crate::format::Storage;
+    use crate::random::RandomWeights;
 
     /// However many tokens are asked for, there are as many as the context has room for, and rates are numbers.
     #[test]
@@ -152,7 +153,7 @@ mod tests {
             "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 32,
         }));
         let config = config.unwrap();
-        let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 1).unwrap();
+        let weights = RandomWeights::new(config, Storage::ANYPREC, 3, 1).unwrap();
         let backend = Cpu::new();
         let model = Model::load(&backend, &weights, |_| ()).unwrap();
         let mut state = model.state(8).unwrap();

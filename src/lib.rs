@@ -22,6 +22,7 @@
 //! | file | what is in it |
 //! |---|---|
 //! | [`format`](mod@format) | what is stored: AnyPrec, LUT-GEMM, residuals, thresholds; pure |
+//! | [`tensors`] | a model in files: named tensors, checked, and fused to what a decoder multiplies by |
 //! | [`source`] | foreign files: Hugging Face, GGUF, PyTorch, the reference's directories, AWQ |
 //! | [`checkpoint`] | our directory: open, validate, map, write |
 //! | [`files`], [`mapped`] | reading what others made, in limits; writing that survives kills; maps |
@@ -64,6 +65,7 @@ pub mod quantize;
 pub mod random;
 pub mod sampling;
 pub mod source;
+pub mod tensors;
 pub mod timeline;
 pub mod tokenizer;
 pub mod tune;

@@ -1,17 +1,20 @@
 //! From a path to a model, whatever it is: our checkpoint, a quantized model
 //! that other programs made, a full-precision source.
 
+use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::checkpoint::{BitWidth, Checkpoint, Manifest, WeightFormat};
+use crate::checkpoint::{BitWidth, Checkpoint, Manifest};
 use crate::config::{ModelConfig, Projection};
+use crate::format::Format;
 use crate::random::RandomWeights;
 use crate::source::Source;
 use crate::source::grouped::Grouped;
 use crate::source::reference::Reference;
 use crate::source::simulated::Simulated;
+use crate::tensors::StoredModel;
 use crate::tokenizer::{TextFiles, Tokenizer};
 use crate::weights::ModelWeights;
 
@@ -19,7 +22,7 @@ use crate::weights::ModelWeights;
 pub struct Opened {
     weights: Box<dyn ModelWeights>,
     texts: Option<TextFiles>,
-    quantization: Option<(WeightFormat, BitWidth)>,
+    quantization: Option<(Format, BitWidth)>,
     /// What a checkpoint of ours says of itself.
     manifest: Option<Manifest>,
     /// The file or directory, and what a checkpoint says it was made from.
@@ -37,34 +40,26 @@ impl Opened {
         let mut names = vec![place.file_name().unwrap_or_default().to_string_lossy().into_owned()];
         if Checkpoint::is_at(path) {
             let checkpoint = Checkpoint::open(path)?;
-            let quantization = (checkpoint.manifest().backend, checkpoint.manifest().bits);
-            let texts = Some(checkpoint.texts().clone());
-            names.insert(0, checkpoint.manifest().source.clone());
-            let manifest = Some(checkpoint.manifest().clone());
-            let quantization = Some(quantization);
-            return Ok(Self { texts, names, quantization, manifest, weights: Box::new(checkpoint) });
+            let manifest = checkpoint.manifest().clone();
+            names.insert(0, manifest.source.clone());
+            let quantization = Some((manifest.backend, manifest.bits));
+            return Ok(Self { quantization, manifest: Some(manifest), ..Self::stored(checkpoint, names)? });
         }
         if Grouped::detect(path) {
-            let grouped = Grouped::open(path)?;
-            let quantization = (WeightFormat::LutGemm, BitWidth::try_from(f64::from(grouped.code_bits()))?);
-            let texts = Some(grouped.texts().clone());
-            let quantization = Some(quantization);
-            return Ok(Self { texts, names, quantization, manifest: None, weights: Box::new(grouped) });
+            return Self::stored(Grouped::open(path)?, names);
         }
         if Reference::detect(path) {
-            let seed = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);
-            let reference = Reference::open(path, seed, compat_scale_order)?;
-            let widths = reference.layer_bits();
-            let low = widths.iter().copied().min().context("the model has no layers")?;
-            let mixed = widths.iter().any(|&width| width != low);
-            let bits = BitWidth::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })?;
-            let (texts, format) = (Some(reference.texts().clone()), reference.backend());
-            let quantization = Some((format, bits));
-            return Ok(Self { texts, names, quantization, manifest: None, weights: Box::new(reference) });
+            let bits = bits.filter(|bits| !bits.is_mixed()).map(BitWidth::low);
+            return Self::stored(Reference::open(path, bits, compat_scale_order)?, names);
         }
-        let source = Source::open(path)?;
-        let texts = Some(source.texts().clone());
-        Ok(Self { texts, names, quantization: None, manifest: None, weights: Box::new(source) })
+        Self::stored(Source::open(path)?, names)
+    }
+
+    /// A model in files.
+    fn stored(model: impl Deref<Target = StoredModel> + Sync + 'static, names: Vec<String>) -> Result<Self> {
+        let bits = |format| Ok::<_, anyhow::Error>((format, BitWidth::of_layers(model.layer_bits())?));
+        let quantization = model.format().map(bits).transpose()?;
+        Ok(Self { texts: Some(model.texts().clone()), names, quantization, manifest: None, weights: Box::new(model) })
     }
 
     /// The same model; a full-precision one as the quantized model that it stands for, where its quantization was only
@@ -79,10 +74,8 @@ impl Opened {
         let simulated = Simulated::recover(self.weights).with_context(|| {
             format!("{} is full precision, decdec quantize makes a checkpoint of it", self.names.join(" in "))
         })?;
-        let widths = (0..simulated.config().layers.len()).filter_map(|layer| simulated.bits(layer));
-        let (low, high) = widths.fold((u32::MAX, 0), |(low, high), bits| (low.min(bits), high.max(bits)));
-        let bits = BitWidth::try_from(f64::from(low) + f64::from(high - low) / 2.0)?;
-        Ok(Self { weights: Box::new(simulated), quantization: Some((WeightFormat::AnyPrec, bits)), ..self })
+        let quantization = Some((Format::AnyPrec, BitWidth::of_layers(simulated.layer_bits())?));
+        Ok(Self { weights: Box::new(simulated), quantization, ..self })
     }
 
     /// What the checkpoint says of itself; `None` for whatever is not a decdec checkpoint.
@@ -101,7 +94,7 @@ impl Opened {
     }
 
     /// A model of random numbers, called `name`: it has no tokenizer.
-    pub fn random(weights: RandomWeights, format: WeightFormat, bits: BitWidth, name: &str) -> Self {
+    pub fn random(weights: RandomWeights, format: Format, bits: BitWidth, name: &str) -> Self {
         let names = vec![name.to_owned()];
         let quantization = Some((format, bits));
         Self { weights: Box::new(weights), texts: None, quantization, manifest: None, names }
@@ -122,7 +115,7 @@ impl Opened {
     }
 
     /// How its weights are stored and in how many bits; `None` for full precision.
-    pub fn quantization(&self) -> Option<(WeightFormat, BitWidth)> {
+    pub fn quantization(&self) -> Option<(Format, BitWidth)> {
         self.quantization
     }
 
@@ -130,7 +123,7 @@ impl Opened {
     ///
     /// # Errors
     /// The first difference, with both values.
-    pub fn expect(&self, backend: Option<WeightFormat>, bits: Option<BitWidth>, name: Option<&str>) -> Result<()> {
+    pub fn expect(&self, backend: Option<Format>, bits: Option<BitWidth>, name: Option<&str>) -> Result<()> {
         if let Some(name) = name {
             self.expect_name(name)?;
         }

@@ -5,14 +5,14 @@
 
 use std::borrow::Cow;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use half::f16;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
 use crate::config::{LayerNorm, ModelConfig, Projection};
-use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual};
+use crate::format::{Dense, Floats, Format, Numbers, Residual, Size, Storage};
 use crate::weights::{Linear, ModelWeights, Weight};
 
 /// Layers that differ; the others repeat them.
@@ -20,18 +20,6 @@ const DISTINCT: usize = 2;
 
 /// Random numbers that long tensors are filled with, again and again from another place.
 const POOL: usize = 1 << 20;
-
-/// The kind of a random model's weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RandomFormat {
-    /// One codebook per row.
-    AnyPrec,
-    /// Uniform, in groups of channels.
-    LutGemm {
-        /// Channels of a group.
-        group_size: usize,
-    },
-}
 
 /// A model of random numbers, in memory.
 #[derive(Debug)]
@@ -48,14 +36,14 @@ impl RandomWeights {
     ///
     /// # Errors
     /// Shapes or bits that the format does not take.
-    pub fn new(config: ModelConfig, format: RandomFormat, bits: usize, seed: u64) -> Result<Self> {
+    pub fn new(config: ModelConfig, storage: Storage, bits: usize, seed: u64) -> Result<Self> {
         ensure!((2..=8).contains(&bits), "--bitwidth is {bits}, 2 to 8 are allowed for a random model");
         let pool = Pool::new(seed);
         let layers = (0..DISTINCT.min(config.layers.len()))
             .map(|layer| {
                 let [qkv, o, gu, d] = Projection::ALL.map(|p| {
                     let (in_features, out_features) = config.shape(layer, p);
-                    linear(&pool, layer * 4 + p.index(), in_features, out_features, format, bits)
+                    linear(&pool, layer * 4 + p.index(), in_features, out_features, storage, bits)
                 });
                 Ok([qkv?, o?, gu?, d?])
             })
@@ -75,11 +63,11 @@ impl RandomWeights {
     pub fn single(
         in_features: usize,
         out_features: usize,
-        format: RandomFormat,
+        storage: Storage,
         bits: usize,
         seed: u64,
     ) -> Result<Linear<'static>> {
-        linear(&Pool::new(seed), 0, in_features, out_features, format, bits)
+        linear(&Pool::new(seed), 0, in_features, out_features, storage, bits)
     }
 
     fn dense<'a>(&self, values: &'a [f16]) -> Dense<'a> {
@@ -113,52 +101,11 @@ impl ModelWeights for RandomWeights {
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        borrowed(&self.layers[layer % self.layers.len()][projection.index()])
+        Ok(self.layers[layer % self.layers.len()][projection.index()].borrowed())
     }
 
     fn bits(&self, _layer: usize) -> Option<u32> {
         Some(self.bits as u32)
-    }
-}
-
-/// The same layer without a copy of its numbers.
-fn borrowed<'a>(linear: &'a Linear<'static>) -> Result<Linear<'a>> {
-    let weight = match &linear.weight {
-        Weight::Dense(w) => Weight::Dense(Dense { values: lent(&w.values), ..*w }),
-        Weight::AnyPrec(w) => Weight::AnyPrec(AnyPrec::new(
-            w.in_features(),
-            w.out_features(),
-            w.bits(),
-            Cow::Borrowed(w.planes()),
-            lent(w.lut()),
-        )?),
-        Weight::LutGemm(w) => Weight::LutGemm(LutGemm::new(
-            w.in_features(),
-            w.out_features(),
-            w.bits(),
-            w.group_size(),
-            Cow::Borrowed(w.binary()),
-            lent(w.alpha()),
-            lent(w.q_bias()),
-        )?),
-    };
-    let residual = linear
-        .residual
-        .as_ref()
-        .map(|r| Residual::new(r.in_features(), r.out_features(), Cow::Borrowed(r.words()), lent(r.scales())));
-    Ok(Linear {
-        weight,
-        bias: linear.bias.as_deref().map(Cow::Borrowed),
-        residual: residual.transpose()?,
-        thresholds: linear.thresholds.as_deref().map(Cow::Borrowed),
-    })
-}
-
-fn lent<'a>(values: &'a Floats<'static>) -> Floats<'a> {
-    match values {
-        Floats::F16(v) => Floats::F16(Cow::Borrowed(v)),
-        Floats::Bf16(v) => Floats::Bf16(Cow::Borrowed(v)),
-        Floats::F32(v) => Floats::F32(Cow::Borrowed(v)),
     }
 }
 
@@ -171,7 +118,7 @@ fn linear(
     salt: usize,
     in_features: usize,
     out_features: usize,
-    format: RandomFormat,
+    storage: Storage,
     bits: usize,
 ) -> Result<Linear<'static>> {
     let spread = 1.0 / (in_features as f32).sqrt();
@@ -179,19 +126,18 @@ fn linear(
     // Evenly spaced levels of standard deviation `spread`.
     let step = spread * 12f32.sqrt() / levels as f32;
     let words = pool.words(in_features / 32 * bits * out_features, salt * 8);
-    let weight = match format {
-        RandomFormat::AnyPrec => {
-            let jitter = pool.floats(out_features * levels, salt * 8 + 1);
-            let lut = jitter.iter().enumerate().map(|(i, j)| {
+    let jitter = |count: usize| pool.floats(count, salt * 8 + 1);
+    let tables: Vec<Floats<'_>> = match storage.format {
+        Format::AnyPrec => {
+            let lut = jitter(out_features * levels).into_iter().enumerate().map(|(i, j)| {
                 let level = (i % levels) as f32 - (levels - 1) as f32 / 2.0;
                 f16::from_f32(step * (level + 0.3 * j))
             });
-            let lut: Vec<f16> = lut.collect();
-            Weight::AnyPrec(AnyPrec::new(in_features, out_features, bits, Cow::Owned(words), lut.into())?)
+            vec![lut.collect::<Vec<f16>>().into()]
         }
-        RandomFormat::LutGemm { group_size } => {
-            let groups = in_features / group_size;
-            let jitter = pool.floats(groups * out_features, salt * 8 + 1);
+        Format::LutGemm => {
+            let groups = in_features / storage.group_size.context("LUT-GEMM needs a group size")?;
+            let jitter = jitter(groups * out_features);
             let scale = |g: usize, row: usize| step * (1.0 + 0.2 * jitter[g * out_features + row]);
             let alpha: Vec<f32> = (0..groups * bits * out_features)
                 .into_par_iter()
@@ -201,18 +147,12 @@ fn linear(
                 })
                 .collect();
             let q_bias: Vec<f32> = jitter.iter().map(|j| step * 0.1 * j).collect();
-            let binary = Cow::Owned(words);
-            Weight::LutGemm(LutGemm::new(
-                in_features,
-                out_features,
-                bits,
-                group_size,
-                binary,
-                alpha.into(),
-                q_bias.into(),
-            )?)
+            vec![alpha.into(), q_bias.into()]
         }
     };
+    let size = Size { in_features, out_features, bits, group_size: storage.group_size };
+    let tensors = std::iter::once(Numbers::Words(words.into())).chain(tables.into_iter().map(Numbers::Floats));
+    let weight = Weight::from_tensors(Some(storage.format), size, tensors.collect())?;
     let mut nibbles = pool.words(in_features * (out_features / 8), salt * 8 + 2);
     // −8 is no residual: nibbles of 0 become 1.
     nibbles.par_iter_mut().for_each(|w| *w |= !(*w | *w >> 1 | *w >> 2 | *w >> 3) & 0x1111_1111);

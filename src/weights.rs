@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use anyhow::Result;
 
 use crate::config::{LayerNorm, ModelConfig, Projection};
-use crate::format::{AnyPrec, Dense, LutGemm, Residual};
+use crate::format::{AnyPrec, Dense, Floats, Format, LutGemm, Numbers, Residual, Size, Storage, Tensor};
 
 /// The matrix of one linear layer, in the form in which it is stored.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,32 +18,69 @@ pub enum Weight<'a> {
     LutGemm(LutGemm<'a>),
 }
 
-impl Weight<'_> {
+impl<'a> Weight<'a> {
+    /// Takes the tensors of `format`, or of full precision, in the order of their description.
+    ///
+    /// # Errors
+    /// What the format refuses.
+    pub(crate) fn from_tensors(format: Option<Format>, size: Size, mut tensors: Vec<Numbers<'a>>) -> Result<Self> {
+        Ok(match format {
+            None => {
+                let Size { in_features, out_features, .. } = size;
+                Self::Dense(Dense { in_features, out_features, values: tensors.remove(0).into_floats() })
+            }
+            Some(Format::AnyPrec) => Self::AnyPrec(AnyPrec::from_tensors(size, tensors)?),
+            Some(Format::LutGemm) => Self::LutGemm(LutGemm::from_tensors(size, tensors)?),
+        })
+    }
+
+    /// What is stored, each tensor with its description.
+    pub fn tensors(&self) -> Vec<(&'static Tensor, Numbers<'_>)> {
+        let numbers = match self.borrowed() {
+            Weight::Dense(w) => vec![Numbers::Floats(w.values)],
+            Weight::AnyPrec(w) => w.into_tensors(),
+            Weight::LutGemm(w) => w.into_tensors(),
+        };
+        tensors_of(self.format()).iter().zip(numbers).collect()
+    }
+
+    /// How it is quantized; `None` for full precision.
+    pub fn format(&self) -> Option<Format> {
+        match self {
+            Self::Dense(_) => None,
+            Self::AnyPrec(_) => Some(Format::AnyPrec),
+            Self::LutGemm(_) => Some(Format::LutGemm),
+        }
+    }
+
+    /// Its format with the size of groups; `None` for full precision.
+    pub fn storage(&self) -> Option<Storage> {
+        self.format().map(|format| Storage { format, group_size: self.size().group_size })
+    }
+
+    /// What the shapes of its tensors follow from.
+    pub fn size(&self) -> Size {
+        let (in_features, out_features, bits, group_size) = match self {
+            Self::Dense(w) => (w.in_features, w.out_features, 0, None),
+            Self::AnyPrec(w) => (w.in_features(), w.out_features(), w.bits(), None),
+            Self::LutGemm(w) => (w.in_features(), w.out_features(), w.bits(), Some(w.group_size())),
+        };
+        Size { in_features, out_features, bits, group_size }
+    }
+
     /// Input channels.
     pub fn in_features(&self) -> usize {
-        match self {
-            Self::Dense(w) => w.in_features,
-            Self::AnyPrec(w) => w.in_features(),
-            Self::LutGemm(w) => w.in_features(),
-        }
+        self.size().in_features
     }
 
     /// Output rows.
     pub fn out_features(&self) -> usize {
-        match self {
-            Self::Dense(w) => w.out_features,
-            Self::AnyPrec(w) => w.out_features(),
-            Self::LutGemm(w) => w.out_features(),
-        }
+        self.size().out_features
     }
 
     /// Bytes as stored.
     pub fn bytes(&self) -> usize {
-        match self {
-            Self::Dense(w) => w.values.bytes(),
-            Self::AnyPrec(w) => w.bytes(),
-            Self::LutGemm(w) => w.bytes(),
-        }
+        self.tensors().iter().map(|(_, numbers)| numbers.bytes()).sum()
     }
 
     /// Row `row`, dequantized, written over `out` (`in_features` long).
@@ -54,6 +91,20 @@ impl Weight<'_> {
             Self::LutGemm(w) => w.row(row, out),
         }
     }
+
+    /// The same matrix, borrowed.
+    pub fn borrowed(&self) -> Weight<'_> {
+        match self {
+            Self::Dense(w) => Weight::Dense(Dense { values: w.values.borrowed(), ..*w }),
+            Self::AnyPrec(w) => Weight::AnyPrec(w.borrowed()),
+            Self::LutGemm(w) => Weight::LutGemm(w.borrowed()),
+        }
+    }
+}
+
+/// The tensors of a matrix in `format`, or in full precision.
+pub(crate) fn tensors_of(format: Option<Format>) -> &'static [Tensor] {
+    format.map_or(&[Tensor::WEIGHT], Format::tensors)
 }
 
 /// One linear layer: `y = W·x + bias`, and what is needed to compensate it.
@@ -73,6 +124,50 @@ impl<'a> Linear<'a> {
     /// A linear layer of nothing but its matrix.
     pub fn plain(weight: Weight<'a>) -> Self {
         Self { weight, bias: None, residual: None, thresholds: None }
+    }
+
+    /// What is stored, each tensor with its description: the matrix, then what there is beside it.
+    pub fn tensors(&self) -> Vec<(&'static Tensor, Numbers<'_>)> {
+        let singles = |values| Numbers::Floats(Floats::F32(Cow::Borrowed(values)));
+        let mut list = self.weight.tensors();
+        list.extend(self.bias.as_deref().map(|bias| (&Tensor::BIAS, singles(bias))));
+        if let Some(residual) = &self.residual {
+            list.extend([&Tensor::RESIDUAL, &Tensor::SCALES].into_iter().zip(residual.tensors()));
+        }
+        list.extend(self.thresholds.as_deref().map(|thresholds| (&Tensor::THRESHOLDS, singles(thresholds))));
+        list
+    }
+
+    /// The same layer with row `order[r]` as row `r` of everything that has rows.
+    ///
+    /// # Errors
+    /// None for an order of all rows.
+    pub(crate) fn reordered(&self, order: &[usize]) -> Result<Linear<'a>> {
+        let size = self.weight.size();
+        let tensors = self.weight.tensors();
+        let tensors = tensors.iter().map(|(tensor, numbers)| tensor.reorder(&size, numbers, order)).collect();
+        let residual = self.residual.as_ref().map(|residual| {
+            let [words, scales] = residual.tensors();
+            let words = Tensor::RESIDUAL.reorder(&size, &words, order).into_words();
+            let scales = Tensor::SCALES.reorder(&size, &scales, order).into_floats();
+            Residual::new(size.in_features, size.out_features, words, scales)
+        });
+        Ok(Linear {
+            weight: Weight::from_tensors(self.weight.format(), size, tensors)?,
+            bias: self.bias.as_ref().map(|bias| order.iter().map(|&row| bias[row]).collect()),
+            residual: residual.transpose()?,
+            thresholds: self.thresholds.clone(),
+        })
+    }
+
+    /// The same layer, borrowed.
+    pub fn borrowed(&self) -> Linear<'_> {
+        Linear {
+            weight: self.weight.borrowed(),
+            bias: self.bias.as_deref().map(Cow::Borrowed),
+            residual: self.residual.as_ref().map(Residual::borrowed),
+            thresholds: self.thresholds.as_deref().map(Cow::Borrowed),
+        }
     }
 }
 

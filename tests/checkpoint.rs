@@ -6,21 +6,21 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 
-use decdec::checkpoint::{BitWidth, Checkpoint, CheckpointWriter, Manifest, Unquantized, WeightFormat};
+use decdec::checkpoint::{BitWidth, Checkpoint, CheckpointWriter, Manifest, Unquantized};
 use decdec::config::{LayerNorm, Projection};
-use decdec::format::{AnyPrec, LutGemm, Residual};
+use decdec::format::{AnyPrec, Format, LutGemm, Residual, Storage};
 use decdec::weights::{Linear, ModelWeights, Weight};
 use half::f16;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use small_model::{SmallModel, random};
 
-fn manifest(backend: WeightFormat, bits: f64) -> Manifest {
+fn manifest(backend: Format, bits: f64) -> Manifest {
     Manifest {
         version: 1,
         backend,
         bits: BitWidth::try_from(bits).unwrap(),
-        group_size: (backend == WeightFormat::LutGemm).then_some(32),
+        group_size: (backend == Format::LutGemm).then_some(32),
         residual_bits: 4,
         source: "random".into(),
         calibration: "none".into(),
@@ -28,24 +28,18 @@ fn manifest(backend: WeightFormat, bits: f64) -> Manifest {
 }
 
 /// A random quantized projection: not a good one, but every number in it differs.
-fn linear(
-    model: &SmallModel,
-    layer: usize,
-    projection: Projection,
-    backend: WeightFormat,
-    bits: usize,
-) -> Linear<'static> {
+fn linear(model: &SmallModel, layer: usize, projection: Projection, backend: Format, bits: usize) -> Linear<'static> {
     let (inputs, outputs) = model.config.shape(0, projection);
     let mut rng = ChaCha8Rng::seed_from_u64((layer * 4 + projection.index()) as u64);
     let codes: Vec<u8> = (0..inputs * outputs).map(|_| (rng.next_u32() % (1 << bits)) as u8).collect();
     let halves =
         |rng: &mut ChaCha8Rng, len| random(rng, len, 1.0).iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
     let weight = match backend {
-        WeightFormat::AnyPrec => {
+        Format::AnyPrec => {
             let lut = halves(&mut rng, outputs << bits);
             Weight::AnyPrec(AnyPrec::pack(inputs, outputs, bits, &codes, lut.into()).unwrap())
         }
-        WeightFormat::LutGemm => {
+        Format::LutGemm => {
             let binary = (0..inputs / 32 * bits * outputs).map(|_| rng.next_u32()).collect();
             let alpha = halves(&mut rng, inputs / 32 * bits * outputs);
             let q_bias = halves(&mut rng, inputs / 32 * outputs);
@@ -67,7 +61,7 @@ fn by_place((attention, feed_forward): &(Vec<f32>, Vec<f32>)) -> [Vec<f32>; 6] {
     norms
 }
 
-fn linears(model: &SmallModel, layer: usize, backend: WeightFormat, bits: usize) -> [Linear<'static>; 4] {
+fn linears(model: &SmallModel, layer: usize, backend: Format, bits: usize) -> [Linear<'static>; 4] {
     Projection::ALL.map(|projection| linear(model, layer, projection, backend, bits))
 }
 
@@ -78,7 +72,7 @@ fn assert_same(got: &Linear<'_>, want: &Linear<'_>) {
     assert_eq!(got.thresholds, want.thresholds);
 }
 
-fn write(model: &SmallModel, out: &Path, backend: WeightFormat, bits: f64, overwrite: bool) -> anyhow::Result<()> {
+fn write(model: &SmallModel, out: &Path, backend: Format, bits: f64, overwrite: bool) -> anyhow::Result<()> {
     let manifest = manifest(backend, bits);
     let writer = CheckpointWriter::create(out, "key", overwrite)?;
     let widths: Vec<u32> = (0..model.config.layers.len())
@@ -100,10 +94,10 @@ fn write(model: &SmallModel, out: &Path, backend: WeightFormat, bits: f64, overw
 fn what_is_written_is_read() {
     let dir = tempfile::tempdir().unwrap();
     for (backend, bits, bias) in [
-        (WeightFormat::AnyPrec, 3.0, false),
-        (WeightFormat::AnyPrec, 3.5, true),
-        (WeightFormat::LutGemm, 4.0, true),
-        (WeightFormat::LutGemm, 3.5, false),
+        (Format::AnyPrec, 3.0, false),
+        (Format::AnyPrec, 3.5, true),
+        (Format::LutGemm, 4.0, true),
+        (Format::LutGemm, 3.5, false),
     ] {
         let model = SmallModel::new(1, 3, bias);
         let out = dir.path().join(format!("{backend}-{bits}"));
@@ -134,24 +128,24 @@ fn what_is_written_is_read() {
 fn only_a_checkpoint_is_replaced_and_only_when_asked() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    write(&SmallModel::new(1, 2, false), &out, WeightFormat::AnyPrec, 3.0, false).unwrap();
+    write(&SmallModel::new(1, 2, false), &out, Format::AnyPrec, 3.0, false).unwrap();
     let before = fs::read(out.join("model.safetensors")).unwrap();
     let other = SmallModel::new(2, 2, false);
-    let message = write(&other, &out, WeightFormat::AnyPrec, 3.0, false).unwrap_err().to_string();
+    let message = write(&other, &out, Format::AnyPrec, 3.0, false).unwrap_err().to_string();
     assert!(message.contains("--overwrite"), "{message}");
     assert_eq!(fs::read(out.join("model.safetensors")).unwrap(), before);
-    write(&other, &out, WeightFormat::AnyPrec, 3.0, true).unwrap();
+    write(&other, &out, Format::AnyPrec, 3.0, true).unwrap();
     assert_eq!(Checkpoint::open(&out).unwrap().embedding().unwrap(), other.embedding().unwrap());
 
     let home = dir.path().join("home");
     fs::create_dir(&home).unwrap();
     fs::write(home.join("precious"), "kept").unwrap();
-    let message = write(&other, &home, WeightFormat::AnyPrec, 3.0, true).unwrap_err().to_string();
+    let message = write(&other, &home, Format::AnyPrec, 3.0, true).unwrap_err().to_string();
     assert!(message.contains("not a decdec checkpoint"), "{message}");
     assert_eq!(fs::read(home.join("precious")).unwrap(), b"kept");
     // Nor is the place of unfinished work, if it is something else.
     fs::rename(&home, dir.path().join("new.partial")).unwrap();
-    let message = write(&other, &dir.path().join("new"), WeightFormat::AnyPrec, 3.0, true).unwrap_err().to_string();
+    let message = write(&other, &dir.path().join("new"), Format::AnyPrec, 3.0, true).unwrap_err().to_string();
     assert!(message.contains("something else"), "{message}");
     assert_eq!(fs::read(dir.path().join("new.partial/precious")).unwrap(), b"kept");
 }
@@ -162,20 +156,20 @@ fn killed_while_replacing_or_cleaning_up() {
     let dir = tempfile::tempdir().unwrap();
     let (out, partial) = (dir.path().join("out"), dir.path().join("out.partial"));
     let (one, other) = (SmallModel::new(1, 2, false), SmallModel::new(2, 2, false));
-    write(&one, &out, WeightFormat::AnyPrec, 3.5, false).unwrap();
+    write(&one, &out, Format::AnyPrec, 3.5, false).unwrap();
 
     // The old checkpoint is moved away, the new one is not there yet: the old one comes back.
     fs::create_dir(&partial).unwrap();
     fs::write(partial.join("job.txt"), "key").unwrap();
     fs::rename(&out, partial.join("replaced")).unwrap();
-    let message = write(&other, &out, WeightFormat::AnyPrec, 3.0, false).unwrap_err().to_string();
+    let message = write(&other, &out, Format::AnyPrec, 3.0, false).unwrap_err().to_string();
     assert!(message.contains("--overwrite"), "{message}");
     assert_eq!(Checkpoint::open(&out).unwrap().embedding().unwrap(), one.embedding().unwrap());
 
     // Old and new have changed places, the old one is still where the new one was made: none of its files stays.
     fs::create_dir_all(partial.join("checkpoint")).unwrap();
     fs::copy(out.join("bitwidth_map.json"), partial.join("checkpoint/bitwidth_map.json")).unwrap();
-    write(&other, &out, WeightFormat::AnyPrec, 3.0, true).unwrap();
+    write(&other, &out, Format::AnyPrec, 3.0, true).unwrap();
     assert!(!out.join("bitwidth_map.json").exists() && !partial.exists());
     assert_eq!(Checkpoint::open(&out).unwrap().embedding().unwrap(), other.embedding().unwrap());
 
@@ -192,7 +186,7 @@ fn an_unfinished_job_goes_on_and_a_different_one_starts_over() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let model = SmallModel::new(1, 2, false);
-    let layer = linears(&model, 0, WeightFormat::AnyPrec, 3);
+    let layer = linears(&model, 0, Format::AnyPrec, 3);
     let writer = CheckpointWriter::create(&out, "key", false).unwrap();
     writer.write_layer(&model.config, (0, 3), &by_place(&model.norms[0]), &layer).unwrap();
     writer.write_file("tokens", b"abc").unwrap();
@@ -204,9 +198,9 @@ fn an_unfinished_job_goes_on_and_a_different_one_starts_over() {
     assert!(writer.has_layer(0, 3) && !writer.has_layer(1, 3) && !writer.has_layer(0, 4));
     assert_eq!(writer.read_file("tokens").as_deref(), Some(&b"abc"[..]));
     let file = writer.layer(0, 3).unwrap();
-    assert_same(&file.projection(Projection::Down, &model.config, None).unwrap(), &layer[3]);
+    assert_same(&file.projection(Projection::Down, &model.config, Storage::ANYPREC).unwrap(), &layer[3]);
     let rest = Unquantized { embedding: model.embedding().unwrap(), head: None, final_norm: vec![1.0; 64] };
-    let manifest = manifest(WeightFormat::AnyPrec, 3.0);
+    let manifest = manifest(Format::AnyPrec, 3.0);
     assert!(
         writer.finish(&model.config, &manifest, &[3, 3], &rest, &small_model::texts()).is_err(),
         "layer 1 is not there"
@@ -222,7 +216,7 @@ fn what_is_broken_is_not_opened() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let model = SmallModel::new(1, 2, false);
-    write(&model, &out, WeightFormat::AnyPrec, 3.5, false).unwrap();
+    write(&model, &out, Format::AnyPrec, 3.5, false).unwrap();
     let refused = |what: &str| {
         let message = format!("{:#}", Checkpoint::open(&out).expect_err(what));
         assert!(message.contains(out.to_str().unwrap()), "{what}: {message}");

@@ -15,9 +15,10 @@ use decdec::backend::record::{Clock, Recorder};
 use decdec::backend::{DecodeBackend, GemvBackend, Input};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
+use decdec::format::Storage;
 use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::sampling::{NO_TOKEN, Sampling};
 use decdec::weights::{Linear, ModelWeights, Weight};
 
@@ -57,10 +58,10 @@ fn tokens<B: DecodeBackend>(
 fn against_cpu(dtype: Dtype, compile: u8, most: f64) {
     let mut options = options(dtype, compile);
     for (window, kv_heads, bits, format) in [
-        (None, 2, 3, RandomFormat::AnyPrec),
-        (Some(20), 3, 4, RandomFormat::AnyPrec),
-        (None, 6, 3, RandomFormat::LutGemm { group_size: 32 }),
-        (None, 2, 5, RandomFormat::AnyPrec),
+        (None, 2, 3, Storage::ANYPREC),
+        (Some(20), 3, 4, Storage::ANYPREC),
+        (None, 6, 3, Storage::lutgemm(32)),
+        (None, 2, 5, Storage::ANYPREC),
     ] {
         let weights = RandomWeights::new(small(window, kv_heads), format, bits, 11).unwrap();
         for (k_chunk, prompt, residuals) in
@@ -111,17 +112,17 @@ const BESIDE: [(&str, fn()); 4] = [
     ("devices are opened and closed", || drop(cuda(options(Dtype::Float16, 2)))),
     ("kernels are loaded", || {
         let cuda = cuda(options(Dtype::Float16, 2)).unwrap();
-        product(&cuda, RandomFormat::AnyPrec, 5);
+        product(&cuda, Storage::ANYPREC, 5);
     }),
     ("memory is pinned, copied and freed", || {
         let cuda = cuda(options(Dtype::Float16, 2)).unwrap();
         for bits in [3, 4, 3, 4] {
-            product(&cuda, RandomFormat::AnyPrec, bits);
+            product(&cuda, Storage::ANYPREC, bits);
         }
     }),
     ("graphs are recorded and timed", || {
         let cuda = cuda(options(Dtype::Float16, 2)).unwrap();
-        let linear = RandomWeights::single(1024, 512, RandomFormat::AnyPrec, 3, 1).unwrap();
+        let linear = RandomWeights::single(1024, 512, Storage::ANYPREC, 3, 1).unwrap();
         let (matrix, x) = (cuda.matrix(&linear).unwrap(), cuda.vector(1024).unwrap());
         let mut y = cuda.vector(512).unwrap();
         let mut recorder = cuda.recorder(Clock::Auto).unwrap();
@@ -131,7 +132,7 @@ const BESIDE: [(&str, fn()); 4] = [
 ];
 
 /// `y` of a random matrix and a vector of ones.
-fn product(cuda: &Cuda, format: RandomFormat, bits: usize) -> Vec<f32> {
+fn product(cuda: &Cuda, format: Storage, bits: usize) -> Vec<f32> {
     let linear = RandomWeights::single(1024, 512, format, bits, 1).unwrap();
     let matrix = cuda.matrix(&linear).unwrap();
     let (mut x, mut y) = (cuda.vector(1024).unwrap(), cuda.vector(512).unwrap());
@@ -146,8 +147,8 @@ fn product(cuda: &Cuda, format: RandomFormat, bits: usize) -> Vec<f32> {
 #[test]
 fn graphs_are_recorded_beside_other_work() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
-    let want = product(&cuda, RandomFormat::AnyPrec, 3);
-    let linear = RandomWeights::single(1024, 512, RandomFormat::AnyPrec, 3, 1).unwrap();
+    let want = product(&cuda, Storage::ANYPREC, 3);
+    let linear = RandomWeights::single(1024, 512, Storage::ANYPREC, 3, 1).unwrap();
     let matrix = cuda.matrix(&linear).unwrap();
     let (mut x, mut y) = (cuda.vector(1024).unwrap(), cuda.vector(512).unwrap());
     cuda.write(&[1.0; 1024], &mut x).unwrap();
@@ -188,7 +189,7 @@ fn graphs_are_recorded_beside_other_work() {
 /// operation and with layers in one launch, of which there are then several on the device.
 #[test]
 fn texts_beside_each_other_are_those_of_one_alone() {
-    let weights = || RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 11).unwrap();
+    let weights = || RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 11).unwrap();
     for layers_always in [false, true] {
         let tuning = Tuning { layers_always, ..Tuning::default() };
         let options = Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) };
@@ -218,7 +219,7 @@ fn texts_on_two_states_are_those_of_one() {
         let tuning = Tuning { layers_always, ..Tuning::default() };
         let Some(mut cuda) = cuda(Options { tuning, ..options(dtype, compile) }) else { return };
         cuda.watch_layers().unwrap();
-        for (bits, format) in [(3, RandomFormat::AnyPrec), (4, RandomFormat::LutGemm { group_size: 32 })] {
+        for (bits, format) in [(3, Storage::ANYPREC), (4, Storage::lutgemm(32))] {
             let weights = RandomWeights::new(small(None, 2), format, bits, 5).unwrap();
             let mut model = Model::load(&cuda, &weights, |_| ()).unwrap();
             texts::interleaved(&model);
@@ -237,7 +238,7 @@ fn texts_on_two_states_are_those_of_one() {
 fn nothing_is_touched_behind_the_end() {
     for dtype in [Dtype::Float16, Dtype::Bfloat16, Dtype::Float32] {
         let Some(cuda) = cuda(options(dtype, 2)) else { return };
-        let weights = RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 5).unwrap();
+        let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
         let config = weights.config();
         let mut sequence = cuda.sequence(config, 8).unwrap();
         cuda.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();

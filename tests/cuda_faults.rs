@@ -14,10 +14,10 @@ use decdec::backend::cuda::{Cuda, Dtype};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{LayerNorm, ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
-use decdec::format::Dense;
+use decdec::format::{Dense, Storage};
 use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights};
 use serde_json::json;
@@ -64,7 +64,7 @@ impl ModelWeights for Broken {
 fn model() -> RandomWeights {
     let preset = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
     let config = preset.with(json!({ "num_hidden_layers": 6 }));
-    RandomWeights::new(config.unwrap(), RandomFormat::AnyPrec, 3, 1).unwrap()
+    RandomWeights::new(config.unwrap(), Storage::ANYPREC, 3, 1).unwrap()
 }
 
 /// Bytes of host memory that the process holds, pinned ones among them; 0 where the system does not say.
@@ -145,7 +145,7 @@ fn faults_end_cleanly() {
     });
 
     // After all that the device still works.
-    let linear = RandomWeights::single(1024, 64, RandomFormat::AnyPrec, 3, 1).unwrap();
+    let linear = RandomWeights::single(1024, 64, Storage::ANYPREC, 3, 1).unwrap();
     let matrix = cuda.matrix(&linear).unwrap();
     let (mut x, mut y) = (cuda.vector(1024).unwrap(), cuda.vector(64).unwrap());
     cuda.write(&[1.0; 1024], &mut x).unwrap();
@@ -175,5 +175,5 @@ fn lost(cuda: &Cuda, matrix: &<Cuda as GemvBackend>::Matrix, y: &mut <Cuda as Ge
 }
 
 fn common_weight() -> decdec::weights::Weight<'static> {
-    RandomWeights::single(64, 16, RandomFormat::AnyPrec, 3, 1).unwrap().weight
+    RandomWeights::single(64, 16, Storage::ANYPREC, 3, 1).unwrap().weight
 }

@@ -8,8 +8,8 @@ use cuda_common::{Noise, cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype, Residuals};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::dec::{DecPlan, Selection};
-use decdec::format::{AnyPrec, Dense, LutGemm, Residual};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::format::{AnyPrec, Dense, LutGemm, Residual, Storage};
+use decdec::random::RandomWeights;
 use decdec::weights::{Linear, Weight};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -92,11 +92,11 @@ fn check(cuda: &Cuda, linear: &Linear<'_>, x: &[f32], types: (Dtype, Dtype), wha
 fn linears(k: usize, rows: usize, noise: &mut Noise) -> Vec<(String, Linear<'static>)> {
     let mut all = Vec::new();
     for bits in 2..=8 {
-        let w = RandomWeights::single(k, rows, RandomFormat::AnyPrec, bits, noise.next()).unwrap();
+        let w = RandomWeights::single(k, rows, Storage::ANYPREC, bits, noise.next()).unwrap();
         all.push((format!("anyprec {bits} {k}x{rows}"), w));
         for group_size in [32, 64, 128] {
             if k.is_multiple_of(group_size) && (matches!(bits, 3 | 4 | 8) || group_size == 32) {
-                let w = RandomWeights::single(k, rows, RandomFormat::LutGemm { group_size }, bits, noise.next());
+                let w = RandomWeights::single(k, rows, Storage::lutgemm(group_size), bits, noise.next());
                 all.push((format!("lutgemm {bits} g{group_size} {k}x{rows}"), w.unwrap()));
             }
         }
@@ -162,12 +162,11 @@ fn projections_of_real_models() {
         (28672, 8192),
     ];
     // Llama-3-8B's head in 8 bits.
-    let head =
-        RandomWeights::single(4096, 128_256, RandomFormat::LutGemm { group_size: 128 }, 8, noise.next()).unwrap();
+    let head = RandomWeights::single(4096, 128_256, Storage::lutgemm(128), 8, noise.next()).unwrap();
     check(&cuda, &head, &noise.activations(4096), computes(&head, Dtype::Float16, 2), "head of 8 bits");
     for (k, rows) in shapes {
         for bits in [3, 4] {
-            for format in [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 128 }] {
+            for format in [Storage::ANYPREC, Storage::lutgemm(128)] {
                 let linear = RandomWeights::single(k, rows, format, bits, noise.next()).unwrap();
                 let types = computes(&linear, Dtype::Float16, 2);
                 check(&cuda, &linear, &noise.activations(k), types, &format!("{format:?} {bits} {k}x{rows}"));
@@ -182,10 +181,9 @@ fn one_hot_gives_a_column() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
     let mut noise = Noise::new(3);
     for (k, rows, bits) in [(576, 72, 3), (576, 72, 4), (288, 24, 3), (1024, 16, 4), (576, 72, 8)] {
-        let linear = RandomWeights::single(k, rows, RandomFormat::AnyPrec, bits, noise.next()).unwrap();
+        let linear = RandomWeights::single(k, rows, Storage::ANYPREC, bits, noise.next()).unwrap();
         let Weight::AnyPrec(w) = &linear.weight else { unreachable!() };
-        let uniform =
-            RandomWeights::single(k, rows, RandomFormat::LutGemm { group_size: 32 }, bits, noise.next()).unwrap();
+        let uniform = RandomWeights::single(k, rows, Storage::lutgemm(32), bits, noise.next()).unwrap();
         columns(&cuda, &linear, 0.0);
         // step·code + centre·1: two roundings of numbers up to 2^bits as large as a step.
         columns(&cuda, &uniform, 2f32.powi(-22));
@@ -249,7 +247,7 @@ fn selection_equals_the_plan() {
     let mut noise = Noise::new(4);
     let mut cases = 0;
     for k in [32, 576, 992, 1024, 1056, 1536, 4096, 14336] {
-        let linear = RandomWeights::single(k, 32, RandomFormat::AnyPrec, 3, noise.next()).unwrap();
+        let linear = RandomWeights::single(k, 32, Storage::ANYPREC, 3, noise.next()).unwrap();
         let matrix = cuda.matrix(&linear).unwrap();
         let mut x = cuda.vector(k).unwrap();
         for k_chunk in [1, 3, 8, 33, 64, 500, 1023, 1024] {
@@ -284,7 +282,7 @@ fn the_residual_product_alone() {
     let Some(generic) = cuda(generic) else { return };
     let mut noise = Noise::new(5);
     for (k, rows) in [(576, 72), (1056, 96), (1024, 256), (4096, 1024), (14336, 512)] {
-        let mut linear = RandomWeights::single(k, rows, RandomFormat::AnyPrec, 3, noise.next()).unwrap();
+        let mut linear = RandomWeights::single(k, rows, Storage::ANYPREC, 3, noise.next()).unwrap();
         let residual = linear.residual.clone().unwrap();
         let zeros = vec![f16::ZERO; rows * 8];
         linear.weight = Weight::AnyPrec(AnyPrec::pack(k, rows, 3, &vec![0; k * rows], zeros.into()).unwrap());
@@ -342,7 +340,7 @@ fn compare_residual(
 fn compensated_products() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
     let mut noise = Noise::new(6);
-    for format in [RandomFormat::AnyPrec, RandomFormat::LutGemm { group_size: 32 }] {
+    for format in [Storage::ANYPREC, Storage::lutgemm(32)] {
         for (k, rows, bits) in [(576, 72, 3), (4096, 512, 3), (4096, 512, 4), (1536, 576, 5)] {
             let linear = RandomWeights::single(k, rows, format, bits, noise.next()).unwrap();
             let values = noise.activations(k);
@@ -382,7 +380,7 @@ fn compensated_products() {
 #[test]
 fn not_a_number_comes_out() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
-    let linear = RandomWeights::single(1056, 32, RandomFormat::AnyPrec, 3, 7).unwrap();
+    let linear = RandomWeights::single(1056, 32, Storage::ANYPREC, 3, 7).unwrap();
     let matrix = cuda.matrix(&linear).unwrap();
     let plan = DecPlan::new(1056, 32, &vec![1.0; 1056], 4, 2, Selection::Bucket).unwrap();
     let on_device = cuda.plan(&matrix, &plan).unwrap();
@@ -402,12 +400,9 @@ fn not_a_number_comes_out() {
 /// Beyond what float16 holds, its largest number is taken, and that is said; up to there nothing is.
 #[test]
 fn activations_beyond_float16_are_its_largest() {
-    for (format, bits) in [
-        (RandomFormat::AnyPrec, 3),
-        (RandomFormat::AnyPrec, 4),
-        (RandomFormat::LutGemm { group_size: 32 }, 3),
-        (RandomFormat::LutGemm { group_size: 32 }, 8),
-    ] {
+    for (format, bits) in
+        [(Storage::ANYPREC, 3), (Storage::ANYPREC, 4), (Storage::lutgemm(32), 3), (Storage::lutgemm(32), 8)]
+    {
         let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
         let linear = RandomWeights::single(1056, 32, format, bits, 7).unwrap();
         let mut values = Noise::new(7).activations(1056);
@@ -443,7 +438,7 @@ fn two_devices_take_turns_in_one_thread() {
         return;
     }
     let second = || Cuda::new(1, options(Dtype::Float16, 2)).unwrap();
-    let linear = RandomWeights::single(1056, 64, RandomFormat::AnyPrec, 3, 7).unwrap();
+    let linear = RandomWeights::single(1056, 64, Storage::ANYPREC, 3, 7).unwrap();
     let x = Noise::new(7).activations(1056);
     let want = column(&first, &linear, &x);
     let on_both = |one: &Cuda, other: &Cuda| {
@@ -482,7 +477,7 @@ fn binary_codes_of_any_steps() {
     for (dtype, compile) in [(Dtype::Float16, 2), (Dtype::Float32, 2)] {
         let Some(cuda) = cuda(options(dtype, compile)) else { return };
         let mut noise = Noise::new(8);
-        let linear = RandomWeights::single(256, 24, RandomFormat::LutGemm { group_size: 64 }, 3, 9).unwrap();
+        let linear = RandomWeights::single(256, 24, Storage::lutgemm(64), 3, 9).unwrap();
         let Weight::LutGemm(w) = &linear.weight else { unreachable!() };
         let alpha: Vec<f32> = w.alpha().to_f32().iter().map(|a| a * (1.0 + 0.3 * noise.normal().abs())).collect();
         let w = LutGemm::new(256, 24, 3, 64, w.binary().to_vec().into(), alpha.into(), w.q_bias().clone()).unwrap();

@@ -11,9 +11,9 @@ use decdec::backend::cuda::{Cuda, Dtype, Options, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{Attention, LayerNorm, ModelConfig, Projection};
 use decdec::dec::Selection;
-use decdec::format::Dense;
+use decdec::format::{Dense, Storage};
 use decdec::model::{Compensation, LayerCompensation, Model};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights};
 use serde_json::{Value, json};
@@ -54,7 +54,7 @@ fn step_logits<B: DecodeBackend>(backend: &B, weights: &RandomWeights, k_chunks:
 }
 
 /// Shapes, bits and format of a model whose layers go in one launch.
-type LayersCase = (ModelConfig, usize, RandomFormat);
+type LayersCase = (ModelConfig, usize, Storage);
 
 /// Fails if logits are `most` or more from those wanted, or if those without compensation, where there are any, are not
 /// clearly farther.
@@ -107,10 +107,10 @@ fn layers_in_one_launch_are_close_to_the_cpu() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
     for case in [
-        (small(None, 2), 3, RandomFormat::AnyPrec),
-        (small(Some(20), 3), 4, RandomFormat::AnyPrec),
-        (small(None, 6), 3, RandomFormat::LutGemm { group_size: 32 }),
-        (small(None, 1), 4, RandomFormat::LutGemm { group_size: 32 }),
+        (small(None, 2), 3, Storage::ANYPREC),
+        (small(Some(20), 3), 4, Storage::ANYPREC),
+        (small(None, 6), 3, Storage::lutgemm(32)),
+        (small(None, 1), 4, Storage::lutgemm(32)),
     ] {
         layers_against_cpu(&cuda, case, &[[0; 4], [32; 4], [0, 0, 24, 0], [0, 40, 0, 16], [16, 0, 0, 0]], 70, FLOAT16);
     }
@@ -124,10 +124,10 @@ fn layers_in_one_launch_in_bfloat16_are_close_to_the_cpu() {
     cuda.watch_layers().unwrap();
     let heads = changed(small(None, 2), json!({ "num_attention_heads": 8, "head_dim": 128 }));
     for case in [
-        (small(Some(20), 2), 3, RandomFormat::AnyPrec),
-        (small(None, 3), 4, RandomFormat::AnyPrec),
-        (small(None, 6), 3, RandomFormat::LutGemm { group_size: 32 }),
-        (heads, 4, RandomFormat::LutGemm { group_size: 32 }),
+        (small(Some(20), 2), 3, Storage::ANYPREC),
+        (small(None, 3), 4, Storage::ANYPREC),
+        (small(None, 6), 3, Storage::lutgemm(32)),
+        (heads, 4, Storage::lutgemm(32)),
     ] {
         layers_against_cpu(&cuda, case, &[[0; 4], [64; 4], [0, 0, 128, 0]], 70, BFLOAT16);
     }
@@ -140,7 +140,7 @@ fn blocks_without_rows_do_not_compensate() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let Some(mut cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
     cuda.watch_layers().unwrap();
-    let weights = RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 5).unwrap();
+    let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
     let text = || (0..150).map(|i| i * 37 % 1000);
     for k_chunks in [[32; 4], [0, 0, 24, 0], [0, 40, 0, 0]] {
         let want =
@@ -162,7 +162,7 @@ fn blocks_without_rows_do_not_compensate() {
 /// layers go operation by operation then, and the text is the one that they give.
 #[test]
 fn a_refused_launch_is_done_without() {
-    let weights = RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 5).unwrap();
+    let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
     let text = |cuda: &Cuda, refused_from: Option<usize>| {
         let model = compensated(cuda, &weights, [32; 4], 5, Selection::Bucket);
         let mut state = model.state(40).unwrap();
@@ -230,7 +230,7 @@ impl ModelWeights for Louder<'_> {
 /// Activations between gate-up and down that float16 does not hold: its largest number is taken for them, and that is said.
 #[test]
 fn activations_beyond_float16_do_not_become_nan() {
-    let weights = RandomWeights::new(small(None, 2), RandomFormat::AnyPrec, 3, 5).unwrap();
+    let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
     for (dtype, layers_always, factor, beyond) in [
         (Dtype::Float16, true, 1e3, true),
         (Dtype::Float16, false, 1e3, true),
@@ -272,7 +272,7 @@ fn attention_on_tensor_cores_is_close_to_the_cpu() {
         let tuning = Tuning { layers_always, ..Tuning::default() };
         let Some(cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
         for config in [heads(None, 6, 2, 64), heads(Some(40), 8, 2, 128), heads(None, 8, 1, 128)] {
-            layers_against_cpu(&cuda, (config, 3, RandomFormat::AnyPrec), &[[0; 4], [16, 0, 0, 0]], 150, FLOAT16);
+            layers_against_cpu(&cuda, (config, 3, Storage::ANYPREC), &[[0; 4], [16, 0, 0, 0]], 150, FLOAT16);
         }
     }
 }
@@ -284,15 +284,11 @@ fn attention_on_tensor_cores_is_close_to_the_cpu() {
 fn a_few_layers_in_one_launch() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
     let few = || cuda(Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) });
-    let groups = RandomFormat::LutGemm { group_size: 32 };
+    let groups = Storage::lutgemm(32);
     for case in [
-        (small(None, 2), 3, RandomFormat::AnyPrec),
+        (small(None, 2), 3, Storage::ANYPREC),
         (small(None, 6), 4, groups),
-        (
-            changed(small(None, 3), json!({ "intermediate_size": 5152, "num_hidden_layers": 2 })),
-            3,
-            RandomFormat::AnyPrec,
-        ),
+        (changed(small(None, 3), json!({ "intermediate_size": 5152, "num_hidden_layers": 2 })), 3, Storage::ANYPREC),
         (changed(small(None, 2), json!({ "hidden_size": 4640, "num_hidden_layers": 1 })), 3, groups),
     ] {
         let Some(mut cuda) = few() else { return };
@@ -311,7 +307,7 @@ fn texts_do_not_depend_on_those_before() {
     cuda.watch_layers().unwrap();
     let config =
         changed(small(None, 2), json!({ "hidden_size": 2080, "intermediate_size": 5152, "num_hidden_layers": 2 }));
-    let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 7).unwrap();
+    let weights = RandomWeights::new(config, Storage::ANYPREC, 3, 7).unwrap();
     for (selection, k_chunk, n_tb) in
         [(Selection::Bucket, 8, 5), (Selection::Exact, 8, 5), (Selection::Bucket, 28, 5), (Selection::Bucket, 1024, 1)]
     {
@@ -339,7 +335,7 @@ fn two_tokens(warps: usize) {
     };
     cuda.watch_layers().unwrap();
     let config = changed(small(None, 2), json!({ "num_hidden_layers": 2 }));
-    layers_against_cpu(&cuda, (config, 3, RandomFormat::AnyPrec), &[[0; 4], [32; 4]], 2, FLOAT16);
+    layers_against_cpu(&cuda, (config, 3, Storage::ANYPREC), &[[0; 4], [32; 4]], 2, FLOAT16);
     assert!(!cuda.timeline().unwrap().is_empty(), "the layers went operation by operation");
 }
 

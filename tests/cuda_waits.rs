@@ -16,8 +16,9 @@ use decdec::backend::cuda::{Cuda, DeviceLost, Dtype, Options, Tuning};
 use decdec::backend::{GemvBackend, Interrupted};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
+use decdec::format::Storage;
 use decdec::model::{Compensation, LayerCompensation, Model};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
 
 /// What a kernel leaves out.
@@ -124,7 +125,7 @@ fn broken_kernels(broken: &Break, to: &Path) {
 /// Reads forty tokens, one at a time, with layers in one launch.
 fn text(cuda: &Cuda, broken: &Break) -> Result<()> {
     let config = ModelConfig { hidden_size: broken.hidden_size, ..small(None, 2) };
-    let weights = RandomWeights::new(config, RandomFormat::AnyPrec, 3, 5)?;
+    let weights = RandomWeights::new(config, Storage::ANYPREC, 3, 5)?;
     let mut model = Model::load(cuda, &weights, |_| ())?;
     let by_bits = vec![LayerCompensation { n_tb: 5, k_chunks: broken.k_chunks }];
     model.compensate(Some(&Compensation { by_bits, selection: Selection::Bucket }))?;

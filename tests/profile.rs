@@ -8,10 +8,11 @@ use decdec::backend::GemvBackend;
 use decdec::backend::cpu::Cpu;
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::format::{Format, Storage};
 use decdec::nsys::trace::{self, Kernel, Role};
-use decdec::nsys::{self, Algo, Identity, KernelRecord, Precision};
+use decdec::nsys::{self, Identity, KernelRecord, Precision};
 use decdec::profile::{self, Bandwidths, ByClock, Launch, Options, Outcome, Recorder, grid};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::tune;
 use serde_json::json;
 
@@ -35,9 +36,15 @@ fn tiny() -> ModelConfig {
     .expect("a small configuration")
 }
 
-fn options(dir: &Path, algo: Algo) -> Options {
+fn options(dir: &Path, format: Format) -> Options {
     Options {
-        identity: Identity { prefix: "tiny".into(), model: "random".into(), precision: Precision::Fp32, algo, bits: 3 },
+        identity: Identity {
+            prefix: "tiny".into(),
+            model: "random".into(),
+            precision: Precision::Fp32,
+            format,
+            bits: 3,
+        },
         weights: "random:7".into(),
         dir: dir.to_path_buf(),
         tokens: TOKENS,
@@ -57,7 +64,7 @@ fn sweep(recorder: &mut dyn Recorder<Cpu>, options: &Options) -> Result<Outcome>
 
 /// A sweep of the model that this seed makes.
 fn sweep_of(seed: u64, recorder: &mut dyn Recorder<Cpu>, options: &Options) -> Result<Outcome> {
-    let model = RandomWeights::new(tiny(), RandomFormat::AnyPrec, 3, seed).expect("valid");
+    let model = RandomWeights::new(tiny(), Storage::ANYPREC, 3, seed).expect("valid");
     profile::run(&Cpu::new(), recorder, &model, options)
 }
 
@@ -110,7 +117,7 @@ fn expected(useful: &[Vec<usize>; 4]) -> (usize, usize) {
 
 #[test]
 fn a_sweep_becomes_two_files_and_a_tuned_result() {
-    for algo in [Algo::Sqllm, Algo::Awq] {
+    for algo in [Format::AnyPrec, Format::LutGemm] {
         let dir = tempfile::tempdir().unwrap();
         let options = options(&dir.path().join("nsys"), algo);
         let outcome = sweep(&mut ByClock::default(), &options).unwrap();
@@ -172,13 +179,13 @@ fn tunes(options: &Options, dir: &Path) {
 fn what_is_verified_holds() {
     let dir = tempfile::tempdir().unwrap();
     // Of 64 channels, 16 and all of them.
-    let options = Options { k_chunks: Some(vec![256, 1024]), ..options(&dir.path().join("nsys"), Algo::Sqllm) };
+    let options = Options { k_chunks: Some(vec![256, 1024]), ..options(&dir.path().join("nsys"), Format::AnyPrec) };
     let swept = sweep(&mut ByClock::default(), &options).unwrap().measured.unwrap().capture;
     assert_eq!(swept.k_chunks, [256, 1024]);
     let (identity, targets) = (options.identity.clone(), vec![0.0, 10.0, 1e6]);
     let tuning = tune::Options { identity, dir: options.dir.clone(), shapes: [None; 4], targets, exhaustive: false };
     let mut outcome = tune::run(&tuning).unwrap();
-    let weights = RandomWeights::new(tiny(), RandomFormat::AnyPrec, 3, 7).unwrap();
+    let weights = RandomWeights::new(tiny(), Storage::ANYPREC, 3, 7).unwrap();
     let cpu = Cpu::new();
     let mut model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
     let how = tune::Verification { tokens: 40, rounds: 3, selection: Selection::Bucket };
@@ -199,7 +206,7 @@ fn what_is_verified_holds() {
 #[test]
 fn what_is_there_is_kept_unless_told_otherwise() {
     let dir = tempfile::tempdir().unwrap();
-    let mut options = options(dir.path(), Algo::Sqllm);
+    let mut options = options(dir.path(), Format::AnyPrec);
     let first = sweep(&mut ByClock::default(), &options).unwrap();
     let before = fs::read(&first.sqlite).unwrap();
     let second = sweep(&mut ByClock::default(), &options).unwrap();
@@ -217,7 +224,7 @@ fn what_is_there_is_kept_unless_told_otherwise() {
 #[test]
 fn an_interrupted_sweep_goes_on() {
     let dir = tempfile::tempdir().unwrap();
-    let options = options(dir.path(), Algo::Sqllm);
+    let options = options(dir.path(), Format::AnyPrec);
     // Calls: four to set up, then one per configuration.
     let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 4 + 6, zero: false };
     let error = format!("{:#}", sweep(&mut faulty, &options).unwrap_err());
@@ -242,7 +249,7 @@ fn an_interrupted_sweep_goes_on() {
 #[test]
 fn an_interrupted_sweep_with_other_options_starts_over() {
     let dir = tempfile::tempdir().unwrap();
-    let mut options = options(dir.path(), Algo::Sqllm);
+    let mut options = options(dir.path(), Format::AnyPrec);
     let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 9, zero: false };
     sweep(&mut faulty, &options).unwrap_err();
     options.tokens = 1;
@@ -257,7 +264,7 @@ fn an_interrupted_sweep_with_other_options_starts_over() {
 #[test]
 fn an_interrupted_sweep_of_another_model_starts_over() {
     let dir = tempfile::tempdir().unwrap();
-    let options = options(dir.path(), Algo::Sqllm);
+    let options = options(dir.path(), Format::AnyPrec);
     let interrupt = || {
         let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 4 + 6, zero: false };
         sweep(&mut faulty, &options).unwrap_err();
@@ -280,7 +287,7 @@ fn on_another_card(sqlite: &Path) {
 #[test]
 fn two_devices_do_not_take_turns_with_a_name() {
     let dir = tempfile::tempdir().unwrap();
-    let mut options = options(dir.path(), Algo::Sqllm);
+    let mut options = options(dir.path(), Format::AnyPrec);
     let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 4 + 6, zero: false };
     sweep(&mut faulty, &options).unwrap_err();
     // Half of a sweep of another device, then a whole one: neither is dropped nor taken for this one's.
@@ -305,7 +312,7 @@ fn two_devices_do_not_take_turns_with_a_name() {
 #[test]
 fn a_second_writer_waits_or_takes_another_name() {
     let dir = tempfile::tempdir().unwrap();
-    let options = options(dir.path(), Algo::Sqllm);
+    let options = options(dir.path(), Format::AnyPrec);
     let sqlite = options.identity.sqlite(dir.path());
     let first = sweep(&mut ByClock::default(), &options).unwrap().measured.unwrap().capture;
     let writer = nsys::Writer::create(&sqlite, &first).unwrap();
@@ -325,7 +332,7 @@ fn a_second_writer_waits_or_takes_another_name() {
 #[test]
 fn a_kernel_without_a_time_fails_its_configuration_only() {
     let dir = tempfile::tempdir().unwrap();
-    let options = options(dir.path(), Algo::Sqllm);
+    let options = options(dir.path(), Format::AnyPrec);
     let mut faulty = Faulty { clock: ByClock::default(), calls: 0, at: 4 + 3, zero: true };
     let error = format!("{:#}", sweep(&mut faulty, &options).unwrap_err());
     assert!(error.contains("n_tb 1, k_chunk 2") && error.contains("fused_dec_kernel 2 has no time"), "{error}");
@@ -335,7 +342,7 @@ fn a_kernel_without_a_time_fails_its_configuration_only() {
 #[test]
 fn options_out_of_range_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let good = options(dir.path(), Algo::Sqllm);
+    let good = options(dir.path(), Format::AnyPrec);
     type Change = fn(&mut Options);
     let cases: [(Change, &str); 8] = [
         (|o| o.tokens = 0, "--tokens is 0"),
@@ -376,7 +383,7 @@ fn the_grid_follows_from_bandwidths_and_partitions() {
 #[test]
 fn layers_that_take_turns_are_halved_on_request() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options { halve_layers: true, ..options(dir.path(), Algo::Sqllm) };
+    let options = Options { halve_layers: true, ..options(dir.path(), Format::AnyPrec) };
     let outcome = sweep(&mut ByClock::default(), &options).unwrap();
     assert_eq!(outcome.measured.unwrap().capture.layers, 1);
 }
@@ -451,7 +458,7 @@ fn profiled_under_nsys(dir: &Path, options: &Options, missing: usize) -> (std::p
 #[test]
 fn times_of_a_real_nsys_replace_our_own() {
     let dir = tempfile::tempdir().unwrap();
-    let options = options(&dir.path().join("nsys-files"), Algo::Sqllm);
+    let options = options(&dir.path().join("nsys-files"), Format::AnyPrec);
     let (own, export) = profiled_under_nsys(dir.path(), &options, 0);
     let nsys = fake_nsys(dir.path(), &export);
     let child = |staging: &Path| vec!["cp".into(), "-R".into(), own.join(".").into(), staging.into()];
@@ -479,7 +486,7 @@ fn times_of_a_real_nsys_replace_our_own() {
 #[test]
 fn an_export_that_lacks_launches_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let options = options(&dir.path().join("nsys-files"), Algo::Sqllm);
+    let options = options(&dir.path().join("nsys-files"), Format::AnyPrec);
     let (own, export) = profiled_under_nsys(dir.path(), &options, 6);
     let error = nsys::adopt(&options.identity, &own, &export, &options.dir, "nsys").unwrap_err();
     assert!(format!("{error:#}").contains("anyprec_gemv was launched"), "{error:#}");

@@ -9,10 +9,11 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
-use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
+use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::eval;
+use decdec::format::Format;
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::quantize::{Calibration, Options, Refine, Report, ResidualOptions, estimate, quantize, residuals};
 use decdec::sampling::draws;
@@ -21,7 +22,7 @@ use decdec::weights::{Linear, ModelWeights};
 use indicatif::ProgressBar;
 use small_model::{SmallModel, texts};
 
-fn options(backend: WeightFormat, bits: f64) -> Options {
+fn options(backend: Format, bits: f64) -> Options {
     Options {
         backend,
         bits: BitWidth::try_from(bits).unwrap(),
@@ -71,7 +72,7 @@ fn loss(model: &SmallModel, checkpoint: &Checkpoint, layer: usize, projection: P
 fn more_bits_lose_less_and_residuals_hold_what_was_lost() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(1, 2, true);
-    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+    for backend in [Format::AnyPrec, Format::LutGemm] {
         let mut before = f64::INFINITY;
         for bits in [2.0, 3.0, 4.0, 8.0] {
             let out = dir.path().join(format!("{backend}-{bits}"));
@@ -81,7 +82,7 @@ fn more_bits_lose_less_and_residuals_hold_what_was_lost() {
             assert_eq!((report.bits, report.tokens), (vec![bits as u32; 2], 144));
             let checkpoint = Checkpoint::open(&out).unwrap();
             assert_eq!(checkpoint.manifest(), &report.manifest);
-            assert_eq!(checkpoint.manifest().group_size, (backend == WeightFormat::LutGemm).then_some(64));
+            assert_eq!(checkpoint.manifest().group_size, (backend == Format::LutGemm).then_some(64));
             assert_eq!(small_model::norms(&checkpoint, 1), model.norms[1]);
             let qkv = checkpoint.projection(0, Projection::Qkv).unwrap();
             assert_eq!(qkv.bias.as_deref(), model.qkv_bias.as_deref());
@@ -103,7 +104,7 @@ fn awq_scales_what_it_stores() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(2, 2, false);
     let out = dir.path().join("awq");
-    make(&model, &options(WeightFormat::LutGemm, 4.0), &out).unwrap();
+    make(&model, &options(Format::LutGemm, 4.0), &out).unwrap();
     let checkpoint = Checkpoint::open(&out).unwrap();
     let (input, _) = small_model::norms(&checkpoint, 0);
     assert_ne!(input, model.norms[0].0);
@@ -138,7 +139,7 @@ fn divergence(model: &SmallModel, checkpoint: &Path, k_chunk: usize) -> f64 {
 fn refining_brings_the_model_nearer_to_its_source() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(8, 3, false);
-    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+    for backend in [Format::AnyPrec, Format::LutGemm] {
         let with = |name: &str, refine| {
             let out = dir.path().join(format!("{backend}-{name}"));
             // Enough text for 128 channels: what is fitted to 144 tokens is fitted to chance.
@@ -161,7 +162,7 @@ fn refining_brings_the_model_nearer_to_its_source() {
 fn half_of_the_layers_get_one_bit_more() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(3, 5, false);
-    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+    for backend in [Format::AnyPrec, Format::LutGemm] {
         let out = dir.path().join(backend.name());
         let report = make(&model, &options(backend, 3.5), &out).unwrap();
         assert_eq!(report.bits.iter().filter(|&&b| b == 4).count(), 2);
@@ -188,7 +189,7 @@ fn sampled_text_follows_the_seed() {
     let with = |name: &str, seed| {
         let calibration = Calibration::Sampled { seq_len: 20, samples: 3, seed };
         let out = dir.path().join(name);
-        let report = make(&model, &Options { calibration, ..options(WeightFormat::AnyPrec, 3.0) }, &out).unwrap();
+        let report = make(&model, &Options { calibration, ..options(Format::AnyPrec, 3.0) }, &out).unwrap();
         assert_eq!(report.tokens, 60);
         contents(&out)
     };
@@ -209,7 +210,7 @@ fn complete(model: &dyn ModelWeights, quantized: &Path, options: &Options, out: 
 fn residuals_for_a_pair_are_those_that_quantizing_makes() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(8, 3, true);
-    for (backend, bits) in [(WeightFormat::AnyPrec, 3.0), (WeightFormat::AnyPrec, 3.5), (WeightFormat::LutGemm, 4.0)] {
+    for (backend, bits) in [(Format::AnyPrec, 3.0), (Format::AnyPrec, 3.5), (Format::LutGemm, 4.0)] {
         let options = Options { awq: false, refine: Refine::None, ..options(backend, bits) };
         let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(format!("{name}-{backend}-{bits}")));
         make(&model, &options, &whole).unwrap();
@@ -221,11 +222,11 @@ fn residuals_for_a_pair_are_those_that_quantizing_makes() {
     let whole = dir.path().join("whole-ap-3");
     let (mut other, out) = (SmallModel::new(8, 3, true), dir.path().join("other"));
     other.linears.iter_mut().flatten().flatten().for_each(|w| *w *= 1.01);
-    complete(&other, &whole, &options(WeightFormat::AnyPrec, 3.0), &out).unwrap();
+    complete(&other, &whole, &options(Format::AnyPrec, 3.0), &out).unwrap();
     assert_ne!(contents(&out)["residuals.safetensors"], contents(&whole)["residuals.safetensors"]);
     assert_eq!(contents(&out)["model.safetensors"], contents(&whole)["model.safetensors"]);
     let refused = |model: &dyn ModelWeights, says: &str| {
-        let options = options(WeightFormat::AnyPrec, 3.0);
+        let options = options(Format::AnyPrec, 3.0);
         let message = format!("{:#}", complete(model, &whole, &options, &dir.path().join("no")).unwrap_err());
         assert!(message.contains(says), "{message}");
     };
@@ -258,7 +259,7 @@ fn a_quantization_that_was_simulated_is_recovered() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(12, 2, true);
     let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(name));
-    let options = Options { refine: Refine::None, ..options(WeightFormat::AnyPrec, 4.0) };
+    let options = Options { refine: Refine::None, ..options(Format::AnyPrec, 4.0) };
     make(&model, &options, &whole).unwrap();
     let checkpoint = Checkpoint::open(&whole).unwrap();
     let recovered = Simulated::recover(Box::new(simulated(&model, &checkpoint))).unwrap();
@@ -285,7 +286,7 @@ fn a_quantization_that_was_simulated_is_recovered() {
 fn the_scales_of_a_pair_are_found() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(10, 2, false);
-    let options = options(WeightFormat::LutGemm, 4.0);
+    let options = options(Format::LutGemm, 4.0);
     let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(name));
     make(&model, &options, &whole).unwrap();
     complete(&model, &whole, &options, &pair).unwrap();
@@ -329,10 +330,10 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
         assert!(says.iter().all(|s| message.contains(s)), "{message}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{message}");
     };
-    let lutgemm = options(WeightFormat::LutGemm, 3.0);
+    let lutgemm = options(Format::LutGemm, 3.0);
     refused(Options { group_size: Some(128), ..lutgemm.clone() }, &["128", "64 or 32"]);
     refused(Options { group_size: Some(48), ..lutgemm.clone() }, &["48", "64 or 32"]);
-    let ap = options(WeightFormat::AnyPrec, 3.0);
+    let ap = options(Format::AnyPrec, 3.0);
     refused(Options { group_size: Some(64), ..ap.clone() }, &["lutgemm"]);
     let refine = Refine::Compensated { k_chunks: [[8; 4], [8, 8, 1025, 8]] };
     refused(Options { refine, ..ap.clone() }, &["--for-k-chunks", "1025", "1024"]);
@@ -362,7 +363,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
 fn estimated_sizes_are_those_on_disk() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(7, 4, false);
-    for (backend, bits) in [(WeightFormat::AnyPrec, 3.0), (WeightFormat::AnyPrec, 3.5), (WeightFormat::LutGemm, 4.0)] {
+    for (backend, bits) in [(Format::AnyPrec, 3.0), (Format::AnyPrec, 3.5), (Format::LutGemm, 4.0)] {
         let options = options(backend, bits);
         let estimated = estimate(&model.config, &options).unwrap();
         let out = dir.path().join(format!("{backend}-{bits}"));
@@ -376,7 +377,7 @@ fn estimated_sizes_are_those_on_disk() {
         assert!(estimated.host_bytes < host && host < estimated.host_bytes + headers);
         assert!(estimated.disk_bytes > 2 * host && !estimated.time.is_zero());
     }
-    let wrong = Options { group_size: Some(128), ..options(WeightFormat::LutGemm, 4.0) };
+    let wrong = Options { group_size: Some(128), ..options(Format::LutGemm, 4.0) };
     assert!(estimate(&model.config, &wrong).is_err());
 }
 
@@ -384,7 +385,7 @@ fn estimated_sizes_are_those_on_disk() {
 fn a_model_of_8_billion_weights_fits_16_gb() {
     let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
     let calibration = Calibration::Text { tokens: vec![1; 24 * 512], seq_len: 512, samples: 24, name: "t".into() };
-    for (backend, bits) in [(WeightFormat::AnyPrec, 3.0), (WeightFormat::LutGemm, 3.5)] {
+    for (backend, bits) in [(Format::AnyPrec, 3.0), (Format::LutGemm, 3.5)] {
         let options = Options { calibration: calibration.clone(), ..options(backend, bits) };
         let estimated = estimate(&config, &options).unwrap();
         assert!(estimated.memory_bytes < 12 << 30, "{backend}: {} bytes", estimated.memory_bytes);

@@ -6,8 +6,9 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
-use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
+use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::Projection;
+use decdec::format::Format;
 use decdec::quantize::{Calibration, Options, Refine, ResidualOptions, quantize, residuals};
 use decdec::source::simulated::Simulated;
 use decdec::weights::ModelWeights;
@@ -24,14 +25,7 @@ fn calibration() -> Calibration {
     Calibration::Text { tokens, seq_len: 24, samples: 4, name: "nonsense".into() }
 }
 
-fn quantized(
-    model: &SmallModel,
-    backend: WeightFormat,
-    bits: f64,
-    awq: bool,
-    refine: Refine,
-    out: &Path,
-) -> Checkpoint {
+fn quantized(model: &SmallModel, backend: Format, bits: f64, awq: bool, refine: Refine, out: &Path) -> Checkpoint {
     let options = Options {
         backend,
         bits: BitWidth::try_from(bits).expect("a width"),
@@ -72,9 +66,7 @@ fn every_way_to_quantize_is_related_to_its_original_and_no_other() {
     let dir = tempfile::tempdir().expect("a directory");
     let [model, stranger] = [1, 2].map(|seed| SmallModel::new(seed, LAYERS, true));
     let (made, out) = (dir.path().join("made"), dir.path().join("out"));
-    for (backend, awq) in
-        [(WeightFormat::AnyPrec, false), (WeightFormat::LutGemm, false), (WeightFormat::LutGemm, true)]
-    {
+    for (backend, awq) in [(Format::AnyPrec, false), (Format::LutGemm, false), (Format::LutGemm, true)] {
         for bits in [2.0, 2.5, 3.0, 4.0, 8.0] {
             for refine in [Refine::None, Refine::DEFAULT] {
                 let quantized = quantized(&model, backend, bits, awq, refine, &made);
@@ -132,7 +124,7 @@ fn one_stranger_among_the_tensors_is_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let [model, stranger] = [1, 2].map(|seed| SmallModel::new(seed, LAYERS, true));
     let (made, out) = (dir.path().join("made"), dir.path().join("out"));
-    let quantized = quantized(&model, WeightFormat::AnyPrec, 3.0, false, Refine::None, &made);
+    let quantized = quantized(&model, Format::AnyPrec, 3.0, false, Refine::None, &made);
     // Rows of the fused matrices, channels of them: q, k, v, o, gate, up, down.
     let parts = [
         ("self_attn.q_proj", Projection::Qkv, 0..64),
@@ -173,7 +165,7 @@ fn the_limit_is_where_the_message_says() {
     let dir = tempfile::tempdir().expect("a directory");
     let model = SmallModel::new(1, LAYERS, true);
     let (made, out) = (dir.path().join("made"), dir.path().join("out"));
-    let quantized = quantized(&model, WeightFormat::AnyPrec, 8.0, false, Refine::None, &made);
+    let quantized = quantized(&model, Format::AnyPrec, 8.0, false, Refine::None, &made);
     let noisy = |n: f32| {
         let mut rng = ChaCha8Rng::seed_from_u64(9);
         changed(&model, |_, projection, weights| {

@@ -8,9 +8,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::Result;
-use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
+use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{LayerNorm, ModelConfig, Projection};
-use decdec::format::Dense;
+use decdec::format::{Dense, Format};
 use decdec::quantize::{Calibration, Interrupted, Options, Refine, Report, ResidualOptions, quantize, residuals};
 use decdec::tokenizer::TextFiles;
 use decdec::weights::{Linear, ModelWeights};
@@ -18,7 +18,7 @@ use indicatif::ProgressBar;
 use serde_json::json;
 use small_model::{SmallModel, texts};
 
-fn options(backend: WeightFormat, bits: f64) -> Options {
+fn options(backend: Format, bits: f64) -> Options {
     let tokens = (0..400u32).map(|i| i * 37 % 89).collect();
     Options {
         backend,
@@ -97,7 +97,7 @@ fn an_interrupted_job_ends_in_the_same_files() {
     let out = dir.path().join("out");
     // At 0 the layers are done, and read again to choose between widths.
     let (mixed, single) = (&[1, 2, 3, 0][..], &[2, 3][..]);
-    for (backend, bits, reads) in [(WeightFormat::AnyPrec, 3.5, mixed), (WeightFormat::LutGemm, 3.0, single)] {
+    for (backend, bits, reads) in [(Format::AnyPrec, 3.5, mixed), (Format::LutGemm, 3.0, single)] {
         let whole = dir.path().join(format!("whole-{backend}"));
         make(&model, &options(backend, bits), &whole).unwrap();
         let before = out.exists().then(|| contents(&out));
@@ -120,7 +120,7 @@ fn an_interrupted_job_ends_in_the_same_files() {
 fn interrupted_residuals_end_in_the_same_files() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(11, 4, false);
-    let options = Options { awq: false, refine: Refine::None, ..options(WeightFormat::LutGemm, 3.0) };
+    let options = Options { awq: false, refine: Refine::None, ..options(Format::LutGemm, 3.0) };
     let [whole, out] = ["whole", "out"].map(|name| dir.path().join(name));
     make(&model, &options, &whole).unwrap();
     let quantized = Checkpoint::open(&whole).unwrap();
@@ -168,7 +168,7 @@ fn untied() -> SmallModel {
 #[test]
 fn nothing_of_another_model_survives_an_interruption() {
     let dir = tempfile::tempdir().unwrap();
-    let (model, wanted) = (untied(), Options { refine: Refine::Output, ..options(WeightFormat::AnyPrec, 3.0) });
+    let (model, wanted) = (untied(), Options { refine: Refine::Output, ..options(Format::AnyPrec, 3.0) });
     let interrupted = |out: &Path| {
         let model = Interrupting::new(&model, 2);
         let error = quantize(&model, &texts(), &wanted, out, &model.stop, &ProgressBar::hidden());
@@ -211,7 +211,7 @@ fn nothing_of_another_model_survives_an_interruption() {
 fn residuals_of_another_pair_are_made_anew() {
     let dir = tempfile::tempdir().unwrap();
     let (model, quantized) = (untied(), dir.path().join("quantized"));
-    let options = Options { awq: false, refine: Refine::None, ..options(WeightFormat::LutGemm, 3.0) };
+    let options = Options { awq: false, refine: Refine::None, ..options(Format::LutGemm, 3.0) };
     make(&model, &options, &quantized).unwrap();
     let wanted = ResidualOptions { calibration: options.calibration.clone(), source: "s".into(), overwrite: false };
     let bar = ProgressBar::hidden();

@@ -3,41 +3,15 @@
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Projection;
-use crate::weights::{ModelWeights, Weight};
+use crate::format::{Format, Storage};
+use crate::weights::ModelWeights;
 
 /// The version of the directory's layout that this program writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
-
-/// How weights are stored: what `--backend` chooses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum WeightFormat {
-    /// AnyPrec: one codebook per row.
-    #[serde(rename = "ap")]
-    AnyPrec,
-    /// LUT-GEMM: binary-coded, group-wise.
-    #[serde(rename = "lutgemm")]
-    LutGemm,
-}
-
-impl WeightFormat {
-    /// `ap` or `lutgemm`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::AnyPrec => "ap",
-            Self::LutGemm => "lutgemm",
-        }
-    }
-}
-
-impl fmt::Display for WeightFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// Bits of a weight: `3` is 3 in every layer, `3.5` is 3 in half of the layers and 4 in the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -48,6 +22,16 @@ pub struct BitWidth {
 }
 
 impl BitWidth {
+    /// The bits of a model whose layers have `bits`.
+    ///
+    /// # Errors
+    /// No layers, or a width that there is not.
+    pub fn of_layers(bits: &[u32]) -> Result<Self> {
+        let low = bits.iter().copied().min().context("the model has no layers")?;
+        let mixed = bits.iter().any(|&bits| bits != low);
+        Self::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })
+    }
+
     /// The bits of every layer, or of the half with fewer.
     pub fn low(self) -> u32 {
         self.low
@@ -104,10 +88,10 @@ pub struct Manifest {
     /// [`FORMAT_VERSION`] of the program that wrote it.
     pub version: u32,
     /// How weights are stored.
-    pub backend: WeightFormat,
+    pub backend: Format,
     /// Bits of a weight.
     pub bits: BitWidth,
-    /// Channels of a group; only for [`WeightFormat::LutGemm`].
+    /// Channels of a group; only for [`Format::LutGemm`].
     pub group_size: Option<usize>,
     /// Bits of a residual: 4, or 0 where there are none.
     pub residual_bits: u32,
@@ -126,27 +110,27 @@ impl Manifest {
     pub fn describe(weights: &dyn ModelWeights, source: String, calibration: String) -> Result<Self> {
         let bits: Option<Vec<u32>> = (0..weights.config().layers.len()).map(|layer| weights.bits(layer)).collect();
         let bits = bits.context("the model is full precision, quantize it first")?;
-        let low = bits.iter().copied().min().context("the model has no layers")?;
-        let high = bits.iter().copied().max().unwrap_or(low);
+        let (low, high) = bits.iter().fold((u32::MAX, 0), |(low, high), &bits| (low.min(bits), high.max(bits)));
         ensure!(
-            high - low <= 1,
+            high.saturating_sub(low) <= 1,
             "the layers have {low} to {high} bits, a checkpoint holds one bit width or two that are neighbours"
         );
         let first = weights.projection(0, Projection::Qkv)?;
-        let (backend, group_size) = match &first.weight {
-            Weight::AnyPrec(_) => (WeightFormat::AnyPrec, None),
-            Weight::LutGemm(w) => (WeightFormat::LutGemm, Some(w.group_size())),
-            Weight::Dense(_) => bail!("the model is full precision, quantize it first"),
-        };
+        let storage = first.weight.storage().context("the model is full precision, quantize it first")?;
         Ok(Self {
             version: FORMAT_VERSION,
-            backend,
-            bits: BitWidth::try_from(f64::from(low) + f64::from(high - low) / 2.0)?,
-            group_size,
+            backend: storage.format,
+            bits: BitWidth::of_layers(&bits)?,
+            group_size: storage.group_size,
             residual_bits: if first.residual.is_some() { 4 } else { 0 },
             source,
             calibration,
         })
+    }
+
+    /// The format with the size of groups.
+    pub fn storage(&self) -> Storage {
+        Storage { format: self.backend, group_size: self.group_size }
     }
 
     /// True if there are residuals and thresholds.
@@ -175,7 +159,7 @@ impl Manifest {
             manifest.residual_bits
         );
         ensure!(
-            manifest.group_size.is_some() == (manifest.backend == WeightFormat::LutGemm),
+            manifest.group_size.is_some() == manifest.backend.is_grouped(),
             "object \"decdec\": backend {} with group_size {:?}, lutgemm has a group size and ap has none",
             manifest.backend,
             manifest.group_size
@@ -210,7 +194,7 @@ mod tests {
             "source": "a", "calibration": "b",
         }});
         let manifest = Manifest::from_config(&good).unwrap();
-        assert_eq!((manifest.backend, manifest.bits.to_string()), (WeightFormat::LutGemm, "3.5".into()));
+        assert_eq!((manifest.backend, manifest.bits.to_string()), (Format::LutGemm, "3.5".into()));
         for (field, value) in [
             ("version", serde_json::json!(2)),
             ("backend", serde_json::json!("ap")),

@@ -2,18 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use safetensors::tensor::Dtype;
+use anyhow::{Context, Result, ensure};
 
 use super::place::{self, Place};
-use super::tensors::{self, Tensor, Tensors, write_error};
-use super::{BITWIDTHS, CONFIG, Checkpoint, MODEL, Manifest, RESIDUALS, Stored, THRESHOLDS};
-use super::{EMBEDDING, FINAL_NORM, HEAD, norm_name, prefix};
+use super::tensors::{self, Stored, write_error};
+use super::{BITWIDTHS, CONFIG, Checkpoint, MODEL, Manifest, RESIDUALS, THRESHOLDS};
 use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::files;
-use crate::format::Dense;
+use crate::format::{Dense, Kind, Numbers, Storage};
+use crate::tensors::{EMBEDDING, FINAL_NORM, HEAD, Layout, Shards, TensorSet, fused_module, norm_name};
 use crate::tokenizer::TextFiles;
-use crate::weights::{Linear, Weight};
+use crate::weights::Linear;
 
 /// A checkpoint in the making: `OUT.partial` beside the target `OUT`, which stays as it is until
 /// [`CheckpointWriter::finish`]. Finished layers survive an interruption.
@@ -56,12 +55,11 @@ impl CheckpointWriter {
 
     /// True if this layer is finished at this bit width.
     pub fn has_layer(&self, layer: usize, bits: u32) -> bool {
-        Tensors::open(&self.layer_path(layer, bits)).is_ok()
+        self.shard(layer, bits).is_ok()
     }
 
     /// Keeps a finished layer, atomically: its norms in the order of [`LayerNorm::ALL`], empty where it has none, and its
-    /// four projections in the order of
-    /// [`Projection::ALL`], each with residual and thresholds, or all of them without.
+    /// four projections in the order of [`Projection::ALL`], each with residual and thresholds, or all of them without.
     ///
     /// # Errors
     /// Whatever the disk says; a projection that is not quantized.
@@ -74,10 +72,10 @@ impl CheckpointWriter {
     ) -> Result<()> {
         let mut list = Vec::new();
         for (norm, values) in LayerNorm::ALL.into_iter().zip(norms).filter(|(_, values)| !values.is_empty()) {
-            list.push(Tensor::f32(norm_name(config, layer, norm)?, &[values.len()], values));
+            list.push(Stored::list(norm_name(config, layer, norm)?, values));
         }
         for (projection, linear) in Projection::ALL.into_iter().zip(linears) {
-            push_linear(&mut list, &prefix(layer, projection), linear)?;
+            push_linear(&mut list, &fused_module(layer, projection), linear)?;
         }
         let path = self.layer_path(layer, bits);
         let new = path.with_extension("new");
@@ -90,7 +88,7 @@ impl CheckpointWriter {
     /// # Errors
     /// The layer is not finished at this bit width.
     pub fn layer(&self, layer: usize, bits: u32) -> Result<LayerFile> {
-        Ok(LayerFile { layer, bits, tensors: Tensors::open(&self.layer_path(layer, bits))? })
+        Ok(LayerFile { layer, bits, tensors: self.shard(layer, bits)? })
     }
 
     /// Puts the finished layers and the rest of the model together and renames the result to the target.
@@ -107,19 +105,22 @@ impl CheckpointWriter {
         texts: &TextFiles,
     ) -> Result<()> {
         let dir = self.place.result()?;
-        let layers = bits
-            .iter()
-            .enumerate()
-            .map(|(layer, &bits)| Tensors::open(&self.layer_path(layer, bits)))
-            .collect::<Result<Vec<_>>>()?;
+        let layers =
+            bits.iter().enumerate().map(|(layer, &bits)| self.shard(layer, bits)).collect::<Result<Vec<_>>>()?;
         let mut files = [rest.tensors(config), Vec::new(), Vec::new()];
-        for tensor in layers.iter().flat_map(Tensors::iter) {
-            let file = match tensor.name.rsplit('.').next() {
-                Some("residual" | "scales") => 1,
-                Some("thresholds") => 2,
-                _ => 0,
-            };
-            files[file].push(tensor);
+        for layer in &layers {
+            for (name, kind, shape) in layer.iter() {
+                let file = match name.rsplit('.').next() {
+                    Some("residual" | "scales") => 1,
+                    Some("thresholds") => 2,
+                    _ => 0,
+                };
+                let numbers = match kind {
+                    Kind::Float => Numbers::Floats(layer.floats(&name)?),
+                    Kind::I32 | Kind::U32 => Numbers::Words(layer.words(&name)?),
+                };
+                files[file].push(Stored::new(name, kind, &shape, numbers));
+            }
         }
         let written = if manifest.has_residuals() { 3 } else { 1 };
         for (name, list) in [MODEL, RESIDUALS, THRESHOLDS].into_iter().zip(files).take(written) {
@@ -139,6 +140,10 @@ impl CheckpointWriter {
         self.place.put()
     }
 
+    fn shard(&self, layer: usize, bits: u32) -> Result<Shards> {
+        Shards::open(&[self.layer_path(layer, bits)])
+    }
+
     fn layer_path(&self, layer: usize, bits: u32) -> PathBuf {
         self.place.file(&format!("layer-{layer:03}-{bits}bit.safetensors"))
     }
@@ -149,7 +154,7 @@ impl CheckpointWriter {
 pub struct LayerFile {
     layer: usize,
     bits: u32,
-    tensors: Tensors,
+    tensors: Shards,
 }
 
 impl LayerFile {
@@ -165,23 +170,17 @@ impl LayerFile {
     pub fn norms(&self, config: &ModelConfig) -> Result<[Vec<f32>; 6]> {
         let mut norms = [const { Vec::new() }; 6];
         for (norm, _) in config.layers[self.layer].norms(config.hidden_size) {
-            norms[norm.index()] = super::read_norm(&self.tensors, self.layer, config, norm)?;
+            norms[norm.index()] = self.tensors.floats(&norm_name(config, self.layer, norm)?)?.into_f32().into_owned();
         }
         Ok(norms)
     }
 
-    /// One projection of a layer with residuals, `group_size` as in the [`Manifest`].
+    /// One projection of a layer with residuals, stored as the [`Manifest`] says.
     ///
     /// # Errors
     /// As when a checkpoint is opened.
-    pub fn projection(
-        &self,
-        projection: Projection,
-        config: &ModelConfig,
-        group_size: Option<usize>,
-    ) -> Result<Linear<'_>> {
-        let stored = Stored { model: &self.tensors, compensation: Some([&self.tensors; 2]) };
-        stored.linear(self.layer, projection, config, group_size, self.bits)
+    pub fn projection(&self, projection: Projection, config: &ModelConfig, storage: Storage) -> Result<Linear<'_>> {
+        Layout::of_checkpoint(storage, true).linear(&self.tensors, config, (self.layer, projection), self.bits)
     }
 }
 
@@ -197,41 +196,25 @@ pub struct Unquantized<'a> {
 }
 
 impl Unquantized<'_> {
-    fn tensors(&self, config: &ModelConfig) -> Vec<Tensor<'_>> {
+    fn tensors(&self, config: &ModelConfig) -> Vec<Stored<'_>> {
         let shape = [config.vocab_size, config.hidden_size];
         let mut list = vec![
-            Tensor::floats(EMBEDDING.into(), &shape, &self.embedding.values),
-            Tensor::f32(FINAL_NORM.into(), &[config.hidden_size], &self.final_norm),
+            Stored::floats(EMBEDDING.into(), &shape, &self.embedding.values),
+            Stored::list(FINAL_NORM.into(), &self.final_norm),
         ];
-        list.extend(self.head.as_ref().map(|head| Tensor::floats(HEAD.into(), &shape, &head.values)));
+        list.extend(self.head.as_ref().map(|head| Stored::floats(HEAD.into(), &shape, &head.values)));
         list
     }
 }
 
-fn push_linear<'a>(list: &mut Vec<Tensor<'a>>, prefix: &str, linear: &'a Linear<'_>) -> Result<()> {
-    let name = |suffix: &str| format!("{prefix}.{suffix}");
-    let (inputs, outputs) = (linear.weight.in_features(), linear.weight.out_features());
-    match &linear.weight {
-        Weight::Dense(_) => bail!("{prefix} is not quantized"),
-        Weight::AnyPrec(w) => {
-            let shape = [w.bits(), outputs, inputs / 32];
-            list.push(Tensor::words(name("qweight"), Dtype::I32, &shape, w.planes()));
-            list.push(Tensor::floats(name("lut"), &[outputs, 1 << w.bits()], w.lut()));
-        }
-        Weight::LutGemm(w) => {
-            let (bits, groups) = (w.bits(), inputs / w.group_size());
-            list.push(Tensor::words(name("binary"), Dtype::I32, &[inputs / 32, bits, outputs], w.binary()));
-            list.push(Tensor::floats(name("alpha"), &[groups, bits, outputs], w.alpha()));
-            list.push(Tensor::floats(name("q_bias"), &[groups, outputs], w.q_bias()));
-        }
-    }
-    list.extend(linear.bias.as_deref().map(|bias| Tensor::f32(name("bias"), &[outputs], bias)));
-    if let Some(residual) = &linear.residual {
-        list.push(Tensor::words(name("residual"), Dtype::U32, &[inputs, outputs / 8], residual.words()));
-        list.push(Tensor::floats(name("scales"), &[outputs], residual.scales()));
-        let thresholds = linear.thresholds.as_deref().with_context(|| format!("{prefix} has no thresholds"))?;
-        list.push(Tensor::f32(name("thresholds"), &[inputs], thresholds));
-    }
+fn push_linear<'a>(list: &mut Vec<Stored<'a>>, prefix: &str, linear: &'a Linear<'_>) -> Result<()> {
+    ensure!(linear.weight.format().is_some(), "{prefix} is not quantized");
+    ensure!(linear.residual.is_none() || linear.thresholds.is_some(), "{prefix} has no thresholds");
+    let size = linear.weight.size();
+    let tensors = linear.tensors().into_iter();
+    list.extend(tensors.map(|(tensor, numbers)| {
+        Stored::new(format!("{prefix}.{}", tensor.suffix), tensor.kind, &tensor.shape(&size), numbers)
+    }));
     Ok(())
 }
 

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use decdec::dec::CHUNK;
-use decdec::nsys::{Algo, Precision};
+use decdec::format::Format;
+use decdec::nsys::Precision;
 use decdec::profile::Clock;
 
 use super::numbers::{MOST_FEATURES, MOST_PROFILED, slowdown, whole};
@@ -24,8 +25,8 @@ pub(crate) struct ProfileName {
     #[command(flatten)]
     pub(crate) named: NamedArgs,
     /// Quantizer: sqllm (one codebook per row) or awq (groups of channels) [default: the checkpoint's]
-    #[arg(long)]
-    pub(crate) algo: Option<Algo>,
+    #[arg(long, value_parser = Format::of_algo)]
+    pub(crate) algo: Option<Format>,
     #[command(flatten)]
     pub(crate) width: WidthArg,
     /// Type of the products: fp16, bf16 or fp32

@@ -2,29 +2,19 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use decdec::checkpoint::{BitWidth, WeightFormat};
+use decdec::checkpoint::BitWidth;
 use decdec::dec::{CHUNK, Selection};
+use decdec::format::Format;
 
 use super::numbers::{head_bits, seed, whole};
 use crate::commands::devices::Target;
 
-/// How weights are stored and multiplied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BackendArg {
-    /// AnyPrec: one codebook per row
-    Ap,
-    /// LUT-GEMM: binary-coded groups of channels
-    Lutgemm,
-}
-
-impl From<BackendArg> for WeightFormat {
-    fn from(backend: BackendArg) -> Self {
-        match backend {
-            BackendArg::Ap => Self::AnyPrec,
-            BackendArg::Lutgemm => Self::LutGemm,
-        }
-    }
+/// A parser of the names of formats, which help lists.
+pub(super) fn backend() -> impl TypedValueParser<Value = Format> {
+    let names = Format::ALL.map(|format| PossibleValue::new(format.name()).help(format.about()));
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<Format>())
 }
 
 /// The type that products are computed with.
@@ -97,8 +87,8 @@ pub(crate) struct ModelArgs {
     #[command(flatten)]
     pub(crate) width: WidthArg,
     /// Storage of the weights, checked against the checkpoint
-    #[arg(long, value_enum)]
-    pub(crate) backend: Option<BackendArg>,
+    #[arg(long, value_parser = backend())]
+    pub(crate) backend: Option<Format>,
 }
 
 /// Which device, and how channels are found there.

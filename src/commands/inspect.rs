@@ -3,7 +3,7 @@
 use anyhow::Result;
 use decdec::config::Projection;
 use decdec::open::Opened;
-use decdec::weights::{ModelWeights, Weight};
+use decdec::weights::ModelWeights;
 
 use crate::cli::InspectArgs;
 use crate::output;
@@ -93,11 +93,7 @@ fn measure(weights: &dyn ModelWeights, projection: Projection) -> Result<Part> {
         let linear = weights.projection(layer, projection)?;
         sum.add(Part {
             weights: linear.weight.in_features() * linear.weight.out_features(),
-            device_bytes: match &linear.weight {
-                Weight::Dense(w) => w.values.bytes(),
-                Weight::AnyPrec(w) => w.bytes(),
-                Weight::LutGemm(w) => w.bytes(),
-            },
+            device_bytes: linear.weight.bytes(),
             host_bytes: linear.residual.as_ref().map_or(0, |r| r.bytes()),
         });
     }

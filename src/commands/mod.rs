@@ -16,12 +16,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::{DecodeBackend, DeviceInfo};
-use decdec::checkpoint::WeightFormat;
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::format::{Format, Storage};
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::open::Opened;
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::tokenizer::{TextReader, Tokenizer};
 use decdec::tune::Tuned;
 use decdec::weights::ModelWeights;
@@ -174,9 +174,8 @@ pub(crate) fn open(args: &ModelArgs, compat_scale_order: bool) -> Result<Opened>
     let presets = ModelConfig::PRESETS.join(", ");
     let config = ModelConfig::preset(name).with_context(|| format!("--model-name is {name}, {presets} are known"))?;
     ensure!(!bits.is_mixed(), "--bitwidth is {bits}, random weights have the same bits in every layer");
-    let format: WeightFormat = backend.into();
-    let weights = random(config, format == WeightFormat::LutGemm, bits.low() as usize, seed)?;
-    Ok(Opened::random(weights, format, bits, name))
+    let weights = random(config, backend, bits.low() as usize, seed)?;
+    Ok(Opened::random(weights, backend, bits, name))
 }
 
 /// The seed of `random:SEED`; none where the path is another one.
@@ -186,14 +185,12 @@ pub(crate) fn random_seed(path: &Path) -> Result<Option<u64>> {
     Ok(Some(number.with_context(|| format!("random:{seed}, a whole number is expected, as in random:0"))?))
 }
 
-/// A random model of `config`'s shapes; lutgemm's groups are the largest that divide.
-pub(crate) fn random(config: ModelConfig, lutgemm: bool, bits: usize, seed: u64) -> Result<RandomWeights> {
+/// A random model of `config`'s shapes; groups are the largest that divide.
+pub(crate) fn random(config: ModelConfig, format: Format, bits: usize, seed: u64) -> Result<RandomWeights> {
     let divides = |&group: &usize| Projection::ALL.iter().all(|&p| config.shape(0, p).0.is_multiple_of(group));
-    let format = match [128, 64, 32].into_iter().find(divides) {
-        _ if !lutgemm => RandomFormat::AnyPrec,
-        group => RandomFormat::LutGemm { group_size: group.context("no group size of 32 or more divides")? },
-    };
-    RandomWeights::new(config, format, bits, seed)
+    let largest = || [128, 64, 32].into_iter().find(divides).context("no group size of 32 or more divides");
+    let group_size = format.is_grouped().then(largest).transpose()?;
+    RandomWeights::new(config, Storage { format, group_size }, bits, seed)
 }
 
 /// The first `wanted` tokens of a text file, and perhaps some more; all, if there are fewer. No more is read than

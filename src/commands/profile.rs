@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::DecodeBackend;
-use decdec::checkpoint::{BitWidth, WeightFormat};
+use decdec::checkpoint::BitWidth;
 use decdec::config::ModelConfig;
-use decdec::nsys::{self, Algo, Identity, Precision};
+use decdec::nsys::{self, Identity, Precision};
 use decdec::open::Opened;
 use decdec::profile::{self, Clock, Options, Outcome};
 use decdec::random::RandomWeights;
@@ -63,7 +63,7 @@ pub(crate) fn target(device: &str, precision: Precision) -> Target<'_> {
 /// The results in `file` for this model's algorithm and width, of whatever device.
 fn tuned_for(file: &Path, identity: &Identity) -> Result<Vec<Tuned>> {
     let mut all = Tuned::read(file)?;
-    let (algo, bits) = (identity.algo.name(), identity.bits);
+    let (algo, bits) = (identity.format.algo(), identity.bits);
     let first = format!("{} {}-bit", all[0].algo, all[0].bits);
     all.retain(|tuned| tuned.algo == algo && tuned.bits == bits);
     ensure!(!all.is_empty(), "{} is for {first}, not for {algo} {bits}-bit", file.display());
@@ -178,11 +178,11 @@ pub(crate) struct Named {
 impl Named {
     /// Fills in from the checkpoint what was not given; holds what was given against it.
     pub(crate) fn resolve(name: &ProfileName) -> Result<Self> {
-        let identity = |model: String, algo, bits| Identity {
+        let identity = |model: String, format, bits| Identity {
             prefix: name.prefix.clone(),
             model,
             precision: name.fp_dtype,
-            algo,
+            format,
             bits,
         };
         let asked = one_width(name)?;
@@ -195,21 +195,17 @@ impl Named {
                     ModelConfig::PRESETS.join(", ")
                 )
             })?;
-            let algo = name.algo.context("random weights need --algo sqllm or awq")?;
+            let format = name.algo.context("random weights need --algo sqllm or awq")?;
             let bits = asked.context("random weights need a --bitwidth, such as 3 or 4")?.low();
-            let weights = Weights::Random(Box::new(super::random(config, algo == Algo::Awq, bits as usize, seed)?));
-            return Ok(Self { identity: identity(model, algo, bits), weights });
+            let weights = Weights::Random(Box::new(super::random(config, format, bits as usize, seed)?));
+            return Ok(Self { identity: identity(model, format, bits), weights });
         }
         let opened = Opened::open(path, asked, false)?;
         let Some((format, width)) = opened.quantization() else {
             bail!("{} is full precision: quantize it first, or profile random:SEED", path.display());
         };
-        let algo = match format {
-            WeightFormat::AnyPrec => Algo::Sqllm,
-            WeightFormat::LutGemm => Algo::Awq,
-        };
         if let Some(asked) = name.algo {
-            ensure!(asked == algo, "--algo is {}, but {} is {}", asked.name(), path.display(), algo.name());
+            ensure!(asked == format, "--algo is {}, but {} is {}", asked.algo(), path.display(), format.algo());
         }
         ensure!(
             asked.is_some() || !width.is_mixed(),
@@ -221,6 +217,6 @@ impl Named {
         let file_name = path.canonicalize()?.file_name().map(|name| name.to_string_lossy().into_owned());
         let model = name.named.model_name.clone().or(file_name).context("give a --model-name")?;
         let bits = asked.unwrap_or(width).low();
-        Ok(Self { identity: identity(model, algo, bits), weights: Weights::Opened(Box::new(opened)) })
+        Ok(Self { identity: identity(model, format, bits), weights: Weights::Opened(Box::new(opened)) })
     }
 }

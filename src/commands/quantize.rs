@@ -18,7 +18,7 @@ use crate::output;
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     let source = Source::open(&args.source)?;
     let options = Options {
-        backend: args.backend.into(),
+        backend: args.backend,
         bits: args.bitwidth,
         group_size: args.group_size,
         awq: !args.no_awq,

@@ -22,9 +22,9 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     // With all names given, nothing has to be opened: a profile may have come from another machine.
     let name = &args.name;
     let identity = match (&name.named.model_name, name.algo, one_width(name)?) {
-        (Some(model), Some(algo), Some(bits)) => {
+        (Some(model), Some(format), Some(bits)) => {
             let (prefix, model) = (name.prefix.clone(), model.clone());
-            decdec::nsys::Identity { prefix, model, precision: name.fp_dtype, algo, bits: bits.low() }
+            decdec::nsys::Identity { prefix, model, precision: name.fp_dtype, format, bits: bits.low() }
         }
         _ => Named::resolve(name)?.identity,
     };

@@ -9,7 +9,18 @@ use std::ops::Range;
 use anyhow::{Result, bail, ensure};
 use rayon::prelude::*;
 
-use super::{Floats, bits};
+use super::{Description, Dim, Floats, Kind, Numbers, Size, Tensor, bits};
+
+pub(super) const DESCRIPTION: Description = Description {
+    name: "ap",
+    about: "AnyPrec: one codebook per row",
+    algo: "sqllm",
+    gemv_kernel: "matmul_kbit_32",
+    tensors: &[
+        Tensor { suffix: "qweight", kind: Kind::I32, dims: &[Dim::Bits, Dim::Rows, Dim::ChannelWords] },
+        Tensor { suffix: "lut", kind: Kind::Float, dims: &[Dim::Rows, Dim::Levels] },
+    ],
+};
 
 /// Channels of a full tile.
 const TILE: usize = 1024;
@@ -55,6 +66,28 @@ impl<'a> AnyPrec<'a> {
         ensure!(lut.len() == centroids, "anyprec: {} centroids, {centroids} expected", lut.len());
         lut.ensure_finite("anyprec: centroid")?;
         Ok(Self { in_features, out_features, bits, planes, lut })
+    }
+
+    /// Takes the tensors of the format, in the order of their description.
+    pub(crate) fn from_tensors(size: Size, tensors: Vec<Numbers<'a>>) -> Result<Self> {
+        let [planes, lut] = super::exactly(tensors)?;
+        Self::new(size.in_features, size.out_features, size.bits, planes.into_words(), lut.into_floats())
+    }
+
+    /// The tensors of the format, in the order of their description.
+    pub(crate) fn into_tensors(self) -> Vec<Numbers<'a>> {
+        vec![Numbers::Words(self.planes), Numbers::Floats(self.lut)]
+    }
+
+    /// The same matrix, borrowed.
+    pub fn borrowed(&self) -> AnyPrec<'_> {
+        AnyPrec { planes: Cow::Borrowed(&self.planes), lut: self.lut.borrowed(), ..*self }
+    }
+
+    /// The same matrix, owned.
+    pub fn into_owned(self) -> AnyPrec<'static> {
+        let Self { in_features, out_features, bits, planes, lut } = self;
+        AnyPrec { in_features, out_features, bits, planes: planes.into_owned().into(), lut: lut.into_owned() }
     }
 
     /// Packs `codes` `[out_features, in_features]`, each below `2^bits`.
@@ -168,10 +201,5 @@ impl<'a> AnyPrec<'a> {
     /// Codebooks, `[out_features, 2^bits]`.
     pub fn lut(&self) -> &Floats<'a> {
         &self.lut
-    }
-
-    /// Bytes of codes and codebooks as stored.
-    pub fn bytes(&self) -> usize {
-        self.planes.len() * 4 + self.lut.bytes()
     }
 }

@@ -9,7 +9,19 @@ use std::ops::Range;
 use anyhow::{Result, bail, ensure};
 use rayon::prelude::*;
 
-use super::{Floats, bits};
+use super::{Description, Dim, Floats, Kind, Numbers, Size, Tensor, bits};
+
+pub(super) const DESCRIPTION: Description = Description {
+    name: "lutgemm",
+    about: "LUT-GEMM: binary-coded groups of channels",
+    algo: "awq",
+    gemv_kernel: "nqmv_bias",
+    tensors: &[
+        Tensor { suffix: "binary", kind: Kind::I32, dims: &[Dim::ChannelWords, Dim::Bits, Dim::Rows] },
+        Tensor { suffix: "alpha", kind: Kind::Float, dims: &[Dim::Groups, Dim::Bits, Dim::Rows] },
+        Tensor { suffix: "q_bias", kind: Kind::Float, dims: &[Dim::Groups, Dim::Rows] },
+    ],
+};
 
 /// A binary-coded matrix.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,6 +79,32 @@ impl<'a> LutGemm<'a> {
         alpha.ensure_finite("lutgemm: alpha")?;
         q_bias.ensure_finite("lutgemm: bias")?;
         Ok(Self { in_features, out_features, bits, group_size, binary, alpha, q_bias })
+    }
+
+    /// Takes the tensors of the format, in the order of their description.
+    pub(crate) fn from_tensors(size: Size, tensors: Vec<Numbers<'a>>) -> Result<Self> {
+        let Size { in_features, out_features, bits, group_size } = size;
+        let [binary, alpha, q_bias] = super::exactly(tensors)?;
+        let (binary, alpha, q_bias) = (binary.into_words(), alpha.into_floats(), q_bias.into_floats());
+        Self::new(in_features, out_features, bits, group_size.unwrap_or(0), binary, alpha, q_bias)
+    }
+
+    /// The tensors of the format, in the order of their description.
+    pub(crate) fn into_tensors(self) -> Vec<Numbers<'a>> {
+        vec![Numbers::Words(self.binary), Numbers::Floats(self.alpha), Numbers::Floats(self.q_bias)]
+    }
+
+    /// The same matrix, borrowed.
+    pub fn borrowed(&self) -> LutGemm<'_> {
+        let (alpha, q_bias) = (self.alpha.borrowed(), self.q_bias.borrowed());
+        LutGemm { binary: Cow::Borrowed(&self.binary), alpha, q_bias, ..*self }
+    }
+
+    /// The same matrix, owned.
+    pub fn into_owned(self) -> LutGemm<'static> {
+        let Self { in_features, out_features, bits, group_size, binary, alpha, q_bias } = self;
+        let (alpha, q_bias) = (alpha.into_owned(), q_bias.into_owned());
+        LutGemm { in_features, out_features, bits, group_size, binary: binary.into_owned().into(), alpha, q_bias }
     }
 
     /// Converts a uniform quantizer `w = scale·(code − zero)` exactly: `alpha_b = scale·2^(b−1)`,
@@ -219,10 +257,5 @@ impl<'a> LutGemm<'a> {
     /// Centre of each group, `[in_features / group_size, out_features]`.
     pub fn q_bias(&self) -> &Floats<'a> {
         &self.q_bias
-    }
-
-    /// Bytes of codes, alphas and biases as stored.
-    pub fn bytes(&self) -> usize {
-        self.binary.len() * 4 + self.alpha.bytes() + self.q_bias.bytes()
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use half::f16;
 use rayon::prelude::*;
 
-use super::Floats;
+use super::{Floats, Numbers};
 
 /// Candidate scales of a row are `max|R| / 7 · j / 32`, `j = 1..=32`.
 const CANDIDATES: usize = 32;
@@ -111,6 +111,17 @@ impl<'a> Residual<'a> {
     /// Scales in row order, `[out_features]`.
     pub fn scales(&self) -> &Floats<'a> {
         &self.scales
+    }
+
+    /// Nibbles and scales, as [`Tensor::RESIDUAL`](super::Tensor::RESIDUAL) and
+    /// [`Tensor::SCALES`](super::Tensor::SCALES) describe them.
+    pub(crate) fn tensors(&self) -> [Numbers<'_>; 2] {
+        [Numbers::Words(Cow::Borrowed(&self.words)), Numbers::Floats(self.scales.borrowed())]
+    }
+
+    /// The same residual, borrowed.
+    pub fn borrowed(&self) -> Residual<'_> {
+        Residual { words: Cow::Borrowed(&self.words), scales: self.scales.borrowed(), ..*self }
     }
 
     /// Bytes of nibbles and scales as stored.

@@ -19,6 +19,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, ensure};
 
 use crate::config::Projection;
+use crate::format::Format;
 
 pub use crate::backend::record::KernelRecord;
 pub use adopt::adopt;
@@ -28,50 +29,6 @@ pub use writer::Writer;
 
 /// The compensation kernel's name in both files.
 pub const DEC_KERNEL: &str = "fused_dec_kernel";
-
-/// The quantizer whose format is profiled, as the reference's flags name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Algo {
-    /// One codebook per row (`--backend ap`).
-    Sqllm,
-    /// Group-wise, binary-coded (`--backend lutgemm`).
-    Awq,
-}
-
-impl Algo {
-    /// `sqllm` or `awq`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Sqllm => "sqllm",
-            Self::Awq => "awq",
-        }
-    }
-
-    /// The base GEMV's name in both files.
-    pub const fn gemv_kernel(self) -> &'static str {
-        match self {
-            Self::Sqllm => "matmul_kbit_32",
-            Self::Awq => "nqmv_bias",
-        }
-    }
-
-    /// The other one.
-    const fn other(self) -> Self {
-        match self {
-            Self::Sqllm => Self::Awq,
-            Self::Awq => Self::Sqllm,
-        }
-    }
-}
-
-impl FromStr for Algo {
-    type Err = anyhow::Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        let all = [Self::Sqllm, Self::Awq];
-        all.into_iter().find(|algo| algo.name() == name).with_context(|| format!("{name:?}, sqllm or awq is expected"))
-    }
-}
 
 /// The type that a backend computes with, as the reference's flags name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,8 +71,8 @@ pub struct Identity {
     pub model: String,
     /// Computation type.
     pub precision: Precision,
-    /// Quantizer.
-    pub algo: Algo,
+    /// How the weights are stored; `--algo` names it by its quantizer.
+    pub format: Format,
     /// Bits of a weight.
     pub bits: u32,
 }
@@ -136,8 +93,8 @@ impl Identity {
 
     /// `PREFIX_MODEL_FP_ALGO_BITS`, the common part of every file name.
     pub fn stem(&self) -> String {
-        let Self { prefix, model, precision, algo, bits } = self;
-        format!("{prefix}_{model}_{}_{}_{bits}", precision.name(), algo.name())
+        let Self { prefix, model, precision, format, bits } = self;
+        format!("{prefix}_{model}_{}_{}_{bits}", precision.name(), format.algo())
     }
 
     /// The trace in `dir`.
@@ -193,7 +150,7 @@ impl Capture {
             ("PREFIX", id.prefix.clone()),
             ("MODEL", id.model.clone()),
             ("FP_DTYPE", id.precision.name().into()),
-            ("ALGO", id.algo.name().into()),
+            ("ALGO", id.format.algo().into()),
             ("BITWIDTH", id.bits.to_string()),
             ("WEIGHTS", self.weights.clone()),
             ("FINGERPRINT", self.fingerprint.clone()),
@@ -243,7 +200,7 @@ impl Capture {
                 prefix: text("PREFIX")?.into(),
                 model: text("MODEL")?.into(),
                 precision: text("FP_DTYPE")?.parse().with_context(|| choice("FP_DTYPE"))?,
-                algo: text("ALGO")?.parse().with_context(|| choice("ALGO"))?,
+                format: Format::of_algo(&text("ALGO")?).with_context(|| choice("ALGO"))?,
                 bits: u32::try_from(number("BITWIDTH")?)?,
             },
             shapes,

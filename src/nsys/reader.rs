@@ -11,6 +11,7 @@ use super::trace::{self, Line};
 use super::writer::meta_rows;
 use super::{Capture, DEC_KERNEL, Identity, KernelRecord, rows};
 use crate::files;
+use crate::format::Format;
 
 /// Bytes of a trace; a sweep of 100,000 kernels writes some 4 MB.
 const MAX_TRACE: u64 = 256 << 20;
@@ -35,7 +36,7 @@ pub struct Profile {
 pub fn read(trace: &Path, sqlite: &Path, identity: &Identity) -> Result<Profile> {
     let missing = |path: &Path| format!("cannot read {}: run decdec profile with the same names first", path.display());
     let text = files::read_text(trace, MAX_TRACE).with_context(|| missing(trace))?;
-    let lines = trace::parse(&text, identity.algo).with_context(|| trace.display().to_string())?;
+    let lines = trace::parse(&text, identity.format).with_context(|| trace.display().to_string())?;
     let db = rows::open(sqlite).with_context(|| missing(sqlite))?;
     join(&db, &lines, identity).with_context(|| sqlite.display().to_string())
 }
@@ -63,14 +64,17 @@ fn join(db: &Connection, lines: &[Line], identity: &Identity) -> Result<Profile>
     }
     let gpu = has("TARGET_INFO_GPU").then(|| db.query_row("SELECT name FROM TARGET_INFO_GPU", [], |row| row.get(0)));
     let device_name = gpu.and_then(Result::ok).flatten();
-    let gemv = identity.algo.gemv_kernel();
-    let mut found = rows::kernels(db, &tables, &[gemv, identity.algo.other().gemv_kernel(), DEC_KERNEL])?;
+    let gemv = identity.format.gemv_kernel();
+    let mut found = rows::kernels(db, &tables, &[&Format::ALL.map(Format::gemv_kernel)[..], &[DEC_KERNEL]].concat())?;
     for name in [gemv, DEC_KERNEL] {
-        let named = lines.iter().filter(|line| line.kernel_name(identity.algo) == name).count();
+        let named = lines.iter().filter(|line| line.kernel_name(identity.format) == name).count();
         let ran = found.get(name).map_or(0, Vec::len);
-        let other = identity.algo.other();
-        if name == gemv && ran == 0 && found.contains_key(other.gemv_kernel()) {
-            bail!("it holds {} but no {gemv}: the profile was taken with --algo {}", other.gemv_kernel(), other.name());
+        let mut others = Format::ALL.into_iter().filter(|other| found.contains_key(other.gemv_kernel()));
+        if name == gemv
+            && ran == 0
+            && let Some(other) = others.next()
+        {
+            bail!("it holds {} but no {gemv}: the profile was taken with --algo {}", other.gemv_kernel(), other.algo());
         }
         ensure!(
             named == ran,
@@ -79,7 +83,7 @@ fn join(db: &Connection, lines: &[Line], identity: &Identity) -> Result<Profile>
     }
     let mut queues: HashMap<_, _> =
         found.iter_mut().map(|(name, records)| (name.as_str(), records.drain(..))).collect();
-    let mut next = |line: &Line| queues.get_mut(line.kernel_name(identity.algo)).and_then(Iterator::next);
+    let mut next = |line: &Line| queues.get_mut(line.kernel_name(identity.format)).and_then(Iterator::next);
     let kernels =
         lines.iter().map(|line| Ok((*line, next(line).context("counts were checked")?))).collect::<Result<_>>()?;
     Ok(Profile { capture, device_name, kernels })
@@ -88,7 +92,7 @@ fn join(db: &Connection, lines: &[Line], identity: &Identity) -> Result<Profile>
 fn check_identity(found: &Identity, asked: &Identity) -> Result<()> {
     for (what, found, asked) in [
         ("the model", &found.model, &asked.model),
-        ("--algo", &found.algo.name().into(), &asked.algo.name().into()),
+        ("--algo", &found.format.algo().into(), &asked.format.algo().into()),
         ("--bitwidth", &found.bits.to_string(), &asked.bits.to_string()),
         ("--fp-dtype", &found.precision.name().into(), &asked.precision.name().into()),
     ] {

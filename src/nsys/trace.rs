@@ -4,8 +4,9 @@ use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Algo, DEC_KERNEL};
+use super::DEC_KERNEL;
 use crate::config::Projection;
+use crate::format::Format;
 
 /// A kernel as the trace names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +41,7 @@ pub struct Line {
 
 impl Line {
     /// The line as it is written, without the end of line.
-    pub fn display(self, algo: Algo) -> impl fmt::Display {
+    pub fn display(self, format: Format) -> impl fmt::Display {
         let role = match self.role {
             Role::Compile => "compile".into(),
             Role::Warmup => "warmup".into(),
@@ -48,20 +49,20 @@ impl Line {
             Role::Concurrent(pair) => format!("concurrent {pair}"),
         };
         match self.kernel {
-            Kernel::Gemv(projection) => format!("{role} {} {projection}", algo.gemv_kernel()),
+            Kernel::Gemv(projection) => format!("{role} {} {projection}", format.gemv_kernel()),
             Kernel::Dec(k_chunk) => format!("{role} {DEC_KERNEL} {k_chunk}"),
         }
     }
 
     /// The name that the line and the kernel's row share.
-    pub fn kernel_name(self, algo: Algo) -> &'static str {
+    pub fn kernel_name(self, format: Format) -> &'static str {
         match self.kernel {
-            Kernel::Gemv(_) => algo.gemv_kernel(),
+            Kernel::Gemv(_) => format.gemv_kernel(),
             Kernel::Dec(_) => DEC_KERNEL,
         }
     }
 
-    fn parse(text: &str, algo: Algo) -> Result<Self> {
+    fn parse(text: &str, format: Format) -> Result<Self> {
         let mut words = text.split_whitespace();
         let role = match words.next() {
             Some("compile") => Role::Compile,
@@ -79,18 +80,18 @@ impl Line {
         let kernel = if name == DEC_KERNEL {
             let k_chunk = argument.parse().ok().filter(|&k| k <= crate::dec::CHUNK);
             Kernel::Dec(k_chunk.with_context(|| format!("k_chunk {argument}, 0 to {} are allowed", crate::dec::CHUNK))?)
-        } else if name == algo.gemv_kernel() {
+        } else if name == format.gemv_kernel() {
             let projection = Projection::ALL.into_iter().find(|p| p.name() == argument);
             Kernel::Gemv(projection.with_context(|| format!("module {argument:?}, qkv, o, gu or d is expected"))?)
-        } else if name == algo.other().gemv_kernel() {
-            bail!("{name} belongs to --algo {}, not to {}", algo.other().name(), algo.name())
+        } else if let Some(other) = Format::ALL.into_iter().find(|other| other.gemv_kernel() == name) {
+            bail!("{name} belongs to --algo {}, not to {}", other.algo(), format.algo())
         } else {
-            bail!("unknown kernel {name:?}, {} or {DEC_KERNEL} is expected", algo.gemv_kernel())
+            bail!("unknown kernel {name:?}, {} or {DEC_KERNEL} is expected", format.gemv_kernel())
         };
         ensure!(
             role != Role::Standalone || matches!(kernel, Kernel::Gemv(_)),
             "only {} runs standalone",
-            algo.gemv_kernel()
+            format.gemv_kernel()
         );
         Ok(Self { role, kernel })
     }
@@ -101,11 +102,11 @@ impl Line {
 /// # Errors
 /// The first line that is not one of the format's, by number and content; pairs with gaps or without one of
 /// their two kernels.
-pub fn parse(text: &str, algo: Algo) -> Result<Vec<Line>> {
+pub fn parse(text: &str, format: Format) -> Result<Vec<Line>> {
     let mut lines = Vec::new();
     let mut pairs: Vec<[usize; 2]> = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let parsed = Line::parse(line, algo)
+        let parsed = Line::parse(line, format)
             .with_context(|| format!("trace line {}: {:?}", number + 1, line.chars().take(80).collect::<String>()))?;
         if let Role::Concurrent(pair) = parsed.role {
             ensure!(

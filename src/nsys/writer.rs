@@ -147,22 +147,22 @@ impl Writer {
             ensure!(
                 record.start_ns > 0 && record.end_ns > record.start_ns,
                 "{} has no time (start {}, end {}): this configuration was not recorded",
-                line.display(self.capture.identity.algo),
+                line.display(self.capture.identity.format),
                 record.start_ns,
                 record.end_ns
             );
         }
         let first = kernels.iter().map(|(_, record)| record.start_ns).min().unwrap_or(0);
         let shift = (self.last_end + 1).saturating_sub(first);
-        let algo = self.capture.identity.algo;
+        let format = self.capture.identity.format;
         let mut trace = String::new();
         let mut pairs = 0;
         let transaction = self.db.transaction()?;
         {
             let mut insert = transaction.prepare_cached(INSERT_KERNEL)?;
             for (line, r) in kernels {
-                let short = intern(&transaction, &mut self.strings, line.kernel_name(algo))?;
-                let name = if r.name.is_empty() { line.kernel_name(algo) } else { &r.name };
+                let short = intern(&transaction, &mut self.strings, line.kernel_name(format))?;
+                let name = if r.name.is_empty() { line.kernel_name(format) } else { &r.name };
                 let demangled = intern(&transaction, &mut self.strings, name)?;
                 let (start, end) = ((r.start_ns + shift) as i64, (r.end_ns + shift) as i64);
                 #[rustfmt::skip]
@@ -172,7 +172,7 @@ impl Writer {
                     r.dynamic_shared, r.graph_node_id as i64,
                 ])?;
                 self.last_end = self.last_end.max(r.end_ns + shift);
-                trace += &format!("{}\n", line.display(algo));
+                trace += &format!("{}\n", line.display(format));
                 pairs += usize::from(matches!(line.role, Role::Concurrent(pair) if pair == self.pairs + pairs));
             }
         }

@@ -13,7 +13,7 @@ use crate::fingerprint::Fingerprint;
 use crate::nsys::trace::{Kernel, Line, Role};
 use crate::nsys::{Capture, KernelRecord, Writer};
 use crate::sampling::draws;
-use crate::weights::{Linear, ModelWeights, Weight};
+use crate::weights::{Linear, ModelWeights};
 
 /// Weights that take turns add up to this, far more than any cache holds.
 const ROTATED_BYTES: usize = 512 << 20;
@@ -69,7 +69,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         };
         let mut layer_bytes = [0; 4];
         for projection in Projection::ALL {
-            layer_bytes[projection.index()] = bytes(&weights.projection(first, projection)?.weight);
+            layer_bytes[projection.index()] = weights.projection(first, projection)?.weight.bytes();
         }
         let turns = ROTATED_BYTES.div_ceil(layer_bytes.iter().sum()).clamp(2, config.layers.len().max(2));
         let turns = if options.halve_layers { (turns / 2).max(1) } else { turns };
@@ -319,14 +319,6 @@ fn inputs<B: GemvBackend>(backend: &B, layer: &Layer<B>, seed: usize) -> Result<
         Ok::<_, anyhow::Error>(vector)
     });
     Ok([a?, b?, c?, d?])
-}
-
-fn bytes(weight: &Weight<'_>) -> usize {
-    match weight {
-        Weight::Dense(w) => w.values.bytes(),
-        Weight::AnyPrec(w) => w.bytes(),
-        Weight::LutGemm(w) => w.bytes(),
-    }
 }
 
 fn progress(configurations: u64) -> ProgressBar {

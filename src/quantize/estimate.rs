@@ -17,7 +17,7 @@ use super::sqllm;
 use super::{
     Calibration, Options, Refine, awq, backward, calibrate, divergence, finish, fit, mixed, plan, polish, sample,
 };
-use crate::checkpoint::{Manifest, WeightFormat};
+use crate::checkpoint::Manifest;
 use crate::config::{ModelConfig, Projection};
 use crate::format::Dense;
 use crate::host;
@@ -98,7 +98,7 @@ fn layer_bytes(config: &ModelConfig, manifest: &Manifest) -> (usize, usize) {
 fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let tokens = options.calibration.samples() * options.calibration.seq_len();
     let shapes = Projection::ALL.map(|p| config.shape(0, p));
-    let copies = if manifest.backend == WeightFormat::LutGemm && options.awq { 2 } else { 1 };
+    let copies = if manifest.backend.is_grouped() && options.awq { 2 } else { 1 };
     let residual_stream = 2 * 4 * tokens * config.hidden_size;
     let inputs = copies * 4 * tokens * shapes.iter().map(|s| s.0).sum::<usize>();
     let layer = copies * 4 * sample::layer_weights(config);
@@ -385,7 +385,7 @@ mod tests {
         let config = config.unwrap();
         let memory = |calibration| {
             let options = Options {
-                backend: WeightFormat::AnyPrec,
+                backend: crate::format::Format::AnyPrec,
                 bits: BitWidth::try_from(3.0).unwrap(),
                 group_size: None,
                 awq: false,

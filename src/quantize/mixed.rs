@@ -76,7 +76,7 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
 fn read(job: &Job<'_>, file: &LayerFile) -> Result<Layer> {
     let config = job.source.config();
     Layer::collect(config.layers[file.layer()].clone(), file.norms(config)?, |projection| {
-        file.projection(projection, config, job.manifest.group_size)
+        file.projection(projection, config, job.manifest.storage())
     })
 }
 

@@ -39,11 +39,11 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 
-use crate::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized, WeightFormat};
+use crate::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized};
 use crate::config::{ModelConfig, Projection};
 use crate::dec::CHUNK;
 use crate::format::lutgemm::ensure_group_size;
-use crate::format::{Dense, Floats, Residual};
+use crate::format::{Dense, Floats, Format, Residual};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
@@ -58,12 +58,12 @@ pub use residuals::{ResidualOptions, residuals};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     /// How weights are stored.
-    pub backend: WeightFormat,
+    pub backend: Format,
     /// Bits of a weight.
     pub bits: BitWidth,
-    /// Channels of a group, for [`WeightFormat::LutGemm`]; `None` takes the largest of 128, 64, 32 that fits.
+    /// Channels of a group, for [`Format::LutGemm`]; `None` takes the largest of 128, 64, 32 that fits.
     pub group_size: Option<usize>,
-    /// For [`WeightFormat::LutGemm`]: AWQ's scales and clipping; without, plain rounding.
+    /// For [`Format::LutGemm`]: AWQ's scales and clipping; without, plain rounding.
     pub awq: bool,
     /// What codes are fitted to.
     pub refine: Refine,
@@ -296,12 +296,11 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
              model cannot be quantized"
         );
     }
-    let group_size = match options.backend {
-        WeightFormat::AnyPrec => {
-            ensure!(options.group_size.is_none(), "a group size is for --backend lutgemm, ap has one codebook per row");
-            None
-        }
-        WeightFormat::LutGemm => Some(group_size(config, options.group_size)?),
+    let group_size = if options.backend.is_grouped() {
+        Some(group_size(config, options.group_size)?)
+    } else {
+        ensure!(options.group_size.is_none(), "a group size is for --backend lutgemm, ap has one codebook per row");
+        None
     };
     Ok(Manifest {
         version: FORMAT_VERSION,

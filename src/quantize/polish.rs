@@ -25,7 +25,7 @@ use super::job::Job;
 use super::refine::{Codebook, Grid};
 use crate::checkpoint::LayerFile;
 use crate::config::Projection;
-use crate::format::AnyPrec;
+use crate::format::{AnyPrec, Storage};
 use crate::sampling;
 use crate::weights::{Linear, Weight};
 
@@ -100,7 +100,7 @@ pub(super) fn polish(job: &Job<'_>, ids: &[u32], bits: &[u32]) -> Result<()> {
 fn begin(job: &Job<'_>, index: usize, bits: u32) -> Result<[Learned; 4]> {
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
     let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
-        let linear = file.projection(projection, config, None)?;
+        let linear = file.projection(projection, config, Storage::ANYPREC)?;
         let codebook = anyprec(&linear)?.lut().to_f32().into_owned();
         let zeros = vec![0.0; linear.weight.in_features()];
         anyhow::Ok(Learned { codebook, taken: zeros.clone(), all: zeros })
@@ -242,7 +242,7 @@ fn follow(
 
 /// A projection in full precision, and as it is stored in the layer's `file`.
 fn pair<'a>(job: &Job<'_>, file: &'a LayerFile, index: usize, projection: Projection) -> Result<(Affine, Linear<'a>)> {
-    let stored = file.projection(projection, job.source.config(), None)?;
+    let stored = file.projection(projection, job.source.config(), Storage::ANYPREC)?;
     Ok((Affine::new(&job.source.projection(index, projection)?), stored))
 }
 

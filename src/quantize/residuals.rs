@@ -25,7 +25,7 @@ use super::{Calibration, Options, Refine, Report, awq, ensure_running, estimate,
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{Attention, LayerNorm, ModelConfig, Projection};
 use crate::fingerprint::Fingerprint;
-use crate::source::stored_modules;
+use crate::tensors::stored_modules;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 

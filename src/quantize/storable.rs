@@ -5,7 +5,7 @@ use half::f16;
 
 use super::forward::Layer;
 use crate::config::{ModelConfig, Projection};
-use crate::source::stored_modules;
+use crate::tensors::stored_modules;
 
 /// Checks that every weight of the layer fits half precision, which codebooks, steps and centres are stored in.
 ///

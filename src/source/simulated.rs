@@ -38,6 +38,11 @@ impl Simulated {
         let bits = bits.into_iter().map(|bits| bits.max(widest - 1).max(2)).collect();
         Ok(Self { dense, bits })
     }
+
+    /// Bits of every layer, `[num_layers]`.
+    pub fn layer_bits(&self) -> &[u32] {
+        &self.bits
+    }
 }
 
 /// Bits that tell the values of any row of a layer apart.

@@ -193,7 +193,7 @@ impl Outcome {
             format: Tuned::FORMAT,
             device: Device { id: text(|c| &c.device), name, driver: text(|c| &c.driver) },
             model: self.identity.model.clone(),
-            algo: self.identity.algo.name().into(),
+            algo: self.identity.format.algo().into(),
             bits: self.identity.bits,
             fp_dtype: self.identity.precision.name().into(),
             shapes: self.shapes,

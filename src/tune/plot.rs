@@ -216,7 +216,7 @@ fn titled<'a>(root: &Area<'a>, outcome: &Outcome, title: &str) -> Drawn<Area<'a>
     let id = &outcome.identity;
     let device = outcome.capture.as_ref().map(|c| &c.device_name).or(outcome.device_name.as_ref());
     let device = device.map(|name| format!(", {name}")).unwrap_or_default();
-    let first = format!("{} {} {}-bit{device}", id.model, id.algo.name(), id.bits);
+    let first = format!("{} {} {}-bit{device}", id.model, id.format.algo(), id.bits);
     let (head, body) = root.split_vertically(TITLE);
     head.draw(&Text::new(first, (14, 10), ("sans-serif", 21, FontStyle::Bold).into_font().color(&INK)))?;
     head.draw(&Text::new(title.to_owned(), (14, 38), ("sans-serif", 17).into_font().color(&INK)))?;

@@ -52,7 +52,7 @@ impl Outcome {
         let k_chunks = tuning.found.fine.k_chunks().map(|k| k.to_string()).join(", ");
         line(&mut out, "");
         line(&mut out, &rule);
-        let (model, algo, bits) = (&id.model, id.algo.name(), id.bits);
+        let (model, algo, bits) = (&id.model, id.format.algo(), id.bits);
         line(&mut out, &format!("Tuning Results: {model} {algo} {bits}-bit @ {percent}% slowdown"));
         line(&mut out, &rule);
         line(&mut out, &format!("Target Slowdown          : {percent} %"));
@@ -148,7 +148,7 @@ pub(super) fn csv(outcome: &Outcome) -> Result<Vec<u8>> {
         let Sample { decdec_us, gemv_us, dec_us, orderings } = sample;
         csv.write_record([
             &id.model,
-            id.algo.name(),
+            id.format.algo(),
             &id.bits.to_string(),
             Projection::ALL[module].name(),
             mode,

@@ -293,19 +293,16 @@ fn attend(attention: &Attention, ropes: &[Rope], qkv: &[Vec<f64>]) -> Vec<f64> {
             let shares: Vec<f64> = keys[kv][first..=t].iter().map(|k| capped(score(k)).exp()).collect();
             let total: f64 = shares.iter().sum();
             let value = |s: usize| head(first + s, num_heads + num_kv_heads + kv);
-            out.extend((0..head_dim).map(|j| shares.iter().enumerate().map(|(s, w)| w / total * value(s)[j]).sum::<f64>()));
+            out.extend(
+                (0..head_dim).map(|j| shares.iter().enumerate().map(|(s, w)| w / total * value(s)[j]).sum::<f64>()),
+            );
         }
     }
     out
 }
 
 /// A text of `parts` tokens at a time through layers of these attentions; none of the wrong ones beside each fits.
-fn check_attention<B: UnderTest>(
-    backend: &B,
-    layers: &[(Attention, Vec<Attention>)],
-    ropes: &[Rope],
-    parts: &[usize],
-) {
+fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attention>)], ropes: &[Rope], parts: &[usize]) {
     let len: usize = parts.iter().sum();
     let attentions: Vec<Attention> = layers.iter().map(|(attention, _)| attention.clone()).collect();
     let mut sequence = backend.sequence(&model(&attentions, ropes.to_vec()), len).unwrap();

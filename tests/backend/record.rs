@@ -2,13 +2,14 @@
 
 use decdec::backend::record::{Clock, Recorder};
 use decdec::dec::{DecPlan, Selection};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::format::Storage;
+use decdec::random::RandomWeights;
 
 use crate::UnderTest;
 
 pub(crate) fn every_launch_is_timed<B: UnderTest>(backend: &B) {
     let (inputs, outputs) = (1024, 512);
-    let linear = RandomWeights::single(inputs, outputs, RandomFormat::AnyPrec, 3, 1).unwrap();
+    let linear = RandomWeights::single(inputs, outputs, Storage::ANYPREC, 3, 1).unwrap();
     let matrix = backend.matrix(&linear).unwrap();
     let thresholds = linear.thresholds.as_ref().unwrap();
     let plan = DecPlan::new(inputs, outputs, thresholds, 64, 2, Selection::Bucket).unwrap();

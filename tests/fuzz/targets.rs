@@ -7,7 +7,8 @@ use std::sync::LazyLock;
 
 use decdec::checkpoint::Checkpoint;
 use decdec::config::{LayerNorm, ModelConfig, Projection};
-use decdec::nsys::{self, Algo, Identity, Precision};
+use decdec::format::Format;
+use decdec::nsys::{self, Identity, Precision};
 use decdec::open::Opened;
 use decdec::source::Source;
 use decdec::source::torch::{TorchFile, Value};
@@ -141,7 +142,7 @@ fn sqlite(data: &[u8]) -> bool {
 
 fn trace(data: &[u8]) -> bool {
     let Ok(text) = str::from_utf8(data) else { return false };
-    [Algo::Sqllm, Algo::Awq].into_iter().any(|algo| {
+    [Format::AnyPrec, Format::LutGemm].into_iter().any(|algo| {
         let Ok(lines) = nsys::trace::parse(text, algo) else { return false };
         let written: String = lines.iter().map(|line| format!("{}\n", line.display(algo))).collect();
         assert_eq!(nsys::trace::parse(&written, algo).expect("what is written can be read"), lines);
@@ -150,7 +151,7 @@ fn trace(data: &[u8]) -> bool {
 }
 
 pub(crate) fn identity() -> Identity {
-    Identity { prefix: "p".into(), model: "m".into(), precision: Precision::Fp16, algo: Algo::Sqllm, bits: 3 }
+    Identity { prefix: "p".into(), model: "m".into(), precision: Precision::Fp16, format: Format::AnyPrec, bits: 3 }
 }
 
 /// The trace that every SQLite file is read with.

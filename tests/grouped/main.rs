@@ -32,7 +32,7 @@ fn awq_weights_are_exact() {
     write(dir.path(), &modules, &config(), "");
     assert!(Grouped::detect(dir.path()));
     let model = Grouped::open(dir.path()).unwrap();
-    assert_eq!((model.bits(0), model.group_size(), model.head().unwrap()), (Some(4), GROUP, None));
+    assert_eq!((model.bits(0), model.group_size(), model.head().unwrap()), (Some(4), Some(GROUP), None));
     assert_exact(&model, &modules);
     // And as a checkpoint, converted once or twice.
     let mut from = dir.path().to_owned();

@@ -16,9 +16,8 @@ use std::fs;
 use std::path::Path;
 
 use answers::tiny_directories;
-use decdec::checkpoint::WeightFormat;
 use decdec::config::{LayerNorm, Projection};
-use decdec::format::anyprec;
+use decdec::format::{Format, anyprec};
 use decdec::source::reference::Reference;
 use decdec::source::torch::TorchFile;
 use decdec::weights::{ModelWeights, Weight};
@@ -182,8 +181,8 @@ fn reference_any_precision() {
     for bits in [3, 4] {
         let reference = Reference::open(dir.path(), Some(bits), false).unwrap();
         assert_eq!(
-            (reference.backend(), reference.layer_bits(), reference.bits(0)),
-            (WeightFormat::AnyPrec, &[bits][..], Some(bits))
+            (reference.format(), reference.layer_bits(), reference.bits(0)),
+            (Some(Format::AnyPrec), &[bits][..], Some(bits))
         );
         assert_rows(&reference, |module, row, k| any_prec_weight(&made, bits as usize, module, row, k));
     }
@@ -216,7 +215,7 @@ fn reference_any_precision() {
 fn reference_lut_gemm_modules_are_fused() {
     let made = Made::lut_gemm(3);
     let reference = Reference::open(made.write().path(), None, false).unwrap();
-    assert_eq!((reference.backend(), reference.layer_bits()), (WeightFormat::LutGemm, &[3][..]));
+    assert_eq!((reference.format(), reference.layer_bits()), (Some(Format::LutGemm), &[3][..]));
     assert_rows(&reference, |module, row, k| {
         let [binary, alpha, q_bias] = ["binary", "alpha", "q_bias"].map(|tensor| made.array(module, tensor));
         let rows = q_bias.shape[1];

@@ -8,9 +8,10 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
-use decdec::checkpoint::{BitWidth, Checkpoint, WeightFormat};
+use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{LayerNorm, Projection};
 use decdec::eval;
+use decdec::format::Format;
 use decdec::model::Model;
 use decdec::quantize::{Calibration, Options, Refine, quantize};
 use decdec::tokenizer::TextFiles;
@@ -169,7 +170,7 @@ fn scales_of_gguf_blocks() {
     }
 }
 
-fn options(backend: WeightFormat, refine: Refine) -> Options {
+fn options(backend: Format, refine: Refine) -> Options {
     let tokens = (0..200u32).map(|i| i * 37 % VOCAB as u32).collect();
     Options {
         backend,
@@ -194,7 +195,7 @@ fn checkpoint_tensors() {
     let source = biased(Dtype::F16);
     let source = source.open().expect("it opens");
     let mut rng = ChaCha8Rng::seed_from_u64(4);
-    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+    for backend in [Format::AnyPrec, Format::LutGemm] {
         let out = dir.path().join(backend.to_string());
         quantized(&source, source.texts(), &options(backend, Refine::None), &out).expect("quantized");
         read_all(&Checkpoint::open(&out).expect("it opens")).expect("all of it is finite");
@@ -217,8 +218,8 @@ fn checkpoint_tensors() {
             fs::write(&path, sound).expect("writable");
         }
         let expected = match backend {
-            WeightFormat::AnyPrec => vec!["bias", "lut", "scales", "weight"],
-            WeightFormat::LutGemm => vec!["alpha", "bias", "q_bias", "scales", "weight"],
+            Format::AnyPrec => vec!["bias", "lut", "scales", "weight"],
+            Format::LutGemm => vec!["alpha", "bias", "q_bias", "scales", "weight"],
         };
         assert_eq!(kinds.into_keys().collect::<Vec<_>>(), expected);
     }
@@ -237,10 +238,10 @@ fn quantizing_what_is_not_finite() {
         ("model.layers.1.mlp.up_proj.weight", 77),
     ];
     for (backend, refine) in [
-        (WeightFormat::AnyPrec, Refine::None),
-        (WeightFormat::AnyPrec, Refine::DEFAULT),
-        (WeightFormat::LutGemm, Refine::None),
-        (WeightFormat::LutGemm, Refine::DEFAULT),
+        (Format::AnyPrec, Refine::None),
+        (Format::AnyPrec, Refine::DEFAULT),
+        (Format::LutGemm, Refine::None),
+        (Format::LutGemm, Refine::DEFAULT),
     ] {
         for (t, (name, i)) in places.into_iter().enumerate() {
             let at = model.tensors.iter().position(|(own, ..)| own == name).expect(name);
@@ -269,11 +270,9 @@ fn quantizing_what_is_too_large() {
     let dir = directory();
     let out = dir.path().join("out");
     let mut model = biased(Dtype::F32);
-    for (backend, refine) in [
-        (WeightFormat::AnyPrec, Refine::None),
-        (WeightFormat::AnyPrec, Refine::DEFAULT),
-        (WeightFormat::LutGemm, Refine::DEFAULT),
-    ] {
+    for (backend, refine) in
+        [(Format::AnyPrec, Refine::None), (Format::AnyPrec, Refine::DEFAULT), (Format::LutGemm, Refine::DEFAULT)]
+    {
         for (part, value, shown) in [
             ("self_attn.q_proj", 1e5f32, "1e5"),
             ("self_attn.k_proj", 65505.0, "6.5505e4"),
@@ -329,7 +328,7 @@ fn overflow_on_the_way() {
     );
     assert!(error.contains("--dtype bfloat16") && error.contains(": logit ") && !error.contains('\n'), "{error}");
     let source = model.open().expect("it opens");
-    for backend in [WeightFormat::AnyPrec, WeightFormat::LutGemm] {
+    for backend in [Format::AnyPrec, Format::LutGemm] {
         let options = options(backend, Refine::DEFAULT);
         let result = quantized(&source, source.texts(), &options, &dir.path().join("out"));
         let error = format!("{:#}", result.expect_err("no numbers"));
@@ -358,10 +357,10 @@ fn nothing_but_zeros() {
         }
         let source = model.open().expect("it opens");
         for (backend, refine) in [
-            (WeightFormat::AnyPrec, Refine::None),
-            (WeightFormat::AnyPrec, Refine::DEFAULT),
-            (WeightFormat::LutGemm, Refine::None),
-            (WeightFormat::LutGemm, Refine::DEFAULT),
+            (Format::AnyPrec, Refine::None),
+            (Format::AnyPrec, Refine::DEFAULT),
+            (Format::LutGemm, Refine::None),
+            (Format::LutGemm, Refine::DEFAULT),
         ] {
             let out = dir.path().join("out");
             let result = quantized(&source, source.texts(), &options(backend, refine), &out);
@@ -406,7 +405,7 @@ fn embeddings_that_half_precision_cannot_hold() {
         table[4 * HIDDEN * 7..][..4 * HIDDEN].copy_from_slice(&random(&mut rng, HIDDEN, scale * row_scale));
         let source = model.open().expect("it opens");
         let out = dir.path().join("out");
-        quantized(&source, source.texts(), &options(WeightFormat::AnyPrec, Refine::None), &out).expect("quantized");
+        quantized(&source, source.texts(), &options(Format::AnyPrec, Refine::None), &out).expect("quantized");
         let checkpoint = Checkpoint::open(&out).expect("it opens");
         let (own, stored) = (source.embedding().expect("there").values, checkpoint.embedding().expect("there").values);
         assert_eq!(stored.bytes() == own.bytes() / 2, halves, "{scale} {row_scale}");

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use decdec::config::Projection;
-use decdec::nsys::Algo;
+use decdec::format::Format;
 use decdec::nsys::trace::{self, Kernel, Line, Role};
 use decdec::tune::{self, Options};
 use rusqlite::Connection;
@@ -13,15 +13,15 @@ use crate::{LLAMA, Synthetic, identity, options, refusal, tuned, write};
 
 #[test]
 fn every_line_of_a_trace_reads_back() {
-    for algo in [Algo::Sqllm, Algo::Awq] {
+    for algo in [Format::AnyPrec, Format::LutGemm] {
         let lines: Vec<_> = Synthetic::manual().kernels().into_iter().map(|(line, _)| line).collect();
         let text: String = lines.iter().map(|line| format!("{}\n", line.display(algo))).collect();
         assert_eq!(trace::parse(&text, algo).unwrap(), lines);
     }
     let line = Line { role: Role::Concurrent(7), kernel: Kernel::Dec(3) };
-    assert_eq!(line.display(Algo::Awq).to_string(), "concurrent 7 fused_dec_kernel 3");
+    assert_eq!(line.display(Format::LutGemm).to_string(), "concurrent 7 fused_dec_kernel 3");
     let line = Line { role: Role::Standalone, kernel: Kernel::Gemv(Projection::GateUp) };
-    assert_eq!(line.display(Algo::Awq).to_string(), "standalone nqmv_bias gu");
+    assert_eq!(line.display(Format::LutGemm).to_string(), "standalone nqmv_bias gu");
 }
 
 #[test]
@@ -42,10 +42,10 @@ fn traces_that_are_not_of_the_format_are_refused() {
         ("concurrent 0 fused_dec_kernel 4\n", "0 base kernels and 1 compensation kernels"),
         ("concurrent 18446744073709551615 matmul_kbit_32 o\n", "without gaps"),
     ] {
-        let error = format!("{:#}", trace::parse(text, Algo::Sqllm).unwrap_err());
+        let error = format!("{:#}", trace::parse(text, Format::AnyPrec).unwrap_err());
         assert!(error.contains(says), "{text:?}: {error}");
     }
-    assert_eq!(trace::parse(good, Algo::Sqllm).unwrap().len(), 1);
+    assert_eq!(trace::parse(good, Format::AnyPrec).unwrap().len(), 1);
 }
 
 /// Rewrites the SQLite file by `sql` after a good profile was written, and says how `tune` refuses it.

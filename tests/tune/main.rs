@@ -10,8 +10,9 @@ mod verify;
 use std::path::Path;
 
 use decdec::config::Projection;
+use decdec::format::Format;
 use decdec::nsys::trace::{Kernel, Line, Role};
-use decdec::nsys::{Algo, Capture, Identity, KernelRecord, Precision, Writer};
+use decdec::nsys::{Capture, Identity, KernelRecord, Precision, Writer};
 use decdec::tune::search::{Module, Timings};
 use decdec::tune::{self, Options, Outcome};
 
@@ -93,7 +94,7 @@ pub(crate) fn identity() -> Identity {
         prefix: "test".into(),
         model: "Meta-Llama-3-8B-Instruct".into(),
         precision: Precision::Fp16,
-        algo: Algo::Sqllm,
+        format: Format::AnyPrec,
         bits: 3,
     }
 }

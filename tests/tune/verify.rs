@@ -4,10 +4,10 @@ use anyhow::Result;
 use decdec::backend::cpu::Cpu;
 use decdec::config::{LayerNorm, ModelConfig, Projection};
 use decdec::dec::Selection;
-use decdec::format::Dense;
+use decdec::format::{Dense, Storage};
 use decdec::nsys::Identity;
 use decdec::profile::{self, ByClock};
-use decdec::random::{RandomFormat, RandomWeights};
+use decdec::random::RandomWeights;
 use decdec::tune::search::Choice;
 use decdec::tune::{self, Tuning, hold};
 use decdec::weights::{Linear, ModelWeights};
@@ -94,7 +94,7 @@ impl Mixed {
             "eos_token_id": 1,
         }))
         .expect("a small configuration");
-        Self([3, 4].map(|bits| RandomWeights::new(config.clone(), RandomFormat::AnyPrec, bits, 7).unwrap()))
+        Self([3, 4].map(|bits| RandomWeights::new(config.clone(), Storage::ANYPREC, bits, 7).unwrap()))
     }
 }
 

@@ -28,8 +28,8 @@ const MOST_HEAD_DIM: usize = 256;
 pub(super) struct Cache {
     max_seq_len: usize,
     layers: Vec<Layer>,
-    keys: Buffer,   // per layer [num_kv_heads, capacity, head_dim]
-    values: Buffer, // the same
+    keys: Buffer,        // per layer [num_kv_heads, capacity, head_dim]
+    values: Buffer,      // the same
     tables: Vec<Buffer>, // per RoPE f32 [max_seq_len, head_dim / 2, (cos, sin)]
     parts: Buffer,
     tickets: Buffer,

@@ -7,7 +7,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::format::Floats;
-use crate::source::numbers;
+use crate::tensors::numbers;
 
 /// A number format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Model;
 use super::tokenizer::special_id;
-use crate::source::{EMBEDDING, HEAD};
+use crate::tensors::{EMBEDDING, HEAD};
 
 /// Keys that are read, without the name of the architecture.
 const READ: [&str; 22] = [
@@ -96,7 +96,7 @@ impl Model {
             "num_attention_heads": sizes.heads,
             "num_key_value_heads": of_layers("attention.head_count_kv")?.unwrap_or(sizes.heads),
             "head_dim": sizes.head_dim,
-            "vocab_size": self.find(EMBEDDING)?.shape()?.first(),
+            "vocab_size": self.find(EMBEDDING)?.stored.shape().first(),
             "rms_norm_eps": shortest(eps),
             "rope_theta": shortest(sizes.theta),
             "rope_scaling": self.rope_scaling(sizes.theta, sizes.rotary_dim)?,

@@ -8,13 +8,15 @@ mod split;
 mod tokenizer;
 mod words;
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::config::{Family, LayerNorm, Pairing, Projection, families};
 use crate::format::Floats;
+use crate::tensors::{self, Expected, TensorSet};
 use crate::tokenizer::TextFiles;
 use file::File;
 
@@ -28,7 +30,7 @@ pub(super) struct Model {
 }
 
 /// A tensor and where it is.
-pub(super) struct Tensor<'a> {
+struct Tensor<'a> {
     /// As the file has it, and as transformers has it.
     names: String,
     file: &'a File,
@@ -77,31 +79,15 @@ impl Model {
         self.files.iter().find_map(|file| Some((file, file.tensor(own)?)))
     }
 
-    pub(super) fn find(&self, name: &str) -> Result<Tensor<'_>> {
+    fn find(&self, name: &str) -> Result<Tensor<'_>> {
         let own = self.own_name(name).unwrap_or_else(|| name.to_owned());
         let (file, stored) = self.stored(&own).with_context(|| format!("tensor {own} is missing"))?;
         Ok(Tensor { names: format!("{own} ({name})"), file, stored })
     }
 
-    /// The numbers of a tensor, all of them finite.
-    pub(super) fn read(&self, name: &str) -> Result<Floats<'_>> {
-        let tensor = self.find(name)?;
-        let kind = tensor.stored.kind().with_context(|| format!("tensor {}", tensor.names))?;
-        let values = kind.read(tensor.file.data(tensor.stored));
-        values.ensure_tensor_is_finite(&tensor.names, tensor.stored.shape())?;
-        Ok(values)
-    }
-
-    /// Which channels of a stored head turn together. llama.cpp's converter moves the rows of queries and keys of some
-    /// architectures so that neighbours do.
-    pub(super) fn pairing(&self) -> Option<Pairing> {
-        let moved = ["llama", "mistral3", "smollm3", "granite", "glm4"].contains(&self.architecture.as_str());
-        moved.then_some(Pairing::Neighbours)
-    }
-
     /// Checks that there are no tensors but those `used`: one more, and the model computes something else.
-    pub(super) fn ensure_nothing_else(&self, used: &[String]) -> Result<()> {
-        let mut known: HashSet<String> = used.iter().filter_map(|name| self.own_name(name)).collect();
+    fn ensure_nothing_else(&self, used: &[Expected]) -> Result<()> {
+        let mut known: HashSet<String> = used.iter().filter_map(|tensor| self.own_name(&tensor.name)).collect();
         known.extend(rope::TENSORS.map(str::to_owned));
         let other = self.files.iter().flat_map(File::names).filter(|&name| !known.contains(name)).min();
         if let Some(name) = other {
@@ -117,9 +103,9 @@ impl Model {
     /// The name that a tensor has in this file.
     fn own_name(&self, name: &str) -> Option<String> {
         Some(match name {
-            super::EMBEDDING => "token_embd.weight".to_owned(),
-            super::FINAL_NORM => "output_norm.weight".to_owned(),
-            super::HEAD => "output.weight".to_owned(),
+            tensors::EMBEDDING => "token_embd.weight".to_owned(),
+            tensors::FINAL_NORM => "output_norm.weight".to_owned(),
+            tensors::HEAD => "output.weight".to_owned(),
             _ => {
                 let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
                 let (module, kind) = rest.rsplit_once('.')?;
@@ -161,10 +147,50 @@ fn own_norm(norm: LayerNorm) -> &'static str {
     }
 }
 
+impl TensorSet for Model {
+    fn contains(&self, name: &str) -> bool {
+        self.find(name).is_ok()
+    }
+
+    fn check(&self, Expected { name, shape, .. }: &Expected) -> Result<()> {
+        let tensor = self.find(name)?;
+        tensor.kind()?;
+        let stored = tensor.stored.shape();
+        ensure!(stored == shape, "tensor {name} has shape {stored:?}, {shape:?} is expected");
+        Ok(())
+    }
+
+    /// What a class of transformers computes is fixed by its name; a GGUF says it with the tensors that it has.
+    fn check_all(&self, expected: &[Expected]) -> Result<()> {
+        expected.iter().try_for_each(|expected| self.check(expected))?;
+        self.ensure_nothing_else(expected)
+    }
+
+    fn floats(&self, name: &str) -> Result<Floats<'_>> {
+        let tensor = self.find(name)?;
+        let values = tensor.kind()?.read(tensor.file.data(tensor.stored));
+        values.ensure_tensor_is_finite(&tensor.names, tensor.stored.shape())?;
+        Ok(values)
+    }
+
+    fn words(&self, name: &str) -> Result<Cow<'_, [u32]>> {
+        bail!("tensor {name}: bit patterns are expected, which a GGUF has none of")
+    }
+
+    /// llama.cpp's converter moves the rows of queries and keys of some architectures so that neighbours turn together.
+    fn pairing(&self) -> Option<Pairing> {
+        let moved = ["llama", "mistral3", "smollm3", "granite", "glm4"].contains(&self.architecture.as_str());
+        moved.then_some(Pairing::Neighbours)
+    }
+
+    fn has_gammas(&self) -> bool {
+        true
+    }
+}
+
 impl Tensor<'_> {
-    /// The shape of a tensor that can be read.
-    pub(super) fn shape(&self) -> Result<Vec<usize>> {
-        self.stored.kind().with_context(|| format!("tensor {}", self.names))?;
-        Ok(self.stored.shape().to_vec())
+    /// The type of a tensor that can be read.
+    fn kind(&self) -> Result<blocks::Kind> {
+        self.stored.kind().with_context(|| format!("tensor {}", self.names))
     }
 }

@@ -24,15 +24,15 @@ pub(super) fn understood(quantization: &Quantization) -> Result<()> {
     Ok(())
 }
 
-/// Appends the nibbles of `words` `[columns, rows / 8]` as `[rows, columns]`.
-pub(super) fn append(words: &[u32], rows: usize, columns: usize, out: &mut Vec<u8>) {
-    let start = out.len();
-    out.resize(start + rows * columns, 0);
+/// The nibbles of `words` `[columns, rows / 8]` as `[rows, columns]`.
+pub(super) fn codes(words: &[u32], rows: usize, columns: usize) -> Vec<u8> {
+    let mut codes = vec![0; rows * columns];
     for (column, words) in words.chunks_exact(rows / 8).enumerate() {
         for (c, word) in words.iter().enumerate() {
             for (i, within) in ORDER.into_iter().enumerate() {
-                out[start + (8 * c + within) * columns + column] = (word >> (4 * i) & 15) as u8;
+                codes[(8 * c + within) * columns + column] = (word >> (4 * i) & 15) as u8;
             }
         }
     }
+    codes
 }

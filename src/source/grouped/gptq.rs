@@ -67,23 +67,21 @@ impl Packing {
         Ok(())
     }
 
-    /// Appends codes as `[rows, channels]` from `qweight`.
-    pub(super) fn append_codes(self, words: &[u32], rows: usize, channels: usize, out: &mut Vec<u8>) {
-        for row in 0..rows {
-            out.extend((0..channels).map(|k| self.field(|word| words[word * rows + row], k)));
-        }
+    /// The codes of `qweight` as `[rows, channels]`.
+    pub(super) fn codes(self, words: &[u32], rows: usize, channels: usize) -> Vec<u8> {
+        let row = |row| (0..channels).map(move |k| self.field(|word| words[word * rows + row], k));
+        (0..rows).flat_map(row).collect()
     }
 
-    /// Appends zeros as `[rows, groups]` from `qzeros`.
-    pub(super) fn append_zeros(self, words: &[u32], rows: usize, groups: usize, out: &mut Vec<u8>) {
+    /// The zeros of `qzeros` as `[rows, groups]`.
+    pub(super) fn zeros(self, words: &[u32], rows: usize, groups: usize) -> Vec<u8> {
         let line = rows / 32 * self.bits as usize;
-        for row in 0..rows {
-            out.extend((0..groups).map(|group| {
-                let stored = self.field(|word| words[group * line + word], row);
-                // A zero of 0, less one, has all bits set.
-                if self.less_one { (stored + 1) & ((1 << self.bits) - 1) } else { stored }
-            }));
-        }
+        let zero = |row, group| {
+            let stored = self.field(|word| words[group * line + word], row);
+            // A zero of 0, less one, has all bits set.
+            if self.less_one { (stored + 1) & ((1 << self.bits) - 1) } else { stored }
+        };
+        (0..rows * groups).map(|i| zero(i / groups, i % groups)).collect()
     }
 
     /// Field `i` of a run of words.

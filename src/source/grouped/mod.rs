@@ -9,39 +9,39 @@ mod gptq;
 mod quantization;
 
 use std::borrow::Cow;
+use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use self::quantization::Quantization;
-use super::huggingface::Shards;
-use super::modules::{Part, parts};
-use super::{EMBEDDING, FINAL_NORM, HEAD, norm_name};
-use crate::config::{LayerNorm, ModelConfig, Projection, read_json};
-use crate::format::{Dense, Floats, LutGemm};
+use super::huggingface;
+use crate::config::{ModelConfig, read_json};
+use crate::format::{Floats, Format, Kind, LutGemm, Numbers, Size};
+use crate::tensors::{EMBEDDING, Expected, HEAD, Layout, Module, Shards, StoredModel, TensorSet};
 use crate::tokenizer::TextFiles;
-use crate::weights::{Linear, ModelWeights, Weight};
 
 /// Bits of a code, as quantizers call it now and as AutoAWQ first did.
 const BIT_KEYS: [&str; 2] = ["bits", "w_bit"];
 
 /// How codes and zeros are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
+enum Packing {
     Awq,
     Gptq(gptq::Packing),
 }
 
 /// A checkpoint of AWQ or GPTQ, memory-mapped. It has no residuals: what was lost is not in it.
 #[derive(Debug)]
-pub struct Grouped {
-    shards: Shards,
-    config: ModelConfig,
-    config_json: Value,
-    texts: TextFiles,
-    group_size: usize,
-    layout: Layout,
+pub struct Grouped(StoredModel);
+
+impl Deref for Grouped {
+    type Target = StoredModel;
+
+    fn deref(&self) -> &StoredModel {
+        &self.0
+    }
 }
 
 impl Grouped {
@@ -64,224 +64,134 @@ impl Grouped {
         let config = ModelConfig::from_json(&config_json)?;
         let quantization = Quantization::find(dir, &config_json)?;
         let quantization = quantization.context("quantization_config is missing: is the model quantized?")?;
-        let (layout, group_size) = layout(&quantization).with_context(|| format!("in {}", quantization.place))?;
-        let (shards, texts) = (Shards::open(dir)?, TextFiles::read(dir)?);
-        let model = Self { shards, config, config_json, texts, group_size, layout };
-        model.check()?;
-        Ok(model)
+        let (packing, group_size) = packing(&quantization).with_context(|| format!("in {}", quantization.place))?;
+        let packed = Packed { shards: Shards::open(&huggingface::files(dir)?)?, packing };
+        packed.ensure_plain_tables()?;
+        let (format, group_size) = (Some(Format::LutGemm), Some(group_size));
+        let bits = vec![packed.bits(); config.layers.len()];
+        let layout = Layout { format, group_size, own: false, compensated: false };
+        let texts = TextFiles::read(dir)?;
+        let model = StoredModel { tensors: Box::new(packed), config, texts, layout, bits };
+        model.check(|_| None)?;
+        Ok(Self(model))
     }
+}
 
-    /// `config.json` as it is.
-    pub fn config_json(&self) -> &Value {
-        &self.config_json
-    }
+/// The files of a quantizer. Where a matrix of LUT-GEMM would have `binary`, there are `qweight`, `qzeros` and `scales`.
+#[derive(Debug)]
+struct Packed {
+    shards: Shards,
+    packing: Packing,
+}
 
-    /// Tokenizer, chat template, special tokens.
-    pub fn texts(&self) -> &TextFiles {
-        &self.texts
-    }
-
+impl Packed {
     /// Bits of every code.
-    pub fn code_bits(&self) -> u32 {
-        match self.layout {
-            Layout::Awq => awq::BITS,
-            Layout::Gptq(packing) => packing.bits,
+    fn bits(&self) -> u32 {
+        match self.packing {
+            Packing::Awq => awq::BITS,
+            Packing::Gptq(packing) => packing.bits,
         }
     }
 
-    /// Channels that share a scale.
-    pub fn group_size(&self) -> usize {
-        self.group_size
-    }
-
-    fn parts(&self, layer: usize, projection: Projection) -> Vec<Part> {
-        parts(&self.config, layer, projection, |part| self.shards.contains(&part.tensor("qweight")))
-    }
-
-    /// Every tensor is there, in its shape.
-    fn check(&self) -> Result<()> {
-        let ModelConfig { vocab_size, hidden_size, .. } = self.config;
-        for table in [EMBEDDING, HEAD] {
-            let quantized = table.replace(".weight", ".qweight");
-            ensure!(
-                !self.shards.contains(&quantized),
-                "{quantized} is there: embedding and head are expected in full precision, only projections quantized"
-            );
-        }
-        self.check_floats(EMBEDDING, &[vocab_size, hidden_size])?;
-        self.check_floats(FINAL_NORM, &[hidden_size])?;
-        if !self.config.tie_word_embeddings {
-            self.check_floats(HEAD, &[vocab_size, hidden_size])?;
-        }
-        for layer in 0..self.config.layers.len() {
-            for (norm, len) in self.config.layers[layer].norms(hidden_size) {
-                self.check_floats(&norm_name(&self.config, layer, norm)?, &[len])?;
+    fn ensure_plain_tables(&self) -> Result<()> {
+        let tables = [EMBEDDING, HEAD].map(|table| table.replace(".weight", ".qweight"));
+        match tables.iter().find(|table| self.shards.contains(table)) {
+            Some(table) => {
+                bail!("{table} is there: embedding and head are expected in full precision, only projections quantized")
             }
-            for projection in Projection::ALL {
-                let channels = self.config.shape(layer, projection).0;
-                crate::format::lutgemm::ensure_group_size(channels, self.group_size)?;
-                let groups = channels / self.group_size;
-                for part in self.parts(layer, projection) {
-                    self.check_packed(&part, channels, groups)?;
-                    self.check_floats(&part.tensor("scales"), &[groups, part.rows])?;
-                    if self.shards.contains(&part.tensor("bias")) {
-                        self.check_floats(&part.tensor("bias"), &[part.rows])?;
-                    }
-                }
-            }
+            None => Ok(()),
         }
-        Ok(())
+    }
+}
+
+impl TensorSet for Packed {
+    fn contains(&self, name: &str) -> bool {
+        self.shards.contains(&name.replace(".binary", ".qweight"))
     }
 
-    fn check_floats(&self, name: &str, shape: &[usize]) -> Result<()> {
-        let stored = self.shards.find(name)?.shape()?;
-        ensure!(stored == shape, "tensor {name} has shape {stored:?}, {shape:?} is expected");
-        Ok(())
+    fn check(&self, expected: &Expected) -> Result<()> {
+        self.shards.check(expected)
     }
 
-    /// Codes and zeros are there as the layout has them.
-    fn check_packed(&self, part: &Part, channels: usize, groups: usize) -> Result<()> {
-        let (name, rows) = (&part.name, part.rows);
+    fn floats(&self, name: &str) -> Result<Floats<'_>> {
+        self.shards.floats(name)
+    }
+
+    fn words(&self, name: &str) -> Result<Cow<'_, [u32]>> {
+        self.shards.words(name)
+    }
+
+    /// Codes and zeros as the layout has them, and scales.
+    fn expected(&self, module: &Module, _format: Option<Format>, size: &Size) -> Result<Vec<Expected>> {
+        let (name, rows, channels) = (&module.name, module.rows, size.in_features);
+        let (group_size, [qweight, qzeros, scales]) =
+            (group_size(size), ["qweight", "qzeros", "scales"].map(|suffix| module.tensor(suffix)));
+        let groups = channels / group_size;
         ensure!(
-            self.shards.contains(&part.tensor("qweight")) || !self.shards.contains(&part.tensor("weight")),
+            self.shards.contains(&qweight) || !self.shards.contains(&module.tensor("weight")),
             "{name} is not quantized (modules_to_not_convert): every projection of every layer is expected to be"
         );
-        let whole = match self.layout {
-            Layout::Awq => 8,
-            Layout::Gptq(_) => 32,
+        let whole = match self.packing {
+            Packing::Awq => 8,
+            Packing::Gptq(_) => 32,
         };
         ensure!(rows.is_multiple_of(whole), "{name} has {rows} rows, a multiple of {whole} is expected");
-        let (weights, zeros) = match self.layout {
-            Layout::Awq => ([channels, rows / 8], [groups, rows / 8]),
-            Layout::Gptq(packing) => packing.shapes(channels, groups, rows),
+        let (weights, zeros) = match self.packing {
+            Packing::Awq => ([channels, rows / 8], [groups, rows / 8]),
+            Packing::Gptq(packing) => packing.shapes(channels, groups, rows),
         };
-        self.check_words(&part.tensor("qweight"), &weights)?;
-        self.check_words(&part.tensor("qzeros"), &zeros)?;
-        if let Layout::Gptq(packing) = self.layout {
-            let order = self.shards.find(&part.tensor("g_idx")).ok().map(|order| order.words()).transpose()?;
-            packing
-                .ensure_in_order(order.map(|(_, order)| order), channels, self.group_size)
-                .with_context(|| name.clone())?;
+        let all = [(qweight, weights, Kind::I32), (qzeros, zeros, Kind::I32), (scales, [groups, rows], Kind::Float)];
+        let all = all.map(|(name, shape, kind)| Expected { name, shape: shape.into(), kind });
+        all[..2].iter().try_for_each(|expected| self.check(expected))?;
+        if let Packing::Gptq(packing) = self.packing {
+            let order = module.tensor("g_idx");
+            let order = self.contains(&order).then(|| self.words(&order)).transpose()?;
+            packing.ensure_in_order(order, channels, group_size).with_context(|| name.clone())?;
         }
-        Ok(())
+        Ok(all.into())
     }
 
-    fn check_words(&self, name: &str, shape: &[usize]) -> Result<()> {
-        let (stored, _) = self.shards.find(name)?.words()?;
-        ensure!(stored == shape, "tensor {name} has shape {stored:?}, {shape:?} is expected");
-        Ok(())
-    }
-
-    fn floats(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.shards.find(name)?.read()?.to_f32().into_owned())
-    }
-
-    /// The table `[vocab_size, hidden_size]`.
-    fn table(&self, name: &str) -> Result<Dense<'_>> {
-        let ModelConfig { vocab_size, hidden_size, .. } = self.config;
-        let values: Floats<'_> = self.shards.find(name)?.read()?;
-        Ok(Dense { in_features: hidden_size, out_features: vocab_size, values })
-    }
-
-    /// Codes, scales and zeros of a projection, all `[out_features, …]`, in the order in which they are fused.
-    fn weight(&self, layer: usize, projection: Projection) -> Result<Weight<'_>> {
-        let (channels, rows) = self.config.shape(layer, projection);
-        let groups = channels / self.group_size;
-        let (mut codes, mut zeros, mut scales) = (Vec::new(), Vec::new(), Vec::new());
-        codes.reserve_exact(rows * channels);
-        for part in self.parts(layer, projection) {
-            let words = |name| self.shards.find(&part.tensor(name))?.words().map(|(_, words)| words);
-            let (qweight, qzeros) = (words("qweight")?, words("qzeros")?);
-            match self.layout {
-                Layout::Awq => {
-                    awq::append(&qweight, part.rows, channels, &mut codes);
-                    awq::append(&qzeros, part.rows, groups, &mut zeros);
-                }
-                Layout::Gptq(packing) => {
-                    packing.append_codes(&qweight, part.rows, channels, &mut codes);
-                    packing.append_zeros(&qzeros, part.rows, groups, &mut zeros);
-                }
-            }
-            let stored = self.floats(&part.tensor("scales"))?;
-            scales.extend(
-                (0..part.rows)
-                    .flat_map(|row| (0..groups).map(move |g| (g, row)))
-                    .map(|(g, row)| stored[g * part.rows + row]),
-            );
-        }
+    /// A uniform quantizer, binary-coded without any loss.
+    fn weight(&self, module: &Module, _format: Option<Format>, size: &Size) -> Result<Vec<Numbers<'_>>> {
+        let (rows, channels, group_size) = (module.rows, size.in_features, group_size(size));
+        let groups = channels / group_size;
+        let [qweight, qzeros] = ["qweight", "qzeros"].map(|suffix| self.words(&module.tensor(suffix)));
+        let (qweight, qzeros) = (qweight?, qzeros?);
+        let (codes, zeros) = match self.packing {
+            Packing::Awq => (awq::codes(&qweight, rows, channels), awq::codes(&qzeros, rows, groups)),
+            Packing::Gptq(packing) => (packing.codes(&qweight, rows, channels), packing.zeros(&qzeros, rows, groups)),
+        };
         let zeros: Vec<f32> = zeros.into_iter().map(f32::from).collect();
-        let bits = self.code_bits() as usize;
-        Ok(Weight::LutGemm(LutGemm::from_uniform(channels, rows, bits, self.group_size, &codes, &scales, &zeros)?))
-    }
-
-    /// The biases of all parts; zeros where only some have one.
-    fn bias(&self, layer: usize, projection: Projection) -> Result<Option<Cow<'_, [f32]>>> {
-        let parts = self.parts(layer, projection);
-        let is_stored = |part: &Part| self.shards.contains(&part.tensor("bias"));
-        if !parts.iter().any(is_stored) {
-            return Ok(None);
-        }
-        let mut bias = Vec::new();
-        for part in &parts {
-            if is_stored(part) {
-                bias.extend(self.floats(&part.tensor("bias"))?);
-            } else {
-                bias.resize(bias.len() + part.rows, 0.0);
-            }
-        }
-        Ok(Some(Cow::Owned(bias)))
+        let stored = self.floats(&module.tensor("scales"))?.into_f32();
+        let scales: Vec<f32> = (0..rows * groups).map(|i| stored[i % groups * rows + i / groups]).collect();
+        let weight = LutGemm::from_uniform(channels, rows, size.bits, group_size, &codes, &scales, &zeros)?;
+        Ok(weight.into_tensors())
     }
 }
 
-impl ModelWeights for Grouped {
-    fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.table(EMBEDDING)
-    }
-
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        if self.config.tie_word_embeddings { Ok(None) } else { self.table(HEAD).map(Some) }
-    }
-
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.floats(FINAL_NORM)
-    }
-
-    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.floats(&norm_name(&self.config, layer, norm)?)
-    }
-
-    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        let bias = self.bias(layer, projection)?;
-        Ok(Linear { bias, ..Linear::plain(self.weight(layer, projection)?) })
-    }
-
-    fn bits(&self, _layer: usize) -> Option<u32> {
-        Some(self.code_bits())
-    }
+/// Channels that share a scale.
+fn group_size(size: &Size) -> usize {
+    size.group_size.unwrap_or(size.in_features)
 }
 
-/// The layout and the group size, once everything else about the quantization is known to be understood.
-fn layout(quantization: &Quantization) -> Result<(Layout, usize)> {
-    let layout = match quantization.method.as_str() {
-        "awq" => awq::understood(quantization).map(|()| Layout::Awq)?,
-        "gptq" => Layout::Gptq(gptq::Packing::understood(quantization)?),
+/// The packing and the group size, once everything else about the quantization is known to be understood.
+fn packing(quantization: &Quantization) -> Result<(Packing, usize)> {
+    let packing = match quantization.method.as_str() {
+        "awq" => awq::understood(quantization).map(|()| Packing::Awq)?,
+        "gptq" => Packing::Gptq(gptq::Packing::understood(quantization)?),
         other => bail!("quant_method is {other:?}, \"awq\" or \"gptq\" is expected"),
     };
     let head = quantization.field(&["lm_head"])?;
     ensure!(head != true, "lm_head is true: a quantized head is not read, one in full precision is expected");
     let group_size = quantization.field(&["group_size", "q_group_size"])?;
     if group_size.is_null() {
-        return Ok((layout, 128));
+        return Ok((packing, 128));
     }
     let size = group_size.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
     let size = size.with_context(|| {
         format!("group_size is {group_size}, a multiple of 32 is expected: quantize it again in groups of channels")
     })?;
-    Ok((layout, size))
+    Ok((packing, size))
 }
 
 /// Checks that nothing in `dir`, whose `config.json` is `config`, says that its model is quantized.

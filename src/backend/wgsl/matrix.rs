@@ -355,7 +355,7 @@ mod tests {
                 if matches!(linear.weight, Weight::Dense(_)) {
                     for token in [0u32, 199, 64, 77] {
                         let ids = wgpu.gpu.upload(&token.to_le_bytes()).unwrap();
-                        matrix.embed(&wgpu.gpu, &ids, 0, &y.0, 1).unwrap();
+                        matrix.embed(&wgpu.gpu, 1.0, &ids, 0, &y.0, 1).unwrap();
                         wgpu.read(&y, &mut out).unwrap();
                         all.extend(out[..96].iter().map(|y| y.to_bits()));
                     }

@@ -204,4 +204,17 @@ __device__ __forceinline__ float load1(const float* x, const float* delta, int i
     return delta ? __ldcg(x + i) + __ldcg(delta + i) : __ldcg(x + i);
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+// What gate goes through before it multiplies up, as src/backend/kernels.rs numbers it.
+#define SILU 0
+#define GELU_TANH 1
+
+// x / (1 + e^−z), where z is x for SiLU, and 2·√(2/π)·(x + 0.044715·x³) for the form of GELU that a tanh makes.
+__device__ __forceinline__ float activated(float x, int activation) {
+    float z = activation == GELU_TANH ? 1.5957691f * (x + 0.044715f * x * x * x) : x;
+    return x / (1.0f + expf(-z));
+}
+
+__device__ __forceinline__ float4 gated4(float4 gate, float4 up, int activation) {
+    return make_float4(activated(gate.x, activation) * up.x, activated(gate.y, activation) * up.y,
+                       activated(gate.z, activation) * up.z, activated(gate.w, activation) * up.w);
+}

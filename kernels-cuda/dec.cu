@@ -22,9 +22,10 @@ extern "C" __global__ void __launch_bounds__(256) select_channels(const __grid_c
     select_chunks<All>(d, own_edge(d), 0, chunks, list, copied<All>(shared, [&](int i) { return load4(x, delta, i); }));
 }
 
-// x[k] = silu(gate[k])·up[k] of one token, and the selection among them: one block per chunk.
-extern "C" __global__ void __launch_bounds__(256) swiglu_select(const __grid_constant__ Dec d, const float* gu,
-                                                                const float* delta, float* x, Salient* list) {
+// x[k] = activation(gate[k])·up[k] of one token, and the selection among them: one block per chunk.
+extern "C" __global__ void __launch_bounds__(256) gated_select(const __grid_constant__ Dec d, const float* gu,
+                                                               const float* delta, int activation, float* x,
+                                                               Salient* list) {
     __shared__ __align__(16) float chunk[CHUNK];
     let_next_start();
     int edge = own_edge(d);
@@ -33,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_select(const __grid_con
     float4 v = make_float4(0, 0, 0, 0);
     if (first + k < d.in_features) {
         float4 gate = load4(gu, delta, first + k), up = load4(gu, delta, d.in_features + first + k);
-        v = make_float4(silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w);
+        v = gated4(gate, up, activation);
         *(float4*)(x + first + k) = v;
     }
     *(float4*)(chunk + k) = v;

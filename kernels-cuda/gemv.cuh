@@ -2,7 +2,7 @@
 // gemv_lutgemm.cu and gemv_dense.cu share. They differ in a unit's bytes and in how a unit becomes operands.
 //
 //   v[row] = Σ_k W[row, k] · x[k] + bias[row]           x by INPUT
-//   INPUT 0: x + x_delta   1: norm(x + x_delta)·γ   2: silu(gate)·up, x being [gate, up]
+//   INPUT 0: x + x_delta   1: norm(x + x_delta)·γ   2: activation(gate)·up, x being [gate, up]
 //         3: x, selected from by an earlier kernel (dec_list)
 //   y[row] = add ? y[row] + y_delta[row] + v[row] : v[row]
 //   dec_out[row] = the compensation (dec.cuh), to be added by whoever reads y
@@ -20,7 +20,7 @@
 // One block per multiprocessor: with two places, the next kernel's blocks settle in pairs wherever there is room
 // first, and the pairs take twice as long (H100: 31 µs instead of 21 for 4096 × 28672). In the first n_tb blocks
 // DEC_WARPS more warps compensate beside the others. No block waits for another.
-// Constants: K, R in and out features, WARPS, STAGES, INPUT, DEC, DEC_WARPS, DEC_WORDS,
+// Constants: K, R in and out features, WARPS, STAGES, INPUT, ACTIVATION (SILU unless it is given), DEC, DEC_WARPS, DEC_WORDS,
 // DEC_STAGED (1: shared memory has room for all of x; needed for INPUT 1).
 #pragma once
 #include "common.cuh"
@@ -35,6 +35,10 @@
 #endif
 #define THREADS (32 * WARPS)
 typedef Team<0, THREADS, 1> Base;
+
+#ifndef ACTIVATION
+#define ACTIVATION SILU
+#endif
 
 // Leaves registers for a block of another kernel beside this one.
 #ifndef MIN_BLOCKS
@@ -74,7 +78,7 @@ __device__ __forceinline__ float4 activations(const Gemv& g, int i) {
     float4 v = load4(g.x, g.x_delta, i);
 #if INPUT == 2
     float4 up = load4(g.x + K, nullptr, i);
-    v = make_float4(silu(v.x) * up.x, silu(v.y) * up.y, silu(v.z) * up.z, silu(v.w) * up.w);
+    v = gated4(v, up, ACTIVATION);
 #endif
     return v;
 }

@@ -175,7 +175,7 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
         if (i < rows) {
             gate[s] += total(parts, i / 16, i % 16), up[s] += total(parts, tiles + i / 16, i % 16);
             if (bias) gate[s] += bias[row], up[s] += bias[I + row];
-            v = silu(gate[s]) * up[s];
+            v = activated(gate[s], SILU) * up[s];
             if (act32) put(act32 + row, v);
         }
         float after = __shfl_down_sync(FULL, v, 1);

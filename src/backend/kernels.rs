@@ -2,6 +2,8 @@
 //!
 //! A test reads both folders and holds this table against their entry points.
 
+use crate::config::Activation;
+
 /// An entry point on either side, or both.
 #[derive(Debug, Clone, Copy)]
 pub struct Twin {
@@ -23,6 +25,14 @@ const fn renamed(wgsl: &'static str, cuda: &'static str, why: &'static str) -> T
 
 const fn cuda_only(cuda: &'static str, why: &'static str) -> Twin {
     Twin { wgsl: None, cuda: Some(cuda), why }
+}
+
+/// What kernels of both sides call an activation.
+pub(super) const fn activation(activation: Activation) -> u32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+    }
 }
 
 /// Every kernel.

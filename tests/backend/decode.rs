@@ -27,13 +27,13 @@ pub(crate) fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
     vector
 }
 
-fn download<B: UnderTest>(backend: &B, vector: &B::Vector, len: usize) -> Vec<f32> {
+pub(crate) fn download<B: UnderTest>(backend: &B, vector: &B::Vector, len: usize) -> Vec<f32> {
     let mut out = vec![0.0; len];
     backend.read(vector, &mut out).unwrap();
     out
 }
 
-fn exact(values: &[f32]) -> Vec<f64> {
+pub(crate) fn exact(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&v| f64::from(v)).collect()
 }
 
@@ -103,12 +103,12 @@ pub(crate) fn swiglu<B: UnderTest>(backend: &B) {
     backend.project(&added(&matrix, Feed::Gated(Activation::Silu)), &upload(backend, &gu), &mut h, 2).unwrap();
     let got = download(backend, &h, 2 * width);
     for (gu, got) in gu.chunks_exact(2 * width).zip(got.chunks_exact(width)) {
-        let want = oracle::swiglu(&exact(gu));
+        let want = oracle::gated(Activation::Silu, &exact(gu));
         // An exponential is good to 3 + 2·|x| units in the last place; what underflows is far below 1e-30.
         let depth = |i: usize| 8 + 2 * gu[i].abs().ceil() as usize;
         let allowed = |i: usize| 1e-30 + common::tolerance(B::ROUNDING, want[i], depth(i), want[i].abs());
         assert_eq!(common::misfit(got, &want, allowed), None);
-        let swapped = oracle::swiglu(&exact(&[&gu[width..], &gu[..width]].concat()));
+        let swapped = oracle::gated(Activation::Silu, &exact(&[&gu[width..], &gu[..width]].concat()));
         assert!(common::misfit(got, &swapped, allowed).is_some(), "gate and up swapped go unseen");
     }
     // A second time: added to what is there.
@@ -148,14 +148,14 @@ fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usi
         }
         for (text, got) in texts.iter().zip(&got) {
             let qkv: Vec<Vec<f64>> = text.chunks_exact(width).map(exact).collect();
-            let want = oracle::attend(config, &qkv).concat();
+            let want = oracle::attend(attention, &config.ropes, &qkv).concat();
             // |q·k| ≤ 2·dim, since a rotated pair of numbers below 1 stays below √2; an error of the scores
             // moves every share by at most twice as much, relatively; |values| ≤ 1.
             let score = common::tolerance(0.0, 0.0, dim + 8, 2.0 * dim as f64) / (dim as f64).sqrt();
             let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], len + 16, 1.0) + 2.0 * score;
             assert_eq!(common::misfit(got, &want, allowed), None);
             let narrower = windowed(config, attention.window.unwrap_or(len) - 1);
-            let wrong = oracle::attend(&narrower, &qkv).concat();
+            let wrong = oracle::attend(narrower.layers[0].attention(), &config.ropes, &qkv).concat();
             assert!(common::misfit(got, &wrong, allowed).is_some(), "one token less to see goes unseen");
         }
     }

@@ -16,6 +16,7 @@ mod small_model;
 mod texts;
 
 mod agree;
+mod attention;
 mod cases;
 mod dec;
 mod decode;
@@ -125,12 +126,14 @@ on_every_backend! {
     decode::time_passes,
     operations::embedding_scale,
     operations::gates,
+    operations::compensated_gates,
+    operations::after_a_compensated_product,
     operations::norms_of_queries_and_keys,
     operations::norms_behind_a_branch,
     operations::caps_of_logits,
-    operations::attention_by_layer,
-    operations::any_shape,
-    operations::any_attention,
+    attention::attention_by_layer,
+    operations::operations_of_any_shape,
+    attention::attention_of_any_shape,
     sampling::greedy,
     sampling::draws_decide,
     sampling::awkward_logits,
@@ -160,6 +163,20 @@ fn random_cases_on_cuda_in_float16() {
             let matrices: Vec<_> = matrices.iter().collect();
             cuda.compile_ahead(&matrices, &[Tuning::default()], false, true).unwrap();
         });
+    }
+}
+
+/// Gates in CUDA's 16-bit types, to which it rounds what enters a product; sums stay f32.
+#[test]
+fn gates_on_cuda_in_16_bits() {
+    use decdec::backend::cuda::{Cuda, Dtype, Options};
+    if common::devices::is_under_test("cuda") {
+        for (dtype, rounding) in [(Dtype::Float16, 2f64.powi(-11)), (Dtype::Bfloat16, 2f64.powi(-8))] {
+            let cuda = Cuda::new(0, Options { dtype, ..Options::default() }).unwrap();
+            operations::gates_within(&cuda, rounding);
+            operations::compensated_gates_within(&cuda, rounding);
+            operations::after_a_compensated_product(&cuda);
+        }
     }
 }
 

@@ -1,10 +1,10 @@
-//! What families add to Llama's layer, operation by operation: other gates, norms of queries and keys and behind a
-//! branch, caps, and attention that differs from layer to layer.
+//! What families add to Llama's layer, operation by operation: a scaled embedding, other gates, norms of queries and keys
+//! and behind a branch, caps.
 
-use decdec::backend::{Feed, GemvBackend, Input, Norm, Product};
+use decdec::backend::{Feed, Input, Norm, Product};
 use decdec::config::{Activation, Attention, FeedForward, LayerConfig, Mixer, ModelConfig, NormPlacement};
-use decdec::config::{Pairing, QkNorm, QueryScaling, Rope, RopeScaling};
-use decdec::sampling::Sampling;
+use decdec::config::{QkNorm, Rope};
+use decdec::dec::{DecPlan, Selection};
 use decdec::weights::{Linear, Weight};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -12,31 +12,16 @@ use serde_json::json;
 
 use crate::UnderTest;
 use crate::common::{self, Stored, oracle};
+use crate::decode::{download, exact, upload};
 
 const BOTH: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
 
-fn upload<B: GemvBackend>(backend: &B, values: &[f32]) -> B::Vector {
-    let mut vector = backend.vector(values.len()).unwrap();
-    backend.write(values, &mut vector).unwrap();
-    vector
-}
-
-fn download<B: GemvBackend>(backend: &B, vector: &B::Vector, len: usize) -> Vec<f32> {
-    let mut out = vec![0.0; len];
-    backend.read(vector, &mut out).unwrap();
-    out
-}
-
-fn exact(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|&v| f64::from(v)).collect()
-}
-
-fn norm_of<B: GemvBackend>(backend: &B, gamma: &[f32], eps: f32) -> Norm<B::Vector> {
+fn norm_of<B: UnderTest>(backend: &B, gamma: &[f32], eps: f32) -> Norm<B::Vector> {
     Norm { gamma: upload(backend, gamma), len: gamma.len(), eps }
 }
 
 /// Plain attention without a rotation.
-fn attention(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Attention {
+pub(crate) fn attention(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Attention {
     let scale = 1.0 / (head_dim as f64).sqrt();
     Attention {
         num_heads,
@@ -51,12 +36,8 @@ fn attention(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Attentio
     }
 }
 
-fn rope(theta: f64, head_dim: usize) -> Rope {
-    Rope { head_dim, rotary_dim: head_dim, pairing: Pairing::Halves, theta, scaling: RopeScaling::None }
-}
-
 /// A model of these attentions, of which only they are used.
-fn model(attentions: &[Attention], ropes: Vec<Rope>) -> ModelConfig {
+pub(crate) fn model(attentions: &[Attention], ropes: Vec<Rope>) -> ModelConfig {
     let fields = json!({
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "rms_norm_eps": 1e-5,
@@ -72,7 +53,7 @@ fn model(attentions: &[Attention], ropes: Vec<Rope>) -> ModelConfig {
 }
 
 /// Runs `body` on cases that are the same every time.
-fn any<S: Strategy>(cases: u32, strategy: &S, body: impl Fn(S::Value)) {
+pub(crate) fn any<S: Strategy>(cases: u32, strategy: &S, body: impl Fn(S::Value)) {
     let config = Config { cases, failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let run = |case| {
@@ -101,25 +82,8 @@ pub(crate) fn embedding_scale<B: UnderTest>(backend: &B) {
     }
 }
 
-/// `x / (1 + e^−x)`, or the approximation of GELU by its own formula.
-fn activated(activation: Activation, x: f64) -> f64 {
-    match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::GeluTanh => {
-            let root = (2.0 / std::f64::consts::PI).sqrt();
-            // (1 + tanh u) / 2, written so that what is far below 0 does not cancel to 0.
-            x / (1.0 + (-2.0 * root * (x + 0.044715 * x * x * x)).exp())
-        }
-    }
-}
-
-fn gated(activation: Activation, gu: &[f64]) -> Vec<f64> {
-    let (gate, up) = gu.split_at(gu.len() / 2);
-    gate.iter().zip(up).map(|(&gate, up)| activated(activation, gate) * up).collect()
-}
-
-/// Gates of `tokens`, through the identity: overwritten, then added.
-fn check_gates<B: UnderTest>(backend: &B, activation: Activation, gu: &[f32], tokens: usize) {
+/// Gates of `tokens`, through the identity: overwritten, then added. What enters a product is rounded by `rounding`.
+fn check_gates<B: UnderTest>(backend: &B, activation: Activation, gu: &[f32], tokens: usize, rounding: f64) {
     let width = gu.len() / tokens / 2;
     let matrix = backend.matrix(&Linear::plain(common::identity(width))).unwrap();
     let x = upload(backend, gu);
@@ -133,30 +97,146 @@ fn check_gates<B: UnderTest>(backend: &B, activation: Activation, gu: &[f32], to
     let what = format!("{activation:?}, {tokens} tokens of {width}");
     for (t, gu) in gu.chunks_exact(2 * width).enumerate() {
         let own = |all: &[f32]| all[t * width..(t + 1) * width].to_vec();
-        let want = gated(activation, &exact(gu));
-        // An exponential is good to 3 + 2·|z| units in the last place, and z itself to 6·|z|; below 1e-30 it underflows.
-        let z = |x: f64| if activation == Activation::Silu { x } else { 1.6 * (x + 0.045 * x * x * x) };
-        let depth = |i: usize| 8 + 8 * z(f64::from(gu[i])).abs().min(100.0).ceil() as usize;
-        let allowed = |i: usize| 1e-30 + common::tolerance(B::ROUNDING, want[i], depth(i), want[i].abs());
+        let want = oracle::gated(activation, &exact(gu));
+        let least = least(rounding);
+        let allowed =
+            |i: usize| least + common::tolerance(rounding, want[i], gate_depth(activation, gu[i]), want[i].abs());
         assert_eq!(common::misfit(&own(&once), &want, allowed), None, "{what}");
         let sum: Vec<f64> = own(&once).iter().map(|&y| 2.0 * f64::from(y)).collect();
-        let allowed_sum = |i: usize| 1e-30 + common::tolerance(B::ROUNDING, sum[i], 1, sum[i].abs());
+        let allowed_sum = |i: usize| 1e-30 + common::tolerance(0.0, sum[i], 1, sum[i].abs());
         assert_eq!(common::misfit(&own(&twice), &sum, allowed_sum), None, "{what}, added");
         if gu[..width].iter().any(|gate| gate.abs() > 0.1) {
             let other = BOTH.into_iter().find(|&other| other != activation).unwrap();
-            let wrong = gated(other, &exact(gu));
+            let wrong = oracle::gated(other, &exact(gu));
             assert!(common::misfit(&own(&once), &wrong, allowed).is_some(), "{what}: {other:?} goes unseen");
         }
     }
 }
 
+/// How many roundings a gate takes: an exponential is good to 3 + 2·|z| units in the last place, `z` itself to 6·|z|.
+fn gate_depth(activation: Activation, x: f32) -> usize {
+    let x = f64::from(x);
+    let z = if activation == Activation::Silu { x } else { 1.6 * (x + 0.045 * x * x * x) };
+    8 + 8 * z.abs().min(100.0).ceil() as usize
+}
+
+/// What may be off near 0: exponentials underflow below 1e-30, and float16 has steps of 2^-24.
+fn least(rounding: f64) -> f64 {
+    if rounding > 0.0 { 2f64.powi(-25) } else { 1e-30 }
+}
+
+fn gate_and_up(tokens: usize, width: usize) -> Vec<f32> {
+    let mut gu: Vec<f32> = common::uniform(1, 2 * tokens * width).iter().map(|x| 8.0 * x).collect();
+    gu[..8].copy_from_slice(&[100.0, -100.0, 0.0, -0.0, 30.0, -30.0, -7.0, 7.0]);
+    gu
+}
+
 pub(crate) fn gates<B: UnderTest>(backend: &B) {
+    gates_within(backend, B::ROUNDING);
+}
+
+pub(crate) fn gates_within<B: UnderTest>(backend: &B, rounding: f64) {
     for activation in BOTH {
         for (width, tokens) in [(96, 1), (96, 2), (1056, 1), (1056, 7)] {
-            let mut gu: Vec<f32> = common::uniform(1, 2 * tokens * width).iter().map(|x| 8.0 * x).collect();
-            gu[..8].copy_from_slice(&[100.0, -100.0, 0.0, -0.0, 30.0, -30.0, -7.0, 7.0]);
-            check_gates(backend, activation, &gu, tokens);
+            check_gates(backend, activation, &gate_and_up(tokens, width), tokens, rounding);
         }
+    }
+}
+
+/// A plan for every channel, so that no rounding decides which are taken.
+fn plan_of_all(linear: &Linear<'_>) -> DecPlan {
+    let (inner, outer) = (linear.weight.in_features(), linear.weight.out_features());
+    DecPlan::new(inner, outer, linear.thresholds.as_ref().unwrap(), 1024, 2, Selection::Bucket).unwrap()
+}
+
+pub(crate) fn compensated_gates<B: UnderTest>(backend: &B) {
+    compensated_gates_within(backend, B::ROUNDING);
+}
+
+/// Gate and up that a compensation may still be beside, into a product that is compensated itself or not.
+pub(crate) fn compensated_gates_within<B: UnderTest>(backend: &B, rounding: f64) {
+    let width = 96;
+    let all: Vec<u32> = (0..width as u32).collect();
+    let linear = common::compensable(3, common::identity(width));
+    let matrix = backend.matrix(&linear).unwrap();
+    let plan = backend.plan(&matrix, &plan_of_all(&linear)).unwrap();
+    let before = common::compensable(4, common::anyprec(5, width, 2 * width, 3, Stored::F16));
+    let matrix_before = backend.matrix(&before).unwrap();
+    let plan_before = backend.plan(&matrix_before, &plan_of_all(&before)).unwrap();
+    for (activation, tokens) in BOTH.into_iter().flat_map(|activation| [(activation, 1), (activation, 3)]) {
+        for (plan_before, plan) in [(None, Some(&plan)), (Some(&plan_before), None), (Some(&plan_before), Some(&plan))]
+        {
+            let x = upload(backend, &common::uniform(6, tokens * width));
+            let mut gu = upload(backend, &vec![f32::NAN; 2 * tokens * width]);
+            let product = Product { feed: Feed::Plain, matrix: &matrix_before, plan: plan_before, add: false };
+            backend.project(&product, &x, &mut gu, tokens).unwrap();
+            let on_host = download(backend, &gu, 2 * tokens * width);
+            let mut y = upload(backend, &vec![f32::NAN; tokens * width]);
+            let product = Product { feed: Feed::Gated(activation), matrix: &matrix, plan, add: false };
+            backend.project(&product, &gu, &mut y, tokens).unwrap();
+            let got = download(backend, &y, tokens * width);
+            for (gu, got) in on_host.chunks_exact(2 * width).zip(got.chunks_exact(width)) {
+                let x = oracle::gated(activation, &exact(gu));
+                let (correction, size) = oracle::correction(&linear, &all, &x);
+                let add = |taken: f64| -> Vec<f64> { x.iter().zip(&correction).map(|(x, c)| x + taken * c).collect() };
+                let want = add(if plan.is_some() { 1.0 } else { 0.0 });
+                // A gate's own error is in every product of the compensation.
+                let depth = gu[..width].iter().map(|&gate| gate_depth(activation, gate)).max().unwrap();
+                let allowed = |i: usize| {
+                    let sum = common::tolerance(0.0, 0.0, depth + width + 2, x[i].abs() + size[i]);
+                    least(rounding) + rounding * x[i].abs() + sum
+                };
+                let what = format!("{activation:?}, {tokens} tokens, compensated {}", plan.is_some());
+                assert_eq!(common::misfit(got, &want, allowed), None, "{what}");
+                let wrong = add(if plan.is_some() { 0.0 } else { 1.0 });
+                assert!(common::misfit(got, &wrong, allowed).is_some(), "{what}: that goes unseen");
+            }
+        }
+    }
+}
+
+/// Norms and caps of what a compensated product has put out, and additions to it, as it is read back before.
+pub(crate) fn after_a_compensated_product<B: UnderTest>(backend: &B) {
+    let attention = attention(4, 2, 16);
+    let (width, rows) = (96, attention.qkv_rows());
+    let linear = common::compensable(7, common::anyprec(8, width, rows, 3, Stored::F16));
+    let matrix = backend.matrix(&linear).unwrap();
+    let plan = backend.plan(&matrix, &plan_of_all(&linear)).unwrap();
+    let sequence = backend.sequence(&model(std::slice::from_ref(&attention), Vec::new()), 8).unwrap();
+    let product = |add| Product { feed: Feed::Plain, matrix: &matrix, plan: Some(&plan), add };
+    let (mut y, x) = (backend.vector(rows).unwrap(), upload(backend, &common::uniform(9, width)));
+    let gamma = common::uniform(10, 16);
+    let norm = norm_of(backend, &gamma, 0.25);
+    // Twice: what was left beside a vector is no part of it later.
+    for _ in 0..2 {
+        backend.project(&product(false), &x, &mut y, 1).unwrap();
+        let before = download(backend, &y, rows);
+        backend.norm_qk(&sequence, 0, [&norm, &norm], &mut y, 1).unwrap();
+        let got = download(backend, &y, rows);
+        assert_eq!(got[96..], before[96..], "values stay, with their compensation");
+        let want = stretches(&before[..96], &gamma, 0.25);
+        let allowed = |i: usize| common::tolerance(0.0, 0.0, 24, want[i].abs());
+        assert_eq!(common::misfit(&got[..96], &want, allowed), None);
+    }
+    let gamma = common::uniform(11, rows);
+    let norm = norm_of(backend, &gamma, 0.25);
+    let mut h = upload(backend, &common::uniform(12, rows));
+    backend.project(&product(false), &x, &mut y, 1).unwrap();
+    for _ in 0..2 {
+        backend.project(&product(true), &x, &mut h, 1).unwrap();
+        let [branch, before] = [&y, &h].map(|vector| exact(&download(backend, vector, rows)));
+        backend.add_norm(&norm, &y, &mut h, 1).unwrap();
+        let normed = oracle::rms_norm(&gamma, 0.25, &branch);
+        let want: Vec<f64> = before.iter().zip(&normed).map(|(h, n)| h + n).collect();
+        let allowed = |i: usize| common::tolerance(0.0, 0.0, rows + 8, before[i].abs() + normed[i].abs());
+        assert_eq!(common::misfit(&download(backend, &h, rows), &want, allowed), None);
+    }
+    for _ in 0..2 {
+        backend.project(&product(false), &x, &mut y, 1).unwrap();
+        let want: Vec<f64> = exact(&download(backend, &y, rows)).iter().map(|y| 2.0 * (y / 2.0).tanh()).collect();
+        backend.softcap(2.0, &mut y, rows).unwrap();
+        let allowed = |_: usize| 2.0 * 16.0 * 2f64.powi(-24);
+        assert_eq!(common::misfit(&download(backend, &y, rows), &want, allowed), None);
     }
 }
 
@@ -272,174 +352,22 @@ pub(crate) fn caps_of_logits<B: UnderTest>(backend: &B) {
     assert!(download(backend, &logits, 2)[1].is_nan(), "NaN stays");
 }
 
-/// Causal attention of a whole text, by the formula: `qkv[t]` of every token, the output of every token.
-fn attend(attention: &Attention, ropes: &[Rope], qkv: &[Vec<f64>]) -> Vec<f64> {
-    let Attention { num_heads, num_kv_heads, head_dim, .. } = *attention;
-    let still = vec![0.0; head_dim / 2];
-    let frequencies = attention.rope.map_or(still, |rope| ropes[rope].frequencies(qkv.len()));
-    let head = |t: usize, i: usize| &qkv[t][i * head_dim..(i + 1) * head_dim];
-    let rotated = |t: usize, i: usize| oracle::rotate(head(t, i), &frequencies, t);
-    let keys: Vec<Vec<Vec<f64>>> =
-        (0..num_kv_heads).map(|kv| (0..qkv.len()).map(|t| rotated(t, num_heads + kv)).collect()).collect();
-    let mut out = Vec::new();
-    for t in 0..qkv.len() {
-        let first = attention.window.map_or(0, |window| (t + 1).saturating_sub(window));
-        let scale = attention.scale
-            * attention.query_scaling.map_or(1.0, |s| 1.0 + s.beta * ((1 + t / s.original) as f64).ln());
-        for h in 0..num_heads {
-            let (q, kv) = (rotated(t, h), h * num_kv_heads / num_heads);
-            let score = |k: &Vec<f64>| scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
-            let capped = |s: f64| attention.softcap.map_or(s, |cap| cap * (s / cap).tanh());
-            let shares: Vec<f64> = keys[kv][first..=t].iter().map(|k| capped(score(k)).exp()).collect();
-            let total: f64 = shares.iter().sum();
-            let value = |s: usize| head(first + s, num_heads + num_kv_heads + kv);
-            out.extend(
-                (0..head_dim).map(|j| shares.iter().enumerate().map(|(s, w)| w / total * value(s)[j]).sum::<f64>()),
-            );
-        }
-    }
-    out
-}
-
-/// A text of `parts` tokens at a time through layers of these attentions; none of the wrong ones beside each fits.
-fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attention>)], ropes: &[Rope], parts: &[usize]) {
-    let len: usize = parts.iter().sum();
-    let attentions: Vec<Attention> = layers.iter().map(|(attention, _)| attention.clone()).collect();
-    let mut sequence = backend.sequence(&model(&attentions, ropes.to_vec()), len).unwrap();
-    backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
-    let text = |l: usize| common::uniform(l as u64 + 1, len * attentions[l].qkv_rows());
-    let texts: Vec<Vec<f32>> = (0..layers.len()).map(text).collect();
-    let mut got = vec![Vec::new(); layers.len()];
-    let mut start = 0;
-    for &tokens in parts {
-        for (l, attention) in attentions.iter().enumerate() {
-            let (width, out_width) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
-            let qkv = upload(backend, &texts[l][start * width..(start + tokens) * width]);
-            let mut out = backend.vector(tokens * out_width).unwrap();
-            backend.attend(&mut sequence, l, &qkv, &mut out, tokens).unwrap();
-            got[l].extend(download(backend, &out, tokens * out_width));
-        }
-        backend.advance(&mut sequence, tokens).unwrap();
-        start += tokens;
-    }
-    for (l, (attention, wrong)) in layers.iter().enumerate() {
-        let qkv: Vec<Vec<f64>> = texts[l].chunks_exact(attention.qkv_rows()).map(exact).collect();
-        let want = attend(attention, ropes, &qkv);
-        // |q·k| ≤ 2·dim, since a rotated pair of numbers below 1 stays below √2; a cap is off by what logits' is; an
-        // error of the scores moves every share by at most twice as much, relatively; |values| ≤ 1.
-        let dim = attention.head_dim;
-        let score = common::tolerance(0.0, 0.0, dim + 16, 2.0 * dim as f64 * attention.scale_at(len).abs())
-            + attention.softcap.unwrap_or(0.0) * 16.0 * 2f64.powi(-24);
-        let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], len + 16, 1.0) + 2.0 * score;
-        assert_eq!(common::misfit(&got[l], &want, allowed), None, "layer {l}, {attention:?}, {parts:?}");
-        for wrong in wrong {
-            let wrong_out = attend(wrong, ropes, &qkv);
-            assert!(common::misfit(&got[l], &wrong_out, allowed).is_some(), "layer {l}: {wrong:?} goes unseen");
-        }
-    }
-}
-
-/// Layers that differ in all that attention may differ in, in one text that is longer than what windows' caches hold.
-pub(crate) fn attention_by_layer<B: UnderTest>(backend: &B) {
-    let ropes = [rope(10_000.0, 16), rope(100.0, 16)];
-    let plain = attention(4, 2, 16);
-    let local = Attention { rope: Some(1), window: Some(5), ..plain.clone() };
-    let capped = Attention { rope: Some(0), scale: 0.5, softcap: Some(2.0), ..attention(6, 2, 16) };
-    let scaled = Attention {
-        query_scaling: Some(QueryScaling { beta: 0.5, original: 7 }),
-        rope: Some(0),
-        window: Some(9),
-        softcap: Some(5.0),
-        ..attention(5, 1, 16)
-    };
-    let other = |from: &Attention, change: &dyn Fn(&mut Attention)| {
-        let mut wrong = from.clone();
-        change(&mut wrong);
-        wrong
-    };
-    let layers = [
-        (plain.clone(), vec![other(&plain, &|a| a.rope = Some(0)), other(&plain, &|a| a.scale *= 1.01)]),
-        (
-            local.clone(),
-            vec![
-                other(&local, &|a| a.window = Some(4)),
-                other(&local, &|a| a.window = Some(6)),
-                other(&local, &|a| a.rope = Some(0)),
-                other(&local, &|a| a.rope = None),
-            ],
-        ),
-        (
-            capped.clone(),
-            vec![
-                other(&capped, &|a| a.softcap = None),
-                other(&capped, &|a| a.softcap = Some(2.1)),
-                other(&capped, &|a| a.scale = 0.25),
-            ],
-        ),
-        (
-            scaled.clone(),
-            vec![
-                other(&scaled, &|a| a.query_scaling = None),
-                other(&scaled, &|a| a.query_scaling = Some(QueryScaling { beta: 0.5, original: 8 })),
-                other(&scaled, &|a| a.window = None),
-                other(&scaled, &|a| a.softcap = None),
-            ],
-        ),
-    ];
-    let most = backend.device().max_tokens.min(512);
-    check_attention(backend, &layers, &ropes, &[1, 1, 1, 4, 2, 3]);
-    check_attention(backend, &layers, &ropes, &[most.min(16), 7, 1, 1, most.min(16), 13, 1, most.min(16), 1, 1]);
-    // Past the longest ring, which holds a window and the longest pass.
-    let rest = most.min(100);
-    check_attention(backend, &layers[1..2], &ropes, &[most, 1, 1, rest, 1, 1, 1]);
-    check_attention(backend, &layers[3..], &ropes, &[rest, most, 1, 1]);
-}
-
 /// How many cases of a property suit a backend.
-fn cases<B: UnderTest>() -> u32 {
+pub(crate) fn cases<B: UnderTest>() -> u32 {
     (B::CASES / 20).clamp(12, 60) as u32
 }
 
 /// Every operation at any shape.
-pub(crate) fn any_shape<B: UnderTest>(backend: &B) {
-    let strategy = (1usize..9, 1usize..4, 1usize..33, any_bool(), 1usize..8, 1usize..700, 0usize..2);
+pub(crate) fn operations_of_any_shape<B: UnderTest>(backend: &B) {
+    let strategy = (1usize..9, 1usize..4, 1usize..33, proptest::bool::ANY, 1usize..8, 1usize..700, 0usize..2);
     any(cases::<B>(), &strategy, |(group, kv_heads, eighths, whole, tokens, eighths_wide, activation)| {
         let dim = 8 * eighths;
         check_norm_qk(backend, &attention(group * kv_heads, kv_heads, dim), whole, tokens);
         check_add_norm(backend, 8 * eighths_wide, tokens);
         let width = 8 * (eighths_wide % 40 + 1);
         let gu: Vec<f32> = common::heavy_tailed(5, 2 * tokens * width);
-        check_gates(backend, BOTH[activation], &gu, tokens);
+        check_gates(backend, BOTH[activation], &gu, tokens, B::ROUNDING);
         let logits: Vec<f32> = common::heavy_tailed(6, 13 * eighths_wide).iter().map(|x| 9.0 * x).collect();
         check_softcap(backend, eighths_wide as f32 / 10.0, &logits, 13 * eighths_wide - 5);
-    });
-}
-
-fn any_bool() -> impl Strategy<Value = bool> {
-    proptest::bool::ANY
-}
-
-/// Attention of any shape, in any parts.
-pub(crate) fn any_attention<B: UnderTest>(backend: &B) {
-    let most = backend.device().max_tokens.min(40);
-    let shape = (1usize..9, 1usize..4, 1usize..33);
-    let kind = (proptest::option::of(0usize..2), proptest::option::of(1usize..40), proptest::option::of(1u32..30));
-    let more = (proptest::option::of((1u32..10, 1usize..20)), 1u32..20, proptest::collection::vec(1..=most, 1..8));
-    any(cases::<B>(), &(shape, kind, more), |((group, kv_heads, eighths), (rope_of, window, cap), more)| {
-        let (growth, scale, parts) = more;
-        let plain = attention(group * kv_heads, kv_heads, 8 * eighths);
-        let attention = Attention {
-            rope: rope_of,
-            window,
-            scale: plain.scale * f64::from(scale) / 10.0,
-            softcap: cap.map(|cap| f64::from(cap) / 4.0),
-            query_scaling: growth.map(|(beta, original)| QueryScaling { beta: f64::from(beta) / 20.0, original }),
-            ..plain
-        };
-        let ropes = [rope(10_000.0, 8 * eighths), rope(50.0, 8 * eighths)];
-        let seen = parts.iter().sum::<usize>().min(window.unwrap_or(usize::MAX));
-        // A token that sees itself alone has the same output whatever its score is.
-        let wrong = if seen < 4 { vec![] } else { vec![Attention { window: Some(seen - 1), ..attention.clone() }] };
-        check_attention(backend, &[(attention, wrong)], &ropes, &parts);
     });
 }

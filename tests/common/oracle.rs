@@ -2,7 +2,7 @@
 //!
 //! Written from the formulas alone, with nothing of the backends or of `dec.rs` in it.
 
-use decdec::config::{Attention, LayerNorm, ModelConfig, Projection};
+use decdec::config::{Activation, Attention, LayerNorm, Projection, Rope};
 use decdec::dec::Selection;
 use decdec::weights::{Linear, ModelWeights, Weight};
 
@@ -86,10 +86,22 @@ pub(crate) fn rms_norm(gamma: &[f32], eps: f32, h: &[f64]) -> Vec<f64> {
     h.iter().zip(gamma).map(|(h, &gamma)| f64::from(gamma) * h * scale).collect()
 }
 
-/// `silu(gate) ⊙ up`, gate then up in `gu`.
-pub(crate) fn swiglu(gu: &[f64]) -> Vec<f64> {
+/// `x / (1 + e^−x)`, or GELU's form `x / 2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`.
+fn activated(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            // Far below 0 the sum with 1 would cancel to nothing: there (1 + tanh u) / 2 = 1 / (1 + e^−2u) says it.
+            if u < -1.0 { x / (1.0 + (-2.0 * u).exp()) } else { x / 2.0 * (1.0 + u.tanh()) }
+        }
+    }
+}
+
+/// `activation(gate) ⊙ up`, gate then up in `gu`.
+pub(crate) fn gated(activation: Activation, gu: &[f64]) -> Vec<f64> {
     let (gate, up) = gu.split_at(gu.len() / 2);
-    gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+    gate.iter().zip(up).map(|(&gate, up)| activated(activation, gate) * up).collect()
 }
 
 /// One head, rotated by half-split RoPE.
@@ -105,25 +117,28 @@ pub(crate) fn rotate(head: &[f64], frequencies: &[f64], position: usize) -> Vec<
 }
 
 /// Causal attention of a whole text: `qkv[t]` of every token, the output of every token.
-pub(crate) fn attend(config: &ModelConfig, qkv: &[Vec<f64>]) -> Vec<Vec<f64>> {
-    let Attention { head_dim: dim, num_heads: heads, num_kv_heads: kv_heads, window, .. } =
-        *config.layers[0].attention();
-    let frequencies = config.ropes[0].frequencies(qkv.len());
+pub(crate) fn attend(attention: &Attention, ropes: &[Rope], qkv: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let Attention { num_heads: heads, num_kv_heads: kv_heads, head_dim: dim, .. } = *attention;
+    let frequencies = attention.rope.map(|rope| ropes[rope].frequencies(qkv.len()));
     let head = |t: usize, i: usize| &qkv[t][i * dim..(i + 1) * dim];
+    let rotated = |t: usize, i: usize| match &frequencies {
+        Some(frequencies) => rotate(head(t, i), frequencies, t),
+        None => head(t, i).to_vec(),
+    };
+    let all = |kv: usize| (0..qkv.len()).map(|t| rotated(t, heads + kv)).collect();
+    let keys: Vec<Vec<Vec<f64>>> = (0..kv_heads).map(all).collect();
     let one = |t: usize, h: usize| -> Vec<f64> {
-        let q = rotate(head(t, h), &frequencies, t);
-        let kv = h / (heads / kv_heads);
-        let first = (t + 1).saturating_sub(window.unwrap_or(usize::MAX));
-        let scores: Vec<f64> = (first..=t)
-            .map(|s| {
-                let k = rotate(head(s, heads + kv), &frequencies, s);
-                q.iter().zip(&k).map(|(q, k)| q * k).sum::<f64>() / (dim as f64).sqrt()
-            })
-            .collect();
+        let (q, kv) = (rotated(t, h), h / (heads / kv_heads));
+        let first = (t + 1).saturating_sub(attention.window.unwrap_or(usize::MAX));
+        let grown = attention.query_scaling.map_or(1.0, |s| 1.0 + s.beta * ((1 + t / s.original) as f64).ln());
+        let score = |k: &Vec<f64>| attention.scale * grown * q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
+        let capped = |s: f64| attention.softcap.map_or(s, |cap| cap * (s / cap).tanh());
+        let scores: Vec<f64> = keys[kv][first..=t].iter().map(|k| capped(score(k))).collect();
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let total: f64 = scores.iter().map(|s| (s - largest).exp()).sum();
-        let share = |s: usize| (scores[s - first] - largest).exp() / total;
-        (0..dim).map(|j| (first..=t).map(|s| share(s) * head(s, heads + kv_heads + kv)[j]).sum()).collect()
+        let shares: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+        let total: f64 = shares.iter().sum();
+        let value = |s: usize| head(first + s, heads + kv_heads + kv);
+        (0..dim).map(|j| shares.iter().enumerate().map(|(s, share)| share / total * value(s)[j]).sum()).collect()
     };
     (0..qkv.len()).map(|t| (0..heads).flat_map(|h| one(t, h)).collect()).collect()
 }
@@ -153,10 +168,10 @@ pub(crate) fn forward(weights: &dyn ModelWeights, tokens: &[u32], compensated: b
             [LayerNorm::AttentionInput, LayerNorm::FeedForwardInput].map(|norm| weights.norm(layer, norm).unwrap());
         let norm = |gamma: &[f32], h: &[f64]| rms_norm(gamma, config.rms_norm_eps, h);
         let qkv: Vec<_> = texts.iter().map(|h| project(layer, Projection::Qkv, &norm(&input, h))).collect();
-        for (h, attended) in texts.iter_mut().zip(attend(config, &qkv)) {
+        for (h, attended) in texts.iter_mut().zip(attend(config.layers[layer].attention(), &config.ropes, &qkv)) {
             add(h, project(layer, Projection::O, &attended));
             let gu = project(layer, Projection::GateUp, &norm(&post, h));
-            add(h, project(layer, Projection::Down, &swiglu(&gu)));
+            add(h, project(layer, Projection::Down, &gated(Activation::Silu, &gu)));
         }
     }
     let gamma = weights.final_norm().unwrap();

@@ -264,7 +264,8 @@ mod tests {
         let plain = "K=4096 R=6144 WARPS=20 STAGES=2";
         let beside = "K=4096 R=6144 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=2";
         for dtype in [0, 1] {
-            for (input, dec) in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)] {
+            let inputs = ["0", "1", "2", "2 ACTIVATION=1"].into_iter().flat_map(|input| [(input, 0), (input, 1)]);
+            for (input, dec) in inputs {
                 let shape = if dec == 1 { beside } else { plain };
                 for bits in [3, 4] {
                     let common = format!("DTYPE={dtype} INPUT={input} DEC={dec} {shape}");

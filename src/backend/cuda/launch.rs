@@ -72,6 +72,9 @@ pub(super) struct Room {
     pub(super) shared: usize,
 }
 
+/// `INPUT` and `ACTIVATION` of `gemv.cuh`.
+pub(super) type Input = (u8, Option<u32>);
+
 /// A compensation beside a product, as far as launches depend on it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Beside {
@@ -191,11 +194,12 @@ pub(super) fn gemv_defines(
     matrix: &Matrix,
     launch: GemvLaunch,
     tuning: Tuning,
-    input: u8,
+    (input, activation): Input,
 ) -> Vec<String> {
     let dec = launch.dec_warps > 0;
     let mut defines = shape_defines(format, matrix, launch.warps, launch.stages);
     defines.push(format!("INPUT={input}"));
+    defines.extend(activation.map(|activation| format!("ACTIVATION={activation}")));
     defines.push(format!("DEC={}", u8::from(dec)));
     defines.push(format!("TRIGGER={}", tuning.trigger));
     if dec {

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::host::{Mapped, Registered, Sent, Staging};
 use super::kernel::Kernel;
+use super::launch::Input;
 use super::pack::{self, Packing};
 use super::plain;
 use super::{Cuda, Dtype, Residuals, Tuning};
@@ -52,7 +53,7 @@ impl Words {
 
 /// What a compiled product depends on besides its shape: its input, how it was tuned, warps and stages, warps that
 /// compensate and whether they keep all activations.
-pub(super) type Variant = (u8, Tuning, (usize, usize), (usize, bool));
+pub(super) type Variant = (Input, Tuning, (usize, usize), (usize, bool));
 
 /// A linear layer on the device; its residual may be in mapped host memory.
 pub struct Matrix {

@@ -66,7 +66,7 @@ use self::matrix::{Body, Format, Uploads};
 use self::product::Feed;
 use super::record::Clock;
 use super::{Activations, DecodeBackend, DeviceInfo, GemvBackend, Input, LayerOperands, Norm, one_by_one};
-use crate::config::ModelConfig;
+use crate::config::{Attention, ModelConfig};
 use crate::dec::DecPlan;
 use crate::sampling::Sampling;
 use crate::weights::Linear;
@@ -334,7 +334,7 @@ impl DecodeBackend for Cuda {
         sequence.begin(self, sampling, draws)
     }
 
-    fn embed(&self, sequence: &Sequence, table: &Matrix, _scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
+    fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
         let (at, kind) = match &table.body {
             Body::Packed { format: Format::Dense, codes, .. } => (codes.pointer(), 0i32),
             Body::Any { values, kind: 2, .. } => (values.pointer(), 2),
@@ -355,7 +355,15 @@ impl DecodeBackend for Cuda {
         self.driver.launch(
             &self.kernel("rows.cu", "embed", &[])?,
             launch,
-            &mut Arguments::new().with(&at).with(&kind).with(&features).with(&rows).with(&ids).with(&state).with(&to),
+            &mut Arguments::new()
+                .with(&at)
+                .with(&kind)
+                .with(&features)
+                .with(&rows)
+                .with(&scale)
+                .with(&ids)
+                .with(&state)
+                .with(&to),
         )
     }
 
@@ -366,20 +374,71 @@ impl DecodeBackend for Cuda {
             super::Feed::Norm(norm) => {
                 self.product(Feed::Norm(norm), matrix, plan, (x.at(), x.delta()), y, tokens, add)
             }
-            super::Feed::Gated(_) => self.swiglu_product(matrix, plan, x, y, tokens),
+            super::Feed::Gated(activation) => self.gated_product(activation, matrix, plan, x, y, tokens, add),
         }
     }
 
-    fn norm_qk(&self, _: &Sequence, _: usize, _: [&Norm<Vector>; 2], _: &mut Vector, _: usize) -> Result<()> {
-        anyhow::bail!("norms of queries and keys")
+    fn norm_qk(
+        &self,
+        sequence: &Sequence,
+        layer: usize,
+        [query, key]: [&Norm<Vector>; 2],
+        qkv: &mut Vector,
+        tokens: usize,
+    ) -> Result<()> {
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = *sequence.cache.attention(layer);
+        let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let (at, delta) = (qkv.at(), qkv.delta());
+        let stretches = queries / query.len + keys / key.len + usize::from(delta != 0);
+        let (query_at, key_at) = (query.gamma.at(), key.gamma.at());
+        let [queries, keys, query_len, key_len] = [queries, keys, query.len, key.len].map(|len| len as i32);
+        self.driver.launch(
+            &self.kernel("rows.cu", "norm_qk", &[])?,
+            Launch { grid: (stretches, tokens, 1), ..Launch::new(1, 256) },
+            &mut Arguments::new()
+                .with(&at)
+                .with(&delta)
+                .with(&query_at)
+                .with(&key_at)
+                .with(&queries)
+                .with(&keys)
+                .with(&query_len)
+                .with(&key_len)
+                .with(&query.eps)
+                .with(&key.eps),
+        )?;
+        qkv.settle();
+        Ok(())
     }
 
-    fn add_norm(&self, _: &Norm<Vector>, _: &Vector, _: &mut Vector, _: usize) -> Result<()> {
-        anyhow::bail!("norms behind a branch")
+    fn add_norm(&self, norm: &Norm<Vector>, branch: &Vector, h: &mut Vector, tokens: usize) -> Result<()> {
+        let (at, delta, gamma) = (branch.at(), branch.delta(), norm.gamma.at());
+        let (features, to, h_delta) = (norm.len as i32, h.at(), h.delta());
+        self.driver.launch(
+            &self.kernel("rows.cu", "add_norm", &[])?,
+            Launch::new(tokens, 1024),
+            &mut Arguments::new()
+                .with(&at)
+                .with(&delta)
+                .with(&gamma)
+                .with(&norm.eps)
+                .with(&features)
+                .with(&to)
+                .with(&h_delta),
+        )?;
+        h.settle();
+        Ok(())
     }
 
-    fn softcap(&self, _: f32, _: &mut Vector, _: usize) -> Result<()> {
-        anyhow::bail!("soft caps")
+    fn softcap(&self, cap: f32, logits: &mut Vector, count: usize) -> Result<()> {
+        let (at, delta, numbers) = (logits.at(), logits.delta(), count as i64);
+        self.driver.launch(
+            &self.kernel("rows.cu", "softcap", &[])?,
+            Launch::new(count.div_ceil(256), 256),
+            &mut Arguments::new().with(&at).with(&delta).with(&numbers).with(&cap),
+        )?;
+        logits.settle();
+        Ok(())
     }
 
     fn attend(

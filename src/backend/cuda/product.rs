@@ -7,12 +7,14 @@ use super::arguments::{AnyArgument, DecArgument, GemvArgument, PackedArgument};
 use super::driver::{Arguments, Launch};
 use super::kernel::Kernel;
 use super::launch::{
-    Beside, GemvLaunch, Room, Tuning, dec_shared, entries, gemv_defines, gemv_launch, shape_defines, unit,
+    Beside, GemvLaunch, Input, Room, Tuning, dec_shared, entries, gemv_defines, gemv_launch, shape_defines, unit,
 };
 use super::matrix::{Body, Format, Matrix, Plan, dec_words};
 use super::pack::TILE;
 use super::vector::Vector;
 use super::{Cuda, Dtype, Norm, Scratch};
+use crate::backend::kernels;
+use crate::config::Activation;
 use crate::dec::CHUNK;
 
 /// Tokens up to which a prompt is cheaper token by token than by dequantizing whole matrices.
@@ -25,8 +27,8 @@ pub(super) enum Feed<'a> {
     Plain,
     /// Normalized.
     Norm(&'a Norm<Vector>),
-    /// Gate and up, one behind the other: `silu(gate) ⊙ up`.
-    Gated,
+    /// Gate and up, one behind the other: `activation(gate) ⊙ up`.
+    Gated(Activation),
     /// The activations as they are, and where the selection among them is.
     Listed(u64),
 }
@@ -37,9 +39,14 @@ impl Feed<'_> {
         match self {
             Self::Plain => 0,
             Self::Norm(_) => 1,
-            Self::Gated => 2,
+            Self::Gated(_) => 2,
             Self::Listed(_) => 3,
         }
+    }
+
+    /// What gate goes through, if there is one, as kernels number it.
+    fn activation(self) -> Option<u32> {
+        if let Self::Gated(activation) = self { Some(kernels::activation(activation)) } else { None }
     }
 
     fn list(self) -> u64 {
@@ -83,7 +90,7 @@ impl Cuda {
                 let launch =
                     gemv_launch(format, shape, tuning, dec.then_some(Beside { input, list: 1024 }), self.room())?;
                 let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
-                defines.extend(gemv_defines(format, matrix, launch, tuning, input));
+                defines.extend(gemv_defines(format, matrix, launch, tuning, (input, None)));
                 jobs.push((entries(format).0, defines));
             }
         }
@@ -122,7 +129,7 @@ impl Cuda {
                 Ok(())
             }
             Body::Packed { format, .. } if by_token => {
-                let width = matrix.in_features as u64 * if matches!(feed, Feed::Gated) { 8 } else { 4 };
+                let width = matrix.in_features as u64 * if matches!(feed, Feed::Gated(_)) { 8 } else { 4 };
                 for t in 0..tokens as u64 {
                     let (x, at) = (x.0 + t * width, y.at() + t * matrix.out_features as u64 * 4);
                     let token = Token { x, x_delta: 0, y: at, y_delta: 0, dec_out: 0, add };
@@ -156,42 +163,45 @@ impl Cuda {
         }
     }
 
-    /// `y += W·(silu(gate) ⊙ up) + bias`.
-    pub(super) fn swiglu_product(
+    /// `y (+)= W·(activation(gate) ⊙ up) + bias`.
+    #[allow(clippy::too_many_arguments, reason = "everything that a product can ask for")]
+    pub(super) fn gated_product(
         &self,
+        activation: Activation,
         matrix: &Matrix,
         plan: Option<&Plan>,
         gu: &Vector,
         y: &mut Vector,
         tokens: usize,
+        add: bool,
     ) -> Result<()> {
         let features = matrix.in_features;
         let plan = plan.filter(|p| p.k_chunk > 0);
         // Every block of the product would have to read a compensation beside gate and up: that costs more than
         // a kernel for it. And with a kernel for it, that can select as well, a chunk per block.
         if tokens > 1 || (gu.delta() == 0 && plan.is_none()) || !matches!(matrix.body, Body::Packed { .. }) {
-            return self.product(Feed::Gated, matrix, plan, (gu.at(), gu.delta()), y, tokens, true);
+            return self.product(Feed::Gated(activation), matrix, plan, (gu.at(), gu.delta()), y, tokens, add);
         }
+        let (at, delta, kind) = (gu.at(), gu.delta(), kernels::activation(activation));
         if let Some(plan) = plan {
             let x = self.scratch(Scratch::X, features * 4)?.pointer();
             let list = self.scratch(Scratch::List, features * 8)?.pointer();
             let argument = DecArgument::new(matrix, plan)?;
-            let (at, delta) = (gu.at(), gu.delta());
             self.driver.launch(
-                &self.kernel("dec.cu", "swiglu_select", &[format!("DEC_WORDS={}", dec_words(plan.out_features))])?,
+                &self.kernel("dec.cu", "gated_select", &[format!("DEC_WORDS={}", dec_words(plan.out_features))])?,
                 Launch::new(features.div_ceil(CHUNK), 256),
-                &mut Arguments::new().with(&argument).with(&at).with(&delta).with(&x).with(&list),
+                &mut Arguments::new().with(&argument).with(&at).with(&delta).with(&kind).with(&x).with(&list),
             )?;
-            return self.product(Feed::Listed(list), matrix, Some(plan), (x, 0), y, 1, true);
+            return self.product(Feed::Listed(list), matrix, Some(plan), (x, 0), y, 1, add);
         }
         let out = self.scratch(Scratch::X, features * 4)?.pointer();
-        let (at, delta, count) = (gu.at(), gu.delta(), features as i32);
+        let count = features as i32;
         self.driver.launch(
-            &self.kernel("rows.cu", "swiglu", &[])?,
+            &self.kernel("rows.cu", "gated", &[])?,
             Launch::new(features.div_ceil(1024), 256),
-            &mut Arguments::new().with(&at).with(&delta).with(&count).with(&out),
+            &mut Arguments::new().with(&at).with(&delta).with(&kind).with(&count).with(&out),
         )?;
-        self.product(Feed::Plain, matrix, plan, (out, 0), y, 1, true)
+        self.product(Feed::Plain, matrix, plan, (out, 0), y, 1, add)
     }
 
     /// One token through a packed matrix, compensated in the same launch.
@@ -209,7 +219,7 @@ impl Cuda {
         let shape = (matrix.in_features, matrix.out_features);
         let dec = plan.map(|p| Beside::new(feed.define(), p));
         let launch = gemv_launch(format, shape, self.options.tuning, dec, self.room())?;
-        let kernel = self.gemv_kernel(format, matrix, launch, feed.define())?;
+        let kernel = self.gemv_kernel(format, matrix, launch, (feed.define(), feed.activation()))?;
         let argument = GemvArgument {
             codes: codes.pointer(),
             aux: aux.pointer(),
@@ -239,7 +249,7 @@ impl Cuda {
     }
 
     /// The product's kernel for a matrix, compiled once per shape.
-    fn gemv_kernel(&self, format: Format, matrix: &Matrix, launch: GemvLaunch, input: u8) -> Result<Kernel> {
+    fn gemv_kernel(&self, format: Format, matrix: &Matrix, launch: GemvLaunch, input: Input) -> Result<Kernel> {
         let tuning = self.options.tuning;
         let key = (input, tuning, (launch.warps, launch.stages), (launch.dec_warps, launch.dec_staged));
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
@@ -267,7 +277,7 @@ impl Cuda {
         let (what, size, kind) = if dtype == Dtype::Float32 { (Scratch::X, 4, 2i32) } else { (Scratch::Half, 2, 0) };
         let out = self.scratch(what, tokens * features * size)?.pointer();
         let (gamma, eps) = (feed.gamma(), feed.eps());
-        let (swiglu, features) = (i32::from(matches!(feed, Feed::Gated)), features as i32);
+        let (activation, features) = (feed.activation().map_or(-1, |kind| kind as i32), features as i32);
         let beyond = self.beyond.pointer();
         self.driver.launch(
             &self.kernel("rows.cu", "stage", &[])?,
@@ -277,7 +287,7 @@ impl Cuda {
                 .with(&x.1)
                 .with(&gamma)
                 .with(&eps)
-                .with(&swiglu)
+                .with(&activation)
                 .with(&features)
                 .with(&kind)
                 .with(&out)

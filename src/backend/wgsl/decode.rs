@@ -5,8 +5,8 @@ use anyhow::{Context, Result, ensure};
 use super::kernels::{ADD_NORM, ARGMAX, ATTEND, GATED, NORM_QK, RMS_NORM, ROPE_APPEND, SOFTCAP};
 use super::matrix::{Matrix, ROWS, words};
 use super::{MAX_TOKENS, Vector, Wgpu, scratch};
-use crate::backend::{DecodeBackend, Feed, GemvBackend, Input, Norm, Product, cached_positions, ensure_room};
-use crate::config::{Activation, Attention, LayerConfig, ModelConfig};
+use crate::backend::{DecodeBackend, Feed, GemvBackend, Input, Norm, Product, cached_positions, ensure_room, kernels};
+use crate::config::{Attention, LayerConfig, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// The widest head that `attend.wgsl` takes.
@@ -109,11 +109,8 @@ impl DecodeBackend for Wgpu {
             }
             Feed::Gated(activation) => {
                 let (made, groups) = (made()?, [matrix.in_features.div_ceil(ROWS), tokens]);
-                let activation = match activation {
-                    Activation::Silu => 0,
-                    Activation::GeluTanh => 1,
-                };
-                self.gpu.dispatch(&GATED, &[], &[&x.0, &made], &words(&[matrix.in_features, activation]), groups);
+                let parameters = [matrix.in_features as u32, kernels::activation(activation)];
+                self.gpu.dispatch(&GATED, &[], &[&x.0, &made], &parameters, groups);
                 self.product(matrix, plan, &made, &y.0, tokens, add)
             }
         }

@@ -1,0 +1,132 @@
+//! Attention as families have it: by layer its own heads, rotation, window, scale, cap and growth of queries.
+
+use decdec::config::{Attention, Pairing, QueryScaling, Rope, RopeScaling};
+use decdec::sampling::Sampling;
+
+use crate::UnderTest;
+use crate::common::{self, oracle};
+use crate::decode::{download, exact, upload};
+use crate::operations::{any, attention, cases, model};
+
+fn rope(theta: f64, head_dim: usize) -> Rope {
+    Rope { head_dim, rotary_dim: head_dim, pairing: Pairing::Halves, theta, scaling: RopeScaling::None }
+}
+
+/// A text of `parts` tokens at a time through layers of these attentions; none of the wrong ones beside each fits.
+fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attention>)], ropes: &[Rope], parts: &[usize]) {
+    let len: usize = parts.iter().sum();
+    let attentions: Vec<Attention> = layers.iter().map(|(attention, _)| attention.clone()).collect();
+    let mut sequence = backend.sequence(&model(&attentions, ropes.to_vec()), len).unwrap();
+    backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+    let text = |l: usize| common::uniform(l as u64 + 1, len * attentions[l].qkv_rows());
+    let texts: Vec<Vec<f32>> = (0..layers.len()).map(text).collect();
+    let mut got = vec![Vec::new(); layers.len()];
+    let mut start = 0;
+    for &tokens in parts {
+        for (l, attention) in attentions.iter().enumerate() {
+            let (width, out_width) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
+            let qkv = upload(backend, &texts[l][start * width..(start + tokens) * width]);
+            let mut out = backend.vector(tokens * out_width).unwrap();
+            backend.attend(&mut sequence, l, &qkv, &mut out, tokens).unwrap();
+            got[l].extend(download(backend, &out, tokens * out_width));
+        }
+        backend.advance(&mut sequence, tokens).unwrap();
+        start += tokens;
+    }
+    for (l, (attention, wrong)) in layers.iter().enumerate() {
+        let qkv: Vec<Vec<f64>> = texts[l].chunks_exact(attention.qkv_rows()).map(exact).collect();
+        let want = oracle::attend(attention, ropes, &qkv).concat();
+        // |q·k| ≤ 2·dim, since a rotated pair of numbers below 1 stays below √2; a cap is off by what logits' is; an
+        // error of the scores moves every share by at most twice as much, relatively; |values| ≤ 1.
+        let dim = attention.head_dim;
+        let score = common::tolerance(0.0, 0.0, dim + 16, 2.0 * dim as f64 * attention.scale_at(len).abs())
+            + attention.softcap.unwrap_or(0.0) * 16.0 * 2f64.powi(-24);
+        let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], len + 16, 1.0) + 2.0 * score;
+        assert_eq!(common::misfit(&got[l], &want, allowed), None, "layer {l}, {attention:?}, {parts:?}");
+        for wrong in wrong {
+            let wrong_out = oracle::attend(wrong, ropes, &qkv).concat();
+            assert!(common::misfit(&got[l], &wrong_out, allowed).is_some(), "layer {l}: {wrong:?} goes unseen");
+        }
+    }
+}
+
+/// Layers that differ in all that attention may differ in, in one text that is longer than what windows' caches hold.
+pub(crate) fn attention_by_layer<B: UnderTest>(backend: &B) {
+    let ropes = [rope(10_000.0, 16), rope(100.0, 16)];
+    let plain = attention(4, 2, 16);
+    let local = Attention { rope: Some(1), window: Some(5), ..plain.clone() };
+    let capped = Attention { rope: Some(0), scale: 0.5, softcap: Some(2.0), ..attention(6, 2, 16) };
+    let scaled = Attention {
+        query_scaling: Some(QueryScaling { beta: 0.5, original: 7 }),
+        rope: Some(0),
+        window: Some(9),
+        softcap: Some(5.0),
+        ..attention(5, 1, 16)
+    };
+    let other = |from: &Attention, change: &dyn Fn(&mut Attention)| {
+        let mut wrong = from.clone();
+        change(&mut wrong);
+        wrong
+    };
+    let layers = [
+        (plain.clone(), vec![other(&plain, &|a| a.rope = Some(0)), other(&plain, &|a| a.scale *= 1.01)]),
+        (
+            local.clone(),
+            vec![
+                other(&local, &|a| a.window = Some(4)),
+                other(&local, &|a| a.window = Some(6)),
+                other(&local, &|a| a.rope = Some(0)),
+                other(&local, &|a| a.rope = None),
+            ],
+        ),
+        (
+            capped.clone(),
+            vec![
+                other(&capped, &|a| a.softcap = None),
+                other(&capped, &|a| a.softcap = Some(2.1)),
+                other(&capped, &|a| a.scale = 0.25),
+            ],
+        ),
+        (
+            scaled.clone(),
+            vec![
+                other(&scaled, &|a| a.query_scaling = None),
+                other(&scaled, &|a| a.query_scaling = Some(QueryScaling { beta: 0.5, original: 8 })),
+                other(&scaled, &|a| a.window = None),
+                other(&scaled, &|a| a.softcap = None),
+            ],
+        ),
+    ];
+    let most = backend.device().max_tokens.min(512);
+    check_attention(backend, &layers, &ropes, &[1, 1, 1, 4, 2, 3]);
+    check_attention(backend, &layers, &ropes, &[most.min(16), 7, 1, 1, most.min(16), 13, 1, most.min(16), 1, 1]);
+    // Past the longest ring, which holds a window and the longest pass.
+    let rest = most.min(100);
+    check_attention(backend, &layers[1..2], &ropes, &[most, 1, 1, rest, 1, 1, 1]);
+    check_attention(backend, &layers[3..], &ropes, &[rest, most, 1, 1]);
+}
+
+/// Attention of any shape, in any parts.
+pub(crate) fn attention_of_any_shape<B: UnderTest>(backend: &B) {
+    let most = backend.device().max_tokens.min(40);
+    let shape = (1usize..9, 1usize..4, 1usize..33);
+    let kind = (proptest::option::of(0usize..2), proptest::option::of(1usize..40), proptest::option::of(1u32..30));
+    let more = (proptest::option::of((1u32..10, 1usize..20)), 1u32..20, proptest::collection::vec(1..=most, 1..8));
+    any(cases::<B>(), &(shape, kind, more), |((group, kv_heads, eighths), (rope_of, window, cap), more)| {
+        let (growth, scale, parts) = more;
+        let plain = attention(group * kv_heads, kv_heads, 8 * eighths);
+        let attention = Attention {
+            rope: rope_of,
+            window,
+            scale: plain.scale * f64::from(scale) / 10.0,
+            softcap: cap.map(|cap| f64::from(cap) / 4.0),
+            query_scaling: growth.map(|(beta, original)| QueryScaling { beta: f64::from(beta) / 20.0, original }),
+            ..plain
+        };
+        let ropes = [rope(10_000.0, 8 * eighths), rope(50.0, 8 * eighths)];
+        let seen = parts.iter().sum::<usize>().min(window.unwrap_or(usize::MAX));
+        // A token that sees itself alone has the same output whatever its score is.
+        let wrong = if seen < 4 { vec![] } else { vec![Attention { window: Some(seen - 1), ..attention.clone() }] };
+        check_attention(backend, &[(attention, wrong)], &ropes, &parts);
+    });
+}

@@ -11,7 +11,7 @@ use crate::config::Projection;
 use crate::fingerprint::Fingerprint;
 use crate::format::Storage;
 use crate::open::Opened;
-use crate::quantize::ensure_running;
+use crate::interrupted::ensure_running;
 use crate::weights::Linear;
 
 /// Writes a checkpoint at `out` that holds the numbers of `opened`, each in the type that it has there. Norms and
@@ -19,7 +19,7 @@ use crate::weights::Linear;
 /// bytes.
 ///
 /// Finished layers are kept in `OUT.partial` until the end. Setting `stop` ends it soon, with
-/// [`crate::quantize::Interrupted`].
+/// [`crate::interrupted::Interrupted`].
 ///
 /// # Errors
 /// A full-precision model, or one that a checkpoint cannot hold (layers that differ by more than a bit, groups of

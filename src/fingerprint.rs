@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::config::Projection;
 use crate::format::{Dense, Floats, Numbers};
-use crate::quantize::ensure_running;
+use crate::interrupted::ensure_running;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights};
 
@@ -27,7 +27,7 @@ impl Fingerprint {
     /// Takes the tensors and the configuration of a model.
     ///
     /// # Errors
-    /// A tensor that cannot be read; [`crate::quantize::Interrupted`] soon after `stop` is set.
+    /// A tensor that cannot be read; [`crate::interrupted::Interrupted`] soon after `stop` is set.
     pub(crate) fn model(&mut self, weights: &dyn ModelWeights, stop: &AtomicBool) -> Result<()> {
         let config = weights.config();
         self.bytes(b"configuration", format!("{config:?}").as_bytes());
@@ -333,6 +333,6 @@ mod tests {
     fn a_program_that_is_told_to_stop_does() {
         let [model, ..] = models();
         let error = Fingerprint::default().model(model.as_ref(), &AtomicBool::new(true)).unwrap_err();
-        assert!(error.is::<crate::quantize::Interrupted>());
+        assert!(error.is::<crate::interrupted::Interrupted>());
     }
 }

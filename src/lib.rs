@@ -35,7 +35,7 @@
 //! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
 //! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
-//! | `fingerprint` | what tells one model from another |
+//! | `fingerprint`, `interrupted` | what tells one model from another; how a long job hears that it is to stop |
 //! | [`host`] | the memory that this process may take |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
@@ -56,6 +56,7 @@ mod fingerprint;
 pub mod format;
 pub mod generate;
 pub mod host;
+mod interrupted;
 pub mod mapped;
 pub mod model;
 pub mod nsys;

@@ -1,4 +1,4 @@
-//! Each outside crate has one door (the picture of the house in `src/lib.rs`).
+//! Arrows go down, and each outside crate has one door (the picture of the house in `src/lib.rs`).
 
 use std::path::{Path, PathBuf};
 
@@ -49,6 +49,100 @@ fn each_outside_crate_has_one_door() {
             });
             let allowed = doors.iter().any(|door| relative.starts_with(door));
             assert!(!names_it || allowed, "{relative} names {name}, whose door is {doors:?}");
+        }
+    }
+}
+
+/// The modules of `src`, lowest first: none names one that comes after it.
+const FLOORS: [&str; 31] = [
+    "interrupted",
+    "files",
+    "mapped",
+    "host",
+    "format",
+    "config",
+    "weights",
+    "tokenizer",
+    "tensors",
+    "checkpoint",
+    "source",
+    "random",
+    "open",
+    "fingerprint",
+    "sampling",
+    "dec",
+    "quantize",
+    "convert",
+    "backend",
+    "model",
+    "generate",
+    "eval",
+    "nsys",
+    "profile",
+    "tune",
+    "timeline",
+    "output",
+    "cli",
+    "commands",
+    "main",
+    "lib",
+];
+
+/// The module of a file, and the modules that the program part of it names.
+fn names(file: &Path) -> (String, Vec<String>) {
+    let relative = file.strip_prefix("src").expect("inside").to_string_lossy().into_owned();
+    let module = relative.split(['/', '.']).next().expect("a name").to_owned();
+    let text = std::fs::read_to_string(file).expect("text");
+    let program = text.split("#[cfg(test)]\nmod tests {").next().expect("a part");
+    let lines = program.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let after = |line: &str, path: &str| -> Vec<String> {
+        let parts = line.split(path).skip(1);
+        let word = |part: &str| part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+        parts.map(word).collect()
+    };
+    let named = lines.flat_map(|line| [after(line, "crate::"), after(line, "decdec::")].concat());
+    (module.clone(), named.filter(|name| *name != module && !name.is_empty()).collect())
+}
+
+#[test]
+fn arrows_go_down() {
+    let mut files = Vec::new();
+    sources(Path::new("src"), &mut files);
+    let floor = |module: &str| {
+        FLOORS.iter().position(|name| *name == module).unwrap_or_else(|| panic!("{module} has no floor in this test"))
+    };
+    let is_test = |file: &PathBuf| {
+        let stem = file.file_stem().expect("a name");
+        stem == "tests" || stem == "fixture" || file.components().any(|part| part.as_os_str() == "tests")
+    };
+    let mut arrows = 0;
+    for file in files.iter().filter(|file| !is_test(file)) {
+        let (module, named) = names(file);
+        for other in named {
+            assert!(floor(&other) < floor(&module), "{}: {module} names {other}, which is above it", file.display());
+            arrows += 1;
+        }
+    }
+    assert!(arrows > 100, "{arrows} arrows were seen");
+}
+
+/// What is above backends names none of them, and they do not know each other.
+#[test]
+fn backends_meet_nowhere() {
+    let mut files = Vec::new();
+    sources(Path::new("src"), &mut files);
+    for file in files {
+        let relative = file.strip_prefix("src").expect("inside").to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&file).expect("text");
+        let program = text.split("#[cfg(test)]\nmod tests {").next().expect("a part");
+        for backend in ["cpu", "cuda", "wgsl"] {
+            let of_it = [format!("backend::{backend}::"), format!("backend::{backend};")];
+            let names_it = program
+                .lines()
+                .any(|line| !line.trim_start().starts_with("//") && of_it.iter().any(|name| line.contains(name)));
+            let may = relative.starts_with(&format!("backend/{backend}"))
+                || ["commands/", "main.rs"].iter().any(|door| relative.starts_with(door));
+            assert!(!names_it || may, "{relative} names the backend {backend}");
         }
     }
 }

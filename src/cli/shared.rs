@@ -9,7 +9,6 @@ use decdec::dec::{CHUNK, Selection};
 use decdec::format::Format;
 
 use super::numbers::{head_bits, seed, whole};
-use crate::commands::devices::Target;
 
 /// A parser of the names of formats, which help lists.
 pub(super) fn backend() -> impl TypedValueParser<Value = Format> {
@@ -128,13 +127,6 @@ pub(crate) struct RunArgs {
     /// Leave the residual scales of a reference directory in the order in which the reference leaves them
     #[arg(long)]
     pub(crate) compat_scale_order: bool,
-}
-
-impl RunArgs {
-    /// The device, set up with everything recorded.
-    pub(crate) fn target(&self) -> Target<'_> {
-        Target { device: &self.on.device, dtype: self.dtype, residuals: self.residuals, ..Target::default() }
-    }
 }
 
 /// Where a checkpoint goes.

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         longest <= max,
         "a text of {longest} tokens is to be made, the model's context is {max}: give less --context or --tokens"
     );
-    on_device(&Target { watch: args.timeline, ..args.run.target() }, Bench { args, opened: &opened })
+    on_device(&Target { watch: args.timeline, ..Target::of(&args.run) }, Bench { args, opened: &opened })
 }
 
 /// Tokens of the longest text that is made.

@@ -6,7 +6,7 @@ use decdec::backend::cuda::{self, Cuda};
 use decdec::backend::{DecodeBackend, DeviceInfo};
 use decdec::weights::ModelWeights;
 
-use crate::cli::{DtypeArg, JsonArg, ResidualsArg};
+use crate::cli::{DtypeArg, JsonArg, ResidualsArg, RunArgs};
 use crate::output;
 
 /// What is to be done on a device, whatever its backend.
@@ -41,6 +41,13 @@ pub(crate) struct Target<'a> {
 impl Default for Target<'_> {
     fn default() -> Self {
         Self { device: "auto", dtype: None, residuals: ResidualsArg::Host, compile: 2, watch: false }
+    }
+}
+
+impl<'a> Target<'a> {
+    /// The device of a run, set up with everything recorded.
+    pub(crate) fn of(args: &'a RunArgs) -> Self {
+        Self { device: &args.on.device, dtype: args.dtype, residuals: args.residuals, ..Self::default() }
     }
 }
 

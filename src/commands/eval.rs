@@ -6,7 +6,7 @@ use decdec::eval::{self, Evaluation};
 use decdec::open::Opened;
 use decdec::weights::ModelWeights;
 
-use super::devices::{Job, on_device};
+use super::devices::{Job, Target, on_device};
 use crate::cli::PerplexityArgs;
 use crate::output;
 
@@ -26,7 +26,7 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
     let windows = eval::windows(&tokens, args.seq_len, range)?;
     let evaluation = on_device(
-        &args.run.target(),
+        &Target::of(&args.run),
         Perplexity { args, opened: &opened, source: source.as_ref(), windows: &windows },
     )?;
     let Evaluation { perplexity, kl_divergence, source_perplexity, base_perplexity, recovered, .. } = evaluation;

@@ -44,7 +44,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let tokenizer = tokenizer.as_ref();
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p };
     let job = Generation { args, opened: &opened, tokenizer, prompt: &prompt, limit, sampling, started };
-    on_device(&Target { compile: args.compile, ..args.run.target() }, job)
+    on_device(&Target { compile: args.compile, ..Target::of(&args.run) }, job)
 }
 
 /// The tokens to go on from.

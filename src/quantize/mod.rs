@@ -32,7 +32,7 @@ mod storable;
 
 use std::borrow::Cow;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -44,9 +44,11 @@ use crate::config::{ModelConfig, Projection};
 use crate::dec::CHUNK;
 use crate::format::lutgemm::ensure_group_size;
 use crate::format::{Dense, Floats, Format, Residual};
+use crate::interrupted::ensure_running;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
+pub use crate::interrupted::Interrupted;
 pub use estimate::{Estimate, estimate};
 use fit::Fit;
 use forward::{Affine, Inputs, Layer, Norms};
@@ -199,22 +201,6 @@ impl Calibration {
         );
         Ok(())
     }
-}
-
-/// The job was told to stop; what it finished is kept, and the same command goes on from there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted, finished layers are kept: the same command goes on from there")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
-pub(crate) fn ensure_running(stop: &AtomicBool) -> Result<()> {
-    if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) }
 }
 
 /// What was made.

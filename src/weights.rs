@@ -36,10 +36,9 @@ impl<'a> Weight<'a> {
 
     /// What is stored, each tensor with its description.
     pub fn tensors(&self) -> Vec<(&'static Tensor, Numbers<'_>)> {
-        let numbers = match self.borrowed() {
-            Weight::Dense(w) => vec![Numbers::Floats(w.values)],
-            Weight::AnyPrec(w) => w.into_tensors(),
-            Weight::LutGemm(w) => w.into_tensors(),
+        let numbers = match self {
+            Self::Dense(w) => vec![Numbers::Floats(w.values.borrowed())],
+            Self::AnyPrec(AnyPrec(w)) | Self::LutGemm(LutGemm(w)) => w.borrowed().tensors,
         };
         tensors_of(self.format()).iter().zip(numbers).collect()
     }
@@ -60,12 +59,12 @@ impl<'a> Weight<'a> {
 
     /// What the shapes of its tensors follow from.
     pub fn size(&self) -> Size {
-        let (in_features, out_features, bits, group_size) = match self {
-            Self::Dense(w) => (w.in_features, w.out_features, 0, None),
-            Self::AnyPrec(w) => (w.in_features(), w.out_features(), w.bits(), None),
-            Self::LutGemm(w) => (w.in_features(), w.out_features(), w.bits(), Some(w.group_size())),
-        };
-        Size { in_features, out_features, bits, group_size }
+        match self {
+            Self::Dense(Dense { in_features, out_features, .. }) => {
+                Size { in_features: *in_features, out_features: *out_features, bits: 0, group_size: None }
+            }
+            Self::AnyPrec(AnyPrec(w)) | Self::LutGemm(LutGemm(w)) => w.size(),
+        }
     }
 
     /// Input channels.
@@ -96,8 +95,8 @@ impl<'a> Weight<'a> {
     pub fn borrowed(&self) -> Weight<'_> {
         match self {
             Self::Dense(w) => Weight::Dense(Dense { values: w.values.borrowed(), ..*w }),
-            Self::AnyPrec(w) => Weight::AnyPrec(w.borrowed()),
-            Self::LutGemm(w) => Weight::LutGemm(w.borrowed()),
+            Self::AnyPrec(w) => Weight::AnyPrec(AnyPrec(w.borrowed())),
+            Self::LutGemm(w) => Weight::LutGemm(LutGemm(w.borrowed())),
         }
     }
 }
@@ -132,7 +131,7 @@ impl<'a> Linear<'a> {
         let mut list = self.weight.tensors();
         list.extend(self.bias.as_deref().map(|bias| (&Tensor::BIAS, singles(bias))));
         if let Some(residual) = &self.residual {
-            list.extend([&Tensor::RESIDUAL, &Tensor::SCALES].into_iter().zip(residual.tensors()));
+            list.extend([&Tensor::RESIDUAL, &Tensor::SCALES].into_iter().zip(residual.borrowed().tensors));
         }
         list.extend(self.thresholds.as_deref().map(|thresholds| (&Tensor::THRESHOLDS, singles(thresholds))));
         list
@@ -147,9 +146,8 @@ impl<'a> Linear<'a> {
         let tensors = self.weight.tensors();
         let tensors = tensors.iter().map(|(tensor, numbers)| tensor.reorder(&size, numbers, order)).collect();
         let residual = self.residual.as_ref().map(|residual| {
-            let [words, scales] = residual.tensors();
-            let words = Tensor::RESIDUAL.reorder(&size, &words, order).into_words();
-            let scales = Tensor::SCALES.reorder(&size, &scales, order).into_floats();
+            let words = Tensor::RESIDUAL.reorder(&size, &residual.tensors()[0], order).into_words();
+            let scales = Tensor::SCALES.reorder(&size, &residual.tensors()[1], order).into_floats();
             Residual::new(size.in_features, size.out_features, words, scales)
         });
         Ok(Linear {
@@ -165,7 +163,7 @@ impl<'a> Linear<'a> {
         Linear {
             weight: self.weight.borrowed(),
             bias: self.bias.as_deref().map(Cow::Borrowed),
-            residual: self.residual.as_ref().map(Residual::borrowed),
+            residual: self.residual.as_ref().map(|residual| Residual(residual.borrowed())),
             thresholds: self.thresholds.as_deref().map(Cow::Borrowed),
         }
     }

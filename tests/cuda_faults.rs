@@ -3,18 +3,20 @@
 //! Runs where `DECDEC_TEST_DEVICES` names `cuda`; one test after the other, in a process of its own, since it watches
 //! the device's free memory and ends with a device that is lost to the process.
 
+mod changed;
 mod cuda_common;
 
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use changed::{Change, Changed};
 use cuda_common::{cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype};
 use decdec::backend::{DecodeBackend, GemvBackend};
-use decdec::config::{LayerNorm, ModelConfig, Projection};
+use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
-use decdec::format::{Dense, Storage};
+use decdec::format::Storage;
 use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
 use decdec::random::RandomWeights;
@@ -28,25 +30,9 @@ struct Broken {
     broken: usize,
 }
 
-impl ModelWeights for Broken {
-    fn config(&self) -> &ModelConfig {
-        self.model.config()
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.model.embedding()
-    }
-
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        self.model.head()
-    }
-
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.model.final_norm()
-    }
-
-    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.model.norm(layer, norm)
+impl Change for Broken {
+    fn of(&self) -> &dyn ModelWeights {
+        &self.model
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
@@ -54,10 +40,6 @@ impl ModelWeights for Broken {
             bail!("the file ends here");
         }
         self.model.projection(layer, projection)
-    }
-
-    fn bits(&self, layer: usize) -> Option<u32> {
-        self.model.bits(layer)
     }
 }
 
@@ -120,13 +102,13 @@ fn faults_end_cleanly() {
     // What stays for good: upload buffers, the context's own memory.
     drop(cuda.matrix(&model().projection(0, Projection::O).unwrap()).unwrap());
 
-    let weights = Broken { model: model(), broken: 4 };
+    let weights = Changed(Broken { model: model(), broken: 4 });
     leaves_nothing(&cuda, "a model that cannot be read to its end", || {
         let error = format!("{:#}", Model::load(&cuda, &weights, |_| ()).err().unwrap());
         assert!(error.contains("layer 4") && error.contains("the file ends here"), "{error}");
     });
 
-    let weights = weights.model;
+    let weights = weights.0.model;
     leaves_nothing(&cuda, "a text that does not fit", || {
         let model = Model::load(&cuda, &weights, |_| ()).unwrap();
         let fields = json!({ "num_hidden_layers": 4000, "max_position_embeddings": 1 << 20 });

@@ -2,20 +2,22 @@
 //!
 //! Runs where `DECDEC_TEST_DEVICES` names `cuda`; then a missing device fails.
 
+mod changed;
 mod cuda_common;
 
 use anyhow::Result;
+use changed::{Change, Changed};
 use cuda_common::{cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::{Cuda, Dtype, Options, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend};
-use decdec::config::{Attention, LayerNorm, ModelConfig, Projection};
+use decdec::config::{Attention, LayerNorm, ModelConfig};
 use decdec::dec::Selection;
-use decdec::format::{Dense, Storage};
+use decdec::format::Storage;
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
-use decdec::weights::{Linear, ModelWeights};
+use decdec::weights::ModelWeights;
 use serde_json::{Value, json};
 
 /// A model compensated by at most `n_tb` blocks.
@@ -196,34 +198,14 @@ fn a_refused_launch_is_done_without() {
 /// A model whose γ before the feed-forward part are `factor` times as large.
 struct Louder<'a>(&'a RandomWeights, f32);
 
-impl ModelWeights for Louder<'_> {
-    fn config(&self) -> &ModelConfig {
-        self.0.config()
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.0.embedding()
-    }
-
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        self.0.head()
-    }
-
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.0.final_norm()
+impl Change for Louder<'_> {
+    fn of(&self) -> &dyn ModelWeights {
+        self.0
     }
 
     fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
         let by = if norm == LayerNorm::FeedForwardInput { self.1 } else { 1.0 };
         Ok(self.0.norm(layer, norm)?.into_iter().map(|gamma| gamma * by).collect())
-    }
-
-    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        self.0.projection(layer, projection)
-    }
-
-    fn bits(&self, layer: usize) -> Option<u32> {
-        self.0.bits(layer)
     }
 }
 
@@ -245,7 +227,7 @@ fn activations_beyond_float16_do_not_become_nan() {
         let what = format!("{dtype:?}, in one launch: {layers_always}, γ times {factor}");
         let tuning = Tuning { layers_always, ..Tuning::default() };
         let Some(cuda) = cuda(Options { tuning, ..options(dtype, 2) }) else { return };
-        let model = Model::load(&cuda, &Louder(&weights, factor), |_| ()).unwrap();
+        let model = Model::load(&cuda, &Changed(Louder(&weights, factor)), |_| ()).unwrap();
         let one_by_one = logits_behind(&cuda, &model, (0..5).map(|i| i * 37 % 1000));
         assert!(one_by_one.iter().all(|logit| logit.is_finite()), "{what}");
         assert_eq!(cuda.went_beyond(), beyond, "{what}");

@@ -1,5 +1,6 @@
 //! Jobs that were interrupted: they go on to the same files, and nothing of another model is in them.
 
+mod changed;
 mod small_model;
 
 use std::collections::BTreeMap;
@@ -8,9 +9,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::Result;
+use changed::{Change, Changed};
 use decdec::checkpoint::{BitWidth, Checkpoint};
-use decdec::config::{LayerNorm, ModelConfig, Projection};
-use decdec::format::{Dense, Format};
+use decdec::config::Projection;
+use decdec::format::Format;
 use decdec::quantize::{Calibration, Interrupted, Options, Refine, Report, ResidualOptions, quantize, residuals};
 use decdec::tokenizer::TextFiles;
 use decdec::weights::{Linear, ModelWeights};
@@ -52,30 +54,14 @@ struct Interrupting<'a> {
 }
 
 impl<'a> Interrupting<'a> {
-    fn new(model: &'a SmallModel, at: usize) -> Self {
-        Self { model, stop: AtomicBool::new(false), at, reads: AtomicUsize::new(0) }
+    fn new(model: &'a SmallModel, at: usize) -> Changed<Self> {
+        Changed(Self { model, stop: AtomicBool::new(false), at, reads: AtomicUsize::new(0) })
     }
 }
 
-impl ModelWeights for Interrupting<'_> {
-    fn config(&self) -> &ModelConfig {
-        self.model.config()
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.model.embedding()
-    }
-
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        self.model.head()
-    }
-
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.model.final_norm()
-    }
-
-    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.model.norm(layer, norm)
+impl Change for Interrupting<'_> {
+    fn of(&self) -> &dyn ModelWeights {
+        self.model
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
@@ -83,10 +69,6 @@ impl ModelWeights for Interrupting<'_> {
             self.stop.store(true, Ordering::Relaxed);
         }
         self.model.projection(layer, projection)
-    }
-
-    fn bits(&self, layer: usize) -> Option<u32> {
-        self.model.bits(layer)
     }
 }
 
@@ -104,7 +86,7 @@ fn an_interrupted_job_ends_in_the_same_files() {
         let overwriting = Options { overwrite: true, ..options(backend, bits) };
         for &at in reads {
             let model = Interrupting::new(&model, at);
-            let error = quantize(&model, &texts(), &overwriting, &out, &model.stop, &ProgressBar::hidden());
+            let error = quantize(&model, &texts(), &overwriting, &out, &model.0.stop, &ProgressBar::hidden());
             assert!(error.unwrap_err().is::<Interrupted>());
             assert_eq!(out.exists().then(|| contents(&out)), before, "what was there is left alone");
         }
@@ -128,7 +110,7 @@ fn interrupted_residuals_end_in_the_same_files() {
     for at in [1, 3] {
         let model = Interrupting::new(&model, at);
         let bar = ProgressBar::hidden();
-        let error = residuals(&model, &quantized, &texts(), &wanted, &out, &model.stop, &bar);
+        let error = residuals(&model, &quantized, &texts(), &wanted, &out, &model.0.stop, &bar);
         assert!(error.unwrap_err().is::<Interrupted>() && !out.exists());
         assert!(dir.path().join("out.partial/layer-000-3bit.safetensors").exists(), "finished layers are kept");
     }
@@ -139,10 +121,10 @@ fn interrupted_residuals_end_in_the_same_files() {
 }
 
 /// What is changed, and how.
-type Change = (&'static str, fn(&mut SmallModel));
+type Difference = (&'static str, fn(&mut SmallModel));
 
 /// Everything in a small model that can be another number.
-const CHANGES: [Change; 12] = [
+const CHANGES: [Difference; 12] = [
     ("embedding", |m| m.embedding[4000] += 0.25),
     ("head", |m| m.head.as_mut().unwrap()[95 * 64] += 0.25),
     ("final norm", |m| m.final_norm[63] += 0.25),
@@ -171,7 +153,7 @@ fn nothing_of_another_model_survives_an_interruption() {
     let (model, wanted) = (untied(), Options { refine: Refine::Output, ..options(Format::AnyPrec, 3.0) });
     let interrupted = |out: &Path| {
         let model = Interrupting::new(&model, 2);
-        let error = quantize(&model, &texts(), &wanted, out, &model.stop, &ProgressBar::hidden());
+        let error = quantize(&model, &texts(), &wanted, out, &model.0.stop, &ProgressBar::hidden());
         assert!(error.unwrap_err().is::<Interrupted>());
         assert!(out.with_extension("partial").join("layer-001-3bit.safetensors").exists(), "two layers are kept");
     };
@@ -224,7 +206,7 @@ fn residuals_of_another_pair_are_made_anew() {
             let [out, fresh] = ["out", "fresh"].map(|out| dir.path().join(out));
             let first = Interrupting::new(&model, 2);
             let error =
-                residuals(&first, &Checkpoint::open(&quantized).unwrap(), &texts(), &wanted, &out, &first.stop, &bar);
+                residuals(&first, &Checkpoint::open(&quantized).unwrap(), &texts(), &wanted, &out, &first.0.stop, &bar);
             assert!(error.unwrap_err().is::<Interrupted>());
             for out in [&out, &fresh] {
                 let quantized = Checkpoint::open(quantized_at).unwrap();

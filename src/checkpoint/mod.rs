@@ -39,6 +39,8 @@ const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";
 const RESIDUALS: &str = "residuals.safetensors";
 const THRESHOLDS: &str = "thresholds.safetensors";
+/// What tensors are in.
+const FILES: [&str; 3] = [MODEL, RESIDUALS, THRESHOLDS];
 const BITWIDTHS: &str = "bitwidth_map.json";
 
 /// A quantized model on disk, memory-mapped.
@@ -75,8 +77,9 @@ impl Checkpoint {
         json.as_object_mut().map(|fields| fields.remove("decdec"));
         let config = ModelConfig::from_json(&json).with_context(in_config)?;
         let bits = layer_bits(dir, &manifest, config.layers.len())?;
-        let files = if manifest.has_residuals() { &[MODEL, RESIDUALS, THRESHOLDS][..] } else { &[MODEL] };
-        let shards = Shards::open(&files.iter().map(|name| dir.join(name)).collect::<Vec<_>>())?;
+        let count = if manifest.has_residuals() { FILES.len() } else { 1 };
+        let files: Vec<_> = FILES[..count].iter().map(|name| dir.join(name)).collect();
+        let shards = Shards::open_own(&files, file_of)?;
         let model = StoredModel {
             tensors: Box::new(shards),
             config,
@@ -103,6 +106,15 @@ impl Checkpoint {
             Projection::ALL.into_iter().try_for_each(|projection| self.projection(layer, projection).map(drop))?;
         }
         Ok(())
+    }
+}
+
+/// The index in [`FILES`] of the file that a tensor belongs into.
+fn file_of(tensor: &str) -> usize {
+    match tensor.rsplit('.').next() {
+        Some("residual" | "scales") => 1,
+        Some("thresholds") => 2,
+        _ => 0,
     }
 }
 

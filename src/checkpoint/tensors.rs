@@ -14,14 +14,14 @@ use crate::mapped;
 
 /// One tensor on its way into a file.
 #[derive(Debug)]
-pub(super) struct Stored<'a> {
+pub(super) struct Named<'a> {
     pub(super) name: String,
     dtype: Dtype,
     shape: Vec<usize>,
     numbers: Numbers<'a>,
 }
 
-impl<'a> Stored<'a> {
+impl<'a> Named<'a> {
     /// Numbers in the type that they have.
     pub(super) fn new(name: String, kind: Kind, shape: &[usize], numbers: Numbers<'a>) -> Self {
         let dtype = match (&numbers, kind) {
@@ -56,7 +56,7 @@ impl<'a> Stored<'a> {
 ///
 /// # Errors
 /// Whatever the disk says; a full one is named as such, with the bytes that were wanted.
-pub(super) fn write(path: &Path, mut tensors: Vec<Stored<'_>>) -> Result<()> {
+pub(super) fn write(path: &Path, mut tensors: Vec<Named<'_>>) -> Result<()> {
     // Widest type first, then by name: every tensor starts at a multiple of its type, and the same tensors
     // always give the same file.
     tensors.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
@@ -84,7 +84,7 @@ pub(super) fn write(path: &Path, mut tensors: Vec<Stored<'_>>) -> Result<()> {
         file.into_inner()?.sync_all()
     };
     write().map_err(|e| {
-        mapped::name_what_is_lost(&e, tensors.iter().map(Stored::bytes));
+        mapped::name_what_is_lost(&e, tensors.iter().map(Named::bytes));
         write_error(e, path, bytes)
     })
 }
@@ -112,9 +112,9 @@ mod tests {
         let (words, values) = ([1u32, u32::MAX, 3], [0.5f32, -0.0]);
         let halves = Floats::from(vec![half::f16::ONE; 3]);
         let tensors = vec![
-            Stored::floats("h".into(), &[3], &halves),
-            Stored::new("w".into(), Kind::I32, &[3, 1], Numbers::Words(Cow::Borrowed(&words))),
-            Stored::list("f".into(), &values),
+            Named::floats("h".into(), &[3], &halves),
+            Named::new("w".into(), Kind::I32, &[3, 1], Numbers::Words(Cow::Borrowed(&words))),
+            Named::list("f".into(), &values),
         ];
         write(&path, tensors).unwrap();
         let open = || Shards::open(std::slice::from_ref(&path));

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use super::place::{self, Place};
-use super::tensors::{self, Stored, write_error};
-use super::{BITWIDTHS, CONFIG, Checkpoint, MODEL, Manifest, RESIDUALS, THRESHOLDS};
+use super::tensors::{self, Named, write_error};
+use super::{BITWIDTHS, CONFIG, Checkpoint, FILES, Manifest, file_of};
 use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::files;
 use crate::format::{Dense, Kind, Numbers, Storage};
-use crate::tensors::{EMBEDDING, FINAL_NORM, HEAD, Layout, Shards, TensorSet, fused_module, norm_name};
+use crate::tensors::{EMBEDDING, FINAL_NORM, HEAD, Layout, Shards, Stored, TensorSet, fused_module, norm_name};
 use crate::tokenizer::TextFiles;
 use crate::weights::Linear;
 
@@ -72,7 +72,7 @@ impl CheckpointWriter {
     ) -> Result<()> {
         let mut list = Vec::new();
         for (norm, values) in LayerNorm::ALL.into_iter().zip(norms).filter(|(_, values)| !values.is_empty()) {
-            list.push(Stored::list(norm_name(config, layer, norm)?, values));
+            list.push(Named::list(norm_name(config, layer, norm)?, values));
         }
         for (projection, linear) in Projection::ALL.into_iter().zip(linears) {
             push_linear(&mut list, &fused_module(layer, projection), linear)?;
@@ -110,20 +110,16 @@ impl CheckpointWriter {
         let mut files = [rest.tensors(config), Vec::new(), Vec::new()];
         for layer in &layers {
             for (name, kind, shape) in layer.iter() {
-                let file = match name.rsplit('.').next() {
-                    Some("residual" | "scales") => 1,
-                    Some("thresholds") => 2,
-                    _ => 0,
-                };
+                let file = file_of(&name);
                 let numbers = match kind {
                     Kind::Float => Numbers::Floats(layer.floats(&name)?),
                     Kind::I32 | Kind::U32 => Numbers::Words(layer.words(&name)?),
                 };
-                files[file].push(Stored::new(name, kind, &shape, numbers));
+                files[file].push(Named::new(name, kind, &shape, numbers));
             }
         }
         let written = if manifest.has_residuals() { 3 } else { 1 };
-        for (name, list) in [MODEL, RESIDUALS, THRESHOLDS].into_iter().zip(files).take(written) {
+        for (name, list) in FILES.into_iter().zip(files).take(written) {
             tensors::write(&dir.join(name), list)?;
         }
         let mut json = config.json.clone();
@@ -180,7 +176,8 @@ impl LayerFile {
     /// # Errors
     /// As when a checkpoint is opened.
     pub fn projection(&self, projection: Projection, config: &ModelConfig, storage: Storage) -> Result<Linear<'_>> {
-        Layout::of_checkpoint(storage, true).linear(&self.tensors, config, (self.layer, projection), self.bits)
+        let (layout, Self { layer, bits, tensors }) = (Layout::of_checkpoint(storage, true), self);
+        Stored { set: tensors, config, layout, layer: *layer, projection, bits: *bits }.linear()
     }
 }
 
@@ -196,24 +193,24 @@ pub struct Unquantized<'a> {
 }
 
 impl Unquantized<'_> {
-    fn tensors(&self, config: &ModelConfig) -> Vec<Stored<'_>> {
+    fn tensors(&self, config: &ModelConfig) -> Vec<Named<'_>> {
         let shape = [config.vocab_size, config.hidden_size];
         let mut list = vec![
-            Stored::floats(EMBEDDING.into(), &shape, &self.embedding.values),
-            Stored::list(FINAL_NORM.into(), &self.final_norm),
+            Named::floats(EMBEDDING.into(), &shape, &self.embedding.values),
+            Named::list(FINAL_NORM.into(), &self.final_norm),
         ];
-        list.extend(self.head.as_ref().map(|head| Stored::floats(HEAD.into(), &shape, &head.values)));
+        list.extend(self.head.as_ref().map(|head| Named::floats(HEAD.into(), &shape, &head.values)));
         list
     }
 }
 
-fn push_linear<'a>(list: &mut Vec<Stored<'a>>, prefix: &str, linear: &'a Linear<'_>) -> Result<()> {
+fn push_linear<'a>(list: &mut Vec<Named<'a>>, prefix: &str, linear: &'a Linear<'_>) -> Result<()> {
     ensure!(linear.weight.format().is_some(), "{prefix} is not quantized");
     ensure!(linear.residual.is_none() || linear.thresholds.is_some(), "{prefix} has no thresholds");
     let size = linear.weight.size();
     let tensors = linear.tensors().into_iter();
     list.extend(tensors.map(|(tensor, numbers)| {
-        Stored::new(format!("{prefix}.{}", tensor.suffix), tensor.kind, &tensor.shape(&size), numbers)
+        Named::new(format!("{prefix}.{}", tensor.suffix), tensor.kind, &tensor.shape(&size), numbers)
     }));
     Ok(())
 }

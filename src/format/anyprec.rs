@@ -6,9 +6,10 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::Result;
 use rayon::prelude::*;
 
+use super::packed::{Packed, ensure_bits, ensure_codes, packed};
 use super::{Description, Dim, Floats, Kind, Numbers, Size, Tensor, bits};
 
 pub(super) const DESCRIPTION: Description = Description {
@@ -27,13 +28,9 @@ const TILE: usize = 1024;
 
 /// A quantized matrix with one codebook per row.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AnyPrec<'a> {
-    in_features: usize,
-    out_features: usize,
-    bits: usize,
-    planes: Cow<'a, [u32]>, // [bits, out_features, in_features / 32]
-    lut: Floats<'a>,        // [out_features, 2^bits]
-}
+pub struct AnyPrec<'a>(pub(crate) Packed<'a>);
+
+packed!(AnyPrec);
 
 /// Where channel `k` of a row with `in_features` channels is kept: (word, bit), bit 0 the least significant.
 pub fn position(k: usize, in_features: usize) -> (usize, u32) {
@@ -58,36 +55,14 @@ impl<'a> AnyPrec<'a> {
         planes: Cow<'a, [u32]>,
         lut: Floats<'a>,
     ) -> Result<Self> {
-        ensure!((2..=8).contains(&bits), "anyprec: {bits} bits, 2 to 8 are allowed");
-        super::ensure_shape(in_features, out_features)?;
-        let words = bits * out_features * (in_features / 32);
-        ensure!(planes.len() == words, "anyprec: {} words of codes, {words} expected", planes.len());
-        let centroids = out_features << bits;
-        ensure!(lut.len() == centroids, "anyprec: {} centroids, {centroids} expected", lut.len());
-        lut.ensure_finite("anyprec: centroid")?;
-        Ok(Self { in_features, out_features, bits, planes, lut })
+        let size = Size { in_features, out_features, bits, group_size: None };
+        Self::from_tensors(size, vec![Numbers::Words(planes), Numbers::Floats(lut)])
     }
 
     /// Takes the tensors of the format, in the order of their description.
     pub(crate) fn from_tensors(size: Size, tensors: Vec<Numbers<'a>>) -> Result<Self> {
-        let [planes, lut] = super::exactly(tensors)?;
-        Self::new(size.in_features, size.out_features, size.bits, planes.into_words(), lut.into_floats())
-    }
-
-    /// The tensors of the format, in the order of their description.
-    pub(crate) fn into_tensors(self) -> Vec<Numbers<'a>> {
-        vec![Numbers::Words(self.planes), Numbers::Floats(self.lut)]
-    }
-
-    /// The same matrix, borrowed.
-    pub fn borrowed(&self) -> AnyPrec<'_> {
-        AnyPrec { planes: Cow::Borrowed(&self.planes), lut: self.lut.borrowed(), ..*self }
-    }
-
-    /// The same matrix, owned.
-    pub fn into_owned(self) -> AnyPrec<'static> {
-        let Self { in_features, out_features, bits, planes, lut } = self;
-        AnyPrec { in_features, out_features, bits, planes: planes.into_owned().into(), lut: lut.into_owned() }
+        ensure_bits("anyprec", size.bits)?;
+        Ok(Self(Packed::new("anyprec", DESCRIPTION.tensors, size, tensors)?))
     }
 
     /// Packs `codes` `[out_features, in_features]`, each below `2^bits`.
@@ -101,17 +76,7 @@ impl<'a> AnyPrec<'a> {
         codes: &[u8],
         lut: Floats<'a>,
     ) -> Result<AnyPrec<'a>> {
-        ensure!((2..=8).contains(&bits), "anyprec: {bits} bits, 2 to 8 are allowed");
-        super::ensure_shape(in_features, out_features)?;
-        ensure!(
-            codes.len() == in_features * out_features,
-            "anyprec: {} codes, {} expected",
-            codes.len(),
-            in_features * out_features
-        );
-        if let Some(i) = bits::too_large(codes, bits) {
-            bail!("anyprec: code {} in row {}, below {} is allowed", codes[i], i / in_features, 1 << bits);
-        }
+        ensure_codes("anyprec", &Size { in_features, out_features, bits, group_size: None }, codes)?;
         let words = in_features / 32;
         let mut planes = vec![0u32; bits * out_features * words];
         planes.par_chunks_exact_mut(words).enumerate().for_each(|(i, plane)| {
@@ -142,7 +107,7 @@ impl<'a> AnyPrec<'a> {
     /// row's `in_features / 8` words, `stride` words from row to row.
     pub fn nibbles(&self, rows: Range<usize>, stride: usize, out: &mut [u32]) {
         for (row, out) in rows.zip(out.chunks_mut(stride)) {
-            out[..self.in_features / 8].fill(0);
+            out[..self.in_features() / 8].fill(0);
             self.pieces(row, |piece, byte| out[piece] = out[piece] << 1 | bits::nibbles_high_first(byte));
         }
     }
@@ -150,10 +115,10 @@ impl<'a> AnyPrec<'a> {
     /// Every eight channels' bits of every plane, planes from the most significant down, first channel on top.
     #[inline(always)]
     fn pieces(&self, row: usize, mut each: impl FnMut(usize, u8)) {
-        let words = self.in_features / 32;
-        let plane_len = self.out_features * words;
-        for plane in 0..self.bits {
-            let plane = &self.planes[plane * plane_len + row * words..][..words];
+        let words = self.in_features() / 32;
+        let plane_len = self.out_features() * words;
+        for plane in self.planes().chunks_exact(plane_len) {
+            let plane = &plane[row * words..][..words];
             for (tile, words) in plane.chunks(TILE / 32).enumerate() {
                 // Piece `piece` of eight channels is byte 3 - piece / words of its word.
                 for quarter in 0..4 {
@@ -168,38 +133,23 @@ impl<'a> AnyPrec<'a> {
 
     /// One row, dequantized, written over `out` (`in_features` long).
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        let mut codes = vec![0; self.in_features];
+        let mut codes = vec![0; self.in_features()];
         self.codes(row, &mut codes);
         let mut centroids = [0.0; 256];
-        let centroids = &mut centroids[..1 << self.bits];
-        self.lut.read_f32(row << self.bits, centroids);
+        let centroids = &mut centroids[..1 << self.bits()];
+        self.lut().read_f32(row << self.bits(), centroids);
         for (value, &code) in out.iter_mut().zip(&codes) {
             *value = centroids[usize::from(code)];
         }
     }
 
-    /// Input channels.
-    pub fn in_features(&self) -> usize {
-        self.in_features
-    }
-
-    /// Output rows.
-    pub fn out_features(&self) -> usize {
-        self.out_features
-    }
-
-    /// Bits of one code.
-    pub fn bits(&self) -> usize {
-        self.bits
-    }
-
     /// Bit planes, `[bits, out_features, in_features / 32]`.
     pub fn planes(&self) -> &[u32] {
-        &self.planes
+        self.0.words(0)
     }
 
     /// Codebooks, `[out_features, 2^bits]`.
     pub fn lut(&self) -> &Floats<'a> {
-        &self.lut
+        self.0.floats(1)
     }
 }

@@ -183,16 +183,10 @@ fn first<T: Sync>(values: &[T], wanted: impl Fn(&T) -> bool + Sync) -> Option<us
 
 /// Where number `i` of a tensor of this shape is, slowest dimension first.
 fn place(mut i: usize, shape: &[usize]) -> Vec<usize> {
-    let mut place: Vec<usize> = shape
-        .iter()
-        .rev()
-        .map(|&size| {
-            let at = i % size;
-            i /= size;
-            at
-        })
-        .collect();
-    place.reverse();
+    let mut place = vec![0; shape.len()];
+    for (at, size) in place.iter_mut().zip(shape).rev() {
+        (*at, i) = (i % size, i / size);
+    }
     place
 }
 

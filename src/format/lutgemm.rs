@@ -6,9 +6,10 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
+use super::packed::{Packed, ensure_bits, ensure_codes, packed};
 use super::{Description, Dim, Floats, Kind, Numbers, Size, Tensor, bits};
 
 pub(super) const DESCRIPTION: Description = Description {
@@ -25,15 +26,9 @@ pub(super) const DESCRIPTION: Description = Description {
 
 /// A binary-coded matrix.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LutGemm<'a> {
-    in_features: usize,
-    out_features: usize,
-    bits: usize,
-    group_size: usize,
-    binary: Cow<'a, [u32]>, // [in_features / 32, bits, out_features]
-    alpha: Floats<'a>,      // [in_features / group_size, bits, out_features]
-    q_bias: Floats<'a>,     // [in_features / group_size, out_features]
-}
+pub struct LutGemm<'a>(pub(crate) Packed<'a>);
+
+packed!(LutGemm);
 
 /// Checks that groups of `group_size` channels tile `in_features`.
 ///
@@ -65,46 +60,15 @@ impl<'a> LutGemm<'a> {
         alpha: Floats<'a>,
         q_bias: Floats<'a>,
     ) -> Result<Self> {
-        ensure!((2..=8).contains(&bits), "lutgemm: {bits} bits, 2 to 8 are allowed");
-        super::ensure_shape(in_features, out_features)?;
-        ensure_group_size(in_features, group_size)?;
-        let groups = in_features / group_size;
-        for (what, got, want) in [
-            ("words of codes", binary.len(), in_features / 32 * bits * out_features),
-            ("alphas", alpha.len(), groups * bits * out_features),
-            ("biases", q_bias.len(), groups * out_features),
-        ] {
-            ensure!(got == want, "lutgemm: {got} {what}, {want} expected");
-        }
-        alpha.ensure_finite("lutgemm: alpha")?;
-        q_bias.ensure_finite("lutgemm: bias")?;
-        Ok(Self { in_features, out_features, bits, group_size, binary, alpha, q_bias })
+        let size = Size { in_features, out_features, bits, group_size: Some(group_size) };
+        Self::from_tensors(size, vec![Numbers::Words(binary), Numbers::Floats(alpha), Numbers::Floats(q_bias)])
     }
 
     /// Takes the tensors of the format, in the order of their description.
     pub(crate) fn from_tensors(size: Size, tensors: Vec<Numbers<'a>>) -> Result<Self> {
-        let Size { in_features, out_features, bits, group_size } = size;
-        let [binary, alpha, q_bias] = super::exactly(tensors)?;
-        let (binary, alpha, q_bias) = (binary.into_words(), alpha.into_floats(), q_bias.into_floats());
-        Self::new(in_features, out_features, bits, group_size.unwrap_or(0), binary, alpha, q_bias)
-    }
-
-    /// The tensors of the format, in the order of their description.
-    pub(crate) fn into_tensors(self) -> Vec<Numbers<'a>> {
-        vec![Numbers::Words(self.binary), Numbers::Floats(self.alpha), Numbers::Floats(self.q_bias)]
-    }
-
-    /// The same matrix, borrowed.
-    pub fn borrowed(&self) -> LutGemm<'_> {
-        let (alpha, q_bias) = (self.alpha.borrowed(), self.q_bias.borrowed());
-        LutGemm { binary: Cow::Borrowed(&self.binary), alpha, q_bias, ..*self }
-    }
-
-    /// The same matrix, owned.
-    pub fn into_owned(self) -> LutGemm<'static> {
-        let Self { in_features, out_features, bits, group_size, binary, alpha, q_bias } = self;
-        let (alpha, q_bias) = (alpha.into_owned(), q_bias.into_owned());
-        LutGemm { in_features, out_features, bits, group_size, binary: binary.into_owned().into(), alpha, q_bias }
+        ensure_bits("lutgemm", size.bits)?;
+        ensure_group_size(size.in_features, size.group_size.unwrap_or(0))?;
+        Ok(Self(Packed::new("lutgemm", DESCRIPTION.tensors, size, tensors)?))
     }
 
     /// Converts a uniform quantizer `w = scale·(code − zero)` exactly: `alpha_b = scale·2^(b−1)`,
@@ -123,19 +87,13 @@ impl<'a> LutGemm<'a> {
         scale: &[f32],
         zero: &[f32],
     ) -> Result<LutGemm<'static>> {
-        ensure!((2..=8).contains(&bits), "lutgemm: {bits} bits, 2 to 8 are allowed");
-        super::ensure_shape(in_features, out_features)?;
+        let size = Size { in_features, out_features, bits, group_size: Some(group_size) };
+        ensure_codes("lutgemm", &size, codes)?;
         ensure_group_size(in_features, group_size)?;
         let groups = in_features / group_size;
-        for (what, got, want) in [
-            ("codes", codes.len(), in_features * out_features),
-            ("scales", scale.len(), groups * out_features),
-            ("zeros", zero.len(), groups * out_features),
-        ] {
+        for (what, got) in [("scales", scale.len()), ("zeros", zero.len())] {
+            let want = groups * out_features;
             ensure!(got == want, "lutgemm: {got} {what}, {want} expected");
-        }
-        if let Some(i) = bits::too_large(codes, bits) {
-            bail!("lutgemm: code {} in row {}, below {} is allowed", codes[i], i / in_features, 1 << bits);
         }
         let mut alpha = vec![0.0; groups * bits * out_features];
         let mut q_bias = vec![0.0; groups * out_features];
@@ -168,10 +126,11 @@ impl<'a> LutGemm<'a> {
 
     /// The codes of one row, written over `out` (`in_features` long).
     pub fn codes(&self, row: usize, out: &mut [u8]) {
+        let (binary, bits, rows) = (self.binary(), self.bits(), self.out_features());
         for (w, out) in out.chunks_exact_mut(32).enumerate() {
-            let words = |b: usize| self.binary[(w * self.bits + b) * self.out_features + row].to_le_bytes();
+            let words = |b: usize| binary[(w * bits + b) * rows + row].to_le_bytes();
             let mut codes = [0u64; 4];
-            for b in 0..self.bits {
+            for b in 0..bits {
                 for (codes, byte) in codes.iter_mut().zip(words(b)) {
                     *codes |= bits::bytes_low_first(byte) << b;
                 }
@@ -185,10 +144,10 @@ impl<'a> LutGemm<'a> {
     /// The codes of `rows`, of at most 4 bits, eight to a word, the first channel lowest, written over `out`: each
     /// row's `in_features / 8` words, `stride` words from row to row.
     pub fn nibbles(&self, rows: Range<usize>, stride: usize, out: &mut [u32]) {
-        out.chunks_mut(stride).take(rows.len()).for_each(|out| out[..self.in_features / 8].fill(0));
+        out.chunks_mut(stride).take(rows.len()).for_each(|out| out[..self.in_features() / 8].fill(0));
         // Rows lie side by side in a plane, so they are taken together.
-        for (i, plane) in self.binary.chunks_exact(self.out_features).enumerate() {
-            let (word, b) = (i / self.bits, i % self.bits);
+        for (i, plane) in self.binary().chunks_exact(self.out_features()).enumerate() {
+            let (word, b) = (i / self.bits(), i % self.bits());
             for (row, code) in plane[rows.clone()].iter().enumerate() {
                 for (out, byte) in out[row * stride + 4 * word..][..4].iter_mut().zip(code.to_le_bytes()) {
                     *out |= bits::nibbles_low_first(byte) << b;
@@ -201,10 +160,11 @@ impl<'a> LutGemm<'a> {
     ///
     /// The sum runs over planes upwards from `q_bias`, in f32; every backend that tabulates does the same.
     pub fn codebook(&self, row: usize, g: usize, out: &mut [f32]) {
-        let q_bias = self.q_bias.get(g * self.out_features + row);
+        let (alpha, bits, rows) = (self.alpha(), self.bits(), self.out_features());
+        let q_bias = self.q_bias().get(g * rows + row);
         for (code, value) in out.iter_mut().enumerate() {
-            *value = (0..self.bits).fold(q_bias, |sum, b| {
-                let alpha = self.alpha.get((g * self.bits + b) * self.out_features + row);
+            *value = (0..bits).fold(q_bias, |sum, b| {
+                let alpha = alpha.get((g * bits + b) * rows + row);
                 sum + if code >> b & 1 == 1 { alpha } else { -alpha }
             });
         }
@@ -212,11 +172,11 @@ impl<'a> LutGemm<'a> {
 
     /// One row, dequantized, written over `out` (`in_features` long).
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        let mut codes = vec![0; self.in_features];
+        let mut codes = vec![0; self.in_features()];
         self.codes(row, &mut codes);
         let mut centroids = [0.0; 256];
-        let centroids = &mut centroids[..1 << self.bits];
-        for (g, (out, codes)) in out.chunks_mut(self.group_size).zip(codes.chunks(self.group_size)).enumerate() {
+        let centroids = &mut centroids[..1 << self.bits()];
+        for (g, (out, codes)) in out.chunks_mut(self.group_size()).zip(codes.chunks(self.group_size())).enumerate() {
             self.codebook(row, g, centroids);
             for (value, &code) in out.iter_mut().zip(codes) {
                 *value = centroids[usize::from(code)];
@@ -224,38 +184,23 @@ impl<'a> LutGemm<'a> {
         }
     }
 
-    /// Input channels.
-    pub fn in_features(&self) -> usize {
-        self.in_features
-    }
-
-    /// Output rows.
-    pub fn out_features(&self) -> usize {
-        self.out_features
-    }
-
-    /// Bits of one code.
-    pub fn bits(&self) -> usize {
-        self.bits
-    }
-
     /// Channels that share `alpha` and `q_bias`.
     pub fn group_size(&self) -> usize {
-        self.group_size
+        self.size().group_size.unwrap_or(self.in_features())
     }
 
     /// Codes, `[in_features / 32, bits, out_features]`.
     pub fn binary(&self) -> &[u32] {
-        &self.binary
+        self.0.words(0)
     }
 
     /// Step of each bit, `[in_features / group_size, bits, out_features]`.
     pub fn alpha(&self) -> &Floats<'a> {
-        &self.alpha
+        self.0.floats(1)
     }
 
     /// Centre of each group, `[in_features / group_size, out_features]`.
     pub fn q_bias(&self) -> &Floats<'a> {
-        &self.q_bias
+        self.0.floats(2)
     }
 }

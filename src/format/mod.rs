@@ -10,6 +10,7 @@ pub mod anyprec;
 mod bits;
 mod floats;
 pub mod lutgemm;
+mod packed;
 pub mod residual;
 mod tensor;
 pub mod threshold;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use anyprec::AnyPrec;
 pub use floats::Floats;
 pub use lutgemm::LutGemm;
+pub use packed::Packed;
 pub use residual::Residual;
 pub use tensor::{Dim, Kind, Numbers, Size, Tensor};
 
@@ -160,23 +162,4 @@ pub struct Dense<'a> {
     pub out_features: usize,
     /// `[out_features, in_features]`
     pub values: Floats<'a>,
-}
-
-/// The tensors of a format that has `N`.
-fn exactly<const N: usize>(tensors: Vec<Numbers<'_>>) -> Result<[Numbers<'_>; N]> {
-    let found = tensors.len();
-    tensors.try_into().ok().with_context(|| format!("{found} tensors, {N} are expected"))
-}
-
-/// Checks what every packed format asks of a matrix: whole words along both sides.
-fn ensure_shape(in_features: usize, out_features: usize) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        in_features > 0 && in_features.is_multiple_of(32),
-        "{in_features} input channels, a multiple of 32 is expected"
-    );
-    anyhow::ensure!(
-        out_features > 0 && out_features.is_multiple_of(8),
-        "{out_features} output rows, a multiple of 8 is expected"
-    );
-    Ok(())
 }

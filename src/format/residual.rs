@@ -9,19 +9,17 @@ use anyhow::{Result, ensure};
 use half::f16;
 use rayon::prelude::*;
 
-use super::{Floats, Numbers};
+use super::packed::{Packed, ensure_shape, packed};
+use super::{Floats, Numbers, Size, Tensor};
 
 /// Candidate scales of a row are `max|R| / 7 · j / 32`, `j = 1..=32`.
 const CANDIDATES: usize = 32;
 
 /// The quantized residual of one matrix.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Residual<'a> {
-    in_features: usize,
-    out_features: usize,
-    words: Cow<'a, [u32]>, // [in_features, out_features / 8]
-    scales: Floats<'a>,    // [out_features], plain row order
-}
+pub struct Residual<'a>(pub(crate) Packed<'a>);
+
+packed!(Residual);
 
 impl<'a> Residual<'a> {
     /// Takes `words` `[in_features, out_features / 8]` and `scales` `[out_features]` in row order.
@@ -29,12 +27,9 @@ impl<'a> Residual<'a> {
     /// # Errors
     /// Shapes that do not tile, lengths that do not follow from them, or a scale that is not finite.
     pub fn new(in_features: usize, out_features: usize, words: Cow<'a, [u32]>, scales: Floats<'a>) -> Result<Self> {
-        super::ensure_shape(in_features, out_features)?;
-        let want = in_features * (out_features / 8);
-        ensure!(words.len() == want, "residual: {} words, {want} expected", words.len());
-        ensure!(scales.len() == out_features, "residual: {} scales, {out_features} expected", scales.len());
-        scales.ensure_finite("residual: scale")?;
-        Ok(Self { in_features, out_features, words, scales })
+        let size = Size { in_features, out_features, bits: 4, group_size: None };
+        let tensors = vec![Numbers::Words(words), Numbers::Floats(scales)];
+        Ok(Self(Packed::new("residual", &[Tensor::RESIDUAL, Tensor::SCALES], size, tensors)?))
     }
 
     /// Quantizes a residual `[out_features, in_features]`, f32: per row the candidate scale with the least
@@ -58,7 +53,7 @@ impl<'a> Residual<'a> {
         residual: &[f32],
         importance: &[f32],
     ) -> Result<Residual<'static>> {
-        super::ensure_shape(in_features, out_features)?;
+        ensure_shape(in_features, out_features)?;
         let want = in_features * out_features;
         ensure!(residual.len() == want, "residual: {} values, {want} expected", residual.len());
         ensure!(importance.len() == in_features, "residual: {} weights, {in_features} expected", importance.len());
@@ -81,52 +76,26 @@ impl<'a> Residual<'a> {
 
     /// Value −7 to 7 of channel `k`, row `row`, without its scale.
     pub fn nibble(&self, k: usize, row: usize) -> i32 {
-        let word = self.words[k * (self.out_features / 8) + row / 8];
+        let word = self.words()[k * (self.out_features() / 8) + row / 8];
         (word >> (4 * (row % 8)) & 15) as i32 - 8
     }
 
     /// Row `row`, dequantized, written over `out` (`in_features` long).
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        let scale = self.scales.get(row);
+        let scale = self.scales().get(row);
         for (k, value) in out.iter_mut().enumerate() {
             *value = scale * self.nibble(k, row) as f32;
         }
     }
 
-    /// Input channels.
-    pub fn in_features(&self) -> usize {
-        self.in_features
-    }
-
-    /// Output rows.
-    pub fn out_features(&self) -> usize {
-        self.out_features
-    }
-
     /// Nibbles, `[in_features, out_features / 8]`.
     pub fn words(&self) -> &[u32] {
-        &self.words
+        self.0.words(0)
     }
 
     /// Scales in row order, `[out_features]`.
     pub fn scales(&self) -> &Floats<'a> {
-        &self.scales
-    }
-
-    /// Nibbles and scales, as [`Tensor::RESIDUAL`](super::Tensor::RESIDUAL) and
-    /// [`Tensor::SCALES`](super::Tensor::SCALES) describe them.
-    pub(crate) fn tensors(&self) -> [Numbers<'_>; 2] {
-        [Numbers::Words(Cow::Borrowed(&self.words)), Numbers::Floats(self.scales.borrowed())]
-    }
-
-    /// The same residual, borrowed.
-    pub fn borrowed(&self) -> Residual<'_> {
-        Residual { words: Cow::Borrowed(&self.words), scales: self.scales.borrowed(), ..*self }
-    }
-
-    /// Bytes of nibbles and scales as stored.
-    pub fn bytes(&self) -> usize {
-        self.words.len() * 4 + self.scales.bytes()
+        self.0.floats(1)
     }
 }
 

@@ -3,7 +3,6 @@
 //! Readers, writers and checks follow the descriptions, so that a format is spelled out in one place.
 
 use std::borrow::Cow;
-use std::fmt;
 
 use super::{Floats, floats};
 
@@ -37,20 +36,6 @@ impl Dim {
             Self::Bits => size.bits,
             Self::Levels => 1 << size.bits,
         }
-    }
-}
-
-impl fmt::Display for Dim {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Channels => "in",
-            Self::ChannelWords => "in/32",
-            Self::Groups => "in/group",
-            Self::Rows => "out",
-            Self::RowWords => "out/8",
-            Self::Bits => "bits",
-            Self::Levels => "2^bits",
-        })
     }
 }
 
@@ -136,14 +121,6 @@ impl Tensor {
     }
 }
 
-/// As documentation has it: `.qweight I32 [bits, out, in/32]`.
-impl fmt::Display for Tensor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dims: Vec<String> = self.dims.iter().map(Dim::to_string).collect();
-        write!(f, ".{} {:?} [{}]", self.suffix, self.kind, dims.join(", "))
-    }
-}
-
 /// The numbers of a tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Numbers<'a> {
@@ -159,6 +136,22 @@ impl<'a> Numbers<'a> {
         match self {
             Self::Words(v) => v.len() * 4,
             Self::Floats(v) => v.bytes(),
+        }
+    }
+
+    /// How many numbers there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Words(v) => v.len(),
+            Self::Floats(v) => v.len(),
+        }
+    }
+
+    /// The same numbers, borrowed.
+    pub fn borrowed(&self) -> Numbers<'_> {
+        match self {
+            Self::Words(v) => Numbers::Words(Cow::Borrowed(v)),
+            Self::Floats(v) => Numbers::Floats(v.borrowed()),
         }
     }
 
@@ -217,26 +210,34 @@ mod tests {
     use super::*;
     use crate::format::Format;
 
+    fn spelled(dim: &Dim) -> &'static str {
+        match dim {
+            Dim::Channels => "in",
+            Dim::ChannelWords => "in/32",
+            Dim::Groups => "in/group",
+            Dim::Rows => "out",
+            Dim::RowWords => "out/8",
+            Dim::Bits => "bits",
+            Dim::Levels => "2^bits",
+        }
+    }
+
+    /// The module of checkpoints documents every tensor as it is described.
     #[test]
-    fn descriptions_are_what_the_documentation_says() {
-        let described: Vec<String> = Format::ALL
-            .into_iter()
-            .flat_map(Format::tensors)
-            .chain(&[Tensor::BIAS, Tensor::RESIDUAL, Tensor::SCALES, Tensor::THRESHOLDS])
-            .map(Tensor::to_string)
-            .collect();
-        let expected = [
-            ".qweight I32 [bits, out, in/32]",
-            ".lut Float [out, 2^bits]",
-            ".binary I32 [in/32, bits, out]",
-            ".alpha Float [in/group, bits, out]",
-            ".q_bias Float [in/group, out]",
-            ".bias Float [out]",
-            ".residual U32 [in, out/8]",
-            ".scales Float [out]",
-            ".thresholds Float [in]",
-        ];
-        assert_eq!(described, expected);
+    fn documentation_says_what_is_described() {
+        let text = include_str!("../checkpoint/mod.rs").replace("\n//!", "");
+        const BESIDE: [Tensor; 4] = [Tensor::BIAS, Tensor::RESIDUAL, Tensor::SCALES, Tensor::THRESHOLDS];
+        for tensor in Format::ALL.into_iter().flat_map(Format::tensors).chain(&BESIDE) {
+            let dims = tensor.dims.iter().map(spelled).collect::<Vec<_>>().join(", ");
+            let says = |kind: &str| text.contains(&format!("`.{}` {kind} `[{dims}]`", tensor.suffix));
+            let known = match tensor.kind {
+                Kind::I32 => says("I32"),
+                Kind::U32 => says("U32"),
+                Kind::Float => says("F16") || says("F32"),
+            };
+            assert!(known, "{tensor:?}");
+            assert!(!says("F64"), "the comparison sees the type");
+        }
         let size = Size { in_features: 96, out_features: 16, bits: 3, group_size: Some(32) };
         let shapes: Vec<_> = Format::LutGemm.tensors().iter().map(|tensor| tensor.shape(&size)).collect();
         assert_eq!(shapes, [vec![3, 3, 16], vec![3, 3, 16], vec![3, 16]]);

@@ -19,7 +19,7 @@ use crate::config::Pairing;
 use crate::format::{Floats, Format, Kind, Numbers, Size, Tensor};
 use crate::weights::tensors_of;
 
-pub(crate) use layout::Layout;
+pub(crate) use layout::{Layout, Stored};
 pub use model::StoredModel;
 pub(crate) use model::{EMBEDDING, FINAL_NORM, HEAD, norm_name};
 pub(crate) use modules::{Module, fused_module, modules, stored_modules};
@@ -43,6 +43,11 @@ pub(crate) trait TensorSet: fmt::Debug + Sync {
 
     /// The numbers of a tensor, all of them finite.
     fn floats(&self, name: &str) -> Result<Floats<'_>>;
+
+    /// The numbers of thresholds, which have a check of their own.
+    fn thresholds(&self, name: &str) -> Result<Floats<'_>> {
+        self.floats(name)
+    }
 
     /// The bit patterns of a tensor.
     fn words(&self, name: &str) -> Result<Cow<'_, [u32]>>;

@@ -5,7 +5,7 @@ use std::ops::Deref;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Expected, Layout, TensorSet};
+use super::{Expected, Layout, Stored, TensorSet};
 use crate::config::{LayerNorm, ModelConfig, Projection};
 use crate::format::{Dense, Format, Kind};
 use crate::tokenizer::TextFiles;
@@ -80,15 +80,16 @@ impl StoredModel {
                 all.push(floats(norm_name(&self.config, layer, norm)?, &[len]));
             }
             for projection in Projection::ALL {
-                let (at, bits) = ((layer, projection), self.bits_of(layer));
-                all.extend(self.layout.expected(&*self.tensors, &self.config, at, bits, biased(projection))?);
+                all.extend(self.stored(layer, projection).expected(biased(projection))?);
             }
         }
         self.tensors.check_all(&all)
     }
 
-    fn bits_of(&self, layer: usize) -> u32 {
-        self.bits.get(layer).copied().unwrap_or(0)
+    fn stored(&self, layer: usize, projection: Projection) -> Stored<'_, '_> {
+        let Self { tensors, config, layout, bits, .. } = self;
+        let bits = bits.get(layer).copied().unwrap_or(0);
+        Stored { set: tensors.as_ref(), config, layout: *layout, layer, projection, bits }
     }
 
     fn table(&self, name: &str) -> Result<Dense<'_>> {
@@ -127,7 +128,7 @@ impl<T: Deref<Target = StoredModel> + Sync> ModelWeights for T {
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        self.layout.linear(&*self.tensors, &self.config, (layer, projection), self.bits_of(layer))
+        self.stored(layer, projection).linear()
     }
 
     fn bits(&self, layer: usize) -> Option<u32> {

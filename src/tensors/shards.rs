@@ -21,6 +21,8 @@ pub(crate) struct Shards {
     files: Vec<Shard>,
     /// Tensor to file.
     names: BTreeMap<String, usize>,
+    /// Written by this program.
+    own: bool,
 }
 
 #[derive(Debug)]
@@ -38,9 +40,9 @@ impl Shards {
     /// A file that is missing, truncated, or no safetensors file; a tensor that is in two of them.
     pub(crate) fn open(paths: &[PathBuf]) -> Result<Self> {
         let name = |file: usize| paths[file].file_name().unwrap_or_default().to_string_lossy();
-        let mut shards = Self { files: Vec::new(), names: BTreeMap::new() };
+        let mut shards = Self { files: Vec::new(), names: BTreeMap::new(), own: false };
         for (index, path) in paths.iter().enumerate() {
-            let shard = Shard::open(path).with_context(|| format!("in {}", path.display()))?;
+            let shard = Shard::open(path)?;
             for tensor in shard.header.offset_keys() {
                 if let Some(before) = shards.names.insert(tensor.clone(), index) {
                     bail!("tensor {tensor} is in {} and in {}: which of them is meant?", name(before), name(index));
@@ -49,6 +51,18 @@ impl Shards {
             shards.files.push(shard);
         }
         Ok(shards)
+    }
+
+    /// The same of the files of our own checkpoint; `belongs` says which of them a tensor is looked for in.
+    ///
+    /// # Errors
+    /// A file that is missing, truncated, or no safetensors file.
+    pub(crate) fn open_own(paths: &[PathBuf], belongs: fn(&str) -> usize) -> Result<Self> {
+        let files: Vec<Shard> = paths.iter().map(|path| Shard::open(path)).collect::<Result<_>>()?;
+        let names =
+            files.iter().enumerate().flat_map(|(i, file)| file.header.offset_keys().into_iter().map(move |n| (n, i)));
+        let names = names.filter(|(name, i)| *i == belongs(name)).collect();
+        Ok(Self { files, names, own: true })
     }
 
     /// Everything, in the order in which it is stored: name, kind, shape.
@@ -98,21 +112,31 @@ impl TensorSet for Shards {
 
     fn check(&self, Expected { name, shape, kind }: &Expected) -> Result<()> {
         let (name, info, _) = self.find(name)?;
+        let (dtype, found) = (info.dtype, &info.shape);
+        if self.own {
+            let wanted = if *kind == Kind::Float { format!("{dtype:?}") } else { format!("{kind:?}") };
+            ensure!(found == shape, "{name} is {dtype:?} {found:?}, {wanted} {shape:?} is expected, make it again");
+        }
         ensure_kind(name, info, *kind)?;
-        ensure!(info.shape == *shape, "tensor {name} has shape {:?}, {shape:?} is expected", info.shape);
+        ensure!(found == shape, "tensor {name} has shape {found:?}, {shape:?} is expected");
         Ok(())
     }
 
     fn floats(&self, name: &str) -> Result<Floats<'_>> {
+        let (name, info, _) = self.find(name)?;
+        let values = self.thresholds(name)?;
+        values.ensure_tensor_is_finite(name, &info.shape)?;
+        Ok(values)
+    }
+
+    fn thresholds(&self, name: &str) -> Result<Floats<'_>> {
         let (name, info, bytes) = self.find(name)?;
         ensure_kind(name, info, Kind::Float)?;
-        let values = match info.dtype {
+        Ok(match info.dtype {
             Dtype::F16 => Floats::F16(numbers(bytes)),
             Dtype::BF16 => Floats::Bf16(numbers(bytes)),
             _ => Floats::F32(numbers(bytes)),
-        };
-        values.ensure_tensor_is_finite(name, &info.shape)?;
-        Ok(values)
+        })
     }
 
     fn words(&self, name: &str) -> Result<Cow<'_, [u32]>> {
@@ -139,7 +163,8 @@ fn ensure_kind(name: &str, info: &TensorInfo, kind: Kind) -> Result<()> {
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
         let map = Mapped::open(path)?;
-        let (header, data_start) = header(&map).context("truncated or no safetensors file, get or make it again")?;
+        let damaged = || format!("{}: truncated or no safetensors file, get or make it again", path.display());
+        let (header, data_start) = header(&map).with_context(damaged)?;
         Ok(Self { map, header, data_start })
     }
 }

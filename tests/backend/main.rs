@@ -2,6 +2,8 @@
 
 #[path = "../answers/mod.rs"]
 mod answers;
+#[path = "../changed/mod.rs"]
+mod changed;
 #[path = "../common/mod.rs"]
 mod common;
 #[allow(dead_code, reason = "other tests use the rest")]

@@ -4,22 +4,22 @@ use std::ops::ControlFlow;
 
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
-use decdec::config::{LayerNorm, ModelConfig, Op, Projection};
+use decdec::config::Op;
 use decdec::dec::Selection;
 use decdec::eval;
-use decdec::format::Dense;
 use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model, Operation, State};
 use decdec::sampling::Sampling;
-use decdec::weights::{Linear, ModelWeights};
+use decdec::weights::ModelWeights;
 
+use crate::changed::{Change, Changed};
 use crate::recording::Recording;
 use crate::small_model::SmallModel;
 use crate::whole::Quantized;
 use crate::{UnderTest, texts};
 
-fn weights() -> Quantized {
-    Quantized { model: SmallModel::new(5, 2, false), lutgemm: false }
+fn weights() -> Changed<Quantized> {
+    Changed(Quantized { model: SmallModel::new(5, 2, false), lutgemm: false })
 }
 
 fn model<'b, B: UnderTest>(backend: &'b B, weights: &dyn ModelWeights) -> Model<'b, B> {
@@ -175,42 +175,22 @@ pub(crate) fn arguments<B: UnderTest>(backend: &B) {
 }
 
 /// A model whose last norm has `gamma` everywhere.
-struct Damaged(Quantized, f32);
+struct Damaged(Changed<Quantized>, f32);
 
-impl ModelWeights for Damaged {
-    fn config(&self) -> &ModelConfig {
-        self.0.config()
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.0.embedding()
-    }
-
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        self.0.head()
+impl Change for Damaged {
+    fn of(&self) -> &dyn ModelWeights {
+        &self.0
     }
 
     fn final_norm(&self) -> Result<Vec<f32>> {
-        Ok(vec![self.1; self.config().hidden_size])
-    }
-
-    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.0.norm(layer, norm)
-    }
-
-    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        self.0.projection(layer, projection)
-    }
-
-    fn bits(&self, layer: usize) -> Option<u32> {
-        self.0.bits(layer)
+        Ok(vec![self.1; self.0.config().hidden_size])
     }
 }
 
 /// Numbers that overflow, or were none to begin with, end a text and an evaluation.
 pub(crate) fn logits_that_are_no_numbers<B: UnderTest>(backend: &B) {
     for gamma in [f32::NAN, f32::INFINITY, f32::MAX] {
-        let model = model(backend, &Damaged(weights(), gamma));
+        let model = model(backend, &Changed(Damaged(weights(), gamma)));
         let mut state = model.state(40).unwrap();
         for temperature in [0.0, 0.8] {
             let request = Request {

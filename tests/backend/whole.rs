@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use anyhow::Result;
-use decdec::config::{LayerNorm, ModelConfig, Projection};
+use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::format::{Dense, Floats};
 use decdec::model::{Compensation, Model};
@@ -12,6 +12,7 @@ use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights, Weight};
 
 use crate::UnderTest;
+use crate::changed::{Change, Changed};
 use crate::common::{self, Stored, oracle};
 use crate::small_model::SmallModel;
 
@@ -25,29 +26,13 @@ pub(crate) struct Quantized {
     pub(crate) lutgemm: bool,
 }
 
-impl ModelWeights for Quantized {
-    fn config(&self) -> &ModelConfig {
-        self.model.config()
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.model.embedding()
-    }
-
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        self.model.head()
-    }
-
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.model.final_norm()
-    }
-
-    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.model.norm(layer, norm)
+impl Change for Quantized {
+    fn of(&self) -> &dyn ModelWeights {
+        &self.model
     }
 
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        let (inner, outer) = self.config().shape(layer, projection);
+        let (inner, outer) = self.model.config().shape(layer, projection);
         let seed = (10 * layer + projection.index()) as u64;
         let weight = if self.lutgemm {
             common::lutgemm(seed, inner, outer, 3, 32, Stored::F32)
@@ -69,34 +54,15 @@ struct WithHead<'a> {
     head: Vec<f32>,
 }
 
-impl ModelWeights for WithHead<'_> {
-    fn config(&self) -> &ModelConfig {
-        self.weights.config()
-    }
-
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.weights.embedding()
+impl Change for WithHead<'_> {
+    fn of(&self) -> &dyn ModelWeights {
+        self.weights
     }
 
     fn head(&self) -> Result<Option<Dense<'_>>> {
-        let (in_features, out_features) = (self.config().hidden_size, self.config().vocab_size);
-        Ok(Some(Dense { in_features, out_features, values: Floats::F32(Cow::Borrowed(&self.head)) }))
-    }
-
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.weights.final_norm()
-    }
-
-    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.weights.norm(layer, norm)
-    }
-
-    fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
-        self.weights.projection(layer, projection)
-    }
-
-    fn bits(&self, layer: usize) -> Option<u32> {
-        self.weights.bits(layer)
+        let ModelConfig { hidden_size, vocab_size, .. } = *self.weights.config();
+        let values = Floats::F32(Cow::Borrowed(&self.head));
+        Ok(Some(Dense { in_features: hidden_size, out_features: vocab_size, values }))
     }
 }
 
@@ -150,7 +116,7 @@ pub(crate) fn small_models<B: UnderTest>(backend: &B) {
     check(backend, &SmallModel::new(3, 2, false), false);
     check(backend, &SmallModel::new(4, 1, true), false);
     for lutgemm in [false, true] {
-        let quantized = Quantized { model: SmallModel::new(5, 2, lutgemm), lutgemm };
+        let quantized = Changed(Quantized { model: SmallModel::new(5, 2, lutgemm), lutgemm });
         check(backend, &quantized, false);
         check(backend, &quantized, true);
     }
@@ -162,12 +128,12 @@ pub(crate) fn small_heads<B: UnderTest>(backend: &B) {
     for (tied, bits, near) in [(false, 8, 0.02), (true, 8, 0.02), (false, 4, 0.3), (true, 4, 0.3)] {
         let model = SmallModel::new(6, 1, false);
         let other: Vec<f32> = model.embedding.iter().rev().copied().collect();
-        let untied = WithHead { weights: &model, head: other };
+        let untied = Changed(WithHead { weights: &model, head: other });
         let weights: &dyn ModelWeights = if tied { &model } else { &untied };
         let rounded = quantize::head(weights, bits).unwrap();
         let mut head = vec![0.0; rounded.in_features() * rounded.out_features()];
         head.chunks_exact_mut(rounded.in_features()).enumerate().for_each(|(row, out)| rounded.row(row, out));
-        let same = WithHead { weights: &model, head };
+        let same = Changed(WithHead { weights: &model, head });
         let text = [5, 42, 79, 20];
         let before = oracle::forward(weights, &text, false).concat();
         let after = oracle::forward(&same, &text, false).concat();

@@ -249,6 +249,68 @@ fn every_spelling_of_a_quantization() {
     }
 }
 
+/// What a family does to its numbers when they are read is done whatever they are packed in: rows of queries and keys in
+/// the order in which they turn together, norms that multiply by `1 + w`.
+#[test]
+fn families_are_read_alike_from_every_directory() {
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    let family = |fields: Value| {
+        let mut all = config();
+        fields.as_object().unwrap().iter().for_each(|(key, value)| all[key] = value.clone());
+        all
+    };
+    let glm = family(json!({ "model_type": "glm4", "head_dim": 16, "attention_bias": false }));
+    let gemma = family(json!({ "model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16 }));
+    let glm_norms = &["post_self_attn_layernorm", "post_mlp_layernorm"][..];
+    let gemma_norms =
+        &["self_attn.q_norm", "self_attn.k_norm", "pre_feedforward_layernorm", "post_feedforward_layernorm"][..];
+    for (config, norms, rows_move, norms_grow) in [(glm, glm_norms, true, false), (gemma, gemma_norms, false, true)] {
+        let mut modules: Vec<Module> = modules().into();
+        if rows_move {
+            modules.splice(4..6, [Module::random("mlp.gate_up_proj", 192, 64, 4, &mut rng)]);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let [packed, plain] = ["packed", "plain"].map(|name| dir.path().join(name));
+        [&packed, &plain].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+        write(&packed, &modules, &config, "");
+        let mut tensors = stored(&packed);
+        for name in norms {
+            let len = if name.starts_with("self_attn") { 16 } else { 64 };
+            let gamma = (0..len).flat_map(|i| f16::from_f32(i as f32 / 64.0).to_le_bytes()).collect();
+            tensors.push((format!("model.layers.0.{name}.weight"), Dtype::F16, vec![len], gamma));
+        }
+        save(&packed, &tensors, &config);
+        tensors.retain(|(name, ..)| !["qweight", "qzeros", "scales"].iter().any(|suffix| name.ends_with(suffix)));
+        for module in &modules {
+            let weights = (0..module.rows).flat_map(|row| (0..module.channels).map(move |k| (row, k)));
+            let bytes = weights.flat_map(|(row, k)| module.weight(row, k).to_le_bytes()).collect();
+            let name = format!("model.layers.0.{}.weight", module.name);
+            tensors.push((name, Dtype::F32, vec![module.rows, module.channels], bytes));
+        }
+        let mut full = config.clone();
+        full.as_object_mut().unwrap().remove("quantization_config");
+        save(&plain, &tensors, &full);
+        let (packed, plain) = (Grouped::open(&packed).unwrap(), Source::open(&plain).unwrap());
+        let rows = |model: &dyn ModelWeights, projection| {
+            let weight = model.projection(0, projection).unwrap().weight;
+            let mut values = vec![0.0; weight.in_features() * weight.out_features()];
+            let rows = values.chunks_exact_mut(weight.in_features()).enumerate();
+            rows.for_each(|(row, values)| weight.row(row, values));
+            values
+        };
+        for projection in Projection::ALL {
+            assert_eq!(rows(&packed, projection), rows(&plain, projection), "{projection}");
+        }
+        let second: Vec<f32> = (0..64).map(|k| modules[0].weight(1, k)).collect();
+        let moved = rows(&packed, Projection::Qkv)[64..128] != second;
+        assert_eq!(moved, rows_move, "row 1 of q stands elsewhere where neighbours turn together");
+        for (norm, _) in packed.config().layers[0].norms(64) {
+            assert_eq!(packed.norm(0, norm).unwrap(), plain.norm(0, norm).unwrap(), "{norm:?}");
+        }
+        assert_eq!(packed.final_norm().unwrap(), [if norms_grow { 2.0 } else { 1.0 }; 64]);
+    }
+}
+
 /// What only some quantizers quantize, and what is no number.
 #[test]
 fn tensors_that_are_not_as_they_should_be_are_named() {

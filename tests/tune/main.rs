@@ -1,5 +1,7 @@
 //! The tuner: known optima, noise, the manual's own example, files that are refused, what is written.
 
+#[path = "../changed/mod.rs"]
+mod changed;
 #[path = "../devices/mod.rs"]
 mod devices;
 mod files;

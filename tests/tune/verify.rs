@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
-use decdec::config::{LayerNorm, ModelConfig, Projection};
+use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
-use decdec::format::{Dense, Storage};
+use decdec::format::Storage;
 use decdec::nsys::Identity;
 use decdec::profile::{self, ByClock};
 use decdec::random::RandomWeights;
@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use crate::Synthetic;
+use crate::changed::{Change, Changed};
 
 /// Tunes the manual's example at `target` per cent and holds it against tokens that `real` (from a layer's slowdown
 /// to a token's, in per cent) makes slower.
@@ -98,21 +99,9 @@ impl Mixed {
     }
 }
 
-impl ModelWeights for Mixed {
-    fn config(&self) -> &ModelConfig {
-        self.0[0].config()
-    }
-    fn embedding(&self) -> Result<Dense<'_>> {
-        self.0[0].embedding()
-    }
-    fn head(&self) -> Result<Option<Dense<'_>>> {
-        self.0[0].head()
-    }
-    fn final_norm(&self) -> Result<Vec<f32>> {
-        self.0[0].final_norm()
-    }
-    fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>> {
-        self.0[layer / 2].norm(layer, norm)
+impl Change for Mixed {
+    fn of(&self) -> &dyn ModelWeights {
+        &self.0[0]
     }
     fn projection(&self, layer: usize, projection: Projection) -> Result<Linear<'_>> {
         self.0[layer / 2].projection(layer, projection)
@@ -126,7 +115,7 @@ impl ModelWeights for Mixed {
 #[test]
 fn each_width_of_a_mixed_model_is_verified() {
     let dir = tempfile::tempdir().unwrap();
-    let (weights, cpu) = (Mixed::new(), Cpu::new());
+    let (weights, cpu) = (Changed(Mixed::new()), Cpu::new());
     let mut model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
     let how = tune::Verification { tokens: 20, rounds: 1, selection: Selection::Bucket };
     for bits in [3, 4] {

@@ -13,11 +13,11 @@ use super::buffer::Buffer;
 use super::host::{Mapped, Registered, Sent, Staging};
 use super::kernel::Kernel;
 use super::launch::Input;
-use super::pack::{self, Packing};
+use super::pack::Packing;
 use super::plain;
 use super::{Cuda, Dtype, Residuals, Tuning};
 use crate::dec::{BUCKETS, CHUNK, DecPlan, Selection};
-use crate::format::{Floats, LutGemm, Residual};
+use crate::format::{Floats, Residual};
 use crate::weights::{Linear, Weight};
 
 /// How a packed matrix is stored, and so which kernel multiplies it.
@@ -221,14 +221,11 @@ fn body(cuda: &Cuda, weight: &Weight<'_>) -> Result<Body> {
     let dtype = cuda.options.dtype;
     // float32, and generic kernels, take every matrix in the plain layout.
     let generic = dtype == Dtype::Float32 || cuda.options.compile == 0;
+    let packing = Packing::of(weight, dtype).filter(|_| !generic);
+    if let Some((format, packing)) = packing.and_then(|packing| Some((packing.format()?, packing))) {
+        return packed_body(cuda, format, &packing);
+    }
     match weight {
-        Weight::AnyPrec(w) if !generic && matches!(w.bits(), 3 | 4) => {
-            packed_body(cuda, Format::AnyPrec { bits: w.bits() }, &Packing::AnyPrec(w, dtype))
-        }
-        Weight::LutGemm(w) if !generic && tuned(w) => {
-            packed_body(cuda, Format::LutGemm { bits: w.bits(), group: w.group_size() }, &Packing::LutGemm(w))
-        }
-        Weight::Dense(w) if !generic => packed_body(cuda, Format::Dense, &Packing::Dense(w, dtype)),
         Weight::AnyPrec(w) => {
             let codes = plain::bytes(w.in_features(), w.out_features(), |row, out| w.codes(row, out));
             any_body(cuda, &codes, &w.lut().to_f32(), &[], w.bits(), 0, 1)
@@ -241,10 +238,6 @@ fn body(cuda: &Cuda, weight: &Weight<'_>) -> Result<Body> {
         }
         Weight::Dense(w) => any_body(cuda, &[], &plain::numbers(w, dtype), &[], 0, 2, 1),
     }
-}
-
-fn tuned(w: &LutGemm<'_>) -> bool {
-    matches!(w.bits(), 3 | 4 | 8) && matches!(w.group_size(), 32 | 64 | 128) && pack::is_uniform(w)
 }
 
 fn packed_body(cuda: &Cuda, format: Format, packing: &Packing<'_>) -> Result<Body> {

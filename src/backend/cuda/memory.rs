@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 
-use super::pack::{self, CODE_UNIT, DENSE_UNIT, TILE};
+use super::pack::Packing;
 use super::{Cuda, Dtype, Residuals, attention, host};
 use crate::config::Projection;
 use crate::weights::{ModelWeights, Weight};
@@ -116,19 +116,13 @@ impl Cuda {
     fn matrix_bytes(&self, weight: &Weight<'_>) -> usize {
         let (k, rows) = (weight.in_features(), weight.out_features());
         let plain = self.options.dtype == Dtype::Float32 || self.options.compile == 0;
-        let tiles = rows.div_ceil(TILE) * TILE;
+        if let Some(packing) = Packing::of(weight, self.options.dtype).filter(|_| !plain) {
+            return packing.tiles() * (packing.code_bytes() + packing.aux_bytes());
+        }
         match weight {
-            Weight::Dense(_) if plain => k * rows * 4,
-            Weight::Dense(_) => tiles * k.next_multiple_of(DENSE_UNIT) * 2,
-            Weight::AnyPrec(w) if plain || !matches!(w.bits(), 3 | 4) => k * rows + ((rows * 4) << w.bits()),
-            Weight::AnyPrec(w) => tiles * k.next_multiple_of(CODE_UNIT) * w.bits() / 8 + ((tiles * 2) << w.bits()),
-            Weight::LutGemm(w) if plain || !matches!(w.bits(), 3 | 4 | 8) => {
-                k * rows + k / w.group_size() * rows * (w.bits() + 1) * 4
-            }
-            Weight::LutGemm(w) => {
-                let k = k.next_multiple_of(pack::code_unit(w.bits()));
-                tiles * k * w.bits() / 8 + tiles * (k / w.group_size()) * 8
-            }
+            Weight::Dense(_) => k * rows * 4,
+            Weight::AnyPrec(w) => k * rows + ((rows * 4) << w.bits()),
+            Weight::LutGemm(w) => k * rows + k / w.group_size() * rows * (w.bits() + 1) * 4,
         }
     }
 }

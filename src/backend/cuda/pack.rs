@@ -6,11 +6,12 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::matrix::Format;
 use crate::backend::cuda::Dtype;
 use crate::format::{AnyPrec, Dense, Floats, LutGemm};
 use crate::weights::Weight;
@@ -61,7 +62,29 @@ pub(super) enum Packing<'a> {
     Dense(&'a Dense<'a>, Dtype),
 }
 
-impl Packing<'_> {
+impl<'a> Packing<'a> {
+    /// How `weight` is packed; `None` for codes of widths that no packed layout has.
+    pub(super) fn of(weight: &'a Weight<'a>, dtype: Dtype) -> Option<Self> {
+        match weight {
+            Weight::AnyPrec(w) if matches!(w.bits(), 3 | 4) => Some(Self::AnyPrec(w, dtype)),
+            Weight::LutGemm(w) if matches!(w.bits(), 3 | 4 | 8) => Some(Self::LutGemm(w)),
+            Weight::Dense(w) => Some(Self::Dense(w, dtype)),
+            _ => None,
+        }
+    }
+
+    /// The layout, if there is a kernel for it: groups of usual sizes, steps that are powers of two apart.
+    pub(super) fn format(&self) -> Option<Format> {
+        match self {
+            Self::AnyPrec(w, _) => Some(Format::AnyPrec { bits: w.bits() }),
+            Self::LutGemm(w) => {
+                let (bits, group) = (w.bits(), w.group_size());
+                (matches!(group, 32 | 64 | 128) && is_uniform(w)).then_some(Format::LutGemm { bits, group })
+            }
+            Self::Dense(..) => Some(Format::Dense),
+        }
+    }
+
     fn shape(&self) -> (usize, usize) {
         match self {
             Self::AnyPrec(w, _) => (w.in_features(), w.out_features()),
@@ -140,12 +163,8 @@ impl Packing<'_> {
 /// # Errors
 /// Codes of other widths than those that are packed: they are sent as they are stored.
 pub fn packed(weight: &Weight<'_>, dtype: Dtype) -> Result<Vec<u32>> {
-    let packing = match weight {
-        Weight::AnyPrec(w) if matches!(w.bits(), 3 | 4) => Packing::AnyPrec(w, dtype),
-        Weight::LutGemm(w) if matches!(w.bits(), 3 | 4 | 8) => Packing::LutGemm(w),
-        Weight::Dense(w) => Packing::Dense(w, dtype),
-        _ => bail!("codes of other than 3 or 4 bits (8 of LUT-GEMM) are not packed"),
-    };
+    let packing =
+        Packing::of(weight, dtype).context("codes of other than 3 or 4 bits (8 of LUT-GEMM) are not packed")?;
     let (codes, aux) = (packing.code_bytes(), packing.aux_bytes());
     let mut words = vec![0u32; packing.tiles() * (codes + aux) / 4];
     let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);

@@ -212,28 +212,24 @@ impl File {
         if let Some(&Value::Array { count, .. }) = self.metadata.get(key) { count } else { 0 }
     }
 
+    /// A value that `read` makes something of; none when missing.
+    fn value<'a, T>(&'a self, key: &str, wanted: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.metadata.get(key) else { return Ok(None) };
+        read(value).map(Some).with_context(|| format!("{key} is {value}, {wanted} is expected"))
+    }
+
     pub(super) fn float(&self, key: &str) -> Result<Option<f64>> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Float(n)) => Ok(Some(*n)),
-            Some(other) => bail!("{key} is {other}, a floating-point number is expected"),
-        }
+        self.value(key, "a floating-point number", |value| if let Value::Float(n) = value { Some(*n) } else { None })
     }
 
     pub(super) fn boolean(&self, key: &str) -> Result<Option<bool>> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Bool(b)) => Ok(Some(*b)),
-            Some(other) => bail!("{key} is {other}, true or false is expected"),
-        }
+        self.value(key, "true or false", |value| if let Value::Bool(b) = value { Some(*b) } else { None })
     }
 
     pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Text(place)) => text(&self.bytes[place.clone()]).map(Some),
-            Some(other) => bail!("{key} is {other}, a string is expected"),
-        }
+        let place =
+            self.value(key, "a string", |value| if let Value::Text(place) = value { Some(place) } else { None });
+        place?.map(|place| text(&self.bytes[place.clone()])).transpose()
     }
 
     /// A list of strings; empty when missing.

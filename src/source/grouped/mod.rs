@@ -165,7 +165,7 @@ impl TensorSet for Packed {
         let stored = self.floats(&module.tensor("scales"))?.into_f32();
         let scales: Vec<f32> = (0..rows * groups).map(|i| stored[i % groups * rows + i / groups]).collect();
         let weight = LutGemm::from_uniform(channels, rows, size.bits, group_size, &codes, &scales, &zeros)?;
-        Ok(weight.into_tensors())
+        Ok(weight.0.tensors)
     }
 }
 

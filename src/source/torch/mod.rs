@@ -54,48 +54,34 @@ pub enum DType {
 }
 
 impl DType {
+    /// Every type with the storage that `torch` has for it, its name in messages, and the bytes of a number.
+    const ALL: [(Self, &str, &str, usize); 10] = [
+        (Self::F16, "HalfStorage", "f16", 2),
+        (Self::Bf16, "BFloat16Storage", "bf16", 2),
+        (Self::F32, "FloatStorage", "f32", 4),
+        (Self::F64, "DoubleStorage", "f64", 8),
+        (Self::I64, "LongStorage", "i64", 8),
+        (Self::I32, "IntStorage", "i32", 4),
+        (Self::I16, "ShortStorage", "i16", 2),
+        (Self::I8, "CharStorage", "i8", 1),
+        (Self::U8, "ByteStorage", "u8", 1),
+        (Self::Bool, "BoolStorage", "bool", 1),
+    ];
+
     /// Bytes of one number.
     pub const fn bytes(self) -> usize {
-        match self {
-            Self::F64 | Self::I64 => 8,
-            Self::F32 | Self::I32 => 4,
-            Self::F16 | Self::Bf16 | Self::I16 => 2,
-            Self::I8 | Self::U8 | Self::Bool => 1,
-        }
+        Self::ALL[self as usize].3
     }
 
     /// The type that `torch.{name}` stores.
     fn of_storage(name: &str) -> Option<Self> {
-        Some(match name {
-            "HalfStorage" => Self::F16,
-            "BFloat16Storage" => Self::Bf16,
-            "FloatStorage" => Self::F32,
-            "DoubleStorage" => Self::F64,
-            "LongStorage" => Self::I64,
-            "IntStorage" => Self::I32,
-            "ShortStorage" => Self::I16,
-            "CharStorage" => Self::I8,
-            "ByteStorage" => Self::U8,
-            "BoolStorage" => Self::Bool,
-            _ => return None,
-        })
+        Self::ALL.into_iter().find(|(_, storage, ..)| *storage == name).map(|(dtype, ..)| dtype)
     }
 }
 
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::F32 => "f32",
-            Self::F64 => "f64",
-            Self::I64 => "i64",
-            Self::I32 => "i32",
-            Self::I16 => "i16",
-            Self::I8 => "i8",
-            Self::U8 => "u8",
-            Self::Bool => "bool",
-        })
+        f.write_str(Self::ALL[*self as usize].2)
     }
 }
 

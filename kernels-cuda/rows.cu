@@ -76,46 +76,11 @@ extern "C" __global__ void __launch_bounds__(256) gated(const float* gu, const f
     *(float4*)(out + k) = gated4(gate, up, activation);
 }
 
-// norm(x)·γ over `len` numbers by a block of THREADS, len % 4 == 0. What does not fit in registers is read again.
-template <int THREADS>
-struct Norm {
-    typedef Team<0, THREADS, 0> All;
-    static constexpr int STEPS = 2;
-    float4 gamma[STEPS];
+__device__ __forceinline__ float squares(float4 v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
 
-    static __device__ __forceinline__ int at(int step) { return 4 * (step * THREADS + this_thread()); }
-
-    // What does not depend on earlier kernels.
-    __device__ __forceinline__ Norm(const float* from, int len) {
-#pragma unroll
-        for (int s = 0; s < STEPS; s++)
-            gamma[s] = at(s) < len ? *(const float4*)(from + at(s)) : make_float4(0, 0, 0, 0);
-    }
-
-    // write(step, i, four of them) for all that x(i) gives; steps of which nothing was kept are STEPS.
-    template <class Read, class Write>
-    __device__ __forceinline__ void run(const float* from, int len, float eps, float* scratch, Read x,
-                                        Write write) const {
-        float4 v[STEPS];
-        float sum = 0;
-        auto add_squares = [&](float4 v) {
-            sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum), sum = fmaf(v.w, v.w, sum);
-        };
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) v[s] = at(s) < len ? x(at(s)) : make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) add_squares(v[s]);
-        for (int i = at(STEPS); i < len; i += 4 * THREADS) add_squares(x(i));
-        float scale = 1.0f / sqrtf(team_sum<All>(sum, scratch) / len + eps);
-        auto scaled = [&](float4 v, float4 w) {
-            return make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
-        };
-#pragma unroll
-        for (int s = 0; s < STEPS; s++)
-            if (at(s) < len) write(s, at(s), scaled(v[s], gamma[s]));
-        for (int i = at(STEPS); i < len; i += 4 * THREADS) write(STEPS, i, scaled(x(i), *(const float4*)(from + i)));
-    }
-};
+__device__ __forceinline__ float4 scaled(float4 v, float scale, float4 gamma) {
+    return make_float4(v.x * scale * gamma.x, v.y * scale * gamma.y, v.z * scale * gamma.z, v.w * scale * gamma.w);
+}
 
 // Of qkv [tokens, queries, keys, values]: x = norm(x + delta)·γ for every stretch x of the queries, as long as their γ, and
 // of the keys; values += delta. Grid (stretches, tokens); with a delta, one block more, for the values.
@@ -125,43 +90,49 @@ extern "C" __global__ void __launch_bounds__(256) norm_qk(float* qkv, const floa
                                                           int key_len, float query_eps, float key_eps) {
     __shared__ float scratch[8];
     let_next_start();
-    int stretch = blockIdx.x, of_queries = queries / query_len;
+    int stretch = blockIdx.x, of_queries = queries / query_len, k = 4 * threadIdx.x;
     bool is_key = stretch >= of_queries;
-    int len = is_key ? key_len : query_len, begin = is_key ? queries + (stretch - of_queries) * key_len : stretch * query_len;
+    int len = is_key ? key_len : query_len;
+    int begin = is_key ? queries + (stretch - of_queries) * key_len : stretch * query_len;
     bool is_value = begin >= queries + keys;
     const float* gamma = is_key ? key : query;
+    float4 w = !is_value && k < len ? *(const float4*)(gamma + k) : make_float4(0, 0, 0, 0);
     float* x = qkv + (long long)blockIdx.y * (queries + 2 * keys) + begin;
     if (delta) delta += begin;
-    Norm<256> norm(gamma, is_value ? 0 : len);
     wait_for_previous();
-    auto read = [&](int i) { return load4(x, delta, i); };
-    auto write = [&](int, int i, float4 v) { *(float4*)(x + i) = v; };
-    if (!is_value)
-        norm.run(gamma, len, is_key ? key_eps : query_eps, scratch, read, write);
-    else
-        for (int i = 4 * threadIdx.x; i < keys; i += 4 * 256) write(0, i, read(i));
+    if (is_value) {
+        for (; k < keys; k += 1024) *(float4*)(x + k) = load4(x, delta, k);
+        return;
+    }
+    float4 v = k < len ? load4(x, delta, k) : make_float4(0, 0, 0, 0);
+    float sum = squares(v);
+    for (int i = k + 1024; i < len; i += 1024) sum += squares(load4(x, delta, i));
+    float scale = 1.0f / sqrtf(team_sum<Team<0, 256, 0>>(sum, scratch) / len + (is_key ? key_eps : query_eps));
+    if (k < len) *(float4*)(x + k) = scaled(v, scale, w);
+    for (int i = k + 1024; i < len; i += 1024)
+        *(float4*)(x + i) = scaled(load4(x, delta, i), scale, *(const float4*)(gamma + i));
 }
 
-// h[token, :] += h_delta + norm(branch + delta)·γ; one block per token. features % 4 == 0.
-extern "C" __global__ void __launch_bounds__(1024) add_norm(const float* branch, const float* delta,
-                                                            const float* gamma, float eps, int features, float* h,
-                                                            const float* h_delta) {
-    __shared__ float scratch[32];
+// h[token, :] += h_delta + norm(branch + delta)·γ. Grid (features / 1024 rounded up, tokens): every block sums all squares,
+// which is one read, and writes its 1024 numbers; blocks this small leave room for those of the next product.
+// features % 4 == 0.
+extern "C" __global__ void __launch_bounds__(256) add_norm(const float* branch, const float* delta,
+                                                           const float* gamma, float eps, int features, float* h,
+                                                           const float* h_delta) {
+    __shared__ float scratch[8];
     let_next_start();
-    long long first = (long long)blockIdx.x * features;
-    typedef Norm<1024> Branch;
-    Branch norm(gamma, features);
-    wait_for_previous();
+    long long first = (long long)blockIdx.y * features;
     branch += first, h += first;
-    // On its way while the squares are summed.
-    float4 before[Branch::STEPS];
-#pragma unroll
-    for (int s = 0; s < Branch::STEPS; s++)
-        before[s] = Branch::at(s) < features ? load4(h, h_delta, Branch::at(s)) : make_float4(0, 0, 0, 0);
-    norm.run(gamma, features, eps, scratch, [&](int i) { return load4(branch, delta, i); },
-             [&](int s, int i, float4 v) {
-                 *(float4*)(h + i) = add4(s < Branch::STEPS ? before[s] : load4(h, h_delta, i), v);
-             });
+    int k = 4 * (blockIdx.x * 256 + threadIdx.x);
+    bool own = k < features;
+    float4 none = make_float4(0, 0, 0, 0), w = own ? *(const float4*)(gamma + k) : none;
+    wait_for_previous();
+    float4 v = own ? load4(branch, delta, k) : none, before = own ? load4(h, h_delta, k) : none;
+    float sum = 0;
+#pragma unroll 4
+    for (int i = 4 * threadIdx.x; i < features; i += 1024) sum += squares(load4(branch, delta, i));
+    float scale = 1.0f / sqrtf(team_sum<Team<0, 256, 0>>(sum, scratch) / features + eps);
+    if (own) *(float4*)(h + k) = add4(before, scaled(v, scale, w));
 }
 
 // logits[i] = cap·tanh((logits[i] + delta[i]) / cap)

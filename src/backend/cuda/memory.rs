@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::pack::Packing;
 use super::{Cuda, Dtype, Residuals, attention, host};
-use crate::config::Projection;
+use crate::config::{NormPlacement, Projection};
 use crate::weights::{ModelWeights, Weight};
 
 /// Bytes that a model takes, and bytes that are free.
@@ -96,7 +96,8 @@ impl Cuda {
         let table = self.matrix_bytes(&Weight::Dense(weights.embedding()?));
         bytes += if config.tie_word_embeddings { table } else { 2 * table };
         let tokens = self.device.max_tokens.min(max_seq_len);
-        let width = config.hidden_size
+        let branches = config.layers.iter().any(|layer| layer.norms != NormPlacement::Before);
+        let width = config.hidden_size * if branches { 2 } else { 1 }
             + Projection::ALL.into_iter().map(|p| config.widest(p)).max().unwrap_or(0) * 2
             + config.widest(Projection::Qkv);
         let number = if self.options.dtype == Dtype::Float32 { 4 } else { 2 };

@@ -416,7 +416,7 @@ impl DecodeBackend for Cuda {
         let (features, to, h_delta) = (norm.len as i32, h.at(), h.delta());
         self.driver.launch(
             &self.kernel("rows.cu", "add_norm", &[])?,
-            Launch::new(tokens, 1024),
+            Launch { grid: (norm.len.div_ceil(1024), tokens, 1), ..Launch::new(1, 256) },
             &mut Arguments::new()
                 .with(&at)
                 .with(&delta)

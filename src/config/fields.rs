@@ -68,10 +68,10 @@ impl<'a> Fields<'a> {
         number.map(Some).with_context(|| format!("{key} is {value}, a number above 0 is expected"))
     }
 
-    /// A number of either sign.
-    pub(super) fn number(self, key: &str) -> Result<Option<f64>> {
-        let value = self.present(key);
-        value.map(|v| v.as_f64().with_context(|| format!("{key} is {v}, a number is expected"))).transpose()
+    pub(super) fn not_negative(self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.present(key) else { return Ok(None) };
+        let number = value.as_f64().filter(|n| *n >= 0.0);
+        number.map(Some).with_context(|| format!("{key} is {value}, a number of 0 or more is expected"))
     }
 
     pub(super) fn optional_dimension(self, key: &str) -> Result<Option<usize>> {

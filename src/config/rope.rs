@@ -188,13 +188,28 @@ mod tests {
     type Rotation = (usize, f64, f64);
 
     /// Known answers at position [`FAR`], from decimal arithmetic with 80 digits. Of Llama 3.1's frequencies, the second
-    /// and the 29th are kept, the 32nd lies on the ramp, the 36th and the last are divided.
+    /// and the 29th are kept, the 32nd lies on the ramp, the 36th and the last are divided; of YaRN's, those to the 24th
+    /// are kept and those from the 41st divided. LongRoPE's divisors are 1, 1.5, 2 and so on.
     fn known() -> Vec<(Rope, Vec<Rotation>)> {
         let llama3 = RopeScaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,
             high_freq_factor: 4.0,
             original_max_position_embeddings: 8192.0,
+        };
+        let yarn = |truncate, attention_factor| RopeScaling::Yarn {
+            factor: 4.0,
+            original_max_position_embeddings: 32_768.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate,
+            attention_factor,
+        };
+        let longrope = RopeScaling::LongRope {
+            short_factor: vec![1.0; 48],
+            long_factor: (0..48).map(|i| 1.0 + f64::from(i) / 2.0).collect(),
+            original_max_position_embeddings: 4096,
+            attention_factor: (1.0 + 32f64.ln() / 4096f64.ln()).sqrt(),
         };
         vec![
             (
@@ -224,6 +239,52 @@ mod tests {
                     (63, 0.999191095035, 0.040213873252),
                 ],
             ),
+            (
+                rope(1_000_000.0, 128, yarn(true, 0.1 * 4f64.ln() + 1.0)),
+                vec![
+                    (1, -0.666746340214, 0.922998543115),
+                    (20, 0.481311942033, 1.031899126483),
+                    (24, 0.766744073413, 0.841772248691),
+                    (30, 0.329971593539, 1.089768663634),
+                    (39, -0.691838267823, 0.904343299835),
+                    (45, -0.453186291671, 1.044556928952),
+                    (63, 1.137688227672, 0.046287032719),
+                ],
+            ),
+            (
+                rope(1_000_000.0, 128, yarn(false, 1.0)),
+                vec![
+                    (1, -0.585569210727, 0.810622414845),
+                    (20, 0.422711662608, 0.906264227637),
+                    (24, 0.832135976102, 0.554571652068),
+                    (30, -0.996381126395, -0.084997946820),
+                    (39, -0.253637259640, 0.967299405832),
+                    (45, -0.398010342345, 0.917380928179),
+                ],
+            ),
+            (
+                Rope { rotary_dim: 96, ..rope(10_000.0, 128, longrope) },
+                vec![
+                    (0, -0.973595102768, -0.684674552275),
+                    (1, 1.131244443514, -0.370071176511),
+                    (20, 0.741770981740, -0.930828919466),
+                    (30, 0.852460598298, 0.830648899966),
+                    (47, 0.948861991227, 0.718559383956),
+                    (48, 1.0, 0.0),
+                    (63, 1.0, 0.0),
+                ],
+            ),
+            (
+                Rope { rotary_dim: 64, pairing: Pairing::Neighbours, ..rope(10_000.0, 128, RopeScaling::None) },
+                vec![
+                    (0, -0.817983499388, -0.575241683755),
+                    (1, 0.054617930938, 0.998507326773),
+                    (17, -0.911178268044, 0.412012334579),
+                    (31, 0.198511702907, -0.980098517400),
+                    (32, 1.0, 0.0),
+                    (63, 1.0, 0.0),
+                ],
+            ),
         ]
     }
 
@@ -234,16 +295,52 @@ mod tests {
             let table = rope.table(FAR + 1);
             let row = &table[FAR * half..];
             assert_eq!(row.len(), half);
-            assert_eq!(table[..half], vec![[1.0, 0.0]; half], "position 0");
+            let factor = rope.attention_factor();
+            let turning = rope.rotary_dim / 2;
+            assert_eq!(table[..turning], vec![[factor as f32, 0.0]; turning], "position 0");
+            assert_eq!(table[turning..half], vec![[1.0, 0.0]; half - turning], "position 0");
             let mut of_f32 = 0f64;
             for (i, cos, sin) in pairs {
-                // Half a unit in the last place of a number up to 1, and what f64 loses of an angle of 131071.
+                // Half a unit in the last place of a number up to the factor, and what f64 loses of an angle of 131071.
                 let off = (f64::from(row[i][0]) - cos).abs().max((f64::from(row[i][1]) - sin).abs());
-                assert!(off < 2f64.powi(-25) + 1e-9, "{:?}, pair {i}: {:?} is off by {off}", rope.scaling, row[i]);
-                let angle = FAR as f32 * rope.frequencies(FAR + 1)[i] as f32;
-                of_f32 = of_f32.max((f64::from(angle).sin() - sin).abs().max((f64::from(angle).cos() - cos).abs()));
+                let unit = if factor > 1.0 { 2f64.powi(-24) } else { 2f64.powi(-25) };
+                assert!(off < unit + 1e-9, "{:?}, pair {i}: {:?} is off by {off}", rope.scaling, row[i]);
+                let Some(&frequency) = rope.frequencies(FAR + 1).get(i) else { continue };
+                let angle = FAR as f32 * frequency as f32;
+                let (wrong_sin, wrong_cos) = (factor * f64::from(angle).sin(), factor * f64::from(angle).cos());
+                of_f32 = of_f32.max((wrong_sin - sin).abs().max((wrong_cos - cos).abs()));
             }
             assert!(of_f32 > 1e-4, "{:?}: f32 would do, which is off by {of_f32}", rope.scaling);
         }
+    }
+
+    /// Whether a text may become longer than the original context is asked once, of the whole table.
+    #[test]
+    fn long_divisors_are_those_of_long_texts() {
+        let scaling = RopeScaling::LongRope {
+            short_factor: vec![1.0, 2.0],
+            long_factor: vec![4.0, 8.0],
+            original_max_position_embeddings: 24,
+            attention_factor: 1.25,
+        };
+        let rope = rope(16.0, 4, scaling);
+        let sines = |frequencies: [f64; 2]| frequencies.map(|frequency| (1.25 * (3.0 * frequency).sin()) as f32);
+        let third = |positions| [0, 1].map(|i| rope.table(positions)[3 * 2 + i][1]);
+        assert_eq!(third(24), sines([1.0, 0.25 / 2.0]));
+        assert_eq!(third(25), sines([0.25, 0.25 / 8.0]));
+        assert_eq!(third(4), third(24));
+    }
+
+    /// Channels that turn come first in each half, then those that do not; both halves together have every channel.
+    #[test]
+    fn channels_that_turn_together_are_half_a_head_apart() {
+        let order = |head_dim, rotary_dim, pairing| {
+            Rope { head_dim, rotary_dim, pairing, theta: 10.0, scaling: RopeScaling::None }.order()
+        };
+        assert_eq!(order(8, 8, Pairing::Halves), None);
+        assert_eq!(order(8, 4, Pairing::Halves), Some(vec![0, 1, 4, 5, 2, 3, 6, 7]));
+        assert_eq!(order(8, 4, Pairing::Neighbours), Some(vec![0, 2, 4, 5, 1, 3, 6, 7]));
+        assert_eq!(order(8, 8, Pairing::Neighbours), Some(vec![0, 2, 4, 6, 1, 3, 5, 7]));
+        assert_eq!(order(8, 6, Pairing::Halves), Some(vec![0, 1, 2, 6, 3, 4, 5, 7]));
     }
 }

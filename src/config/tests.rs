@@ -1,3 +1,6 @@
+mod families;
+mod rope;
+
 use serde_json::{Value, json};
 
 use crate::config::{Attention, ModelConfig, Projection, RopeScaling};
@@ -102,141 +105,6 @@ fn fields_that_may_be_absent_null_or_lists() {
 }
 
 #[test]
-fn both_spellings_of_rope() {
-    let scaling = json!({
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    });
-    let mut parameters = scaling.clone();
-    parameters["rope_theta"] = json!(500000.0);
-    let old = read(json!({ "rope_theta": 500000.0, "rope_scaling": scaling }));
-    assert_eq!(old, read(json!({ "rope_parameters": parameters })));
-    let expected = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position_embeddings: 8192.0,
-    };
-    assert_eq!((old.rope_theta, old.rope_scaling), (500000.0, expected));
-    let linear = read(json!({ "rope_scaling": { "type": "linear", "factor": 2 } }));
-    assert_eq!(linear.rope_scaling, RopeScaling::Linear { factor: 2.0 });
-    let plain = read(json!({ "rope_scaling": null, "rope_parameters": { "rope_theta": 5, "rope_type": "default" } }));
-    assert_eq!((plain.rope_theta, plain.rope_scaling), (5.0, RopeScaling::None));
-    let untyped = read(json!({ "rope_theta": 7, "rope_parameters": { "rope_theta": 7 } }));
-    assert_eq!((untyped.rope_theta, untyped.rope_scaling), (7.0, RopeScaling::None));
-}
-
-/// One way to say how frequencies are scaled, in each of the objects that may say it, alone or in both.
-#[test]
-fn every_spelling_of_rope_scaling() {
-    let linear = |factor| RopeScaling::Linear { factor };
-    let llama3 = json!({
-        "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
-        "original_max_position_embeddings": 8192,
-    });
-    let as_llama3 = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position_embeddings: 8192.0,
-    };
-    let cases = [
-        (Value::Null, RopeScaling::None),
-        (json!({}), RopeScaling::None),
-        (json!({ "rope_theta": 10000 }), RopeScaling::None),
-        (json!({ "partial_rotary_factor": 1.0 }), RopeScaling::None),
-        (json!({ "type": "default" }), RopeScaling::None),
-        (json!({ "rope_type": "default" }), RopeScaling::None),
-        (json!({ "rope_type": "default", "type": "default" }), RopeScaling::None),
-        (json!({ "rope_type": "default", "factor": null }), RopeScaling::None),
-        // transformers does not look at the factor of this type.
-        (json!({ "rope_type": "default", "factor": 4.0 }), RopeScaling::None),
-        (json!({ "type": "linear", "factor": 4.0 }), linear(4.0)),
-        (json!({ "rope_type": "linear", "factor": 4 }), linear(4.0)),
-        (json!({ "rope_type": "linear", "type": "linear", "factor": 4 }), linear(4.0)),
-        (json!({ "rope_type": null, "type": "linear", "factor": 4 }), linear(4.0)),
-        (json!({ "rope_type": "linear", "type": null, "factor": 0.5 }), linear(0.5)),
-        (json!({ "type": "linear", "factor": 4.0, "finetuned": true }), linear(4.0)),
-        (json!({ "type": "linear", "factor": 4.0, "attention_factor": null }), linear(4.0)),
-        (json!({ "type": "linear", "factor": 1 }), RopeScaling::None),
-        (json!({ "rope_type": "linear", "factor": 1.0 }), RopeScaling::None),
-        (llama3.clone(), as_llama3.clone()),
-        (merged(llama3.clone(), &json!({ "rope_type": "absent", "type": "llama3" })), as_llama3),
-    ];
-    for (mut object, expected) in cases {
-        if let Some(fields) = object.as_object_mut() {
-            fields.retain(|_, value| *value != json!("absent"));
-        }
-        for changes in [
-            json!({ "rope_scaling": object }),
-            json!({ "rope_parameters": object }),
-            json!({ "rope_scaling": object, "rope_parameters": object }),
-            json!({ "rope_scaling": object, "rope_parameters": {} }),
-            json!({ "rope_scaling": null, "rope_parameters": object }),
-        ] {
-            assert_eq!(read(changes.clone()).rope_scaling, expected, "{changes}");
-        }
-    }
-}
-
-#[test]
-fn rope_scaling_that_is_not_understood() {
-    let unknown = |kind: &str| format!("RoPE type \"{kind}\" is unknown, default, linear or llama3 is expected");
-    let mut cases = vec![
-        (
-            json!({ "factor": 4.0 }),
-            "the RoPE scaling {\"factor\":4.0} has no rope_type, default, linear or llama3 is expected".to_owned(),
-        ),
-        (
-            json!({ "type": null, "factor": 4.0 }),
-            "the RoPE scaling {\"factor\":4.0,\"type\":null} has no rope_type, default, linear or llama3 is expected"
-                .into(),
-        ),
-        (json!({ "type": "linear" }), "the RoPE scaling has no factor".into()),
-        (json!({ "rope_type": "linear", "factor": null }), "the RoPE scaling has no factor".into()),
-        (json!({ "type": "linear", "factor": "4.0" }), "factor is \"4.0\", a number above 0 is expected".into()),
-        (json!({ "type": "linear", "factor": 0 }), "factor is 0, a number above 0 is expected".into()),
-        (json!({ "type": "linear", "factor": -2.0 }), "factor is -2.0, a number above 0 is expected".into()),
-        (json!({ "type": "linear", "factor": [4] }), "factor is [4], a number above 0 is expected".into()),
-        (json!({ "type": 1 }), "type is 1, a string is expected".into()),
-        (
-            json!({ "rope_type": "linear", "type": "dynamic", "factor": 4 }),
-            "rope_type is \"linear\", but type is \"dynamic\", leave one out".into(),
-        ),
-        (
-            json!({ "rope_type": "default", "mrope_section": [2, 1, 1] }),
-            "mrope_section is [2,1,1], which is not known for the RoPE type \"default\": leave it out if it changes \
-             nothing"
-                .into(),
-        ),
-        (
-            json!({ "rope_type": "linear", "factor": 2, "attention_factor": 1.5 }),
-            "attention_factor is 1.5, which is not known for the RoPE type \"linear\": leave it out if it changes \
-             nothing"
-                .into(),
-        ),
-        (
-            json!({ "rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4 }),
-            "the RoPE scaling has no factor".into(),
-        ),
-    ];
-    let kinds = ["dynamic", "ntk", "yarn", "longrope", "su", "mrope", "proportional", "Linear", "none", ""];
-    cases.extend(kinds.map(|kind| (json!({ "type": kind, "factor": 4.0 }), unknown(kind))));
-    cases.extend(kinds.map(|kind| (json!({ "rope_type": kind, "factor": 1 }), unknown(kind))));
-    for (object, expected) in cases {
-        for name in ["rope_scaling", "rope_parameters"] {
-            assert_eq!(refusal(json!({ name: object })), format!("{name}: {expected}"));
-        }
-    }
-    for value in [json!("linear"), json!(4.0), json!([]), json!(false)] {
-        for name in ["rope_scaling", "rope_parameters"] {
-            let expected = format!("{name} is {value}, an object or null is expected");
-            assert_eq!(refusal(json!({ name: value })), expected);
-        }
-    }
-}
-
-#[test]
 fn windows_of_some_layers() {
     let qwen = |changes: Value| {
         merged(json!({ "model_type": "qwen2", "sliding_window": 32, "use_sliding_window": true }), &changes)
@@ -256,7 +124,7 @@ fn windows_of_some_layers() {
 #[test]
 fn refusals_name_what_is_wrong() {
     let cases = [
-        (json!({ "model_type": "gemma" }), "model_type \"gemma\" is unknown, llama, mistral, phi3 or qwen2"),
+        (json!({ "model_type": "gemma" }), "model_type \"gemma\" is unknown, llama, mistral, ministral3, phi3, qwen2,"),
         (json!({ "model_type": "absent" }), "model_type is missing"),
         (
             json!({ "architectures": ["LlamaForSequenceClassification"] }),
@@ -276,7 +144,7 @@ fn refusals_name_what_is_wrong() {
         (json!({ "rope_parameters": { "partial_rotary_factor": 0.5 } }), "partial_rotary_factor is 0.5"),
         (json!({ "num_hidden_layers": 5000 }), "num_hidden_layers is 5000, 1 to 4096"),
         (json!({ "hidden_act": "gelu" }), "hidden_act \"gelu\" is unknown, silu is expected"),
-        (json!({ "rope_scaling": { "type": "longrope" } }), "RoPE type \"longrope\" is unknown"),
+        (json!({ "rope_scaling": { "type": "longrope" } }), "rope_scaling: the RoPE scaling has no short_factor"),
         (json!({ "rope_scaling": { "factor": 2 } }), "has no rope_type"),
         (json!({ "rope_scaling": { "type": "linear" } }), "has no factor"),
         (json!({ "partial_rotary_factor": 0.75 }), "partial_rotary_factor is 0.75, only 1"),
@@ -312,6 +180,33 @@ fn presets() {
     let phi = (40, [(5120, 7680), (5120, 5120), (5120, 35840), (17920, 5120)]);
     assert_eq!(shapes("Phi-3-medium-4k-instruct"), phi);
     assert_eq!(ModelConfig::preset("Phi-3"), None);
+    let newer = [
+        ("Qwen3-8B", (36, [(4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096)])),
+        ("Qwen/Qwen3-14B", (40, [(5120, 7168), (5120, 5120), (5120, 34816), (17408, 5120)])),
+        ("Qwen2.5-7B-Instruct", (28, [(3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)])),
+        ("Llama-3.2-1B-Instruct", (16, [(2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)])),
+        ("Llama-3.2-3B-Instruct", (28, [(3072, 5120), (3072, 3072), (3072, 16384), (8192, 3072)])),
+        ("microsoft/phi-4", (40, [(5120, 7680), (5120, 5120), (5120, 35840), (17920, 5120)])),
+        ("gemma-3-12b-it", (48, [(3840, 8192), (4096, 3840), (3840, 30720), (15360, 3840)])),
+        ("Mistral-Small-3.1-24B-Instruct-2503", (40, [(5120, 6144), (4096, 5120), (5120, 65536), (32768, 5120)])),
+    ];
+    for (name, expected) in newer {
+        assert_eq!(shapes(name), expected, "{name}");
+    }
+    // Weights of all layers, embedding and head: what the name of each promises.
+    let billions = |name: &str| {
+        let config = ModelConfig::preset(name).expect(name);
+        let layers: usize = (0..config.layers.len())
+            .flat_map(|layer| Projection::ALL.map(|projection| config.shape(layer, projection)))
+            .map(|(columns, rows)| columns * rows)
+            .sum();
+        let tables = if config.tie_word_embeddings { 1 } else { 2 };
+        (layers + tables * config.vocab_size * config.hidden_size) as f64 / 1e9
+    };
+    let promised = [8.0, 70.6, 14.0, 1.2, 3.2, 7.6, 8.2, 14.8, 14.7, 11.8, 23.6];
+    for (name, promised) in ModelConfig::PRESETS.into_iter().zip(promised) {
+        assert!((billions(name) - promised).abs() < 0.06, "{name} has {:.2} billion weights", billions(name));
+    }
 }
 
 /// The fields of real models' `config.json` that say what to compute, as they are published.

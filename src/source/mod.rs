@@ -16,7 +16,7 @@ use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::config::{ModelConfig, read_json};
 use crate::tensors::{Layout, Shards, StoredModel};
@@ -50,10 +50,7 @@ impl Source {
         grouped::ensure_full_precision(dir, &config_json)?;
         let shards = Shards::open(&huggingface::files(dir)?)?;
         let texts = TextFiles::read(dir)?;
-        let mut config = ModelConfig::from_json(&config_json)?;
-        if config.tie_word_embeddings && shards.has_own_head()? {
-            config = config.with(json!({ "tie_word_embeddings": false }))?;
-        }
+        let config = configuration(&config_json, &shards)?;
         let tensors = Box::new(shards);
         let model = StoredModel { tensors, config, texts, layout: Layout::FULL, bits: Vec::new() };
         model.check(|projection| Some(model.config.biased.contains(&projection)))?;
@@ -68,4 +65,12 @@ impl Source {
         model.check(|_| None)?;
         Ok(Self(model))
     }
+}
+
+/// The configuration of a directory with these tensors: a head of other numbers than the embedding's counts, whatever
+/// is said of it.
+fn configuration(config_json: &Value, shards: &Shards) -> Result<ModelConfig> {
+    let config = ModelConfig::from_json(config_json)?;
+    let untied = config.tie_word_embeddings && shards.has_own_head()?;
+    if untied { config.with(json!({ "tie_word_embeddings": false })) } else { Ok(config) }
 }

@@ -7,6 +7,7 @@ mod devices;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
 
+mod architectures;
 mod finite;
 mod metadata;
 #[cfg(target_os = "linux")]
@@ -14,7 +15,7 @@ mod small_files;
 
 use std::fs;
 
-use decdec::config::{LayerNorm, Projection, RopeScaling};
+use decdec::config::{LayerNorm, Projection};
 use decdec::source::Source;
 use decdec::weights::{ModelWeights, Weight};
 use fixtures::directory::Directory;
@@ -221,33 +222,6 @@ fn wide_tensors(gguf: Gguf) -> Gguf {
     gguf
 }
 
-#[test]
-fn gguf_llama_3_1_rope_from_divisors() {
-    // The first two frequencies turn often in 8192 tokens and are kept, the third is between, the last divided.
-    let divisors = |factor: f64| -> Vec<f32> {
-        let turns = |i: usize| 8192.0 * 500_000f64.powf(-((2 * i) as f64) / HEAD_DIM as f64) / std::f64::consts::TAU;
-        let kept = |i: usize| ((turns(i) - 1.0) / 3.0).clamp(0.0, 1.0);
-        (0..HEAD_DIM / 2).map(|i| (1.0 / ((1.0 - kept(i)) / factor + kept(i))) as f32).collect()
-    };
-    let open = |divisors: &[f32]| {
-        let gguf = small_gguf("llama").meta("llama.rope.freq_base", Meta::F32(500_000.0));
-        let gguf = fixtures::small_tensors(gguf, VOCAB).floats("rope_freqs.weight", &[divisors.len()], divisors);
-        open_gguf(&gguf.bytes())
-    };
-    let expected = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position_embeddings: 8192.0,
-    };
-    assert_eq!(open(&divisors(8.0)).expect("it opens").config().ropes[0].scaling, expected);
-    let mut other = divisors(8.0);
-    other[2] *= 1.01;
-    for wrong in [&other[..], &other[..1]] {
-        assert_says(open(wrong), &["rope_freqs.weight", "Llama 3.1"]);
-    }
-}
-
 /// A small Hugging Face directory with the tokenizer of the small GGUF.
 fn hugging_face(dtype: Dtype) -> Directory {
     let source = open_gguf(&fixtures::small_tensors(small_gguf("llama"), VOCAB).bytes()).expect("it opens");
@@ -383,7 +357,7 @@ fn bad_directories() {
     config["quantization_config"] = Value::Null;
     config["model_type"] = "mamba".into();
     model.write_json("config.json", &config);
-    assert_says(model.open(), &["\"mamba\" is unknown", "llama, mistral, phi3 or qwen2"]);
+    assert_says(model.open(), &["\"mamba\" is unknown", "llama, mistral, ministral3, phi3, "]);
     fs::write(model.path().join("config.json"), "{").expect("writable");
     assert_says(model.open(), &["config.json is not valid JSON"]);
     model.write_json("config.json", &Directory::config());
@@ -402,7 +376,7 @@ fn bad_gguf() {
     assert_says(open_gguf(&good[..good.len() - 64]), &["truncated"]);
     assert_says(
         open_gguf(&fixtures::small_tensors(small_gguf("gpt2"), VOCAB).bytes()),
-        &["\"gpt2\"", "llama, phi3 or qwen2"],
+        &["\"gpt2\"", "llama, mistral3, phi3, qwen2, "],
     );
     assert_says(open_gguf(&fixtures::small_tensors(small_gguf("llama"), VOCAB + 1).bytes()[..64]), &["truncated"]);
 
@@ -424,8 +398,8 @@ fn bad_gguf() {
     assert_says(open_gguf(&wrong.bytes()), &["lm_head.weight", "[4, 32]", "[260, 32]"]);
     let wrong = small_gguf("llama").meta("llama.block_count", Meta::Text("two"));
     assert_says(open_gguf(&fixtures::small_tensors(wrong, VOCAB).bytes()), &["llama.block_count", "an integer"]);
-    let scaled = small_gguf("llama").meta("llama.rope.scaling.type", Meta::Text("yarn"));
-    assert_says(open_gguf(&fixtures::small_tensors(scaled, VOCAB).bytes()), &["\"yarn\" is unknown"]);
+    let scaled = small_gguf("llama").meta("llama.rope.scaling.type", Meta::Text("dynamic"));
+    assert_says(open_gguf(&fixtures::small_tensors(scaled, VOCAB).bytes()), &["\"dynamic\" is unknown"]);
 }
 
 /// A header cut anywhere, and huge lengths anywhere, are errors: no panic, no allocation of what they claim.

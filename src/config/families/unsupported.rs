@@ -10,7 +10,7 @@ const MAMBA: &str = "state space layers";
 
 /// What `config.json` calls them, letters and digits only (a GGUF's name is the same or stands beside it), and what
 /// they ask for.
-const UNSUPPORTED: [(&str, &str); 48] = [
+const UNSUPPORTED: [(&str, &str); 46] = [
     ("bamba", MAMBA),
     ("bitnet", "ternary weights, norms inside attention and feed-forward"),
     ("cohere", "attention and feed-forward side by side, LayerNorm"),
@@ -39,8 +39,6 @@ const UNSUPPORTED: [(&str, &str); 48] = [
     ("lfm2moe", "short convolutions, mixture of experts"),
     ("llama4", "mixture of experts, chunked attention"),
     ("llama4text", "mixture of experts, chunked attention"),
-    ("mamba", MAMBA),
-    ("mamba2", MAMBA),
     ("minimax", "linear attention, mixture of experts"),
     ("minimaxm2", EXPERTS),
     ("mistral4", LATENT),

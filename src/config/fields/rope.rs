@@ -160,7 +160,7 @@ impl<'a> Fields<'a> {
     pub(in crate::config) fn in_rope(self, key: &str) -> Result<Option<f64>> {
         let objects = self.rope_objects()?;
         let found = objects.iter().find(|(_, object)| object.present(key).is_some());
-        found.map_or(Ok(None), |(name, object)| object.number(key).with_context(|| *name))
+        found.map_or(Ok(None), |(name, object)| object.not_negative(key).with_context(|| *name))
     }
 
     /// The objects that say something, with their names.
@@ -216,7 +216,7 @@ impl<'a> Fields<'a> {
     fn yarn(self, place: Place<'_>) -> Result<RopeScaling> {
         let factor = self.needed("factor")?;
         let growth = |mscale: f64| if factor > 1.0 { 0.1 * mscale * factor.ln() + 1.0 } else { 1.0 };
-        let (mscale, all_dim) = (self.number("mscale")?, self.number("mscale_all_dim")?);
+        let (mscale, all_dim) = (self.not_negative("mscale")?, self.not_negative("mscale_all_dim")?);
         let by_default = match (mscale.unwrap_or(0.0), all_dim.unwrap_or(0.0)) {
             // 0 counts as not said.
             (0.0, _) | (_, 0.0) => growth(1.0),

@@ -6,9 +6,9 @@
 mod cuda_common;
 
 use cuda_common::{Noise, cuda, options};
+use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::Dtype;
-use decdec::backend::DecodeBackend;
 use decdec::config::{Attention, Mixer, ModelConfig, Pairing, QueryScaling, Rope, RopeScaling};
 use decdec::sampling::Sampling;
 use half::{bf16, f16};
@@ -138,7 +138,7 @@ struct Text<'a> {
     table: Option<Vec<[f32; 2]>>,
     qkv: &'a [f32], // [tokens, qkv_rows]
     dtype: Dtype,
-    keys: Vec<(f64, f64)>,   // [tokens, num_kv_heads, head_dim] as stored, and how far they may be off
+    keys: Vec<(f64, f64)>, // [tokens, num_kv_heads, head_dim] as stored, and how far they may be off
     values: Vec<(f64, f64)>, // the same
 }
 

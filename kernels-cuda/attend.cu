@@ -3,9 +3,12 @@
 #define ATTEND_THREADS 256
 #include "attend.cuh"
 
+// Blocks of a multiprocessor: where registers allow it, room for the next kernel, which starts while this one ends.
+#define RESIDENT (TENSOR && HEAD_DIM <= 128 && HEAD_GROUP <= 16 ? 2 : 1)
+
 typedef Team<0, ATTEND_THREADS, 0> All;
 
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__ Attend g) {
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, RESIDENT) attend(const __grid_constant__ Attend g) {
     extern __shared__ __align__(16) float queries[];
     __shared__ u32 ticket;
     let_next_start();

@@ -6,9 +6,9 @@
 mod cuda_common;
 
 use cuda_common::{Noise, cuda, options};
-use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::Dtype;
+use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{Attention, Mixer, ModelConfig, Pairing, QueryScaling, Rope, RopeScaling};
 use decdec::sampling::Sampling;
 use half::{bf16, f16};
@@ -319,6 +319,17 @@ fn check<B: DecodeBackend>(backend: &B, dtype: Dtype, shape: (usize, usize, usiz
 
 fn on_cuda(dtype: Dtype) {
     let Some(cuda) = cuda(options(dtype, 2)) else { return };
+    // All kernels at once, on all cores: one after the other they would take a minute.
+    let every_kernel = &mut || -> anyhow::Result<()> {
+        for shape in SHAPES {
+            let attentions = layers(shape, &mut Noise::new(1));
+            let mut sequence = cuda.sequence(&model(&attentions), 16)?;
+            let (qkv, mut out) = (cuda.vector(2 * attentions[0].qkv_rows())?, cuda.vector(2 * shape.0 * shape.2)?);
+            [1, 2].into_iter().try_for_each(|tokens| cuda.attend(&mut sequence, 0, &qkv, &mut out, tokens))?;
+        }
+        Ok(())
+    };
+    cuda.prepare(every_kernel).unwrap();
     for (i, &shape) in SHAPES.iter().enumerate() {
         check(&cuda, dtype, shape, 100 + i as u64);
     }

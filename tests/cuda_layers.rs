@@ -36,7 +36,8 @@ fn compensated<'b, B: DecodeBackend>(
 
 /// Logits behind each of `tokens` that are read one at a time, as when decoding.
 fn logits_behind<B: DecodeBackend>(backend: &B, model: &Model<'_, B>, tokens: impl Iterator<Item = u32>) -> Vec<f32> {
-    let mut state = model.state(200).unwrap();
+    let tokens: Vec<u32> = tokens.collect();
+    let mut state = model.state(tokens.len()).unwrap();
     model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
     let mut logits = backend.vector(1000).unwrap();
     let mut all = Vec::new();
@@ -118,7 +119,7 @@ fn layers_in_one_launch_are_close_to_the_cpu() {
     }
 }
 
-/// bfloat16, whose attention is always lanes'.
+/// bfloat16.
 #[test]
 fn layers_in_one_launch_in_bfloat16_are_close_to_the_cpu() {
     let tuning = Tuning { layers_always: true, ..Tuning::default() };
@@ -256,6 +257,32 @@ fn attention_on_tensor_cores_is_close_to_the_cpu() {
         for config in [heads(None, 6, 2, 64), heads(Some(40), 8, 2, 128), heads(None, 8, 1, 128)] {
             layers_against_cpu(&cuda, (config, 3, Storage::ANYPREC), &[[0; 4], [16, 0, 0, 0]], 150, FLOAT16);
         }
+    }
+}
+
+/// A text that goes round a window's cache, which has room for 511 tokens more than the window: in one launch and operation by
+/// operation.
+#[test]
+fn texts_go_round_a_window_s_cache() {
+    let of = |window| ModelConfig { max_position_embeddings: 640, ..small(Some(window), 2) };
+    let text = || (0..640).map(|i| i * 37 % 1000);
+    let ends = |logits: Vec<f32>| logits[560 * 1000..].to_vec();
+    let on_cpu = |window| {
+        let weights = RandomWeights::new(of(window), Storage::ANYPREC, 3, 5).unwrap();
+        let cpu = Cpu::new();
+        ends(logits_behind(&cpu, &compensated(&cpu, &weights, [0; 4], 1, Selection::Bucket), text()))
+    };
+    let mut wanted = None;
+    for layers_always in [true, false] {
+        let tuning = Tuning { layers_always, ..Tuning::default() };
+        let Some(mut cuda) = cuda(Options { tuning, ..options(Dtype::Float16, 2) }) else { return };
+        cuda.watch_layers().unwrap();
+        let (want, wider) = wanted.get_or_insert_with(|| (on_cpu(20), on_cpu(40)));
+        let weights = RandomWeights::new(of(20), Storage::ANYPREC, 3, 5).unwrap();
+        let got = ends(logits_behind(&cuda, &compensated(&cuda, &weights, [0; 4], 1, Selection::Bucket), text()));
+        close(&format!("a ring, in one launch: {layers_always}"), &got, want, FLOAT16[0], None);
+        assert!(distance(wider, want) > 4.0 * FLOAT16[0], "a wider window changes nothing");
+        assert_eq!(!cuda.timeline().unwrap().is_empty(), layers_always, "the layers in one launch");
     }
 }
 

@@ -140,6 +140,11 @@ impl ModelConfig {
         }
     }
 
+    /// Every projection of every layer, in order.
+    pub(crate) fn projections(&self) -> impl Iterator<Item = (usize, Projection)> {
+        (0..self.layers.len()).flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)))
+    }
+
     /// The most rows that a projection has in any layer.
     pub fn widest(&self, projection: Projection) -> usize {
         (0..self.layers.len()).map(|layer| self.shape(layer, projection).1).max().unwrap_or(0)

@@ -211,6 +211,20 @@ impl LayerConfig {
         ops
     }
 
+    /// What enters a projection.
+    pub(crate) fn reads(&self, of: Projection) -> Reads {
+        let reads = |op| match op {
+            Op::Project { projection, reads, .. } if projection == of => Some(reads),
+            _ => None,
+        };
+        self.program().into_iter().find_map(reads).expect("a program has every projection")
+    }
+
+    /// The norm of the residual stream that feeds a projection, if one does.
+    pub(crate) fn norm_before(&self, projection: Projection) -> Option<LayerNorm> {
+        if let Reads::Stream(norm) = self.reads(projection) { norm } else { None }
+    }
+
     /// The norms of this layer and their lengths, `hidden_size` that of the residual stream.
     pub fn norms(&self, hidden_size: usize) -> Vec<(LayerNorm, usize)> {
         let Attention { num_heads, num_kv_heads, head_dim, .. } = *self.attention();

@@ -17,7 +17,7 @@ use super::forward::{Affine, Inputs, Layer};
 use super::gram::Hessian;
 use super::product::{Strided, multiply, product};
 use super::refine::{self, Effort, Groups};
-use crate::config::{Attention, LayerConfig, LayerNorm, Projection};
+use crate::config::{Attention, LayerConfig, Projection, Reads};
 use crate::format::LutGemm;
 use crate::weights::Weight;
 
@@ -30,11 +30,15 @@ const RANGES: usize = 11;
 /// Rows whose errors are computed at once.
 const ROW_BLOCK: usize = 1024;
 
-/// Scales the channels of all four projections, folds the inverse into what feeds them, and changes `inputs` to
-/// what they are now. The layer computes the same function as before.
+/// Scales the channels of the projections, folds the inverse into what feeds them, and changes `inputs` to what they
+/// are now. The layer computes the same function as before. Where the residual stream enters a projection without a
+/// norm, nothing can take the inverse, and it is left as it is.
 pub(crate) fn scale(layer: &mut Layer, inputs: &mut Inputs, bits: usize, group_size: usize) {
     // Folding changes rows of qkv (for o) and of gate-up (for down): those come after what they feed.
     for projection in [Projection::O, Projection::Down, Projection::Qkv, Projection::GateUp] {
+        if layer.config.reads(projection) == Reads::Stream(None) {
+            continue;
+        }
         let x = &mut inputs[projection.index()];
         let linear = &layer.linears[projection.index()];
         let scales = search(linear, x, &magnitudes(&layer.config, projection, x, linear.in_features), bits, group_size);
@@ -52,17 +56,19 @@ pub(crate) fn apply(layer: &mut Layer, projection: Projection, scales: &[f32], x
     fold(layer, projection, scales);
 }
 
-/// Divides the output channels of what feeds `projection` by `scales`.
+/// Divides the output channels of what feeds `projection`, which is more than the residual stream, by `scales`.
 fn fold(layer: &mut Layer, projection: Projection, scales: &[f32]) {
     let divide = |values: &mut [f32]| values.iter_mut().zip(scales).for_each(|(v, s)| *v /= s);
-    match projection {
-        Projection::Qkv => divide(&mut layer.norms[LayerNorm::AttentionInput.index()]),
-        Projection::GateUp => divide(&mut layer.norms[LayerNorm::FeedForwardInput.index()]),
-        Projection::Down => {
+    match layer.config.reads(projection) {
+        Reads::Stream(None) => {}
+        Reads::Stream(Some(norm)) => divide(&mut layer.norms[norm.index()]),
+        // Up is a factor of what enters down, whatever gate goes through.
+        Reads::Gated(_) => {
             let first = layer.config.intermediate_size();
             divide_rows(&mut layer.linears[Projection::GateUp.index()], first, scales);
         }
-        Projection::O => {
+        // What attention puts out is a mean of values, whatever weighs them.
+        Reads::Attended => {
             let Attention { num_heads, num_kv_heads, head_dim: d, .. } = *layer.config.attention();
             let shared = num_heads / num_kv_heads;
             let by_value: Vec<f32> = (0..num_kv_heads * d).map(|v| scales[v / d * shared * d + v % d]).collect();

@@ -3,16 +3,19 @@
 //! The layer is the quantized one with its compensation: `y = Ŵ·x + (W − Ŵ)·x_taken`. Channels that are taken come
 //! out as in full precision, so no gradient reaches `Ŵ` through them. Which channels are taken counts as fixed.
 
+use std::borrow::Cow;
+use std::mem;
+
 use anyhow::Result;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::exponential::{dot, gated, gated_back, softmax};
-use super::forward::{Affine, Inputs, KvCache, Layer, Ropes, add_parallel, attend, norm};
+use super::forward::{Affine, Inputs, KvCache, Layer, Ropes, add_parallel, norm_qk, rotate, run, scale_scores, seen};
 use super::gram::Taken;
 use super::product::{Strided, accumulate, multiply};
-use crate::config::{Activation, Attention, FeedForward, LayerNorm, ModelConfig, Projection};
+use crate::config::{Attention, LayerNorm, ModelConfig, Op, Projection, Reads, Writes};
 
 /// Queries whose scores are in memory at once.
 const QUERY_BLOCK: usize = 128;
@@ -32,26 +35,31 @@ pub(crate) struct Compensated {
     pub(crate) k_chunks: [usize; 4],
 }
 
-/// What a layer's backward pass needs of its forward pass, but for gate and up, the widest, which are computed again. All
-/// layers' wait for it, so it is kept in 16 bits: a gradient over hundreds of tokens does not show their rounding.
-/// Queries and keys, which exponents depend on, in the finer kind.
-#[derive(Debug)]
+/// What a layer's backward pass needs of its forward pass. All layers' wait for it, so it is kept in 16 bits: a gradient
+/// over hundreds of tokens does not show their rounding. Queries and keys, which exponents depend on, in the finer kind.
+///
+/// What is not here is made again: norms and rotations from what entered them, and gate and up, the widest, by their
+/// product.
+#[derive(Debug, Default)]
 pub(crate) struct Trace {
-    h: Vec<bf16>,      // [tokens, hidden_size]: what entered
-    middle: Vec<bf16>, // the same, after attention
-    qkv: Vec<f16>,     // [tokens, q, k and v]: queries and keys rotated
-    x_o: Vec<bf16>,    // [tokens, num_heads · head_dim]
+    entered: [Vec<bf16>; 4], // by projection: the stream that it read, or what attention put out; nothing of gate and up
+    qkv: Vec<f16>,           // [tokens, q, k and v], neither normed nor rotated
+    branches: Vec<Vec<bf16>>, // [tokens, hidden_size]: what entered each norm behind a branch, in the order of the layer
     pub(crate) taken: [Taken; 4],
 }
 
 /// Bytes of a token in a [`Trace`], without the channels taken, of which there are few.
-pub(super) fn trace_bytes(config: &ModelConfig) -> usize {
-    let [qkv, o, ..] = Projection::ALL.map(|p| config.shape(0, p));
-    2 * (qkv.1 + 2 * config.hidden_size + o.0)
+pub(super) fn trace_bytes(config: &ModelConfig, layer: usize) -> usize {
+    let kept = |op| match op {
+        Op::Project { projection, reads, writes } => {
+            let (inputs, outputs) = config.shape(layer, projection);
+            let entered = if matches!(reads, Reads::Gated(_)) { 0 } else { inputs };
+            entered + if matches!(writes, Writes::Qkv | Writes::Branch) { outputs } else { 0 }
+        }
+        _ => 0,
+    };
+    2 * config.layers[layer].program().into_iter().map(kept).sum::<usize>()
 }
-
-/// What enters a projection, and the channels of it that are taken.
-type Entering = (Vec<f32>, Taken);
 
 impl Compensated {
     /// Takes `h` `[texts, tokens, hidden_size]` through the layer. Returns what the way back needs, and what entered
@@ -66,34 +74,27 @@ impl Compensated {
         texts: usize,
         h: &mut [f32],
     ) -> Result<(Trace, Inputs)> {
-        let before = shortened(h);
-        let attention = self.layer.config.attention();
         let tokens = h.len() / config.hidden_size / texts;
-        let x_qkv = norm(h, self.layer.norm(LayerNorm::AttentionInput), config.stream_eps());
-        let (mut qkv, taken_qkv) = self.apply(Projection::Qkv, &x_qkv)?;
-        let x_o = attend(attention, ropes, &mut KvCache::new(&self.layer.config, texts, tokens), texts, &mut qkv);
-        let (y, taken_o) = self.apply(Projection::O, &x_o)?;
-        add_parallel(h, &y);
-        let middle = shortened(h);
-        let x_gate_up = norm(h, self.layer.norm(LayerNorm::FeedForwardInput), config.stream_eps());
-        let (gate_up, taken_gate_up) = self.apply(Projection::GateUp, &x_gate_up)?;
-        let x_down = gated(self.activation(), &gate_up, self.layer.config.intermediate_size());
-        let (y, taken_down) = self.apply(Projection::Down, &x_down)?;
-        add_parallel(h, &y);
-        let taken = [taken_qkv, taken_o, taken_gate_up, taken_down];
-        let trace = Trace { h: before, middle, qkv: shortened(&qkv), x_o: shortened(&x_o), taken };
-        Ok((trace, [x_qkv, x_o, x_gate_up, x_down]))
-    }
-
-    fn activation(&self) -> Activation {
-        let FeedForward::Dense { activation, .. } = self.layer.config.feed_forward;
-        activation
-    }
-
-    fn apply(&self, projection: Projection, x: &[f32]) -> Result<(Vec<f32>, Taken)> {
-        let n = self.layer.linear(projection).in_features;
-        let taken = Taken::select(x, n, self.k_chunks[projection.index()])?;
-        Ok((self.output(projection, x, &taken), taken))
+        let mut cache = KvCache::new(&self.layer.config, texts, tokens);
+        let mut trace = Trace::default();
+        let inputs = run(config, &self.layer, ropes, &mut cache, texts, h, |(projection, reads, writes), h, x| {
+            let i = projection.index();
+            let taken = Taken::select(x, self.layer.linear(projection).in_features, self.k_chunks[i])?;
+            let y = self.output(projection, x, &taken);
+            trace.taken[i] = taken;
+            match reads {
+                Reads::Stream(_) => trace.entered[i] = shortened(h),
+                Reads::Attended => trace.entered[i] = shortened(x),
+                Reads::Gated(_) => {}
+            }
+            match writes {
+                Writes::Qkv => trace.qkv = shortened(&y),
+                Writes::Branch => trace.branches.push(shortened(&y)),
+                Writes::GateUp | Writes::Stream => {}
+            }
+            Ok(y)
+        })?;
+        Ok((trace, inputs))
     }
 
     /// What a projection puts out with the channels `taken` compensated.
@@ -123,33 +124,76 @@ impl Compensated {
         config: &ModelConfig,
         ropes: &Ropes,
         texts: usize,
-        trace: Trace,
+        mut trace: Trace,
         d: &mut [f32],
     ) -> [Vec<f32>; 4] {
-        let Trace { h, middle, qkv, x_o, taken: [taken_qkv, taken_o, taken_gate_up, taken_down] } = trace;
-        let (eps, intermediate) = (config.stream_eps(), self.layer.config.intermediate_size());
-        let middle = lengthened(&middle);
-        let x_gate_up = norm(&middle, self.layer.norm(LayerNorm::FeedForwardInput), eps);
-        let gate_up = self.output(Projection::GateUp, &x_gate_up, &taken_gate_up);
-        let (d_down, w_down) =
-            self.derive(Projection::Down, (gated(self.activation(), &gate_up, intermediate), taken_down), d);
-        let d_gate_up = gated_back(self.activation(), &gate_up, &d_down, intermediate);
-        drop(gate_up);
-        let (d_x, w_gate_up) = self.derive(Projection::GateUp, (x_gate_up, taken_gate_up), &d_gate_up);
-        norm_back(&middle, self.layer.norm(LayerNorm::FeedForwardInput), eps, &d_x, d);
-        let (d_o, w_o) = self.derive(Projection::O, (lengthened(&x_o), taken_o), d);
-        let d_qkv = attend_back(self.layer.config.attention(), ropes, texts, &lengthened(&qkv), &d_o);
-        let h = lengthened(&h);
-        let x_qkv = norm(&h, self.layer.norm(LayerNorm::AttentionInput), eps);
-        let (d_x, w_qkv) = self.derive(Projection::Qkv, (x_qkv, taken_qkv), &d_qkv);
-        norm_back(&h, self.layer.norm(LayerNorm::AttentionInput), eps, &d_x, d);
-        [w_qkv, w_o, w_gate_up, w_down]
+        let (layer, intermediate) = (&self.layer, self.layer.config.intermediate_size());
+        let mut weights = [const { Vec::new() }; 4];
+        let (mut d_qkv, mut d_attended, mut d_gate_up, mut d_branch) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for op in layer.config.program().into_iter().rev() {
+            match op {
+                Op::Project { projection, reads, writes } => {
+                    let i = projection.index();
+                    let mut entered = lengthened(&trace.entered[i]);
+                    let gate_up = if let Reads::Gated(_) = reads { self.gate_up(config, &trace) } else { Vec::new() };
+                    let x = match reads {
+                        Reads::Stream(n) => layer.normed(config, n, &entered),
+                        Reads::Attended => mem::take(&mut entered),
+                        Reads::Gated(activation) => gated(activation, &gate_up, intermediate),
+                    };
+                    let d_y = match writes {
+                        Writes::Qkv => Cow::Owned(mem::take(&mut d_qkv)),
+                        Writes::GateUp => Cow::Owned(mem::take(&mut d_gate_up)),
+                        Writes::Stream => Cow::Borrowed(&*d),
+                        Writes::Branch => Cow::Owned(mem::take(&mut d_branch)),
+                    };
+                    let (d_x, d_w) = self.derive(projection, x, &trace.taken[i], &d_y);
+                    drop(d_y);
+                    weights[i] = d_w;
+                    match reads {
+                        Reads::Stream(Some(n)) => norm_back(&entered, layer.norm(n), config.norm_eps(n), &d_x, d),
+                        Reads::Stream(None) => add_parallel(d, &d_x),
+                        Reads::Attended => d_attended = d_x,
+                        Reads::Gated(activation) => d_gate_up = gated_back(activation, &gate_up, &d_x, intermediate),
+                    }
+                }
+                Op::NormQk(_) => norm_qk_back(layer, config.rms_norm_eps, &lengthened(&trace.qkv), &mut d_qkv),
+                Op::Attend => {
+                    let qkv = self.attending(config, ropes, d.len() / config.hidden_size / texts, &trace);
+                    d_qkv = attend_back(layer.config.attention(), ropes, texts, &qkv, &mem::take(&mut d_attended));
+                }
+                Op::AddNormed(n) => {
+                    let branch = lengthened(&trace.branches.pop().expect("what entered each norm was kept"));
+                    d_branch = vec![0.0; d.len()];
+                    norm_back(&branch, layer.norm(n), config.norm_eps(n), d, &mut d_branch);
+                }
+            }
+        }
+        weights
+    }
+
+    /// What gate and up put out, once more.
+    fn gate_up(&self, config: &ModelConfig, trace: &Trace) -> Vec<f32> {
+        let i = Projection::GateUp.index();
+        let norm = self.layer.config.norm_before(Projection::GateUp);
+        let x = self.layer.normed(config, norm, &lengthened(&trace.entered[i]));
+        self.output(Projection::GateUp, &x, &trace.taken[i])
+    }
+
+    /// Queries, keys and values as attention takes them, for texts of `tokens` tokens.
+    fn attending(&self, config: &ModelConfig, ropes: &Ropes, tokens: usize, trace: &Trace) -> Vec<f32> {
+        let mut qkv = lengthened(&trace.qkv);
+        if self.layer.config.attention().qk_norm.is_some() {
+            norm_qk(&self.layer, config.rms_norm_eps, &mut qkv);
+        }
+        rotate(self.layer.config.attention(), ropes, 0, tokens, &mut qkv);
+        qkv
     }
 
     /// Derivatives by what entered a projection and by its stored weights, from those by what came out, `d`.
-    fn derive(&self, projection: Projection, (mut x, taken): Entering, d: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    fn derive(&self, projection: Projection, mut x: Vec<f32>, taken: &Taken, d: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let Affine { in_features: n, out_features: m, ref weight, .. } = *self.layer.linear(projection);
-        let (tokens, lost) = (d.len() / m, self.lost(projection, &taken));
+        let (tokens, lost) = (d.len() / m, self.lost(projection, taken));
         let all = gemm::Parallelism::Rayon(0);
         let mut d_x = vec![0.0; tokens * n];
         let (rows, w) = (Strided { values: d, row: m, column: 1 }, Strided { values: weight, row: n, column: 1 });
@@ -235,19 +279,39 @@ impl Lost {
 pub(crate) fn norm_back(h: &[f32], gamma: &[f32], eps: f32, d_out: &[f32], d: &mut [f32]) {
     let n = gamma.len();
     let rows = d.par_chunks_exact_mut(n).zip(h.par_chunks_exact(n)).zip(d_out.par_chunks_exact(n));
-    rows.for_each(|((d, h), d_out)| {
-        let squares: f32 = h.iter().map(|x| x * x).sum();
-        let scale = 1.0 / (squares / n as f32 + eps).sqrt();
-        let along: f32 = h.iter().zip(gamma).zip(d_out).map(|((h, g), d)| h * g * d).sum();
-        let shrink = along * scale.powi(3) / n as f32;
-        for (((d, h), gamma), d_out) in d.iter_mut().zip(h).zip(gamma).zip(d_out) {
-            *d += scale * gamma * d_out - shrink * h;
+    rows.for_each(|((d, h), d_out)| norm_row_back(h, gamma, eps, d_out, d));
+}
+
+/// The same of one row.
+fn norm_row_back(h: &[f32], gamma: &[f32], eps: f32, d_out: &[f32], d: &mut [f32]) {
+    let n = gamma.len() as f32;
+    let squares: f32 = h.iter().map(|x| x * x).sum();
+    let scale = 1.0 / (squares / n + eps).sqrt();
+    let along: f32 = h.iter().zip(gamma).zip(d_out).map(|((h, g), d)| h * g * d).sum();
+    let shrink = along * scale.powi(3) / n;
+    for (((d, h), gamma), d_out) in d.iter_mut().zip(h).zip(gamma).zip(d_out) {
+        *d += scale * gamma * d_out - shrink * h;
+    }
+}
+
+/// Turns `d`, the derivative by normed queries and keys (and by values), into that by those of `qkv`, from before.
+fn norm_qk_back(layer: &Layer, eps: f32, qkv: &[f32], d: &mut [f32]) {
+    let attention = layer.config.attention();
+    let (queries, keys) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
+    let rows = d.par_chunks_exact_mut(attention.qkv_rows()).zip(qkv.par_chunks_exact(attention.qkv_rows()));
+    rows.for_each(|(d, x)| {
+        for (part, n) in [(0..queries, LayerNorm::Query), (queries..queries + keys, LayerNorm::Key)] {
+            let gamma = layer.norm(n);
+            for (d, x) in d[part.clone()].chunks_exact_mut(gamma.len()).zip(x[part].chunks_exact(gamma.len())) {
+                let d_out = d.to_vec();
+                d.fill(0.0);
+                norm_row_back(x, gamma, eps, &d_out, d);
+            }
         }
     });
 }
 
-/// The derivative by queries, keys and values before rotation, from that by what attention puts out; `qkv` is
-/// rotated.
+/// The derivative by queries, keys and values before rotation, from that by what attention puts out; `qkv` is rotated.
 fn attend_back(attention: &Attention, ropes: &Ropes, texts: usize, qkv: &[f32], d_out: &[f32]) -> Vec<f32> {
     let Attention { head_dim: d, num_heads: heads, num_kv_heads: kv_heads, .. } = *attention;
     let shared = heads / kv_heads;
@@ -299,34 +363,43 @@ fn head_back(
     [d_queries, d_keys, d_values]: [&mut [f32]; 3],
 ) {
     let (d, one) = (attention.head_dim, gemm::Parallelism::None);
-    let scale = attention.scale as f32;
     let mut scores = vec![0.0; QUERY_BLOCK.min(tokens) * tokens];
     let mut d_scores = scores.clone();
+    let mut slopes = vec![0.0; tokens];
     for (first, d_queries) in (0..tokens).step_by(QUERY_BLOCK).zip(d_queries.chunks_mut(QUERY_BLOCK * d)) {
         // Keys behind the block's last query are masked.
         let (count, len) = (d_queries.len() / d, first + d_queries.len() / d);
         let (queries, d_out) = (queries.below(first), d_out.below(first));
         let (scores, d_scores) = (&mut scores[..count * len], &mut d_scores[..count * len]);
-        multiply(count, len, d, scale, queries, across(keys), scores, one);
+        multiply(count, len, d, 1.0, queries, across(keys), scores, one);
         multiply(count, len, d, 1.0, d_out, across(values), d_scores, one);
         for (i, (row, d_row)) in scores.chunks_exact_mut(len).zip(d_scores.chunks_exact_mut(len)).enumerate() {
-            let end = first + i + 1;
-            let start = attention.window.map_or(0, |window| end.saturating_sub(window));
-            let (p, d_p) = (&mut row[start..end], &mut d_row[start..end]);
+            let seen = seen(attention, first + i);
+            let (p, d_p, slopes) = (&mut row[seen.clone()], &mut d_row[seen.clone()], &mut slopes[seen.clone()]);
+            scale_scores(attention, first + i, p);
+            score_slopes(attention, first + i, p, slopes);
             softmax(p);
             let mean = dot(p, d_p);
-            d_p.iter_mut().zip(p).for_each(|(d, p)| *d = *p * (*d - mean));
+            d_p.iter_mut().zip(&*p).zip(slopes).for_each(|((d, p), slope)| *d = *p * (*d - mean) * *slope);
             for row in [row, d_row] {
-                row[..start].fill(0.0);
-                row[end..].fill(0.0);
+                row[..seen.start].fill(0.0);
+                row[seen.end..].fill(0.0);
             }
         }
         let scores = Strided { values: scores, row: len, column: 1 };
         let d_scores = Strided { values: d_scores, row: len, column: 1 };
-        multiply(count, d, len, scale, d_scores, keys, d_queries, one);
-        accumulate(len, d, count, scale, across(d_scores), queries, &mut d_keys[..len * d], one);
+        multiply(count, d, len, 1.0, d_scores, keys, d_queries, one);
+        accumulate(len, d, count, 1.0, across(d_scores), queries, &mut d_keys[..len * d], one);
         accumulate(len, d, count, 1.0, across(scores), d_out, &mut d_values[..len * d], one);
     }
+}
+
+/// The derivatives of the scores of the query at `position` by its products with keys.
+fn score_slopes(attention: &Attention, position: usize, scores: &[f32], slopes: &mut [f32]) {
+    let scale = attention.scale_at(position) as f32;
+    // cap · tanh(s / cap) has the derivative 1 − tanh².
+    let per_cap = attention.softcap.map_or(0.0, |cap| 1.0 / cap as f32);
+    slopes.iter_mut().zip(scores).for_each(|(slope, s)| *slope = scale * (1.0 - (s * per_cap).powi(2)));
 }
 
 #[cfg(test)]

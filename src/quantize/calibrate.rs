@@ -78,7 +78,7 @@ impl Activations {
             super::ensure_running(stop)?;
             let texts = h.len() / self.hidden / self.tokens;
             let mut cache = KvCache::new(&layer.config, texts, self.tokens);
-            let inputs = forward(config, layer, ropes, &mut cache, texts, h);
+            let inputs = forward(config, layer, ropes, &mut cache, texts, h)?;
             // The weights are finite: what is not comes of numbers too large for f32 on the way.
             Floats::F32(Cow::Borrowed(h)).ensure_finite("what leaves it is too large for single precision: number")?;
             if collect {

@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use rayon::prelude::*;
-use serde_json::json;
 
 use super::backward::Compensated;
-use super::divergence::Speaker;
 use super::forward::{Affine, Layer, Ropes, norms};
 use super::gram::Hessian;
+use super::head::{HEAD_ROWS, LmHead};
 use super::product::product;
 use super::refine::Effort;
 use super::sqllm;
@@ -18,7 +17,7 @@ use super::{
     Calibration, Options, Refine, awq, backward, calibrate, divergence, finish, fit, mixed, plan, polish, sample,
 };
 use crate::checkpoint::Manifest;
-use crate::config::{ModelConfig, Projection};
+use crate::config::{Attention, FeedForward, Mixer, ModelConfig, Pairing, Projection, Rope, RopeScaling};
 use crate::format::Dense;
 use crate::host;
 use crate::sampling;
@@ -57,16 +56,32 @@ pub struct Estimate {
 /// Options that do not fit the model.
 pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
     let manifest = plan(config, options)?;
-    let (codes, residuals) = layer_bytes(config, &manifest);
+    let each = (0..config.layers.len()).map(|layer| layer_bytes(config, layer, &manifest));
+    let (codes, residuals) = each.fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
     let rest = table_bytes(config) + 4 * config.hidden_size;
     let widths = if manifest.bits.is_mixed() { 2 } else { 1 };
     Ok(Estimate {
-        device_bytes: config.layers.len() * codes + rest,
-        host_bytes: config.layers.len() * residuals,
-        disk_bytes: (1 + widths) * config.layers.len() * (codes + residuals) + rest,
+        device_bytes: codes + rest,
+        host_bytes: residuals,
+        disk_bytes: (1 + widths) * (codes + residuals) + rest,
         memory_bytes: memory(config, options, &manifest),
         time: time(config, options, &manifest)?,
     })
+}
+
+/// Channels and rows of a layer's projections.
+fn shapes(config: &ModelConfig, layer: usize) -> [(usize, usize); 4] {
+    Projection::ALL.map(|projection| config.shape(layer, projection))
+}
+
+/// The most that any layer needs.
+fn most(config: &ModelConfig, of: impl Fn(usize) -> usize) -> usize {
+    (0..config.layers.len()).map(of).max().unwrap_or(0)
+}
+
+/// What all layers need together.
+fn sum(config: &ModelConfig, of: impl Fn(usize) -> usize) -> usize {
+    (0..config.layers.len()).map(of).sum()
 }
 
 /// Bytes of embedding and head in half precision.
@@ -76,11 +91,12 @@ fn table_bytes(config: &ModelConfig) -> usize {
 }
 
 /// Bytes of one layer, the mean over bit widths: codes, codebooks and norms; residuals and thresholds.
-fn layer_bytes(config: &ModelConfig, manifest: &Manifest) -> (usize, usize) {
+fn layer_bytes(config: &ModelConfig, layer: usize, manifest: &Manifest) -> (usize, usize) {
     let bits = f64::from(manifest.bits);
-    let mut codes = (8 * config.hidden_size) as f64;
+    let norms: usize = config.layers[layer].norms(config.hidden_size).iter().map(|(_, len)| len).sum();
+    let mut codes = (4 * norms) as f64;
     let mut residuals = 0;
-    for (inputs, outputs) in Projection::ALL.map(|p| config.shape(0, p)) {
+    for (inputs, outputs) in shapes(config, layer) {
         codes += bits / 8.0 * (inputs * outputs) as f64;
         codes += match manifest.group_size {
             None => {
@@ -97,46 +113,52 @@ fn layer_bytes(config: &ModelConfig, manifest: &Manifest) -> (usize, usize) {
 /// Activations, one layer (twice where AWQ changes it), and the largest matrix a few times over.
 fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let tokens = options.calibration.samples() * options.calibration.seq_len();
-    let shapes = Projection::ALL.map(|p| config.shape(0, p));
-    let copies = if manifest.backend.is_grouped() && options.awq { 2 } else { 1 };
     let residual_stream = 2 * 4 * tokens * config.hidden_size;
+    let layer = most(config, |layer| layer_memory(config, layer, options, manifest));
+    let mut all = residual_stream + layer;
+    if trains_codebooks(options, manifest) {
+        all = all.max(learning_memory(config, options, manifest));
+    }
+    all.max(sampling_memory(config, &options.calibration)) + WORD_BYTES * config.vocab_size
+}
+
+/// What quantizing one layer takes besides the residual stream.
+fn layer_memory(config: &ModelConfig, layer: usize, options: &Options, manifest: &Manifest) -> usize {
+    let tokens = options.calibration.samples() * options.calibration.seq_len();
+    let (shapes, weights) = (shapes(config, layer), sample::layer_weights(config, layer));
+    let copies = if manifest.backend.is_grouped() && options.awq { 2 } else { 1 };
     let inputs = copies * 4 * tokens * shapes.iter().map(|s| s.0).sum::<usize>();
-    let layer = copies * 4 * sample::layer_weights(config);
     let largest = shapes.iter().map(|s| s.0 * s.1).max().unwrap_or(0);
     // What was lost in f32, codes as bytes, codes and residual packed, and where codes are refined what they begin
     // with; or, in the forward pass, one batch.
     let refined = options.refine != Refine::None;
     let matrix = largest * if refined { 7 } else { 6 };
-    // The Hessian, what is taken off it, and as much to spare.
+    // The Hessian, what is taken off it, and room for one more.
     let widest = shapes.iter().map(|s| s.0).max().unwrap_or(0);
     let matrix = matrix + if refined { 3 * 4 * widest * widest } else { 0 };
     let batch =
         4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
     // The finished projections wait for each other, with about a byte for every weight.
-    let finished = sample::layer_weights(config);
-    let quantizing = residual_stream + inputs + layer + finished + matrix.max(batch);
-    let most =
-        if learns(options, manifest) { quantizing.max(learning_memory(config, options, manifest)) } else { quantizing };
-    most.max(sampling_memory(config, &options.calibration)) + WORD_BYTES * config.vocab_size
+    let finished = weights;
+    inputs + copies * 4 * weights + finished + matrix.max(batch)
 }
 
 /// Where the model writes its own text: its layers in f32, what attention keeps of every text, embedding and head in half
 /// precision, and the logits of all texts with a part of the head in f32.
 fn sampling_memory(config: &ModelConfig, calibration: &Calibration) -> usize {
     let &Calibration::Sampled { seq_len, samples, .. } = calibration else { return 0 };
-    let layers = if sample::holds(config) { config.layers.len() } else { 1 };
-    let kept = 2
-        * config.layers.len()
-        * samples
-        * seq_len
-        * config.layers[0].attention().num_kv_heads
-        * config.layers[0].attention().head_dim;
-    let logits = samples * config.vocab_size + sample::HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
-    4 * (layers * sample::layer_weights(config) + kept + logits) + table_bytes(config)
+    let weights = |layer| sample::layer_weights(config, layer);
+    let layers = if sample::layers_stay(config) { sum(config, weights) } else { most(config, weights) };
+    let kept = |layer: usize| {
+        let Attention { num_kv_heads, head_dim, .. } = *config.layers[layer].attention();
+        2 * samples * seq_len * num_kv_heads * head_dim
+    };
+    let logits = samples * config.vocab_size + HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
+    4 * (layers + sum(config, kept) + logits) + table_bytes(config)
 }
 
-/// True if codebooks are learned in the end.
-fn learns(options: &Options, manifest: &Manifest) -> bool {
+/// True if codebooks are trained in the end.
+fn trains_codebooks(options: &Options, manifest: &Manifest) -> bool {
     options.refine != Refine::None && manifest.group_size.is_none()
 }
 
@@ -156,16 +178,17 @@ pub(super) fn ensure_memory(config: &ModelConfig, options: &Options, manifest: &
 /// way; or the logits, and a part of the head in f32.
 fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let seq_len = options.calibration.seq_len();
-    let shapes = Projection::ALL.map(|p| config.shape(0, p));
-    let rows: usize = shapes.iter().map(|s| s.1).sum();
     let truth = 4 * options.calibration.samples() * seq_len * config.hidden_size;
-    let codebooks = 3 * 4 * config.layers.len() * (rows << manifest.bits.high());
-    let traces = config.layers.len() * seq_len * backward::trace_bytes(config);
-    let layer = (1 + 4 + 4 + 4) * sample::layer_weights(config);
-    let tokens = 2 * 4 * seq_len * shapes.iter().map(|s| s.0 + s.1).sum::<usize>();
-    let rows_of_head = 4 * sample::HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
+    let rows = sum(config, |layer| shapes(config, layer).iter().map(|s| s.1).sum());
+    let codebooks = 3 * 4 * (rows << manifest.bits.high());
+    let traces = seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
+    let layer = most(config, |layer| {
+        let tokens = 2 * 4 * seq_len * shapes(config, layer).iter().map(|s| s.0 + s.1).sum::<usize>();
+        (1 + 4 + 4 + 4) * sample::layer_weights(config, layer) + tokens
+    });
+    let rows_of_head = 4 * HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
     let logits = 2 * 4 * divergence::HEAD_TOKENS.min(seq_len) * config.vocab_size + rows_of_head;
-    let most = table_bytes(config) + truth + traces + codebooks + (layer + tokens).max(logits);
+    let most = table_bytes(config) + truth + traces + codebooks + layer.max(logits);
     // What windows leave lies between matrices that come and go: about a fifth more was measured.
     most + most / 5
 }
@@ -174,43 +197,41 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     let sample = Sample::new();
     let (texts, seq_len) = (options.calibration.samples(), options.calibration.seq_len());
     let layers = config.layers.len() as f64;
-    let weights = sample::layer_weights(config) as f64;
+    let weights = sum(config, |layer| sample::layer_weights(config, layer)) as f64;
     // Scores and weighted sums, half of which are masked.
-    let attention = (seq_len * config.layers[0].attention().num_heads * config.layers[0].attention().head_dim) as f64;
-    let per_token = sample.product()? * (weights + attention);
+    let attention = seq_len * sum(config, |layer| config.shape(layer, Projection::O).0);
+    let per_token = sample.product()? * (weights + attention as f64);
     let head = sample.product()? * (config.vocab_size * config.hidden_size) as f64;
-    let mut seconds = layers * per_token * (texts * seq_len) as f64;
+    let mut seconds = per_token * (texts * seq_len) as f64;
     if let Calibration::Sampled { .. } = options.calibration {
-        seconds += sample::SAMPLED_TOKEN as f64 * (texts * seq_len) as f64 * (layers * per_token + head);
+        seconds += sample::SAMPLED_TOKEN as f64 * (texts * seq_len) as f64 * (per_token + head);
     }
     let widths = if manifest.bits.is_mixed() { 2.0 } else { 1.0 };
-    seconds += widths * layers * weights * sample.quantize(options, manifest)?;
+    seconds += widths * weights * sample.quantize(options, manifest)?;
     if options.refine != Refine::None {
-        let tokens = texts * seq_len;
-        seconds += widths * layers * sample.product()? * hessian_products(config, tokens);
-        seconds += widths * layers * sample.fit(manifest)? * fit_products(config);
+        let tokens = (texts * seq_len) as f64;
+        // The Hessian of `n` channels takes `tokens·n²` multiply-adds.
+        let hessians = tokens * sum(config, |layer| shapes(config, layer).iter().map(|s| s.0.pow(2)).sum()) as f64;
+        let each = config.projections().map(|(layer, p)| config.shape(layer, p));
+        let refining: f64 = each.map(|(channels, rows)| refine_products(rows, channels)).sum();
+        seconds += widths * (sample.product()? * hessians + sample.fit(manifest)? * refining);
     }
-    if learns(options, manifest) {
+    if trains_codebooks(options, manifest) {
         let (steps, tokens) = (polish::steps(texts) as f64, (polish::steps(texts) * seq_len) as f64);
-        seconds += tokens * layers * weights * learn_layer(config, options)?;
-        seconds += steps * layers * weights * sample.learn_weight(manifest)?;
+        seconds += tokens * weights * learn_layer(config, options)?;
+        seconds += steps * weights * sample.learn_weight(manifest)?;
         seconds += tokens * (config.vocab_size * config.hidden_size) as f64 * learn_head(config)?;
         // In the end residuals are made anew.
-        seconds += layers * weights * sample.residual()?;
+        seconds += weights * sample.residual()?;
     }
-    let channels: usize = Projection::ALL.iter().map(|&p| config.shape(0, p).0).sum();
-    seconds += widths * layers * (texts * seq_len * channels) as f64 * sample.statistics()?;
+    let channels = sum(config, |layer| shapes(config, layer).iter().map(|s| s.0).sum());
+    seconds += widths * (texts * seq_len * channels) as f64 * sample.statistics()?;
     if manifest.bits.is_mixed() {
         let (mixed_texts, tokens) = mixed::windows(&options.calibration);
         let passes = mixed::work(&options.calibration, config.layers.len() as u64);
-        seconds += passes as f64 * per_token + layers * (mixed_texts * tokens) as f64 * head;
+        seconds += passes as f64 * per_token / layers + layers * (mixed_texts * tokens) as f64 * head;
     }
     Ok(Duration::from_secs_f64(seconds))
-}
-
-/// Multiply-adds of one layer's Hessians of `tokens`: `tokens·n²` for each projection of `n` channels.
-fn hessian_products(config: &ModelConfig, tokens: usize) -> f64 {
-    Projection::ALL.map(|p| tokens as f64 * (config.shape(0, p).0 as f64).powi(2)).iter().sum()
 }
 
 /// Multiply-adds of refining `m` rows of `n` channels: with [`fit::EFFORT`]'s `r` rounds of `s` steps,
@@ -220,23 +241,29 @@ fn refine_products(rows: usize, channels: usize) -> f64 {
     (rounds * (steps + 1) + steps + 3) as f64 * rows as f64 * (channels as f64).powi(2)
 }
 
-/// The same of one layer.
-fn fit_products(config: &ModelConfig) -> f64 {
-    Projection::ALL.map(|p| config.shape(0, p)).map(|(n, m)| refine_products(m, n)).iter().sum()
-}
-
 /// Numbers without pattern, between −1 and 1.
 fn number(i: usize) -> f32 {
     (i.wrapping_mul(2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0
 }
 
+/// The model's first layer in small, one of those that it has many of.
+fn small_layer(config: &ModelConfig) -> ModelConfig {
+    let (hidden_size, head_dim) = (CHANNELS / 2, CHANNELS / 16);
+    let mut layer = config.layers[0].clone();
+    let Mixer::Attention(attention) = &mut layer.mixer;
+    (attention.num_heads, attention.num_kv_heads, attention.head_dim) = (8, 4, head_dim);
+    attention.rope = attention.rope.and(Some(0));
+    let FeedForward::Dense { intermediate_size, .. } = &mut layer.feed_forward;
+    *intermediate_size = 3 * hidden_size;
+    let rope =
+        Rope { head_dim, rotary_dim: head_dim, pairing: Pairing::Halves, theta: 10_000.0, scaling: RopeScaling::None };
+    ModelConfig { hidden_size, layers: vec![layer], ropes: vec![rope], ..config.clone() }
+}
+
 /// Seconds for a token and a weight of a layer on which codebooks are learned: a small layer, up and down.
 fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
-    let (hidden_size, tokens) = (CHANNELS / 2, options.calibration.seq_len().min(TOKENS));
-    let config = config.with(json!({
-        "hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": hidden_size / 8,
-    }))?;
+    let tokens = options.calibration.seq_len().min(TOKENS);
+    let config = small_layer(config);
     let numbers = |len: usize| sampling::draws(1, len).iter().map(|x| (x - 0.5) / 8.0).collect::<Vec<f32>>();
     let linears = Projection::ALL.map(|p| {
         let (in_features, out_features) = config.shape(0, p);
@@ -244,17 +271,17 @@ fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
     });
     let originals = linears.each_ref().map(|linear| linear.weight.iter().map(|w| 1.1 * w).collect());
     let k_chunks = options.refine.k_chunks(options.bits.low(), options.bits);
-    let norms = norms(&config.layers[0], hidden_size, |_, len| vec![1.0; len]);
+    let norms = norms(&config.layers[0], config.hidden_size, |_, len| vec![1.0; len]);
     let layer = Layer { config: config.layers[0].clone(), norms, linears };
     let layer = Compensated { layer, originals, k_chunks };
-    let (ropes, h) = (Ropes::new(&config, tokens), numbers(tokens * hidden_size));
+    let (ropes, h) = (Ropes::new(&config, tokens), numbers(tokens * config.hidden_size));
     let seconds = fastest(|| {
         let (mut h, mut d) = (h.clone(), h.clone());
         let (trace, _) = layer.forward(&config, &ropes, 1, &mut h)?;
         layer.backward(&config, &ropes, 1, trace, &mut d);
         Ok(())
     })?;
-    Ok(seconds / (tokens * sample::layer_weights(&config)) as f64)
+    Ok(seconds / (tokens * sample::layer_weights(&config, 0)) as f64)
 }
 
 /// Seconds for a token and a weight of the head, which speaks for both models and takes the derivative back.
@@ -262,11 +289,11 @@ fn learn_head(config: &ModelConfig) -> Result<f64> {
     let (n, tokens) = (config.hidden_size.min(CHANNELS), divergence::HEAD_TOKENS);
     let values: Vec<f32> = sampling::draws(1, WORDS * n).iter().map(|x| (x - 0.5) / 8.0).collect();
     let head = Dense { in_features: n, out_features: WORDS, values: values.into() };
-    let (norm, truth) = (vec![1.0; n], sampling::draws(2, tokens * n));
-    let speaker = Speaker::new(&head, &norm, config.stream_eps());
-    let h = sampling::draws(3, tokens * n);
+    let softcap = config.logit_softcap.map(|cap| cap as f32);
+    let head = LmHead { weight: &head, final_norm: vec![1.0; n], eps: config.stream_eps(), softcap };
+    let (truth, h) = (sampling::draws(2, tokens * n), sampling::draws(3, tokens * n));
     let seconds = fastest(|| {
-        speaker.divergence(&truth, &h);
+        head.divergence(&truth, &h);
         Ok(())
     })?;
     Ok(seconds / (tokens * WORDS * n) as f64)
@@ -327,7 +354,7 @@ impl Sample {
     fn learn_weight(&self, manifest: &Manifest) -> Result<f64> {
         let bits = manifest.bits.high() as usize;
         let weight = sqllm::quantize(&self.linear, bits, &[1.0; CHANNELS])?;
-        let seconds = fastest(|| polish::rehearse(&weight, &self.linear))?;
+        let seconds = fastest(|| polish::time_step(&weight, &self.linear))?;
         Ok(seconds / (CHANNELS * ROWS) as f64)
     }
 
@@ -371,8 +398,50 @@ fn fastest(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::checkpoint::BitWidth;
+    use crate::config::NormPlacement;
+    use crate::format::Format;
+
+    /// A model of which one layer has twice the width between gate-up and down, and norms behind both branches.
+    #[test]
+    fn every_layer_counts_as_it_is() {
+        let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
+        let small = json!({
+            "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 16, "num_hidden_layers": 4, "vocab_size": 1000,
+        });
+        let config = config.with(small).unwrap();
+        let mut uneven = config.clone();
+        let FeedForward::Dense { intermediate_size, .. } = &mut uneven.layers[2].feed_forward;
+        *intermediate_size = 192;
+        uneven.layers[2].norms = NormPlacement::Both;
+        let options = Options {
+            backend: Format::AnyPrec,
+            bits: BitWidth::try_from(3.0).unwrap(),
+            group_size: None,
+            awq: false,
+            refine: Refine::DEFAULT,
+            calibration: Calibration::Text { tokens: vec![1; 8192], seq_len: 512, samples: 16, name: "t".into() },
+            source: "random".into(),
+            overwrite: false,
+        };
+        let manifest = plan(&uneven, &options).unwrap();
+        for layer in 0..4 {
+            let [even, own] = [&config, &uneven].map(|c| layer_bytes(c, layer, &manifest));
+            // 96 channels more of gate, up and down; 192 rows of gate and up; 96 channels of down; two norms.
+            let (codes, residuals) =
+                (3 * 96 * 64 * 3 / 8 + 2 * 8 * 192 + 2 * 4 * 64, 3 * 96 * 64 / 2 + 2 * 192 + 4 * 96);
+            let more = if layer == 2 { (codes, residuals) } else { (0, 0) };
+            assert_eq!((own.0 - even.0, own.1 - even.1), more, "layer {layer}");
+            let [even, own] = [&config, &uneven].map(|c| backward::trace_bytes(c, layer));
+            assert_eq!(own - even, if layer == 2 { 2 * 2 * 64 } else { 0 }, "what enters two norms is kept");
+        }
+        let [even, own] = [&config, &uneven].map(|c| memory(c, &options, &manifest));
+        assert!(own > even, "{own}, {even}");
+    }
 
     /// While a small model writes its own calibration text, all of its layers are in memory in f32.
     #[test]
@@ -385,7 +454,7 @@ mod tests {
         let config = config.unwrap();
         let memory = |calibration| {
             let options = Options {
-                backend: crate::format::Format::AnyPrec,
+                backend: Format::AnyPrec,
                 bits: BitWidth::try_from(3.0).unwrap(),
                 group_size: None,
                 awq: false,

@@ -1,4 +1,4 @@
-//! Softmax and gating, and the exponential function under both: a library call for every element takes a tenth of a
+//! Softmax, gating and caps, and the exponential function under both: a library call for every element takes a tenth of a
 //! quantization's time, a loop over polynomials that the compiler makes vectors of does not.
 
 use rayon::prelude::*;
@@ -75,6 +75,15 @@ pub(crate) fn log_sum(row: &[f32]) -> f64 {
     f64::from(max) + parts.sum::<f64>().ln()
 }
 
+/// Every `x` of `row` becomes `cap · tanh(x / cap)`, off by 2^-22 of `cap` at most.
+pub(crate) fn softcap(cap: f32, row: &mut [f32]) {
+    for x in row {
+        // tanh |u| = (1 − e^−2|u|) / (1 + e^−2|u|): nothing overflows.
+        let e = exp(-2.0 / cap * x.abs());
+        *x = (cap * (1.0 - e) / (1.0 + e)).copysign(*x);
+    }
+}
+
 /// `activation(gate) ⊙ up`, `[tokens, intermediate]` from `[tokens, gate then up]`.
 pub(crate) fn gated(activation: Activation, gate_up: &[f32], intermediate: usize) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len() / 2];
@@ -119,6 +128,23 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::INFINITY) > 1e38);
+    }
+
+    #[test]
+    fn caps_are_the_library_s_to_what_f32_resolves() {
+        for cap in [0.5f32, 30.0, 50.0] {
+            let mut capped: Vec<f32> = (-4000..=4000).map(|i| i as f32 * 0.01 * cap).chain([0.0, 1e-3, 1e30]).collect();
+            let plain = capped.clone();
+            softcap(cap, &mut capped);
+            for (got, x) in capped.iter().zip(&plain) {
+                let want = f64::from(cap) * (f64::from(*x) / f64::from(cap)).tanh();
+                assert!((f64::from(*got) - want).abs() < 2f64.powi(-22) * f64::from(cap), "{x}: {got}, {want}");
+            }
+            assert!(capped.iter().zip(&plain).any(|(got, x)| (got - x).abs() > 0.1 * cap), "nothing was capped");
+        }
+        let mut row = [f32::NAN];
+        softcap(1.0, &mut row);
+        assert!(row[0].is_nan());
     }
 
     #[test]

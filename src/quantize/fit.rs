@@ -50,7 +50,7 @@ impl<'a> Fit<'a> {
             };
             return finish(linear, x, weight, &vec![1.0; n]);
         }
-        hessian.spare(x, &taken, ALONE);
+        hessian.discount_taken(x, &taken, ALONE);
         hessian.damp();
         let weight = self.against(&hessian, linear, self.job.options.awq.then_some(x))?;
         finish(linear, x, weight, &importance(x, n, &taken))
@@ -133,7 +133,7 @@ mod tests {
         let importance = importance(&x, N, &taken);
         let fitted = |alone| {
             let mut hessian = Hessian::of(&x, N);
-            hessian.spare(&x, &taken, alone);
+            hessian.discount_taken(&x, &taken, alone);
             hessian.damp();
             let weight = sqllm::refined(&linear, 3, &hessian, EFFORT).unwrap();
             let residual = residual(&linear, &weight, &importance).unwrap();

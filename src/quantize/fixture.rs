@@ -3,7 +3,10 @@
 use serde_json::json;
 
 use super::forward::{Affine, Layer, norms};
-use crate::config::{LayerNorm, ModelConfig, Projection};
+use crate::config::{
+    Activation, Attention, FeedForward, LayerNorm, Mixer, ModelConfig, NormPlacement, Projection, QkNorm, QueryScaling,
+    RopeScaling,
+};
 use crate::sampling;
 
 /// A model of one layer; two queries share a key.
@@ -27,6 +30,74 @@ pub(crate) fn config() -> ModelConfig {
     .expect("a small configuration")
 }
 
+/// What families do differently from Llama: one thing at a time, and together as some of them do.
+pub(super) fn variants(base: &ModelConfig) -> Vec<(&'static str, ModelConfig)> {
+    type Change = fn(&mut ModelConfig);
+    let changes: [(&'static str, Change); 18] = [
+        ("plain", |_| {}),
+        ("window", |c| attention(c).window = Some(3)),
+        ("norms of heads", |c| attention(c).qk_norm = Some(QkNorm::PerHead)),
+        ("norms of rows", |c| attention(c).qk_norm = Some(QkNorm::WholeRow)),
+        ("norms after", |c| c.layers[0].norms = NormPlacement::After),
+        ("norms before and after", |c| c.layers[0].norms = NormPlacement::Both),
+        ("GELU", gelu),
+        ("capped scores", |c| attention(c).softcap = Some(0.7)),
+        ("scale", |c| attention(c).scale = 0.9),
+        ("queries that grow", |c| attention(c).query_scaling = Some(QueryScaling { beta: 0.6, original: 2 })),
+        ("YaRN", yarn),
+        ("partial rotation", |c| c.ropes[0].rotary_dim /= 2),
+        ("no rotation", |c| attention(c).rope = None),
+        ("divided stream", |c| (c.residual_multiplier, c.rms_norm_eps) = (0.22, 0.01)),
+        ("Gemma 2", |c| {
+            gelu(c);
+            c.layers[0].norms = NormPlacement::Both;
+            let attention = attention(c);
+            (attention.softcap, attention.scale, attention.window) = (Some(0.5), 0.4, Some(4));
+        }),
+        ("OLMo 3", |c| {
+            yarn(c);
+            c.layers[0].norms = NormPlacement::After;
+            let attention = attention(c);
+            (attention.qk_norm, attention.window) = (Some(QkNorm::WholeRow), Some(4));
+        }),
+        ("Ministral 3", |c| {
+            yarn(c);
+            attention(c).query_scaling = Some(QueryScaling { beta: 0.4, original: 3 });
+        }),
+        ("GLM-4", |c| {
+            c.layers[0].norms = NormPlacement::Both;
+            c.ropes[0].rotary_dim /= 2;
+        }),
+    ];
+    let changed = |(name, change): (_, Change)| {
+        let mut config = base.clone();
+        change(&mut config);
+        (name, config)
+    };
+    changes.into_iter().map(changed).collect()
+}
+
+fn attention(config: &mut ModelConfig) -> &mut Attention {
+    let Mixer::Attention(attention) = &mut config.layers[0].mixer;
+    attention
+}
+
+fn gelu(config: &mut ModelConfig) {
+    let FeedForward::Dense { activation, .. } = &mut config.layers[0].feed_forward;
+    *activation = Activation::GeluTanh;
+}
+
+fn yarn(config: &mut ModelConfig) {
+    config.ropes[0].scaling = RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_position_embeddings: 16.0,
+        beta_fast: 2.0,
+        beta_slow: 0.2,
+        truncate: false,
+        attention_factor: 1.3,
+    };
+}
+
 /// Numbers between `-amplitude` and `amplitude`; the same seed gives the same.
 pub(super) fn numbers(seed: u64, len: usize, amplitude: f32) -> Vec<f32> {
     sampling::draws(seed, len).iter().map(|x| (2.0 * x - 1.0) * amplitude).collect()
@@ -42,7 +113,11 @@ pub(super) fn layer(config: &ModelConfig, amplitude: f32) -> Layer {
     });
     let layer = config.layers[0].clone();
     let norms = norms(&layer, config.hidden_size, |norm, len| {
-        let seed = if norm == LayerNorm::AttentionInput { 5 } else { 6 };
+        let seed = match norm {
+            LayerNorm::AttentionInput => 5,
+            LayerNorm::FeedForwardInput => 6,
+            other => 40 + other.index() as u64,
+        };
         numbers(seed, len, 0.5).iter().map(|x| 1.0 + x).collect()
     });
     Layer { config: layer, norms, linears }

@@ -2,10 +2,12 @@
 //!
 //! What a layer computes is its program's ([`LayerConfig::program`]); here is how (spec §3.2). Products run on all cores.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::exponential::{gated, softmax};
+use super::exponential::{gated, softcap, softmax};
 use super::product::{Strided, multiply, product};
 use crate::config::{Attention, LayerConfig, LayerNorm, ModelConfig, Op, Projection, Reads, Writes};
 use crate::weights::{Linear, ModelWeights};
@@ -86,6 +88,11 @@ impl Layer {
     pub(crate) fn norm(&self, norm: LayerNorm) -> &[f32] {
         &self.norms[norm.index()]
     }
+
+    /// `h` `[tokens, hidden_size]` through one of the norms, if through any.
+    pub(super) fn normed(&self, config: &ModelConfig, through: Option<LayerNorm>, h: &[f32]) -> Vec<f32> {
+        through.map_or_else(|| h.to_vec(), |n| norm(h, self.norm(n), config.norm_eps(n)))
+    }
 }
 
 /// The norms that a layer has, of these lengths.
@@ -158,19 +165,32 @@ pub(crate) fn forward(
     cache: &mut KvCache,
     texts: usize,
     h: &mut [f32],
-) -> Inputs {
+) -> Result<Inputs> {
+    run(config, layer, ropes, cache, texts, h, |(projection, ..), _, x| Ok(layer.linear(projection).apply(x)))
+}
+
+/// The same with products of one's own: `product` gets a projection, `h` as it is then and `x`, what enters, and returns
+/// what comes out.
+pub(super) fn run(
+    config: &ModelConfig,
+    layer: &Layer,
+    ropes: &Ropes,
+    cache: &mut KvCache,
+    texts: usize,
+    h: &mut [f32],
+    mut product: impl FnMut((Projection, Reads, Writes), &[f32], &[f32]) -> Result<Vec<f32>>,
+) -> Result<Inputs> {
     let mut inputs = Inputs::default();
     let (mut qkv, mut attended, mut gate_up, mut branch) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for op in layer.config.program() {
         match op {
             Op::Project { projection, reads, writes } => {
                 let x = match reads {
-                    Reads::Stream(Some(n)) => norm(h, layer.norm(n), config.norm_eps(n)),
-                    Reads::Stream(None) => h.to_vec(),
+                    Reads::Stream(n) => layer.normed(config, n, h),
                     Reads::Attended => std::mem::take(&mut attended),
                     Reads::Gated(activation) => gated(activation, &gate_up, layer.config.intermediate_size()),
                 };
-                let y = layer.linear(projection).apply(&x);
+                let y = product((projection, reads, writes), h, &x)?;
                 inputs[projection.index()] = x;
                 match writes {
                     Writes::Qkv => qkv = y,
@@ -181,14 +201,14 @@ pub(crate) fn forward(
             }
             Op::NormQk(_) => norm_qk(layer, config.rms_norm_eps, &mut qkv),
             Op::Attend => attended = attend(layer.config.attention(), ropes, cache, texts, &mut qkv),
-            Op::AddNormed(n) => add_parallel(h, &norm(&branch, layer.norm(n), config.norm_eps(n))),
+            Op::AddNormed(n) => add_parallel(h, &layer.normed(config, Some(n), &branch)),
         }
     }
-    inputs
+    Ok(inputs)
 }
 
 /// RMSNorm of the queries and of the keys of every token of `qkv`, in place.
-pub(crate) fn norm_qk(layer: &Layer, eps: f32, qkv: &mut [f32]) {
+pub(super) fn norm_qk(layer: &Layer, eps: f32, qkv: &mut [f32]) {
     let attention = layer.config.attention();
     let (queries, keys) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
     let [query, key] = [LayerNorm::Query, LayerNorm::Key].map(|n| layer.norm(n));
@@ -212,6 +232,14 @@ pub(crate) fn norm(h: &[f32], gamma: &[f32], eps: f32) -> Vec<f32> {
     out
 }
 
+/// Rotates queries and keys of `qkv`, texts of `tokens` tokens, the first of each at position `past`.
+pub(super) fn rotate(attention: &Attention, ropes: &Ropes, past: usize, tokens: usize, qkv: &mut [f32]) {
+    let (d, turning) = (attention.head_dim, (attention.num_heads + attention.num_kv_heads) * attention.head_dim);
+    qkv.par_chunks_exact_mut(attention.qkv_rows()).enumerate().for_each(|(i, row)| {
+        row[..turning].chunks_exact_mut(d).for_each(|head| ropes.rotate(attention, head, past + i % tokens));
+    });
+}
+
 /// Rotates queries and keys of `qkv`, appends keys and values to `cache`, and returns causal attention,
 /// `[texts, tokens, num_heads · head_dim]`.
 pub(crate) fn attend(
@@ -226,9 +254,7 @@ pub(crate) fn attend(
     let width = q_dim + 2 * kv_dim;
     let tokens = qkv.len() / width / texts;
     let past = cache.len;
-    qkv.par_chunks_exact_mut(width).enumerate().for_each(|(i, row)| {
-        row[..q_dim + kv_dim].chunks_exact_mut(d).for_each(|head| ropes.rotate(attention, head, past + i % tokens));
-    });
+    rotate(attention, ropes, past, tokens, qkv);
     for (i, row) in qkv.chunks_exact(width).enumerate() {
         let at = (i / tokens * cache.capacity + past + i % tokens) * kv_dim;
         cache.keys[at..at + kv_dim].copy_from_slice(&row[q_dim..q_dim + kv_dim]);
@@ -278,12 +304,11 @@ impl History<'_> {
         let keys = Strided { values: self.keys, row: 1, column: self.stride };
         multiply(count, len, d, 1.0, q, keys, &mut scores, gemm::Parallelism::None);
         for (i, row) in scores.chunks_exact_mut(len).enumerate() {
-            let end = position + i + 1;
-            let start = self.attention.window.map_or(0, |window| end.saturating_sub(window));
-            row[..start].fill(0.0);
-            row[end..].fill(0.0);
-            scale_scores(self.attention, end - 1, &mut row[start..end]);
-            softmax(&mut row[start..end]);
+            let seen = seen(self.attention, position + i);
+            row[..seen.start].fill(0.0);
+            row[seen.end..].fill(0.0);
+            scale_scores(self.attention, position + i, &mut row[seen.clone()]);
+            softmax(&mut row[seen]);
         }
         let values = Strided { values: self.values, row: self.stride, column: 1 };
         let scores = Strided { values: &scores, row: len, column: 1 };
@@ -291,12 +316,18 @@ impl History<'_> {
     }
 }
 
-/// Scores as the softmax takes them, from the products of the query at `position` with keys.
-pub(crate) fn scale_scores(attention: &Attention, position: usize, scores: &mut [f32]) {
+/// The positions that the query at `position` sees.
+pub(super) fn seen(attention: &Attention, position: usize) -> Range<usize> {
+    let end = position + 1;
+    attention.window.map_or(0, |window| end.saturating_sub(window))..end
+}
+
+/// Products of the query at `position` with keys become scores as the softmax takes them.
+pub(super) fn scale_scores(attention: &Attention, position: usize, scores: &mut [f32]) {
     let scale = attention.scale_at(position) as f32;
-    match attention.softcap {
-        None => scores.iter_mut().for_each(|s| *s *= scale),
-        Some(cap) => scores.iter_mut().for_each(|s| *s = cap as f32 * (*s * scale / cap as f32).tanh()),
+    scores.iter_mut().for_each(|s| *s *= scale);
+    if let Some(cap) = attention.softcap {
+        softcap(cap as f32, scores);
     }
 }
 

@@ -21,7 +21,7 @@ const TINY: f64 = 1e-12;
 const GRAM_TOKENS: usize = 4096;
 
 /// The channels that exact selection takes, token by token.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Taken {
     channels: Vec<u32>, // [tokens, count], ascending in each token
     count: usize,
@@ -110,7 +110,7 @@ impl Hessian {
 
     /// The same where each token counts `alone` times as it is and `1 − alone` times without the channels that it
     /// takes: what is taken off is few outer products of sparse vectors.
-    pub(crate) fn spare(&mut self, x: &[f32], taken: &Taken, alone: f32) {
+    pub(crate) fn discount_taken(&mut self, x: &[f32], taken: &Taken, alone: f32) {
         if !taken.any() {
             return;
         }
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn sparing_is_a_mean_of_masked_and_whole_inputs() {
+    fn discounting_is_a_mean_of_masked_and_whole_inputs() {
         let x = inputs();
         let taken = Taken::select(&x, N, 64).unwrap();
         let mut masked = x.clone();
@@ -214,7 +214,7 @@ mod tests {
         for alone in [0.0, 0.3, 1.0] {
             let mut hessian = Hessian::of(&x[..25 * N], N);
             hessian.add(&x[25 * N..]);
-            hessian.spare(&x, &taken, alone);
+            hessian.discount_taken(&x, &taken, alone);
             let share = f64::from(alone);
             let want: Vec<f64> = whole.iter().zip(&masked).map(|(w, m)| share * w + (1.0 - share) * m).collect();
             assert!(largest_difference(&hessian.values, &want) < 1e-5, "{alone}");

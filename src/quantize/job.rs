@@ -43,7 +43,7 @@ impl Job<'_> {
     pub(super) fn work(&self) -> u64 {
         let layers = self.source.config().layers.len() as u64;
         let mixed = if self.manifest.bits.is_mixed() { mixed::work(&self.options.calibration, layers) } else { 0 };
-        let learning = if self.learns() { self.learning_work() } else { 0 };
+        let learning = if self.trains_codebooks() { self.learning_work() } else { 0 };
         self.sampling_work() + layers * (self.tokens() + self.layer_work()) + mixed + learning
     }
 
@@ -55,7 +55,7 @@ impl Job<'_> {
     }
 
     /// True if codebooks are learned when all layers are quantized.
-    pub(super) fn learns(&self) -> bool {
+    pub(super) fn trains_codebooks(&self) -> bool {
         self.options.refine != Refine::None && self.manifest.group_size.is_none()
     }
 

@@ -9,9 +9,10 @@
 use anyhow::Result;
 
 use super::calibrate::Activations;
-use super::forward::{Layer, Ropes, norm};
+use super::forward::{Layer, Ropes};
+use super::head::LmHead;
 use super::job::Job;
-use super::{Calibration, divergence, sample};
+use super::{Calibration, divergence};
 use crate::checkpoint::LayerFile;
 
 /// Tokens on which the divergence is measured.
@@ -57,17 +58,13 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
         }
     }
     let (embedding, head) = (job.source.embedding()?, job.source.head()?);
-    let final_norm = config.final_gamma(job.source)?;
-    let predict = |activations: &Activations| {
-        let x = norm(&activations.h, &final_norm, config.stream_eps());
-        sample::logits(config, head.as_ref().unwrap_or(&embedding), &x)
-    };
-    let truth = predict(&full);
+    let head = LmHead::new(job.source, head.as_ref().unwrap_or(&embedding))?;
+    let truth = head.logits(&full.h);
     let divergences = raised
         .iter()
         .map(|activations| {
             super::ensure_running(job.stop)?;
-            Ok(divergence::mean(&truth, predict(activations), config.vocab_size))
+            Ok(divergence::mean(&truth, head.logits(&activations.h), config.vocab_size))
         })
         .collect::<Result<Vec<f64>>>()?;
     Ok((raise_half(&divergences, low, high), divergences))

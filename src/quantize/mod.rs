@@ -31,6 +31,7 @@ mod sqllm;
 mod storable;
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -251,7 +252,7 @@ pub fn quantize(
         true => job.chosen(&ids)?,
         false => (vec![manifest.bits.low(); config.layers.len()], Vec::new()),
     };
-    if job.learns() {
+    if job.trains_codebooks() {
         polish::polish(&job, &ids, &bits)?;
     }
     progress.set_message("writing");
@@ -274,12 +275,12 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
             ensure!(k <= CHUNK, "--for-k-chunks has {k}, 0 to {CHUNK} are allowed");
         }
     }
-    for projection in Projection::ALL {
-        let (inputs, outputs) = config.shape(0, projection);
+    for (layer, projection) in config.projections() {
+        let (inputs, outputs) = config.shape(layer, projection);
         ensure!(
             inputs.is_multiple_of(32) && outputs.is_multiple_of(8),
-            "{projection} has {inputs} input channels and {outputs} rows, multiples of 32 and 8 are expected: this \
-             model cannot be quantized"
+            "{projection} of layer {layer} has {inputs} input channels and {outputs} rows, multiples of 32 and 8 are \
+             expected: this model cannot be quantized"
         );
     }
     let group_size = if options.backend.is_grouped() {
@@ -301,17 +302,18 @@ fn plan(config: &ModelConfig, options: &Options) -> Result<Manifest> {
 
 /// The group size asked for, or the largest usual one, that tiles every projection's input.
 fn group_size(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
-    let inputs = Projection::ALL.map(|p| config.shape(0, p).0);
+    let inputs: BTreeSet<usize> = config.projections().map(|(layer, p)| config.shape(layer, p).0).collect();
     let fits = |group: usize| inputs.iter().all(|&inputs| ensure_group_size(inputs, group).is_ok());
     let usual: Vec<usize> = [128, 64, 32].into_iter().filter(|&g| fits(g)).collect();
+    let listed =
+        |numbers: &mut dyn Iterator<Item = &usize>, and| numbers.map(usize::to_string).collect::<Vec<_>>().join(and);
     match asked {
         None => usual.first().copied().context("no group size of 128, 64 or 32 divides the model's input channels"),
         Some(group) if fits(group) => Ok(group),
         Some(group) => bail!(
-            "group size {group} does not divide {} and {} input channels in multiples of 32, use --group-size {}",
-            config.hidden_size,
-            config.shape(0, Projection::Down).0,
-            usual.iter().map(usize::to_string).collect::<Vec<_>>().join(" or ")
+            "group size {group} does not divide {} input channels in multiples of 32, use --group-size {}",
+            listed(&mut inputs.iter(), " and "),
+            listed(&mut usual.iter(), " or ")
         ),
     }
 }

@@ -17,10 +17,10 @@ use rayon::prelude::*;
 
 use super::backward::Compensated;
 use super::calibrate::{self, Activations};
-use super::divergence::Speaker;
 use super::fit;
 use super::forward::{Affine, Layer, Ropes};
 use super::gram::Taken;
+use super::head::LmHead;
 use super::job::Job;
 use super::refine::{Codebook, Grid};
 use crate::checkpoint::LayerFile;
@@ -131,8 +131,7 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
     let ropes = Ropes::new(config, seq_len);
     // Half precision, as they are stored in the end.
     let (embedding, head) = (super::halved(job.source.embedding()?), job.source.head()?.map(super::halved));
-    let final_norm = config.final_gamma(job.source)?;
-    let speaker = Speaker::new(head.as_ref().unwrap_or(&embedding), &final_norm, config.stream_eps());
+    let lm_head = LmHead::new(job.source, head.as_ref().unwrap_or(&embedding))?;
     let truth = truth(job, ids)?;
     let mut means: Vec<[Means; 4]> = learned
         .iter()
@@ -151,7 +150,7 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
             traces.push(trace);
             job.progress.inc(seq_len as u64);
         }
-        let (loss, mut d) = speaker.divergence(truth, &h);
+        let (loss, mut d) = lm_head.divergence(truth, &h);
         tracing::debug!("step {step}, window {window}: divergence {loss:.5}");
         even_out(&mut d, config.hidden_size);
         let rate = RATE * ((step + 1) as f32 / WARMUP).min(1.0) * (1.0 - step as f32 / order.len() as f32);
@@ -268,9 +267,9 @@ fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resul
     Ok((Compensated { layer, originals, k_chunks }, [qkv_codes, o_codes, gu_codes, d_codes]))
 }
 
-/// What a step does with a projection besides products, for an estimate: it is read on the way up and on the way down,
-/// and its codebook follows a derivative.
-pub(super) fn rehearse(weight: &Weight<'_>, original: &Affine) -> Result<()> {
+/// What a step does with a projection besides products, to be timed; the result is discarded. The projection is read on
+/// the way up and on the way down, and its codebook follows a derivative.
+pub(super) fn time_step(weight: &Weight<'_>, original: &Affine) -> Result<()> {
     let Weight::AnyPrec(weight) = weight else { bail!("codebooks are learned of AnyPrec only") };
     let (codebook, n) = (weight.lut().to_f32().into_owned(), weight.in_features());
     let grid = Codebook { bits: weight.bits() };

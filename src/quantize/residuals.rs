@@ -4,9 +4,10 @@
 //! lost of it becomes the residual, what enters its projections the thresholds.
 //!
 //! AWQ multiplies the input channels of a matrix and folds the inverse into what feeds it (Lin et al. 2023, §3.2), so
-//! that a model it quantized is comparable only with an original that is scaled alike. Where the norms differ, the
-//! scales of what they feed are their ratio. Those of `o` and `down` went into rows of `v` and `up`, of which only
-//! the quantized form is left: a row `w` became `w / s`, rounded to `q`, and since rounding errors are about
+//! that a model it quantized is comparable only with an original that is scaled alike. Where norms before projections
+//! differ, the scales of what they feed are their ratio; other norms (of queries and keys, behind attention and
+//! feed-forward) feed no projection and must be equal. The scales of `o` and `down` went into rows of `v` and `up`, of
+//! which only the quantized form is left: a row `w` became `w / s`, rounded to `q`, and since rounding errors are about
 //! perpendicular to `w`, `s ≈ |w|² / ⟨w, q⟩`.
 
 use std::borrow::Cow;
@@ -15,7 +16,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
@@ -23,16 +24,17 @@ use super::forward::{Affine, Inputs, Layer, Norms};
 use super::job::{self, Job, Made};
 use super::{Calibration, Options, Refine, Report, awq, ensure_running, estimate, finish, style};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
-use crate::config::{Attention, LayerNorm, ModelConfig, Projection};
+use crate::config::{Attention, ModelConfig, Projection};
 use crate::fingerprint::Fingerprint;
-use crate::tensors::stored_modules;
+use crate::tensors::{norm_name, stored_modules};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 /// Norms that differ by less were only stored in another type (f16 has 2^-11).
 const SAME_NORM: f32 = 1.0 / 256.0;
 
-/// Rows that were not scaled differ by what clipping takes, a per cent at most; AWQ's scales spread over factors.
+/// Rows that were not scaled all lose about the same to rounding and clipping; AWQ's scales spread over factors. Where
+/// chance spreads the others, the function is still the model's: what divides a row multiplies the channel that it feeds.
 const UNSCALED: f32 = 0.03;
 
 /// The largest energy of `W_original − W_quantized` against that of both, `|W − Q|² / (|W|² + |Q|²)`, of two
@@ -118,39 +120,40 @@ fn ensure_pair(original: &dyn ModelWeights, quantized: &dyn ModelWeights) -> Res
     ensure!(original.bits(0).is_none(), "the original is quantized itself, a full-precision model is expected");
     ensure!(quantized.bits(0).is_some(), "the quantized model is full precision, quantize it first");
     let (a, b) = (original.config(), quantized.config());
-    let heads = |config: &ModelConfig| {
-        let attention = config.layers[0].attention();
-        (attention.num_heads, attention.num_kv_heads, attention.head_dim)
-    };
     ensure!(
         a.layers.len() == b.layers.len(),
         "the original has {} layers, the quantized model {}: they are not the same model",
         a.layers.len(),
         b.layers.len()
     );
-    for projection in Projection::ALL {
-        let (a, b) = (a.shape(0, projection), b.shape(0, projection));
+    for (layer, projection) in a.projections() {
+        let (a, b) = (a.shape(layer, projection), b.shape(layer, projection));
         ensure!(
             a == b,
-            "{projection} has {} channels and {} rows in the original, {} and {} in the quantized model: they are not \
-             the same model",
+            "{projection} of layer {layer} has {} channels and {} rows in the original, {} and {} in the quantized \
+             model: they are not the same model",
             a.0,
             a.1,
             b.0,
             b.1
         );
     }
-    ensure!(
-        heads(a) == heads(b),
-        "the original has {} heads on {} of width {}, the quantized model {} on {} of width {}",
-        heads(a).0,
-        heads(a).1,
-        heads(a).2,
-        heads(b).0,
-        heads(b).1,
-        heads(b).2
-    );
+    for layer in 0..a.layers.len() {
+        let [own, theirs] = [describe(a, layer)?, describe(b, layer)?];
+        ensure!(
+            own == theirs,
+            "layer {layer} of the original has {own}; of the quantized model, {theirs}: they are not the same model"
+        );
+    }
     Ok(())
+}
+
+/// What shapes of matrices leave open: `4 heads on 2 of width 16, norms input_layernorm [64], …`.
+fn describe(config: &ModelConfig, layer: usize) -> Result<String> {
+    let Attention { num_heads, num_kv_heads, head_dim, .. } = *config.layers[layer].attention();
+    let norms = config.layers[layer].norms(config.hidden_size).into_iter();
+    let norms: Result<Vec<_>> = norms.map(|(norm, len)| Ok(format!("{} [{len}]", config.family.norm(norm)?))).collect();
+    Ok(format!("{num_heads} heads on {num_kv_heads} of width {head_dim}, norms {}", norms?.join(", ")))
 }
 
 /// A layer of `quantized` with what it lost of `layer`.
@@ -195,7 +198,11 @@ impl<'a, 'b> Pair<'a, 'b> {
         let norms = quantized.norms(index)?;
         let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| quantized.projection(index, projection));
         let linears = [qkv?, o?, gate_up?, down?];
-        if !layer.norms.iter().zip(&norms).all(|(own, theirs)| same(own, theirs)) {
+        ensure_same_norms(original.config(), index, &layer, &norms)?;
+        let mut feeding = Projection::ALL.iter().filter_map(|&p| layer.config.norm_before(p)).peekable();
+        // Where no norm feeds a projection, none can tell whether anything is scaled.
+        let alone = feeding.peek().is_none();
+        if alone || feeding.any(|n| !same(layer.norm(n), &norms[n.index()])) {
             scale_alike(layer.to_mut(), inputs.to_mut(), &norms, &linears)?;
         }
         for (projection, theirs) in Projection::ALL.into_iter().zip(&linears) {
@@ -233,6 +240,25 @@ fn ensure_related(name: &str, own: &Affine, theirs: &Weight<'_>, rows: Range<usi
     Ok(())
 }
 
+/// Checks that norms that feed no projection are alike: no scale went into them.
+fn ensure_same_norms(config: &ModelConfig, index: usize, layer: &Layer, theirs: &Norms) -> Result<()> {
+    let feeding = Projection::ALL.map(|p| layer.config.norm_before(p));
+    for (norm, _) in
+        layer.config.norms(config.hidden_size).into_iter().filter(|(norm, _)| !feeding.contains(&Some(*norm)))
+    {
+        let (own, theirs) = (layer.norm(norm), &theirs[norm.index()]);
+        let Some(k) = (0..own.len()).find(|&k| !same(&own[k..=k], &theirs[k..=k])) else { continue };
+        bail!(
+            "tensor {}: channel {k} is {} in the original and {} in the quantized model, the same is expected of a norm \
+             that feeds no matrix: give the very model that was quantized",
+            norm_name(config, index, norm)?,
+            own[k],
+            theirs[k]
+        );
+    }
+    Ok(())
+}
+
 /// True if two norms are equal but for the type that they were stored in.
 fn same(a: &[f32], b: &[f32]) -> bool {
     a.iter().zip(b).all(|(a, b)| (a - b).abs() <= SAME_NORM * a.abs().max(b.abs()))
@@ -252,11 +278,11 @@ fn scale_alike(layer: &mut Layer, inputs: &mut Inputs, norms: &Norms, linears: &
         };
         own.iter().zip(theirs).enumerate().map(scale).collect()
     };
-    for (projection, norm) in
-        [(Projection::Qkv, LayerNorm::AttentionInput), (Projection::GateUp, LayerNorm::FeedForwardInput)]
-    {
-        let scales = ratio(layer.norm(norm), &norms[norm.index()])?;
-        awq::apply(layer, projection, &scales, &mut inputs[projection.index()]);
+    for projection in Projection::ALL {
+        if let Some(norm) = layer.config.norm_before(projection) {
+            let scales = ratio(layer.norm(norm), &norms[norm.index()])?;
+            awq::apply(layer, projection, &scales, &mut inputs[projection.index()]);
+        }
     }
     let of_rows = |layer: &Layer, projection: Projection, first: usize| {
         let (own, theirs) = (layer.linear(projection), &linears[projection.index()].weight);
@@ -288,8 +314,11 @@ fn row_scales<'a>(own: impl Fn(usize) -> &'a [f32] + Sync, theirs: &Weight<'_>, 
             if product > 0.0 { (squares / product) as f32 } else { 1.0 }
         })
         .collect();
-    let mut off: Vec<f32> = scales.iter().map(|s| (s - 1.0).abs()).collect();
-    off.sort_unstable_by(f32::total_cmp);
-    let median = off.get(off.len() / 2).copied().unwrap_or(0.0);
-    (median > UNSCALED).then_some(scales)
+    let median = |mut values: Vec<f32>| {
+        let middle = values.len() / 2;
+        *values.select_nth_unstable_by(middle, f32::total_cmp).1
+    };
+    let usual = median(scales.clone());
+    let off = median(scales.iter().map(|s| (s / usual - 1.0).abs()).collect());
+    (off > UNSCALED).then_some(scales)
 }

@@ -9,10 +9,9 @@ use rayon::prelude::*;
 
 use super::calibrate::Activations;
 use super::exponential::{exp, largest};
-use super::forward::{KvCache, Layer, Ropes, forward, norm};
-use super::product::{product, product_beside};
-use crate::config::ModelConfig;
-use crate::format::{Dense, Floats};
+use super::forward::{KvCache, Layer, Ropes, forward};
+use super::head::LmHead;
+use crate::config::{ModelConfig, Projection};
 use crate::sampling;
 use crate::weights::ModelWeights;
 
@@ -21,9 +20,6 @@ const HELD_BYTES: usize = 4 << 30;
 
 /// Sampling a token takes about as long as this many do that are known before.
 pub(crate) const SAMPLED_TOKEN: u64 = 2;
-
-/// Rows of the head that are converted to f32 at once.
-pub(crate) const HEAD_ROWS: usize = 4096;
 
 /// `texts` texts of `tokens` ids each, one after the other. Each begins with the model's BOS; where the model ends
 /// a text, BOS follows and begins another.
@@ -42,9 +38,9 @@ pub(crate) fn sample(
 ) -> Result<Vec<u32>> {
     let config = weights.config();
     let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);
-    let held = hold(weights)?;
-    let (embedding, head, final_norm) = (weights.embedding()?, weights.head()?, config.final_gamma(weights)?);
-    let head = head.as_ref().unwrap_or(&embedding);
+    let all = layers_if_small(weights)?;
+    let (embedding, head) = (weights.embedding()?, weights.head()?);
+    let head = LmHead::new(weights, head.as_ref().unwrap_or(&embedding))?;
     let ropes = Ropes::new(config, tokens);
     let mut caches: Vec<KvCache> = config.layers.iter().map(|layer| KvCache::new(layer, texts, tokens)).collect();
     let draws = sampling::draws(seed, texts * tokens);
@@ -59,12 +55,12 @@ pub(crate) fn sample(
         super::ensure_running(stop)?;
         let mut h = Activations::embed(config, &embedding, &last, 1)?.h;
         for (i, cache) in caches.iter_mut().enumerate() {
-            match &held {
-                Some(layers) => forward(config, &layers[i], &ropes, cache, texts, &mut h),
-                None => forward(config, &Layer::read(weights, i)?, &ropes, cache, texts, &mut h),
+            match &all {
+                Some(layers) => forward(config, &layers[i], &ropes, cache, texts, &mut h)?,
+                None => forward(config, &Layer::read(weights, i)?, &ropes, cache, texts, &mut h)?,
             };
         }
-        let mut logits = self::logits(config, head, &norm(&h, &final_norm, config.stream_eps()));
+        let mut logits = head.logits(&h);
         let of_texts = logits.par_chunks_exact_mut(config.vocab_size).zip(draws);
         last = of_texts.map(|(logits, &draw)| draw_from(logits, draw)).collect::<Result<_>>()?;
         last.iter_mut().filter(|id| config.eos_token_ids.contains(id)).for_each(|id| *id = first);
@@ -73,51 +69,22 @@ pub(crate) fn sample(
 }
 
 /// True if all layers in f32 are small enough to stay in memory while text is made.
-pub(crate) fn holds(config: &ModelConfig) -> bool {
-    4 * layer_weights(config) * config.layers.len() <= HELD_BYTES
+pub(crate) fn layers_stay(config: &ModelConfig) -> bool {
+    4 * (0..config.layers.len()).map(|layer| layer_weights(config, layer)).sum::<usize>() <= HELD_BYTES
 }
 
 /// All layers in f32, if they are small.
-fn hold(weights: &dyn ModelWeights) -> Result<Option<Vec<Layer>>> {
+fn layers_if_small(weights: &dyn ModelWeights) -> Result<Option<Vec<Layer>>> {
     let config = weights.config();
-    if !holds(config) {
+    if !layers_stay(config) {
         return Ok(None);
     }
     (0..config.layers.len()).map(|layer| Layer::read(weights, layer)).collect::<Result<_>>().map(Some)
 }
 
 /// Weights in the projections of one layer.
-pub(crate) fn layer_weights(config: &ModelConfig) -> usize {
-    crate::config::Projection::ALL.iter().map(|&p| config.shape(0, p)).map(|(inputs, outputs)| inputs * outputs).sum()
-}
-
-/// `[tokens, vocab_size]` from `x` `[tokens, hidden_size]`.
-pub(crate) fn logits(config: &ModelConfig, head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
-    let mut logits = product_of_head(head, x);
-    if let Some(cap) = config.logit_softcap {
-        logits.par_chunks_mut(1 << 14).flatten().for_each(|z| *z = cap as f32 * (*z / cap as f32).tanh());
-    }
-    logits
-}
-
-fn product_of_head(head: &Dense<'_>, x: &[f32]) -> Vec<f32> {
-    let (depth, vocab) = (head.in_features, head.out_features);
-    let tokens = x.len() / depth;
-    let mut y = vec![0.0; tokens * vocab];
-    if let Floats::F32(values) = &head.values {
-        product(x, values, depth, &mut y);
-        return y;
-    }
-    for start in (0..vocab).step_by(HEAD_ROWS) {
-        let rows = HEAD_ROWS.min(vocab - start);
-        let mut block = vec![0.0; rows * depth];
-        block
-            .par_chunks_exact_mut(depth)
-            .enumerate()
-            .for_each(|(row, out)| head.values.read_f32((start + row) * depth, out));
-        product_beside(x, &block, depth, &mut y[start..], vocab);
-    }
-    y
+pub(crate) fn layer_weights(config: &ModelConfig, layer: usize) -> usize {
+    Projection::ALL.iter().map(|&p| config.shape(layer, p)).map(|(inputs, outputs)| inputs * outputs).sum()
 }
 
 /// The token that `draw`, uniform in `[0, 1)`, chooses from the distribution of `logits`, which are used up. As in
@@ -181,16 +148,5 @@ mod tests {
             let error = draw_from(&mut logits.clone(), 0.5).unwrap_err().to_string();
             assert!(error.contains("not a finite number") && error.contains("calibration text"), "{error}");
         }
-    }
-
-    #[test]
-    fn the_head_is_the_same_in_every_type() {
-        let (depth, vocab) = (8, HEAD_ROWS + 3);
-        let halves: Vec<half::f16> = (0..depth * vocab).map(|i| half::f16::from_f32((i % 61) as f32 - 30.0)).collect();
-        let floats: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
-        let x: Vec<f32> = (0..2 * depth).map(|i| i as f32 - 7.0).collect();
-        let dense = |values| Dense { in_features: depth, out_features: vocab, values };
-        // Small whole numbers: every sum is exact.
-        assert_eq!(product_of_head(&dense(halves.into()), &x), product_of_head(&dense(floats.into()), &x));
     }
 }

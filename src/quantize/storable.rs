@@ -16,7 +16,8 @@ pub(super) fn ensure_storable(config: &ModelConfig, index: usize, layer: &Layer)
     for projection in Projection::ALL {
         let linear = layer.linear(projection);
         let Some(at) = linear.weight.iter().position(|w| w.abs() > LARGEST) else { continue };
-        let (mut row, channel) = (at / linear.in_features, at % linear.in_features);
+        let (row, channel) = (at / linear.in_features, at % linear.in_features);
+        let mut row = config.row_order(index, projection, None).map_or(row, |stored| stored[row]);
         let mut modules = stored_modules(config, index, projection).into_iter();
         let found = modules.find(|(_, rows)| {
             let inside = row < *rows;
@@ -31,4 +32,31 @@ pub(super) fn ensure_storable(config: &ModelConfig, index: usize, layer: &Layer)
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture;
+    use super::*;
+    use crate::config::Pairing;
+
+    /// The place is that in the file, whatever order rows of queries and keys are kept in.
+    #[test]
+    fn the_place_of_a_huge_weight_is_that_in_its_tensor() {
+        let mut config = fixture::config();
+        let head_dim = config.layers[0].attention().head_dim;
+        for (pairing, stored) in [(Pairing::Halves, [1, 9]), (Pairing::Neighbours, [2, 3])] {
+            config.ropes[0].pairing = pairing;
+            for (second, stored) in [0, 1].into_iter().zip(stored) {
+                let mut layer = fixture::layer(&config, 0.2);
+                ensure_storable(&config, 0, &layer).unwrap();
+                // The second pair of the last key head: channels 1 and 9 as they are kept.
+                let row = 5 * head_dim + 1 + second * head_dim / 2;
+                layer.linears[0].weight[row * 64 + 7] = 1e5;
+                let message = ensure_storable(&config, 0, &layer).unwrap_err().to_string();
+                let place = format!("k_proj.weight: 1e5 (at [{}, 7])", head_dim + stored);
+                assert!(message.contains(&place), "{message}");
+            }
+        }
+    }
 }

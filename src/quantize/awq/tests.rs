@@ -1,6 +1,6 @@
 //! Scaling leaves the function alone, and every search is better than not searching.
 
-use super::super::fixture::{config, layer, numbers};
+use super::super::fixture::{config, layer, numbers, variants};
 use super::super::forward::{KvCache, Ropes, forward};
 use super::*;
 use crate::config::ModelConfig;
@@ -16,7 +16,7 @@ fn run(config: &ModelConfig, layer: &Layer, h: &[f32]) -> (Vec<f32>, Inputs) {
     let tokens = h.len() / config.hidden_size;
     let mut h = h.to_vec();
     let mut cache = KvCache::new(&layer.config, 1, tokens);
-    let inputs = forward(config, layer, &Ropes::new(config, tokens), &mut cache, 1, &mut h);
+    let inputs = forward(config, layer, &Ropes::new(config, tokens), &mut cache, 1, &mut h).unwrap();
     (h, inputs)
 }
 
@@ -43,6 +43,29 @@ fn scaling_changes_inputs_and_weights_and_not_the_function() {
     }
     let qkv = Projection::Qkv.index();
     assert!(largest_difference(&unscaled[qkv], &now[qkv]) > 1.0, "loud channels are turned down");
+}
+
+/// Whatever a family does; where no norm comes before a projection, it is not scaled.
+#[test]
+fn scaling_leaves_the_function_of_every_family() {
+    for (name, config) in variants(&config()) {
+        let mut layer = layer(&config, 0.2);
+        let h = stream(&config, 40);
+        let (before, unscaled) = run(&config, &layer, &h);
+        let mut inputs = unscaled.clone();
+        scale(&mut layer, &mut inputs, 3, 32);
+        let (after, now) = run(&config, &layer, &h);
+        let size = |x: &[f32]| x.iter().fold(0f32, |m, x| m.max(x.abs()));
+        assert!(largest_difference(&before, &after) < 1e-4 * size(&before), "{name}");
+        for projection in Projection::ALL {
+            let i = projection.index();
+            assert!(largest_difference(&inputs[i], &now[i]) < 1e-4 * size(&now[i]), "{name}, {projection}");
+            let scaled = largest_difference(&unscaled[i], &now[i]) > 1e-2 * size(&now[i]);
+            let foldable = layer.config.reads(projection) != Reads::Stream(None);
+            assert!(foldable || !scaled, "{name}, {projection}: nothing takes the inverse");
+            assert!(!foldable || scaled || projection == Projection::O, "{name}, {projection} is not scaled");
+        }
+    }
 }
 
 #[test]

@@ -10,8 +10,8 @@ use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::Projection;
 use crate::fingerprint::Fingerprint;
 use crate::format::Storage;
-use crate::open::Opened;
 use crate::interrupted::ensure_running;
+use crate::open::Opened;
 use crate::weights::Linear;
 
 /// Writes a checkpoint at `out` that holds the numbers of `opened`, each in the type that it has there. Norms and

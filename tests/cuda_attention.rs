@@ -54,7 +54,7 @@ fn layers((num_heads, num_kv_heads, head_dim): (usize, usize, usize), noise: &mu
     let scaling = QueryScaling { beta: 0.3, original: 50 + noise.below(100) };
     vec![
         plain.clone(),
-        Attention { window: Some(1 + noise.below(40)), rope: Some(1), ..plain.clone() },
+        Attention { window: Some(2 + noise.below(40)), rope: Some(1), ..plain.clone() },
         Attention { rope: None, query_scaling: Some(scaling), scale: 0.7 * plain.scale, ..plain.clone() },
         Attention {
             window: Some(41 + noise.below(160)),
@@ -123,9 +123,10 @@ fn passes(noise: &mut Noise, longest: usize) -> Vec<usize> {
 /// What a type makes of a number of which no more is known than that it is within `slack`: the middle, and how far that may
 /// be off.
 fn stored(value: f64, slack: f64, dtype: Dtype) -> (f64, f64) {
+    // By way of f32, as on the device: the crate's own way from f64 to bfloat16 cuts the number off first.
     let round = |v: f64| match dtype {
-        Dtype::Float16 => f16::from_f64(v).to_f64(),
-        Dtype::Bfloat16 => bf16::from_f64(v).to_f64(),
+        Dtype::Float16 => f16::from_f32(v as f32).to_f64(),
+        Dtype::Bfloat16 => bf16::from_f32(v as f32).to_f64(),
         Dtype::Float32 => v,
     };
     let (low, high) = (round(value - slack), round(value + slack));
@@ -163,7 +164,7 @@ impl<'a> Text<'a> {
         &self.qkv[t * self.attention.qkv_rows() + head * dim..][..dim]
     }
 
-    /// A head, rotated, and how far f32 may be off: two products and their sum are rounded.
+    /// A head, rotated, and how far f32 may be off: two products and their sum are rounded, on both sides.
     fn rotated(&self, t: usize, head: usize) -> Vec<(f64, f64)> {
         let x = self.head(t, head);
         let Some(table) = &self.table else { return x.iter().map(|&x| (f64::from(x), 0.0)).collect() };
@@ -171,7 +172,7 @@ impl<'a> Text<'a> {
         let turned = |i: usize| {
             let [cos, sin] = table[t * half + i % half].map(f64::from);
             let (own, other) = (f64::from(x[i]) * cos, f64::from(x[(i + half) % x.len()]) * sin);
-            (if i < half { own - other } else { own + other }, 2f64.powi(-23) * (own.abs() + other.abs()))
+            (if i < half { own - other } else { own + other }, 2f64.powi(-22) * (own.abs() + other.abs()))
         };
         (0..x.len()).map(turned).collect()
     }

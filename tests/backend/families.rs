@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use decdec::backend::cpu::Cpu;
+use decdec::backend::cuda::{Cuda, Dtype, Options};
 use decdec::model::Model;
 use decdec::sampling::Sampling;
 use decdec::source::Source;
@@ -11,6 +13,7 @@ use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 use crate::UnderTest;
+use crate::common::devices;
 
 /// Both sides compute in f32 on the same weights, in other orders: rounding errors of 2^-24 grow to some 10^-6 of
 /// the largest logit in two layers.
@@ -93,18 +96,20 @@ fn agrees<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>)
     }
 }
 
-/// A model that overlooks what was changed in `source`: it says so by one of `names`, or its logits are others.
-fn differs<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>, names: &[&str]) {
-    let name = what.split(',').next().expect("a name");
-    let source = match source {
-        Ok(source) => source,
-        Err(error) => {
+/// A source that was changed, or none if it is refused by one of `names`.
+fn unless_refused(what: &str, source: anyhow::Result<Source>, names: &[&str]) -> Option<Source> {
+    source
+        .map_err(|error| {
             let message = format!("{error:#}");
             assert!(names.iter().any(|name| message.contains(name)), "{what}: {message}");
-            return;
-        }
-    };
-    let model = Model::load(backend, &source, |_| ()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
+        })
+        .ok()
+}
+
+/// The logits of a model that overlooks what was changed in `source` are others.
+fn differs<B: UnderTest>(backend: &B, what: &str, source: &Source) {
+    let name = what.split(',').next().expect("a name");
+    let model = Model::load(backend, source, |_| ()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
     let off = known(name).iter().fold(0f32, |most, known| most.max(off(&model, known, known.ids.len())));
     assert!(off > 50.0 * TOLERANCE, "{what} changes logits by no more than {off}");
 }
@@ -117,6 +122,16 @@ fn models() -> serde_json::Map<String, Value> {
     models
 }
 
+/// The model with other fields in its (text model's) configuration, unless they are refused.
+fn with_changes(name: &str, published: &Value, changes: &Value) -> Option<Source> {
+    let mut wrong = published.clone();
+    let text = if wrong["text_config"].is_object() { &mut wrong["text_config"] } else { &mut wrong };
+    let changes = changes.as_object().expect("an object");
+    changes.iter().for_each(|(key, value)| text[key] = value.clone());
+    let names: Vec<&str> = changes.keys().map(String::as_str).collect();
+    unless_refused(name, open(name, &wrong), &names)
+}
+
 pub(crate) fn every_family<B: UnderTest>(backend: &B) {
     for (name, overlooked) in models() {
         let published = read_json(&data().join(&name).join("published.json"));
@@ -125,12 +140,56 @@ pub(crate) fn every_family<B: UnderTest>(backend: &B) {
             agrees(backend, &format!("{name}, {spelling} spelling"), open(&name, config));
         }
         for changes in overlooked.as_array().expect("a list") {
-            let mut wrong = published.clone();
-            let text = if wrong["text_config"].is_object() { &mut wrong["text_config"] } else { &mut wrong };
-            let changes = changes.as_object().expect("an object");
-            changes.iter().for_each(|(key, value)| text[key] = value.clone());
-            let names: Vec<&str> = changes.keys().map(String::as_str).collect();
-            differs(backend, &format!("{name}, {changes:?}"), open(&name, &wrong), &names);
+            if let Some(source) = with_changes(&name, &published, changes) {
+                differs(backend, &format!("{name}, {changes}"), &source);
+            }
+        }
+    }
+}
+
+/// The root mean square of differences over that of the logits, in units of what transformers is off by itself in a
+/// type of 16 bits (`rounding`, a number for each text): the farther of the texts.
+fn off_in_units<B: UnderTest>(backend: &B, name: &str, source: &Source, rounding: &Value) -> f32 {
+    let model = Model::load(backend, source, |_| ()).unwrap_or_else(|e| panic!("{name}: {e:#}"));
+    let squares = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|number| number * number).sum::<f32>();
+    let of_text = |(known, rounding): (&Known, &Value)| {
+        let got = logits(&model, &known.ids, known.ids.len());
+        let pairs = got[got.len() - known.logits.len()..].iter().zip(&known.logits);
+        let off = squares(&mut pairs.map(|(got, want)| got - want)) / squares(&mut known.logits.iter().copied());
+        off.sqrt() / rounding.as_f64().expect("a number") as f32
+    };
+    known(name).iter().zip(rounding.as_array().expect("a list")).map(of_text).fold(0.0, f32::max)
+}
+
+/// Every family is off by no more than twice what transformers is in that type, and by more with a feature overlooked.
+fn every_family_in<B: UnderTest>(backend: &B, kind: &str) {
+    let rounding = read_json(&data().join("rounding.json"));
+    for (name, overlooked) in models() {
+        let published = read_json(&data().join(&name).join("published.json"));
+        let off = |source: &Source| off_in_units(backend, &name, source, &rounding[&name][kind]);
+        let itself = off(&open(&name, &published).unwrap_or_else(|e| panic!("{name}: {e:#}")));
+        assert!(itself <= 2.0, "{name} in {kind} is off by {itself} times what transformers is");
+        for changes in overlooked.as_array().expect("a list") {
+            let by = with_changes(&name, &published, changes).map_or(f32::INFINITY, |source| off(&source));
+            assert!(by > 2.0, "{name} in {kind}: {changes} puts it off by {by} times what transformers is");
+        }
+    }
+}
+
+/// What is asked of 16 bits tells every feature of every family.
+#[test]
+fn tolerances_of_short_types_notice_what_is_overlooked() {
+    if devices::is_under_test("cpu") {
+        every_family_in(&Cpu::new(), "float16");
+        every_family_in(&Cpu::new(), "bfloat16");
+    }
+}
+
+#[test]
+fn cuda_in_float16_and_bfloat16() {
+    if devices::is_under_test("cuda") {
+        for (dtype, kind) in [(Dtype::Float16, "float16"), (Dtype::Bfloat16, "bfloat16")] {
+            every_family_in(&Cuda::new(0, Options { dtype, ..Options::default() }).expect("the device"), kind);
         }
     }
 }
@@ -181,7 +240,10 @@ pub(crate) fn every_family_from_gguf<B: UnderTest>(backend: &B) {
         for key in keys {
             let without = dir.path().join("without.gguf");
             fs::write(&without, without_key(fs::read(&path).expect("readable"), key)).expect("writable");
-            differs(backend, &format!("{name}, without {key}"), Source::open(&without), &[&key[..key.len() - 1]]);
+            let what = format!("{name}, without {key}");
+            if let Some(source) = unless_refused(&what, Source::open(&without), &[&key[..key.len() - 1]]) {
+                differs(backend, &what, &source);
+            }
         }
     }
     assert_eq!(files, 16);

@@ -9,7 +9,8 @@ models also have `long_ids`, a text past every window and past the context that 
 `long_logits` of its last 8 positions. transformers reads all of that text with longrope's long list.
 
 Each feature of a model is taken away in turn: logits that do not move end the script. `overlooked.json` has the fields
-of the published spelling that were changed for it.
+of the published spelling that were changed for it; `rounding.json` says how far off transformers is itself in f16 and
+in bf16.
 """
 
 import copy
@@ -118,6 +119,25 @@ def check(name, long_ids, expected):
         assert model != name or moved(with_flat(name, part, value), f"{part} = {value}") > 0.01, (name, part)
 
 
+def rms(off, expected):
+    """The root mean square of differences over that of the logits."""
+    return (off.square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+def rounding(name, published):
+    """How far transformers' own logits are off in the two short types: for each text, as `rms` has it."""
+    expected, short = load_file(HERE / name / "expected.safetensors"), {}
+    for kind in ("float16", "bfloat16"):
+        model = auto(published).from_pretrained(HERE / name, dtype=kind, attn_implementation="eager")
+        short[kind] = []
+        for ids, wanted in [("ids", "logits"), ("long_ids", "long_logits")]:
+            if ids in expected:
+                wanted = expected[wanted]
+                got = logits(model, expected[ids][None].long())[-len(wanted):].float()
+                short[kind].append(float(f"{rms(got - wanted, wanted):.2e}"))
+    return short
+
+
 def make(seed, name, published):
     directory = HERE / name
     directory.mkdir(exist_ok=True)
@@ -148,6 +168,11 @@ def make(seed, name, published):
         check(name, long_ids, long)
 
 
+def write(file, models):
+    lines = [f"{json.dumps(name)}: {json.dumps(of)}" for name, of in models.items()]
+    (HERE / file).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def main():
     torch.set_num_threads(1)
     for seed, (name, published) in enumerate(MODELS.items()):
@@ -155,8 +180,8 @@ def main():
             make(seed, name, published)
     changes = {name: [changes for model, changes in OVERLOOKED if model == name] for name in MODELS}
     assert all(changes.values())
-    lines = [f"{json.dumps(name)}: {json.dumps(of)}" for name, of in changes.items()]
-    (HERE / "overlooked.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write("overlooked.json", changes)
+    write("rounding.json", {name: rounding(name, published) for name, published in MODELS.items()})
 
 
 if __name__ == "__main__":

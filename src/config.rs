@@ -13,8 +13,6 @@ use std::fmt;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use crate::weights::ModelWeights;
-
 pub use families::Family;
 pub(crate) use fields::{read_json, token_ids};
 pub use layer::{
@@ -167,12 +165,6 @@ impl ModelConfig {
     /// What rows of the embedding are multiplied by on their way into the residual stream.
     pub(crate) fn embedding_factor(&self) -> f32 {
         (self.embedding_scale / self.residual_multiplier) as f32
-    }
-
-    /// γ of the last norm with [`ModelConfig::logit_scale`] in it.
-    pub(crate) fn final_gamma(&self, weights: &dyn ModelWeights) -> Result<Vec<f32>> {
-        let scale = self.logit_scale as f32;
-        Ok(weights.final_norm()?.into_iter().map(|gamma| gamma * scale).collect())
     }
 
     /// For each of a projection's rows as it is kept, the row as it is stored; `None` where none moves. Only rows of

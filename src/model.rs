@@ -116,7 +116,7 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
             backend.write(gamma, &mut vector)?;
             Ok(Norm { gamma: vector, len: gamma.len(), eps })
         };
-        let final_norm = upload(&config.final_gamma(weights)?, config.stream_eps())?;
+        let final_norm = upload(&weights.final_gamma()?, config.stream_eps())?;
         let mut layers = Vec::with_capacity(config.layers.len());
         for (l, layer) in config.layers.iter().enumerate() {
             let mut norms = [const { None }; 6];

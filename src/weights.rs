@@ -189,6 +189,12 @@ pub trait ModelWeights: Sync {
 }
 
 impl dyn ModelWeights + '_ {
+    /// γ of the last norm with [`ModelConfig::logit_scale`] in it.
+    pub(crate) fn final_gamma(&self) -> Result<Vec<f32>> {
+        let scale = self.config().logit_scale as f32;
+        Ok(self.final_norm()?.into_iter().map(|gamma| gamma * scale).collect())
+    }
+
     /// γ of every norm of a layer, in the order of [`LayerNorm::ALL`]; empty where there is none.
     pub(crate) fn norms(&self, layer: usize) -> Result<[Vec<f32>; 6]> {
         let mut norms = [const { Vec::new() }; 6];

@@ -25,7 +25,7 @@ impl<'a> LmHead<'a> {
     /// That of a model, with this matrix.
     pub(super) fn new(weights: &dyn ModelWeights, weight: &'a Dense<'a>) -> Result<Self> {
         let config = weights.config();
-        let (final_norm, softcap) = (config.final_gamma(weights)?, config.logit_softcap.map(|cap| cap as f32));
+        let (final_norm, softcap) = (weights.final_gamma()?, config.logit_softcap.map(|cap| cap as f32));
         Ok(Self { weight, final_norm, eps: config.stream_eps(), softcap })
     }
 

@@ -71,7 +71,7 @@ fn main() -> Result<()> {
     println!("format,bits,module,in,out,n_tb,k_chunk,base_us,dec_us,pair_us,added_us,slowdown,dec_GB/s,floor_us");
     for &bits in &args.bits {
         for projection in Projection::ALL {
-            let (inner, outer) = config.shape(projection);
+            let (inner, outer) = config.shape(0, projection);
             let mut bench = Bench::new(&cuda, kind, bits, (inner, outer))?;
             let base = bench.time(What::Base, None)?;
             for &k_chunk in &args.k_chunk {

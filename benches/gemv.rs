@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use decdec::backend::cuda::{Cuda, Matrix, Occupied, Options, Residuals, Tuning};
-use decdec::backend::{DecodeBackend, GemvBackend, Norm};
+use decdec::backend::{DecodeBackend, Feed, GemvBackend, Norm, Product};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::Storage;
@@ -73,7 +73,7 @@ fn main() -> Result<()> {
     for format in &args.format {
         for &bits in &args.bits {
             for projection in Projection::ALL {
-                let (k, rows) = config.shape(projection);
+                let (k, rows) = config.shape(0, projection);
                 let kind = if format == "ap" { Storage::ANYPREC } else { Storage::lutgemm(128) };
                 let linear = RandomWeights::single(k, rows, kind, bits, 1)?;
                 let bytes = match format.as_str() {
@@ -90,7 +90,7 @@ fn main() -> Result<()> {
                 cuda.write(&values, &mut x)?;
                 let y = cuda.vector(rows)?;
                 let matrices: Vec<Matrix> = (0..count).map(|_| cuda.matrix(&linear)).collect::<Result<_>>()?;
-                let mut io = Io { norm: Norm { gamma, eps: 1e-5 }, x, y };
+                let mut io = Io { norm: Norm { gamma, len: k, eps: 1e-5 }, x, y };
                 let norm = matches!(projection, Projection::Qkv | Projection::GateUp);
                 let one = [&matrices[0]];
                 cuda.compile_ahead(&one, &tunings, norm, false)?;
@@ -162,7 +162,10 @@ impl Io {
             for (i, matrix) in matrices.iter().enumerate() {
                 let plan = plans.as_ref().map(|p| &p[i]);
                 match (norm, plan) {
-                    (true, plan) => cuda.norm_gemv(gamma, matrix, plan, x, y, 1)?,
+                    (true, plan) => {
+                        let product = Product { feed: Feed::Norm(gamma), matrix, plan, add: false };
+                        cuda.project(&product, x, y, 1)?
+                    }
                     (false, Some(plan)) => cuda.dec_gemv(matrix, plan, x, y)?,
                     (false, None) => cuda.gemv(matrix, x, y)?,
                 }

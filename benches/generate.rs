@@ -9,15 +9,17 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Parser;
 use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
-use decdec::backend::{DecodeBackend, GemvBackend, Input, Norm};
-use decdec::config::{ModelConfig, Projection};
+use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::format::Storage;
 use decdec::generate::{Request, generate};
-use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::model::{Compensation, LayerCompensation, Model, Operation, State};
 use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
-use decdec::weights::{Linear, ModelWeights, Weight};
+
+/// Layers of a model whose operations are timed apart.
+const OPERATIONS_OF: usize = 8;
 
 #[derive(Parser)]
 struct Args {
@@ -71,7 +73,8 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let mut config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
-    config.num_layers = args.layers.unwrap_or(config.num_layers);
+    let most = if args.ops.is_some() { OPERATIONS_OF } else { usize::MAX };
+    config.layers.truncate(args.layers.unwrap_or(most));
     let start = Instant::now();
     let tuning = Tuning {
         layers: args.warps,
@@ -94,11 +97,11 @@ fn main() -> Result<()> {
     let format = if args.format == "ap" { Storage::ANYPREC } else { Storage::lutgemm(128) };
     let weights = RandomWeights::new(config, format, args.bits, 1)?;
     let drawn = start.elapsed();
-    if let Some(position) = args.ops {
-        return operations(&cuda, &weights, position);
-    }
     let start = Instant::now();
     let mut model = Model::load(&cuda, &weights, |_| ())?;
+    if let Some(position) = args.ops {
+        return operations(&model, position);
+    }
     println!(
         "# opened in {:.2} s, drawn in {:.2} s, loaded in {:.2} s",
         opened.as_secs_f64(),
@@ -143,7 +146,7 @@ fn main() -> Result<()> {
                         1e3 / made.decode_per_second()
                     );
                     if args.timeline {
-                        timeline(&cuda, model.config().num_layers)?;
+                        timeline(&cuda, model.config().layers.len())?;
                     }
                 }
             }
@@ -164,62 +167,44 @@ fn timeline(cuda: &Cuda, layers: usize) -> Result<()> {
     Ok(())
 }
 
-/// Each operation of a token by itself: many of it in a graph, its matrices rotated.
-fn operations(cuda: &Cuda, weights: &RandomWeights, position: usize) -> Result<()> {
-    const COUNT: usize = 8;
-    let c = weights.config();
-    let layer = |p| (0..COUNT).map(|l| cuda.matrix(&weights.projection(l, p)?)).collect::<Result<Vec<_>>>();
-    let (qkv, o) = (layer(Projection::Qkv)?, layer(Projection::O)?);
-    let (gu, d) = (layer(Projection::GateUp)?, layer(Projection::Down)?);
-    let head = cuda.matrix(&Linear::plain(Weight::Dense(weights.head()?.context("a tied head")?)))?;
-    let filled = |len: usize| -> Result<_> {
-        let mut v = cuda.vector(len)?;
-        cuda.write(&(0..len).map(|i| (i % 17) as f32 / 17.0 - 0.5).collect::<Vec<_>>(), &mut v)?;
-        Ok(v)
-    };
-    let norm = Norm { gamma: filled(c.hidden_size)?, eps: 1e-5 };
-    let mut h = filled(c.hidden_size)?;
-    let mut y = filled(c.shape(Projection::Qkv).1)?;
-    let mut attended = filled(c.num_heads * c.head_dim)?;
-    let mut g = filled(c.shape(Projection::GateUp).1)?;
-    let mut logits = filled(c.vocab_size)?;
-    let mut sequence = cuda.sequence(c, 8192)?;
-    cuda.begin(&mut sequence, &Sampling::GREEDY, &[])?;
-    cuda.advance(&mut sequence, position)?;
+/// Each operation of a token by itself: that of every layer in a graph, and all of a layer's behind each other.
+fn operations(model: &Model<'_, Cuda>, position: usize) -> Result<()> {
+    let mut state = model.state(position + 1024)?;
+    model.begin(&mut state, &Sampling::GREEDY, &[])?;
+    model.prompt(&mut state, &vec![1; position.max(1)], false)?;
+    let all = model.operations();
+    let (end, layers) = (&all[all.len() - 3..], model.config().layers.len());
+    let of_layer = |l: usize| all.iter().copied().filter(move |op| matches!(op, Operation::Layer(own, _) if *own == l));
     println!("operation,us (position {position})");
-    let time = |name: &str, count: usize, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+    // As many in a graph as there are layers: their matrices are others every time.
+    let mut time = |name: &str, work: &[Operation]| -> Result<()> {
         let mut graph = None;
+        let mut run = || model.backend().replay(&mut graph, &mut || each(model, &mut state, work));
         for _ in 0..4 {
-            cuda.replay(&mut graph, work)?;
+            run()?;
         }
-        let mut times: Vec<f64> = Vec::new();
+        let mut times = Vec::new();
         for _ in 0..9 {
-            let t = cuda.time(&mut || (0..8).try_for_each(|_| cuda.replay(&mut graph, work)))?;
-            times.push(t.as_secs_f64() * 1e6 / (8 * count) as f64);
+            times.push(model.backend().time(&mut || (0..8).try_for_each(|_| run()))?.as_secs_f64());
         }
         times.sort_by(f64::total_cmp);
-        println!("{name},{:.2}", times[4]);
+        println!("{name},{:.2}", times[4] * 1e6 / (8 * layers) as f64);
         Ok(())
     };
-    time("embed", 32, &mut || (0..32).try_for_each(|_| cuda.embed(&sequence, &head, Input::Sampled, &mut h)))?;
-    time("qkv", COUNT, &mut || qkv.iter().try_for_each(|m| cuda.norm_gemv(&norm, m, None, &h, &mut y, 1)))?;
-    time("attend", c.num_layers, &mut || {
-        (0..c.num_layers).try_for_each(|l| cuda.attend(&mut sequence, l, &y, &mut attended, 1))
-    })?;
-    time("o", COUNT, &mut || o.iter().try_for_each(|m| cuda.gemv_add(m, None, &attended, &mut h, 1)))?;
-    time("gu", COUNT, &mut || gu.iter().try_for_each(|m| cuda.norm_gemv(&norm, m, None, &h, &mut g, 1)))?;
-    time("swiglu and d", COUNT, &mut || d.iter().try_for_each(|m| cuda.swiglu_gemv_add(m, None, &g, &mut h, 1)))?;
-    time("head", 4, &mut || (0..4).try_for_each(|_| cuda.norm_gemv(&norm, &head, None, &h, &mut logits, 1)))?;
-    time("sample", 8, &mut || (0..8).try_for_each(|_| cuda.sample(&mut sequence, &logits)))?;
-    time("advance", 32, &mut || (0..32).try_for_each(|_| cuda.advance(&mut sequence, 0)))?;
-    time("layer", COUNT, &mut || {
-        (0..COUNT).try_for_each(|l| {
-            cuda.norm_gemv(&norm, &qkv[l], None, &h, &mut y, 1)?;
-            cuda.attend(&mut sequence, l, &y, &mut attended, 1)?;
-            cuda.gemv_add(&o[l], None, &attended, &mut h, 1)?;
-            cuda.norm_gemv(&norm, &gu[l], None, &h, &mut g, 1)?;
-            cuda.swiglu_gemv_add(&d[l], None, &g, &mut h, 1)
-        })
-    })?;
+    time("embed", &vec![Operation::Embed; layers])?;
+    for (i, first) in of_layer(0).enumerate() {
+        let same: Vec<_> = (0..layers).filter_map(|l| of_layer(l).nth(i)).collect();
+        let Operation::Layer(_, op) = first else { continue };
+        time(&format!("{op:?}").replace(',', ""), &same)?;
+    }
+    time("layer", &(0..layers).flat_map(of_layer).collect::<Vec<_>>())?;
+    for (name, operation) in ["advance", "head", "sample"].into_iter().zip(end) {
+        // A choice is made as often as it is queued, for which there is room.
+        time(name, &vec![*operation; layers])?;
+    }
     Ok(())
+}
+
+fn each(model: &Model<'_, Cuda>, state: &mut State<Cuda>, work: &[Operation]) -> Result<()> {
+    work.iter().try_for_each(|&operation| model.operate(state, operation))
 }

@@ -26,6 +26,7 @@ use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
 use decdec::tokenizer::TextFiles;
 use decdec::weights::ModelWeights;
+use serde_json::json;
 
 #[derive(Parser)]
 struct Args {
@@ -98,7 +99,9 @@ fn main() -> Result<()> {
 /// A checkpoint of random numbers.
 fn write(args: &Args, path: &Path) -> Result<()> {
     let mut config = ModelConfig::preset(&args.model).with_context(|| format!("no model {}", args.model))?;
-    config.num_layers = args.layers.unwrap_or(config.num_layers);
+    if let Some(layers) = args.layers {
+        config = config.with(json!({ "num_hidden_layers": layers }))?;
+    }
     let (format, backend, group_size) = match args.format.as_str() {
         "ap" => (Storage::ANYPREC, Format::AnyPrec, None),
         _ => (Storage::lutgemm(128), Format::LutGemm, Some(128)),
@@ -114,9 +117,13 @@ fn write(args: &Args, path: &Path) -> Result<()> {
         calibration: "none".into(),
     };
     let writer = CheckpointWriter::create(path, "load", false)?;
-    for layer in 0..config.num_layers {
+    for (layer, own) in config.layers.iter().enumerate() {
+        let mut norms = [const { Vec::new() }; 6];
+        for (norm, _) in own.norms(config.hidden_size) {
+            norms[norm.index()] = weights.norm(layer, norm)?;
+        }
         let [qkv, o, gu, d] = Projection::ALL.map(|p| weights.projection(layer, p));
-        writer.write_layer(layer, args.bits, &weights.layer_norms(layer)?, &[qkv?, o?, gu?, d?])?;
+        writer.write_layer(&config, (layer, args.bits), &norms, &[qkv?, o?, gu?, d?])?;
     }
     let rest =
         Unquantized { embedding: weights.embedding()?, head: weights.head()?, final_norm: weights.final_norm()? };
@@ -126,5 +133,5 @@ fn write(args: &Args, path: &Path) -> Result<()> {
         special_tokens: Default::default(),
         eos_token_ids: Vec::new(),
     };
-    writer.finish(&config, &manifest, &vec![args.bits; config.num_layers], &rest, &texts)
+    writer.finish(&config, &manifest, &vec![args.bits; config.layers.len()], &rest, &texts)
 }

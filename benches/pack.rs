@@ -47,14 +47,14 @@ fn main() -> Result<()> {
         for &bits in &args.bits {
             let (mut layer, mut bytes) = (0.0, 0.0);
             for projection in Projection::ALL {
-                let (inner, outer) = config.shape(projection);
+                let (inner, outer) = config.shape(0, projection);
                 let kind = if format == "ap" { Storage::ANYPREC } else { Storage::lutgemm(128) };
                 let (seconds, size) = time(&RandomWeights::single(inner, outer, kind, bits, 1)?.weight)?;
                 println!("{format},{bits},{projection},{:.2},{:.2},", seconds * 1e3, size / seconds / 1e9);
                 layer += seconds;
                 bytes += size;
             }
-            let model = layer * config.num_layers as f64 + 2.0 * dense.0;
+            let model = layer * config.layers.len() as f64 + 2.0 * dense.0;
             println!("{format},{bits},layer,{:.2},{:.2},{model:.3}", layer * 1e3, bytes / layer / 1e9);
         }
     }

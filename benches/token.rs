@@ -75,10 +75,10 @@ fn row(part: &str, k_chunk: &str, time: Duration, bytes: usize) {
 
 fn projection<B: DecodeBackend>(backend: &B, args: &Args, opened: &Opened, p: Projection) -> Result<()> {
     let weights = opened.weights();
-    let (inputs, outputs) = weights.config().shape(p);
+    let (inputs, outputs) = weights.config().shape(0, p);
     let mut bytes = 0;
     let mut layers = Vec::new();
-    for layer in 0..weights.config().num_layers {
+    for layer in 0..weights.config().layers.len() {
         let linear = weights.projection(layer, p)?;
         bytes += linear.weight.bytes();
         let matrix = backend.matrix(&linear)?;

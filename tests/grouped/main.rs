@@ -249,6 +249,20 @@ fn every_spelling_of_a_quantization() {
     }
 }
 
+/// The configuration says that the head is the embedding; one of other numbers counts all the same.
+#[test]
+fn a_head_of_other_numbers_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &modules(), &config(), "");
+    assert!(Grouped::open(dir.path()).unwrap().head().unwrap().is_none());
+    let mut tensors = stored(dir.path());
+    tensors.push(("lm_head.weight".into(), Dtype::F16, vec![8, 64], vec![0; 2 * 8 * 64]));
+    save(dir.path(), &tensors, &config());
+    let head =
+        Grouped::open(dir.path()).unwrap().head().unwrap().expect("a head of its own").values.to_f32().into_owned();
+    assert_eq!(head, [0.0; 8 * 64]);
+}
+
 /// What a family does to its numbers when they are read is done whatever they are packed in: rows of queries and keys in
 /// the order in which they turn together, norms that multiply by `1 + w`.
 #[test]

@@ -253,6 +253,24 @@ fn hugging_face_types_are_kept() {
     }
 }
 
+/// Whether the head is the embedding is said by the numbers, where the configuration says that it is.
+#[test]
+fn a_head_of_other_numbers_counts() {
+    let mut model = hugging_face(Dtype::F16);
+    let mut config = Directory::config();
+    config["tie_word_embeddings"] = true.into();
+    model.write_json("config.json", &config);
+    let own = model.open().expect("it opens");
+    let head = own.head().expect("readable").expect("a head of its own").values.to_f32().into_owned();
+    assert_eq!(head, values("lm_head.weight", VOCAB * HIDDEN));
+    assert_eq!((own.config().tie_word_embeddings, &own.config_json()["tie_word_embeddings"]), (false, &json!(false)));
+    let bytes = model.tensors.iter().find(|(name, ..)| name == "model.embed_tokens.weight").expect("there").3.clone();
+    model.tensors.iter_mut().filter(|(name, ..)| name == "lm_head.weight").for_each(|head| head.3.clone_from(&bytes));
+    assert!(model.open().expect("it opens").head().expect("readable").is_none(), "the same numbers");
+    model.tensors.retain(|(name, ..)| name != "lm_head.weight");
+    assert!(model.open().expect("it opens").head().expect("readable").is_none());
+}
+
 #[test]
 fn hugging_face_shards() {
     let model = hugging_face(Dtype::F16);

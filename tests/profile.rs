@@ -117,12 +117,12 @@ fn expected(useful: &[Vec<usize>; 4]) -> (usize, usize) {
 
 #[test]
 fn a_sweep_becomes_two_files_and_a_tuned_result() {
-    for algo in [Format::AnyPrec, Format::LutGemm] {
+    for format in [Format::AnyPrec, Format::LutGemm] {
         let dir = tempfile::tempdir().unwrap();
-        let options = options(&dir.path().join("nsys"), algo);
+        let options = options(&dir.path().join("nsys"), format);
         let outcome = sweep(&mut ByClock::default(), &options).unwrap();
         let measured = outcome.measured.as_ref().unwrap();
-        assert!(outcome.trace.ends_with(format!("nsys/tiny_random_fp32_{}_3.trace", algo.name())));
+        assert!(outcome.trace.ends_with(format!("nsys/tiny_random_fp32_{}_3.trace", format.algo())));
         assert_eq!(measured.resumed, 0);
         assert!(outcome.to_string().contains("GB/s"), "{outcome}");
         let left: Vec<_> = fs::read_dir(&options.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -131,10 +131,10 @@ fn a_sweep_becomes_two_files_and_a_tuned_result() {
         let useful = grid::useful_n_tbs(&tiny(), 1, 5).unwrap();
         let text = fs::read_to_string(&outcome.trace).unwrap();
         let first: Vec<_> = text.lines().take(12).collect();
-        let gemv = algo.gemv_kernel();
+        let gemv = format.gemv_kernel();
         assert_eq!(first[0], format!("compile {gemv} qkv"));
         assert_eq!(first[4], "compile fused_dec_kernel 1");
-        let lines = trace::parse(&text, algo).unwrap();
+        let lines = trace::parse(&text, format).unwrap();
         let count = |role: fn(Role) -> bool| lines.iter().filter(|line| role(line.role)).count();
         let (bases, pairs) = expected(&useful);
         assert_eq!(count(|role| role == Role::Compile), 12);

@@ -1,52 +1,31 @@
-//! A tiny random checkpoint of every supported family against transformers (`tests/data/models`): from a directory, in
-//! both spellings of its configuration, and from GGUF; a short text, and one past every window and original context.
+//! Logits against those of transformers: from a directory, in both spellings of its configuration, and from GGUF; of a
+//! short text, and of one past every window and original context.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
+use decdec::backend::DecodeBackend;
 use decdec::model::Model;
 use decdec::sampling::Sampling;
 use decdec::source::Source;
 use safetensors::SafeTensors;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::UnderTest;
+use crate::models::{complete_of, config, file, of, open, read_json};
 
 /// Both sides compute in f32 on the same weights, in other orders: rounding errors of 2^-24 grow to some 10^-6 of
 /// the largest logit in two layers.
 const TOLERANCE: f32 = 2e-5;
 
-/// A tokenizer that nothing is asked of.
-const TOKENIZER: &str =
-    r#"{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}"#;
-
-fn data() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models")
-}
-
-fn read_json(path: &Path) -> Value {
-    serde_json::from_slice(&fs::read(path).expect("readable")).expect("JSON")
-}
-
-/// The model `name` with this configuration.
-fn open(name: &str, config: &Value) -> anyhow::Result<Source> {
-    let dir = tempfile::tempdir().expect("a directory");
-    fs::write(dir.path().join("config.json"), config.to_string()).expect("writable");
-    fs::write(dir.path().join("tokenizer.json"), TOKENIZER).expect("writable");
-    fs::copy(data().join(name).join("model.safetensors"), dir.path().join("model.safetensors")).expect("copied");
-    Source::open(dir.path())
-}
-
 /// A text, and the logits of its last positions as transformers has them.
-struct Known {
-    ids: Vec<u32>,
-    logits: Vec<f32>,
+pub(crate) struct Known {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) logits: Vec<f32>,
 }
 
 /// A text that ends before the context that the model's RoPE stretches and, of most models, one that goes past it and
 /// past every window.
-fn known(name: &str) -> Vec<Known> {
-    let bytes = fs::read(data().join(name).join("expected.safetensors")).expect("readable");
+pub(crate) fn known(name: &str) -> Vec<Known> {
+    let bytes = fs::read(file(name, "expected.safetensors")).expect("readable");
     let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
     let tensor = |name: &str| Some(tensors.tensor(name).ok()?.data().to_vec());
     let text = |(ids, logits)| {
@@ -57,7 +36,7 @@ fn known(name: &str) -> Vec<Known> {
 }
 
 /// The logits of every position, read so many tokens at once (or as many as the device takes).
-fn logits<B: UnderTest>(model: &Model<'_, B>, ids: &[u32], at_once: usize) -> Vec<f32> {
+pub(crate) fn logits<B: DecodeBackend>(model: &Model<'_, B>, ids: &[u32], at_once: usize) -> Vec<f32> {
     let vocab = model.config().vocab_size;
     let mut state = model.state(ids.len()).expect("room");
     model.begin(&mut state, &Sampling::GREEDY, &[]).expect("begins");
@@ -73,7 +52,7 @@ fn logits<B: UnderTest>(model: &Model<'_, B>, ids: &[u32], at_once: usize) -> Ve
 }
 
 /// The largest difference of a logit over the largest logit; of text `known`, read so many tokens at once.
-fn off<B: UnderTest>(model: &Model<'_, B>, known: &Known, at_once: usize) -> f32 {
+fn off<B: DecodeBackend>(model: &Model<'_, B>, known: &Known, at_once: usize) -> f32 {
     let got = logits(model, &known.ids, at_once);
     let largest = known.logits.iter().fold(0f32, |most, logit| most.max(logit.abs()));
     let pairs = got[got.len() - known.logits.len()..].iter().zip(&known.logits);
@@ -81,7 +60,7 @@ fn off<B: UnderTest>(model: &Model<'_, B>, known: &Known, at_once: usize) -> f32
 }
 
 /// Loads what `source` gives, and asks of it every text: whole, in passes that end inside windows, token by token.
-fn agrees<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>) {
+fn agrees<B: DecodeBackend>(backend: &B, what: &str, source: anyhow::Result<Source>) {
     let name = what.split(',').next().expect("a name");
     let source = source.unwrap_or_else(|e| panic!("{what}: {e:#}"));
     let model = Model::load(backend, &source, |_| ()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
@@ -94,7 +73,7 @@ fn agrees<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>)
 }
 
 /// A model that overlooks what was changed in `source`: it says so by one of `names`, or its logits are others.
-fn differs<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>, names: &[&str]) {
+fn differs<B: DecodeBackend>(backend: &B, what: &str, source: anyhow::Result<Source>, names: &[&str]) {
     let name = what.split(',').next().expect("a name");
     let source = match source {
         Ok(source) => source,
@@ -109,26 +88,26 @@ fn differs<B: UnderTest>(backend: &B, what: &str, source: anyhow::Result<Source>
     assert!(off > 50.0 * TOLERANCE, "{what} changes logits by no more than {off}");
 }
 
-/// The models and what must not be overlooked in the published spelling of their configuration.
-fn models() -> serde_json::Map<String, Value> {
-    let models = read_json(&data().join("overlooked.json")).as_object().expect("an object").clone();
-    let directories = fs::read_dir(data()).expect("readable").map(|entry| entry.expect("an entry").path());
-    assert_eq!(directories.filter(|path| path.join("config.json").exists()).count(), models.len(), "none forgotten");
-    models
+/// What must not be overlooked in the published spelling of a model's configuration, and the configuration without it.
+pub(crate) fn overlooked(model: &str) -> Vec<(Map<String, Value>, Value)> {
+    let published = config(model, "published.json");
+    let changes = read_json("models/overlooked.json")[model].as_array().expect("a list").clone();
+    let overlooked = changes.into_iter().map(|changes| {
+        let mut wrong = published.clone();
+        let text = if wrong["text_config"].is_object() { &mut wrong["text_config"] } else { &mut wrong };
+        let changes = changes.as_object().expect("an object").clone();
+        changes.iter().for_each(|(key, value)| text[key] = value.clone());
+        (changes, wrong)
+    });
+    overlooked.collect()
 }
 
-pub(crate) fn every_family<B: UnderTest>(backend: &B) {
-    for (name, overlooked) in models() {
-        let published = read_json(&data().join(&name).join("published.json"));
-        let written = read_json(&data().join(&name).join("config.json"));
-        for (spelling, config) in [("older", &published), ("newer", &written)] {
-            agrees(backend, &format!("{name}, {spelling} spelling"), open(&name, config));
+pub(crate) fn of_directories<B: DecodeBackend>(backend: &B, family: &str) {
+    for name in of(family) {
+        for (spelling, file) in [("older", "published.json"), ("newer", "config.json")] {
+            agrees(backend, &format!("{name}, {spelling} spelling"), open(&name, &config(&name, file)));
         }
-        for changes in overlooked.as_array().expect("a list") {
-            let mut wrong = published.clone();
-            let text = if wrong["text_config"].is_object() { &mut wrong["text_config"] } else { &mut wrong };
-            let changes = changes.as_object().expect("an object");
-            changes.iter().for_each(|(key, value)| text[key] = value.clone());
+        for (changes, wrong) in overlooked(&name) {
             let names: Vec<&str> = changes.keys().map(String::as_str).collect();
             differs(backend, &format!("{name}, {changes:?}"), open(&name, &wrong), &names);
         }
@@ -167,31 +146,24 @@ fn without_key(mut bytes: Vec<u8>, key: &str) -> Vec<u8> {
     bytes
 }
 
-pub(crate) fn every_family_from_gguf<B: UnderTest>(backend: &B) {
+pub(crate) fn of_gguf<B: DecodeBackend>(backend: &B, family: &str) {
     let dir = tempfile::tempdir().expect("a directory");
-    let mut files = 0;
-    for name in models().keys() {
-        let path = data().join(name).join("model.gguf");
-        if !path.exists() {
-            continue;
-        }
-        files += 1;
+    for complete in complete_of(family) {
+        let (name, path) = (complete.model, file(complete.model, "model.gguf"));
         agrees(backend, &format!("{name}, GGUF"), Source::open(&path));
-        let keys = KEYS.iter().find(|(of, _)| of == name).map_or(&[][..], |(_, keys)| *keys);
+        let keys = KEYS.iter().find(|(of, _)| *of == name).map_or(&[][..], |(_, keys)| *keys);
         for key in keys {
             let without = dir.path().join("without.gguf");
             fs::write(&without, without_key(fs::read(&path).expect("readable"), key)).expect("writable");
             differs(backend, &format!("{name}, without {key}"), Source::open(&without), &[&key[..key.len() - 1]]);
         }
     }
-    assert_eq!(files, 16);
 }
 
 #[test]
 fn biases_are_those_of_the_configuration() {
-    let config = |name: &str| read_json(&data().join(name).join("published.json"));
     let refused = |name: &str, changes: Value| {
-        let mut config = config(name);
+        let mut config = config(name, "published.json");
         for (key, value) in changes.as_object().expect("an object") {
             config[key] = value.clone();
         }

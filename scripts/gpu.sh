@@ -47,6 +47,7 @@ step() {
 
 tests() {
     step backend "$bin/backend" --nocapture
+    step families "$bin/families" --nocapture
     for name in cuda_kernels cuda_attention golden cuda_decode cuda_layers cuda_faults cuda_waits backend_wgsl reference_read smollm2; do
         step "$name" "$bin/$name" --nocapture --test-threads 1
     done

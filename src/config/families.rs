@@ -22,12 +22,15 @@ use super::fields::Fields;
 use super::{LayerNorm, ModelConfig, Projection};
 
 pub(crate) use unsupported::lacking;
+pub use unsupported::unsupported;
 
 /// A model family.
 #[derive(Debug)]
 pub struct Family {
     /// What the table of models calls it.
     pub name: &'static str,
+    /// The models that it is known from.
+    pub covers: &'static str,
     /// What `config.json` calls it, and the only class in `architectures` that is understood with it.
     pub model_types: &'static [(&'static str, &'static str)],
     /// What a GGUF calls it (`general.architecture`).

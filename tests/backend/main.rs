@@ -22,7 +22,6 @@ mod attention;
 mod cases;
 mod dec;
 mod decode;
-mod families;
 mod gemv;
 mod misuse;
 mod operations;
@@ -149,8 +148,6 @@ on_every_backend! {
     record::every_launch_is_timed,
     record::bandwidths_are_measured,
     reference::reference_directories,
-    families::every_family,
-    families::every_family_from_gguf,
     whole::small_models,
     whole::small_heads,
 }

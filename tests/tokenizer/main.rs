@@ -7,7 +7,6 @@ mod devices;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
 
-mod families;
 mod files;
 mod gguf;
 mod streams;

@@ -9,6 +9,7 @@ use crate::config::{Activation, Attention, LayerConfig, LayerNorm, Mixer, ModelC
 
 pub(super) static FAMILY: Family = Family {
     name: "Gemma 2",
+    covers: "Gemma 2 2B, 9B and 27B",
     model_types: &[("gemma2", "Gemma2ForCausalLM")],
     gguf: &["gemma2"],
     norms: &[

@@ -12,6 +12,7 @@ use crate::config::{
 
 pub(super) static FAMILY: Family = Family {
     name: "Gemma 3",
+    covers: "Gemma 3 270M, 1B, 4B, 12B and 27B (text of the multimodal ones)",
     model_types: &[("gemma3_text", "Gemma3ForCausalLM")],
     gguf: &["gemma3"],
     norms: &[

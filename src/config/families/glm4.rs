@@ -10,6 +10,7 @@ use crate::config::{Activation, LayerConfig, LayerNorm, Mixer, ModelConfig, Norm
 
 pub(super) static FAMILY: Family = Family {
     name: "GLM-4-0414",
+    covers: "GLM-4-0414 9B and 32B, GLM-Z1",
     model_types: &[("glm4", "Glm4ForCausalLM")],
     gguf: &["glm4"],
     norms: &[

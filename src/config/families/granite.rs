@@ -9,6 +9,7 @@ use crate::config::{Activation, Attention, LayerConfig, Mixer, ModelConfig, Norm
 
 pub(super) static FAMILY: Family = Family {
     name: "Granite 3",
+    covers: "Granite 3.0 to 3.3, 2B and 8B (dense)",
     model_types: &[("granite", "GraniteForCausalLM")],
     gguf: &["granite"],
     norms: PRE_NORMS,

@@ -9,6 +9,7 @@ use crate::config::{Activation, LayerConfig, Mixer, ModelConfig, NormPlacement, 
 
 pub(super) static FAMILY: Family = Family {
     name: "Llama 2 and 3, SmolLM2",
+    covers: "Llama 2, 3, 3.1, 3.2 and 3.3, SmolLM2, and models made of them; YaRN",
     model_types: &[("llama", "LlamaForCausalLM")],
     gguf: &["llama"],
     norms: PRE_NORMS,

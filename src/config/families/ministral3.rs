@@ -9,6 +9,7 @@ use crate::config::{Activation, Attention, LayerConfig, Mixer, ModelConfig, Norm
 
 pub(super) static FAMILY: Family = Family {
     name: "Ministral 3, Devstral 2",
+    covers: "Ministral 3 3B, 8B and 14B, Devstral 2 (text of the multimodal ones)",
     model_types: &[("ministral3", "Ministral3ForCausalLM")],
     gguf: &["mistral3"],
     norms: PRE_NORMS,

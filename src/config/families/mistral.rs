@@ -9,6 +9,7 @@ use crate::config::{Activation, Attention, LayerConfig, Mixer, ModelConfig, Norm
 
 pub(super) static FAMILY: Family = Family {
     name: "Mistral 7B, Nemo and Small",
+    covers: "Mistral 7B, Nemo 12B, Small 3, 3.1 and 3.2 (text of the multimodal ones)",
     model_types: &[("mistral", "MistralForCausalLM")],
     // Files of Llama's architecture and of Ministral 3's are Mistral's too: a window, or none of what is Ministral's,
     // tells them apart.

@@ -11,6 +11,7 @@ use crate::config::{
 
 pub(super) static FAMILY: Family = Family {
     name: "OLMo 2",
+    covers: "OLMo 2 1B, 7B, 13B and 32B",
     model_types: &[("olmo2", "Olmo2ForCausalLM")],
     gguf: &["olmo2"],
     norms: NORMS,

@@ -9,6 +9,7 @@ use crate::config::{Attention, LayerConfig, Mixer, ModelConfig, Projection};
 
 pub(super) static FAMILY: Family = Family {
     name: "OLMo 3",
+    covers: "OLMo 3 7B and 32B",
     model_types: &[("olmo3", "Olmo3ForCausalLM")],
     // Files of OLMo 2's architecture are OLMo 3's if they have a window.
     gguf: &[],

@@ -10,6 +10,7 @@ use crate::config::{Activation, Attention, LayerConfig, Mixer, ModelConfig, Norm
 
 pub(super) static FAMILY: Family = Family {
     name: "Phi-3, Phi-4 and Phi-4-mini",
+    covers: "Phi-3 and Phi-3.5 mini, Phi-3 medium (4k and 128k), Phi-4, Phi-4-mini",
     model_types: &[("phi3", "Phi3ForCausalLM")],
     gguf: &["phi3"],
     norms: PRE_NORMS,

@@ -9,6 +9,7 @@ use crate::config::{Activation, Attention, LayerConfig, Mixer, ModelConfig, Norm
 
 pub(super) static FAMILY: Family = Family {
     name: "Qwen2 and Qwen2.5",
+    covers: "Qwen2 and Qwen2.5, 0.5B to 72B, QwQ; YaRN",
     model_types: &[("qwen2", "Qwen2ForCausalLM")],
     gguf: &["qwen2"],
     norms: PRE_NORMS,

@@ -11,6 +11,7 @@ use crate::config::{
 
 pub(super) static FAMILY: Family = Family {
     name: "Qwen3",
+    covers: "Qwen3 0.6B to 32B (dense); YaRN",
     model_types: &[("qwen3", "Qwen3ForCausalLM")],
     gguf: &["qwen3"],
     norms: &[

@@ -9,6 +9,7 @@ use crate::config::{Activation, Attention, LayerConfig, Mixer, ModelConfig, Norm
 
 pub(super) static FAMILY: Family = Family {
     name: "SmolLM3",
+    covers: "SmolLM3 3B",
     model_types: &[("smollm3", "SmolLM3ForCausalLM")],
     gguf: &["smollm3"],
     norms: PRE_NORMS,

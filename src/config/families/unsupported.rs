@@ -64,3 +64,8 @@ pub(crate) fn lacking(name: &str) -> Option<&'static str> {
     let plain: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
     UNSUPPORTED.iter().find(|(own, _)| *own == plain).map(|(_, lacks)| *lacks)
 }
+
+/// The families that are refused by name, letters and digits of it only, with what each lacks.
+pub fn unsupported() -> &'static [(&'static str, &'static str)] {
+    &UNSUPPORTED
+}

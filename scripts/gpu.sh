@@ -85,6 +85,13 @@ benches() {
             step "generate-$format$bits" "$bin/generate" --format $format --bits $bits --prompt 1
         done
     done
+    # Whole tokens of the models that are known by name, and where their time goes operation by operation.
+    local preset
+    for preset in Llama-3.2-1B-Instruct Llama-3.2-3B-Instruct Qwen2.5-7B-Instruct Meta-Llama-3-8B-Instruct Qwen3-8B \
+        gemma-3-12b-it phi-4 Phi-3-medium-4k-instruct Qwen3-14B Mistral-Small-3.1-24B-Instruct-2503; do
+        step "preset-$preset" "$bin/decdec" bench --checkpoint-path random:0 --backend ap --model-name $preset \
+            --bitwidth 3 --device cuda --n-tbs 8 --k-chunks 0 0 0 0 --tokens 200 --timeline
+    done
 }
 
 # How long a model takes to load: kernels compiled anew, from the cache, and with the driver's own pinned memory.

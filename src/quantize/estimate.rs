@@ -246,7 +246,7 @@ fn number(i: usize) -> f32 {
     (i.wrapping_mul(2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0
 }
 
-/// The model's first layer in small, one of those that it has many of.
+/// The model's first layer in small, alone; others may see more or less of a text, which is little of the time.
 fn small_layer(config: &ModelConfig) -> ModelConfig {
     let (hidden_size, head_dim) = (CHANNELS / 2, CHANNELS / 16);
     let mut layer = config.layers[0].clone();

@@ -8,7 +8,7 @@ use decdec::model::Model;
 use decdec::sampling::Sampling;
 use decdec::source::Source;
 use safetensors::SafeTensors;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::models::{complete_of, config, file, of, open, read_json};
 
@@ -72,32 +72,36 @@ fn agrees<B: DecodeBackend>(backend: &B, what: &str, source: anyhow::Result<Sour
     }
 }
 
-/// A model that overlooks what was changed in `source`: it says so by one of `names`, or its logits are others.
-fn differs<B: DecodeBackend>(backend: &B, what: &str, source: anyhow::Result<Source>, names: &[&str]) {
-    let name = what.split(',').next().expect("a name");
-    let source = match source {
-        Ok(source) => source,
-        Err(error) => {
+/// A source that was changed, or none if it is refused by one of `names`.
+fn unless_refused(what: &str, source: anyhow::Result<Source>, names: &[&str]) -> Option<Source> {
+    source
+        .map_err(|error| {
             let message = format!("{error:#}");
             assert!(names.iter().any(|name| message.contains(name)), "{what}: {message}");
-            return;
-        }
-    };
-    let model = Model::load(backend, &source, |_| ()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
+        })
+        .ok()
+}
+
+/// The logits of a model that overlooks what was changed in `source` are others.
+fn differs<B: DecodeBackend>(backend: &B, what: &str, source: &Source) {
+    let name = what.split(',').next().expect("a name");
+    let model = Model::load(backend, source, |_| ()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
     let off = known(name).iter().fold(0f32, |most, known| most.max(off(&model, known, known.ids.len())));
     assert!(off > 50.0 * TOLERANCE, "{what} changes logits by no more than {off}");
 }
 
-/// What must not be overlooked in the published spelling of a model's configuration, and the configuration without it.
-pub(crate) fn overlooked(model: &str) -> Vec<(Map<String, Value>, Value)> {
+/// The model with its published configuration changed in what must not be overlooked, one by one, and what was changed;
+/// without changes that are refused.
+pub(crate) fn overlooked(model: &str) -> Vec<(String, Source)> {
     let published = config(model, "published.json");
     let changes = read_json("models/overlooked.json")[model].as_array().expect("a list").clone();
-    let overlooked = changes.into_iter().map(|changes| {
+    let overlooked = changes.iter().filter_map(|changes| {
         let mut wrong = published.clone();
         let text = if wrong["text_config"].is_object() { &mut wrong["text_config"] } else { &mut wrong };
-        let changes = changes.as_object().expect("an object").clone();
+        let (what, changes) = (format!("{model}, {changes}"), changes.as_object().expect("an object"));
         changes.iter().for_each(|(key, value)| text[key] = value.clone());
-        (changes, wrong)
+        let names: Vec<&str> = changes.keys().map(String::as_str).collect();
+        Some((what.clone(), unless_refused(&what, open(model, &wrong), &names)?))
     });
     overlooked.collect()
 }
@@ -107,9 +111,8 @@ pub(crate) fn of_directories<B: DecodeBackend>(backend: &B, family: &str) {
         for (spelling, file) in [("older", "published.json"), ("newer", "config.json")] {
             agrees(backend, &format!("{name}, {spelling} spelling"), open(&name, &config(&name, file)));
         }
-        for (changes, wrong) in overlooked(&name) {
-            let names: Vec<&str> = changes.keys().map(String::as_str).collect();
-            differs(backend, &format!("{name}, {changes:?}"), open(&name, &wrong), &names);
+        for (what, source) in overlooked(&name) {
+            differs(backend, &what, &source);
         }
     }
 }
@@ -155,7 +158,10 @@ pub(crate) fn of_gguf<B: DecodeBackend>(backend: &B, family: &str) {
         for key in keys {
             let without = dir.path().join("without.gguf");
             fs::write(&without, without_key(fs::read(&path).expect("readable"), key)).expect("writable");
-            differs(backend, &format!("{name}, without {key}"), Source::open(&without), &[&key[..key.len() - 1]]);
+            let what = format!("{name}, without {key}");
+            if let Some(source) = unless_refused(&what, Source::open(&without), &[&key[..key.len() - 1]]) {
+                differs(backend, &what, &source);
+            }
         }
     }
 }

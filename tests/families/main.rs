@@ -74,12 +74,12 @@ macro_rules! families {
 
                 #[test]
                 fn float16() {
-                    on_cuda(Dtype::Float16, |backend| half::within_rounding(backend, FAMILY, half::FLOAT16));
+                    on_cuda(Dtype::Float16, |backend| half::within_rounding(backend, FAMILY, "float16"));
                 }
 
                 #[test]
                 fn bfloat16() {
-                    on_cuda(Dtype::Bfloat16, |backend| half::within_rounding(backend, FAMILY, half::BFLOAT16));
+                    on_cuda(Dtype::Bfloat16, |backend| half::within_rounding(backend, FAMILY, "bfloat16"));
                 }
             }
 

@@ -59,7 +59,11 @@ impl Shop {
     /// The program with these words, without what changes its output.
     fn command(&self, words: &[&str]) -> Command {
         let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
-        command.env_remove("RUST_LOG").env_remove("COLUMNS").env_remove("RUST_BACKTRACE");
+        command
+            .env_remove("RUST_LOG")
+            .env_remove("COLUMNS")
+            .env_remove("RUST_BACKTRACE")
+            .env("XDG_RUNTIME_DIR", "/tmp");
         command.current_dir(self.dir.path()).args(words);
         Command::from_std(command)
     }

@@ -25,7 +25,7 @@ fn gated(@builtin(global_invocation_id) id: vec3<u32>) {
     let gate = gu[start];
     var z = gate;
     if p.activation == 1u {
-        z = 1.5957691 * (gate + 0.044715 * gate * gate * gate);
+        z = 1.5957692 * (gate + 0.044715 * gate * gate * gate);
     }
     out[id.y * p.features + id.x] = gate / (1.0 + exp(-z)) * gu[start + p.features];
 }

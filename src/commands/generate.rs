@@ -24,7 +24,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let started = Instant::now();
     let opened = super::open(&args.model, args.run.compat_scale_order)?;
     let named = args.model.named.model_name.as_deref();
-    opened.expect(args.model.backend.map(Into::into), args.model.width.bitwidth, named)?;
+    opened.expect(args.model.backend, args.model.width.bitwidth, named)?;
     let tokenizer = opened.texts().map(|_| opened.tokenizer()).transpose()?;
     let prompt = match &tokenizer {
         Some(tokenizer) => prompt(args, tokenizer)?,

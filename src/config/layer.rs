@@ -116,7 +116,7 @@ pub enum LayerNorm {
 }
 
 /// The constants of GELU's approximation (Hendrycks and Gimpel 2016).
-const TWO_ROOT_2_OVER_PI: f32 = 1.595_769_1;
+const TWO_ROOT_2_OVER_PI: f32 = 1.595_769_2;
 const CUBIC: f32 = 0.044_715;
 
 impl LayerNorm {

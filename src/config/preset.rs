@@ -4,8 +4,11 @@ use serde_json::{Value, json};
 
 use super::ModelConfig;
 
+/// A name, and what makes the `config.json`.
+type Preset = (&'static str, fn() -> Value);
+
 /// The presets, as the `config.json` of each says them.
-const ALL: [(&str, fn() -> Value); 11] = [
+const ALL: [Preset; 11] = [
     ("Meta-Llama-3-8B-Instruct", || llama_3(32, 32, 4096, 14336)),
     ("Meta-Llama-3-70B-Instruct", || llama_3(80, 64, 8192, 28672)),
     ("Phi-3-medium-4k-instruct", phi_3_medium),

@@ -200,7 +200,7 @@ impl Capture {
                 prefix: text("PREFIX")?.into(),
                 model: text("MODEL")?.into(),
                 precision: text("FP_DTYPE")?.parse().with_context(|| choice("FP_DTYPE"))?,
-                format: Format::of_algo(&text("ALGO")?).with_context(|| choice("ALGO"))?,
+                format: Format::of_algo(text("ALGO")?).with_context(|| choice("ALGO"))?,
                 bits: u32::try_from(number("BITWIDTH")?)?,
             },
             shapes,

@@ -5,6 +5,7 @@
 #[path = "../devices/mod.rs"]
 mod devices;
 
+mod asks;
 mod chat;
 mod half;
 mod library;

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use decdec::config::families::{self, Family, MULTIMODAL};
 
+use crate::asks;
 use crate::models::{complete_of, file, of};
 
 /// A column: its head, and the tests that a family has for it.
@@ -61,6 +62,15 @@ Behind each mark is a test in `tests/families`, called `MODEL_TYPE::COLUMN`. Log
 on all three; chats become their ids. Commands are run by the program on the CPU, and on every tiny model by the \
 library (`MODEL_TYPE::library`). Where a model is changed or a field overlooked, the same comparisons fail. CUDA needs \
 an NVIDIA GPU (`scripts/gpu.sh`).
+
+";
+
+const ASKS: &str = "\
+## What layers ask of a device
+
+Models known by name (`--model-name`), and the operations of each family's layers in order, as `LayerConfig::program` \
+has them; where layers of a family differ, all kinds are given. \"Attention\" says what is not plain softmax of `q·k` \
+over the root of a head's width.
 
 ";
 
@@ -163,6 +173,10 @@ fn page(tests: &BTreeSet<String>) -> String {
     }
     text.push('\n');
     text.push_str(NOTES);
+
+    text.push_str(ASKS);
+    table(&mut text, &asks::SHAPES, asks::shapes());
+    table(&mut text, &asks::OPERATIONS, families::ALL.into_iter().map(asks::operations));
 
     text.push_str(REFUSED);
     let mut lacking: BTreeMap<&str, Vec<&str>> = BTreeMap::new();

@@ -376,6 +376,11 @@ fn bad_directories() {
     config["model_type"] = "mamba".into();
     model.write_json("config.json", &config);
     assert_says(model.open(), &["\"mamba\" is unknown", "llama, mistral, ministral3, phi3, "]);
+    // Another file of a model that is not supported in any would be of no use.
+    config["model_type"] = "gpt_oss".into();
+    config["quantization_config"] = json!({ "quant_method": "mxfp4" });
+    model.write_json("config.json", &config);
+    assert_says(model.open(), &["model_type \"gpt_oss\" is not supported, the decoder lacks mixture of experts"]);
     fs::write(model.path().join("config.json"), "{").expect("writable");
     assert_says(model.open(), &["config.json is not valid JSON"]);
     model.write_json("config.json", &Directory::config());

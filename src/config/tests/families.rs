@@ -218,6 +218,14 @@ fn contradictions() {
         let message = refusal(of(name, json!({ "hidden_activation": "gelu" })));
         assert_eq!(message, "hidden_activation \"gelu\" is unknown, gelu_pytorch_tanh is expected");
     }
+    for name in types_of_models() {
+        for value in [json!(false), Value::Null, json!(0)] {
+            let message = refusal(of(name, json!({ "is_causal": value })));
+            let wanted = format!("is_causal is {value}, only true is supported: tokens see none after them");
+            assert_eq!(message, wanted, "{name}");
+        }
+        assert_eq!(computed(of(name, json!({ "is_causal": true }))), computed(of(name, json!({}))), "{name}");
+    }
     let message = refusal(of("gemma3_text", json!({ "query_pre_attn_scalar": 0 })));
     assert_eq!(message, "query_pre_attn_scalar is 0, a number above 0 is expected");
 }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{config, merged, read, refusal, windows};
 use crate::config::families::ALL;
-use crate::config::{Attention, LayerNorm, ModelConfig, NormPlacement, Pairing, Projection, QkNorm, QueryScaling};
+use crate::config::{LayerNorm, ModelConfig, NormPlacement, Pairing, Projection, QkNorm, QueryScaling};
 
 /// Every type of text model.
 fn types_of_models() -> Vec<&'static str> {
@@ -163,8 +163,10 @@ fn multipliers() {
         of("ministral3", json!({ "rope_parameters": merged(base, &rope) }))
     };
     let beta = json!({ "llama_4_scaling_beta": 0.1, "max_position_embeddings": 128 });
-    let Attention { query_scaling, .. } = *config(ministral(beta)).layers[0].attention();
-    assert_eq!(query_scaling, Some(QueryScaling { beta: 0.1, original: 32 }));
+    let scaling = |changes: Value| config(changes).layers[0].attention().query_scaling;
+    assert_eq!(scaling(ministral(beta.clone())), Some(QueryScaling { beta: 0.1, original: 32 }));
+    let beside = merged(ministral(beta), &json!({ "original_max_position_embeddings": 64 }));
+    assert_eq!(scaling(beside), Some(QueryScaling { beta: 0.1, original: 64 }));
     assert_eq!(refusal(ministral(json!({}))), "llama_4_scaling_beta is missing in rope_parameters");
     let negative = refusal(ministral(json!({ "llama_4_scaling_beta": -0.1 })));
     assert_eq!(negative, "rope_parameters: llama_4_scaling_beta is -0.1, a number of 0 or more is expected");

@@ -137,7 +137,7 @@ impl<'a> Fields<'a> {
         types.iter().map(slides).collect()
     }
 
-    /// A feed-forward part of `intermediate_size`, gated through what `key` names; SiLU where it is not said.
+    /// A feed-forward part of `intermediate_size`, gated through `expected`, which `key` has to name if it is there.
     pub(super) fn dense(self, key: &str, expected: Activation) -> Result<FeedForward> {
         let (names, name): (&[&str], _) = match expected {
             Activation::Silu => (&["silu", "swish"], "silu"),
@@ -149,7 +149,7 @@ impl<'a> Fields<'a> {
         Ok(FeedForward::Dense { intermediate_size: self.dimension("intermediate_size")?, activation: expected })
     }
 
-    /// These projections if `key` is true, none otherwise.
+    /// The projections that have a bias: these if `key` is true, none otherwise.
     pub(super) fn biased(self, key: &str, projections: &[Projection]) -> Result<Vec<Projection>> {
         Ok(if self.boolean(key)?.unwrap_or(false) { projections.to_vec() } else { Vec::new() })
     }

@@ -71,7 +71,7 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// Rows of the embedding and of the head.
     pub vocab_size: usize,
-    /// ε of the norms of queries and keys.
+    /// ε of norms as `config.json` says it; norms of the residual stream have [`ModelConfig::stream_eps`].
     pub rms_norm_eps: f32,
     /// The layers, first to last.
     pub layers: Vec<LayerConfig>,
@@ -154,7 +154,7 @@ impl ModelConfig {
         (f64::from(self.rms_norm_eps) / self.residual_multiplier.powi(2)) as f32
     }
 
-    /// ε of a norm of a layer.
+    /// ε of a norm of a layer; of one that reads the residual stream, [`stream_eps`](ModelConfig::stream_eps).
     pub fn norm_eps(&self, norm: LayerNorm) -> f32 {
         match norm {
             LayerNorm::AttentionInput | LayerNorm::FeedForwardInput => self.stream_eps(),
@@ -199,6 +199,7 @@ impl ModelConfig {
 
     /// For each channel of a head of queries or keys as it is kept, the channel as it is stored.
     fn head_order(&self, layer: usize, pairing: Option<Pairing>) -> Option<Vec<usize>> {
+        // A source that pairs channels in its own way stores layers that rotate nothing like the others.
         let rope = self.layers[layer].attention().rope.or(pairing.map(|_| 0));
         let rope = self.ropes.get(rope?)?;
         Rope { pairing: pairing.unwrap_or(rope.pairing), ..rope.clone() }.order()

@@ -23,7 +23,7 @@
 //! |---|---|
 //! | [`format`](mod@format) | what is stored: AnyPrec, LUT-GEMM, residuals, thresholds; pure |
 //! | [`tensors`] | a model in files: named tensors, checked, and fused to what a decoder multiplies by |
-//! | [`source`] | foreign files: Hugging Face, GGUF, PyTorch, the reference's directories, AWQ |
+//! | [`source`] | foreign files: Hugging Face, GGUF, PyTorch, the reference's directories, AWQ, GPTQ |
 //! | [`checkpoint`] | our directory: open, validate, map, write |
 //! | [`files`], [`mapped`] | reading what others made, in limits; writing that survives kills; maps |
 //! | [`open`], [`convert`](mod@convert) | from a path to whichever of these it is, and from that to our directory |

@@ -29,11 +29,11 @@ pub use unsupported::unsupported;
 pub struct Family {
     /// What the table of models calls it.
     pub name: &'static str,
-    /// The models that it is known from.
+    /// The published models that are of this family, for the table of models.
     pub covers: &'static str,
-    /// What `config.json` calls it, and the only class in `architectures` that is understood with it.
+    /// Its `model_type` in `config.json`, each with the only class in `architectures` that is understood with it.
     pub model_types: &'static [(&'static str, &'static str)],
-    /// What a GGUF calls it (`general.architecture`).
+    /// What a GGUF calls it (`general.architecture`); empty where its files go by the name of another family.
     pub gguf: &'static [&'static str],
     /// The modules of a layer's norms, behind `model.layers.N.`, without `.weight`.
     pub norms: &'static [(LayerNorm, &'static str)],

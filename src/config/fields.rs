@@ -137,7 +137,7 @@ impl<'a> Fields<'a> {
         types.iter().map(slides).collect()
     }
 
-    /// A feed-forward part of `intermediate_size`, gated through what `key` names; SiLU where it is not said.
+    /// A feed-forward part of `intermediate_size`, gated through `expected`, which `key` has to name if it is there.
     pub(super) fn dense(self, key: &str, expected: Activation) -> Result<FeedForward> {
         let (names, name): (&[&str], _) = match expected {
             Activation::Silu => (&["silu", "swish"], "silu"),
@@ -149,15 +149,22 @@ impl<'a> Fields<'a> {
         Ok(FeedForward::Dense { intermediate_size: self.dimension("intermediate_size")?, activation: expected })
     }
 
-    /// These projections if `key` is true, none otherwise.
+    /// The projections that have a bias: these if `key` is true, none otherwise.
     pub(super) fn biased(self, key: &str, projections: &[Projection]) -> Result<Vec<Projection>> {
         Ok(if self.boolean(key)?.unwrap_or(false) { projections.to_vec() } else { Vec::new() })
     }
 
-    /// Refuses attention that looks ahead.
+    /// Refuses attention that looks ahead, as Gemma's classes call it.
     pub(super) fn ensure_causal(self) -> Result<()> {
         let ahead = self.boolean("use_bidirectional_attention")?.unwrap_or(false);
         ensure!(!ahead, "use_bidirectional_attention is true, only false is supported: tokens see none after them");
+        Ok(())
+    }
+
+    /// Refuses it as transformers takes it of any class: `is_causal`, where null counts as false.
+    fn ensure_is_causal(self) -> Result<()> {
+        let Some(causal) = self.json.get("is_causal") else { return Ok(()) };
+        ensure!(*causal == true, "is_causal is {causal}, only true is supported: tokens see none after them");
         Ok(())
     }
 
@@ -180,6 +187,7 @@ impl<'a> Fields<'a> {
         layers: Vec<LayerConfig>,
         ropes: Vec<Rope>,
     ) -> Result<ModelConfig> {
+        self.ensure_is_causal()?;
         Ok(ModelConfig {
             family,
             json: Value::Null,

@@ -1,8 +1,8 @@
 //! One decoder layer: what it is made of, and the operations that it runs.
 //!
 //! Some of what families do differently needs no operation of its own, since numbers take it in when a model is read:
-//! norms that multiply by `1 + w` (the stored vector is `1 + w`), a multiplier of what layers add (see
-//! [`ModelConfig::embedding_scale`](super::ModelConfig::embedding_scale)), rotation of a part of a head or of
+//! norms that multiply by `1 + w` (the vector is kept as `1 + w`), a multiplier of what layers add
+//! ([`ModelConfig::residual_multiplier`](super::ModelConfig::residual_multiplier)), rotation of a part of a head or of
 //! neighbouring channels ([`Rope`](super::Rope)).
 
 use super::Projection;

@@ -95,7 +95,7 @@ impl Layer {
     }
 }
 
-/// The norms that a layer has, of these lengths.
+/// The norms that a layer has, each as `make` gives it for its length.
 pub(crate) fn norms(config: &LayerConfig, hidden_size: usize, make: impl Fn(LayerNorm, usize) -> Vec<f32>) -> Norms {
     let mut norms = Norms::default();
     config.norms(hidden_size).into_iter().for_each(|(norm, len)| norms[norm.index()] = make(norm, len));
@@ -285,7 +285,7 @@ pub(crate) fn attend(
     out
 }
 
-/// Keys and values of one head of one text.
+/// Keys and values of one key-value head of one text.
 struct History<'a> {
     attention: &'a Attention,
     keys: &'a [f32],

@@ -16,7 +16,7 @@ use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::config::{ModelConfig, read_json};
 use crate::tensors::{Layout, Shards, StoredModel};
@@ -47,10 +47,12 @@ impl Source {
 
     fn directory(dir: &Path) -> Result<Self> {
         let config_json = read_json(&dir.join("config.json"))?;
+        // First of all whether there is any use in other files of this model.
+        let config = ModelConfig::from_json(&config_json)?;
         grouped::ensure_full_precision(dir, &config_json)?;
         let shards = Shards::open(&huggingface::files(dir)?)?;
         let texts = TextFiles::read(dir)?;
-        let config = configuration(&config_json, &shards)?;
+        let config = with_own_head(config, &shards)?;
         let tensors = Box::new(shards);
         let model = StoredModel { tensors, config, texts, layout: Layout::FULL, bits: Vec::new() };
         model.check(|projection| Some(model.config.biased.contains(&projection)))?;
@@ -69,8 +71,7 @@ impl Source {
 
 /// The configuration of a directory with these tensors: a head of other numbers than the embedding's counts, whatever
 /// is said of it.
-fn configuration(config_json: &Value, shards: &Shards) -> Result<ModelConfig> {
-    let config = ModelConfig::from_json(config_json)?;
+fn with_own_head(config: ModelConfig, shards: &Shards) -> Result<ModelConfig> {
     let untied = config.tie_word_embeddings && shards.has_own_head()?;
     if untied { config.with(json!({ "tie_word_embeddings": false })) } else { Ok(config) }
 }

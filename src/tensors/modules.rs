@@ -58,8 +58,8 @@ pub(crate) fn fused_module(layer: usize, projection: Projection) -> String {
     format!("model.layers.{layer}.{name}")
 }
 
-/// The modules of `projection` as transformers stores a full-precision model of this architecture: the names of
-/// their weights, and the rows of each, one below the other.
+/// The modules of `projection` as transformers stores a full-precision model of this family: the names of their
+/// weights, and the rows of each, one below the other.
 pub(crate) fn stored_modules(config: &ModelConfig, layer: usize, projection: Projection) -> Vec<(String, usize)> {
     let fused = config.family.fused.contains(&projection);
     let modules = modules(config, layer, projection, |_| fused);

@@ -85,16 +85,19 @@ and digits only.
 const NOTES: &str = "\
 ## Good to know
 
-- **Windows.** A layer whose attention sees the last N tokens only keeps those in its cache, and those of one pass, \
-however long the text is. Gemma, OLMo 3, Mistral 7B v0.1 and Phi-3-mini-4k have such layers.
+- **Windows.** A layer whose attention sees only the last N tokens keeps those alone in its cache, and those of one \
+pass, however long the text is. Gemma, OLMo 3, Mistral 7B v0.1 and Phi-3-mini-4k and medium-4k have \
+such layers.
 - **LongRoPE** (Phi-3 128k, Phi-4-mini) has two lists of frequencies. Which one counts is decided once, when a text \
 begins: the long list if the session's context (`--max-seq-len`, the model's own where it is left out) is longer than \
 the model's original one, the short list otherwise. The same short text has other logits under another `--max-seq-len`.
 - **YaRN** counts where `config.json` or the GGUF has it. Qwen publishes files without; with `rope_scaling` of type \
 `yarn` added, the context is as long as the factor says.
 - **GGUF** does not say all that `config.json` does: Gemma's scale of attention is known by size (27B), SmolLM3's \
-layers without rotation are every fourth, and files of Mistral and OLMo 3 are called as Llama, Ministral 3 and OLMo 2 \
-and told apart by their keys.
+layers without rotation are every fourth, files of Mistral go by the names of Llama and Ministral 3, files of OLMo 3 \
+by that of OLMo 2, and their keys tell them apart.
+- **Qwen2.5-1M** runs as in transformers, by plain attention: its `dual_chunk_attention_config`, which changes texts of \
+more than a quarter of a million tokens, is left aside.
 
 ";
 

@@ -20,11 +20,13 @@ pub(super) static FAMILY: Family = Family {
 };
 
 const BETA: &str = "llama_4_scaling_beta";
+const ORIGINAL: &str = "original_max_position_embeddings";
 const ROPE: RopeRules = RopeRules { others: &[BETA, "max_position_embeddings"], ..RopeRules::LLAMA };
 
 fn read(c: Fields<'_>) -> Result<ModelConfig> {
     let head_dim = c.head_dim()?;
-    let original = match c.in_rope("original_max_position_embeddings")? {
+    // As for YaRN, what stands beside the object about RoPE counts more than what is in it.
+    let original = match c.positive(ORIGINAL)?.or(c.in_rope(ORIGINAL)?) {
         Some(original) => original as usize,
         None => c.dimension("max_position_embeddings")?,
     };

@@ -11,8 +11,8 @@ pub(super) static FAMILY: Family = Family {
     name: "Mistral 7B, Nemo and Small",
     covers: "Mistral 7B, Nemo 12B, Small 3, 3.1 and 3.2 (text of the multimodal ones)",
     model_types: &[("mistral", "MistralForCausalLM")],
-    // Files of Llama's architecture and of Ministral 3's are Mistral's too: a window, or none of what is Ministral's,
-    // tells them apart.
+    // Its files go by the names of Llama and of Ministral 3: those of Llama with a window are Mistral's, and those of
+    // Ministral 3 without queries that grow.
     gguf: &[],
     norms: PRE_NORMS,
     unit_offset: false,

@@ -11,7 +11,7 @@ pub(super) static FAMILY: Family = Family {
     name: "OLMo 3",
     covers: "OLMo 3 7B and 32B",
     model_types: &[("olmo3", "Olmo3ForCausalLM")],
-    // Files of OLMo 2's architecture are OLMo 3's if they have a window.
+    // Its files go by the name of OLMo 2; those with a window are OLMo 3's.
     gguf: &[],
     norms: olmo2::NORMS,
     unit_offset: false,
@@ -35,7 +35,7 @@ fn read(c: Fields<'_>) -> Result<ModelConfig> {
         ..full.clone()
     };
     let sliding = c.sliding(c.num_layers()?, |layer| !(layer + 1).is_multiple_of(4))?;
-    // Layers with a window have a base of their own: `rope_theta` is that of the others.
+    // In the older spelling `rope_theta` is the base of the layers without a window; the others have the class's own.
     let ropes = c.ropes_of_layer_types(head_dim, &ROPE, &ROPE, None)?;
     let mut model = c.model(&FAMILY, sliding.into_iter().map(layer).collect(), ropes.into())?;
     model.biased.extend(c.biased("attention_bias", &[Projection::Qkv, Projection::O])?);

@@ -10,7 +10,7 @@ const MAMBA: &str = "state space layers";
 
 /// What `config.json` calls them, letters and digits only (a GGUF's name is the same or stands beside it), and what
 /// they ask for.
-const UNSUPPORTED: [(&str, &str); 46] = [
+const UNSUPPORTED: [(&str, &str); 48] = [
     ("bamba", MAMBA),
     ("bitnet", "ternary weights, norms inside attention and feed-forward"),
     ("cohere", "attention and feed-forward side by side, LayerNorm"),
@@ -23,6 +23,7 @@ const UNSUPPORTED: [(&str, &str); 46] = [
     ("deepseekv4", "latent attention, sparse attention, hyper-connections, mixture of experts"),
     ("falconh1", MAMBA),
     ("gemma3n", "per-layer embeddings, alternating updates, shared keys and values"),
+    ("gemma3ntext", "per-layer embeddings, alternating updates, shared keys and values"),
     ("gemma4", GEMMA_4),
     ("gemma4text", GEMMA_4),
     ("glm4moe", EXPERTS),
@@ -34,6 +35,7 @@ const UNSUPPORTED: [(&str, &str); 46] = [
     ("granitemoehybrid", "state space layers, mixture of experts"),
     ("granitemoeshared", EXPERTS),
     ("jamba", "state space layers, mixture of experts"),
+    ("kimik2", LATENT),
     ("kimilinear", "gated delta layers, latent attention, mixture of experts"),
     ("lfm2", "short convolutions"),
     ("lfm2moe", "short convolutions, mixture of experts"),

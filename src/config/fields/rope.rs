@@ -18,7 +18,7 @@ pub(in crate::config) struct RopeRules {
     pub(in crate::config) pairing: Pairing,
     /// The types that the class takes, by name.
     pub(in crate::config) types: &'static [(&'static str, Kind)],
-    /// Fields that stand beside those of RoPE and belong to something else.
+    /// Fields that may stand in the object about RoPE and belong to something else.
     pub(in crate::config) others: &'static [&'static str],
 }
 
@@ -87,7 +87,8 @@ struct Place<'a> {
     rules: &'a RopeRules,
     /// The configuration.
     whole: Fields<'a>,
-    /// If there is an object for each type of layer: what stands beside them about YaRN's rounding.
+    /// `Some` where each type of layer has an object of its own: whether the ends of YaRN's ramp are rounded, which
+    /// then is said once beside these objects ([`Fields::truncates`]).
     nested: Option<bool>,
     /// Channels that turn.
     rotary_dim: usize,
@@ -106,9 +107,9 @@ impl<'a> Fields<'a> {
         checked(Rope { head_dim, rotary_dim, pairing: rules.pairing, theta, scaling })
     }
 
-    /// How the heads turn in layers that see the whole text and in those that see a window, by the object of each in
-    /// `rope_parameters`; or as it was before: `rope_theta` and `rope_scaling` of the former, `local_theta` the field
-    /// of the latter's base, which are never scaled then.
+    /// How the heads turn in layers that see the whole text and in those that see a window: by the object of each in
+    /// `rope_parameters`. In the older spelling `rope_theta` and `rope_scaling` are those of the former, the latter are
+    /// never scaled, and `local_theta` names the field with their base.
     pub(in crate::config) fn ropes_of_layer_types(
         self,
         head_dim: usize,
@@ -232,7 +233,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// Whether the ends of YaRN's ramp are rounded; null counts as false.
+    /// Whether the ends of YaRN's ramp are rounded: true where nothing is said, and null counts as false.
     fn truncates(self) -> Result<bool> {
         Ok(self.json.get("truncate").is_none() || self.boolean("truncate")?.unwrap_or(false))
     }
@@ -299,7 +300,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// What is said of `key` in any of these places.
+/// What is said of `key` in any of these places; an error where two of them differ.
 fn agreed<'a>(key: &str, places: impl Iterator<Item = Fields<'a>>) -> Result<Option<f64>> {
     let mut found: Option<f64> = None;
     for place in places {

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{config, merged, read, refusal, windows};
 use crate::config::families::ALL;
-use crate::config::{Attention, LayerNorm, ModelConfig, NormPlacement, Pairing, Projection, QkNorm, QueryScaling};
+use crate::config::{LayerNorm, ModelConfig, NormPlacement, Pairing, Projection, QkNorm, QueryScaling};
 
 /// Every type of text model.
 fn types_of_models() -> Vec<&'static str> {
@@ -163,8 +163,10 @@ fn multipliers() {
         of("ministral3", json!({ "rope_parameters": merged(base, &rope) }))
     };
     let beta = json!({ "llama_4_scaling_beta": 0.1, "max_position_embeddings": 128 });
-    let Attention { query_scaling, .. } = *config(ministral(beta)).layers[0].attention();
-    assert_eq!(query_scaling, Some(QueryScaling { beta: 0.1, original: 32 }));
+    let scaling = |changes: Value| config(changes).layers[0].attention().query_scaling;
+    assert_eq!(scaling(ministral(beta.clone())), Some(QueryScaling { beta: 0.1, original: 32 }));
+    let beside = merged(ministral(beta), &json!({ "original_max_position_embeddings": 64 }));
+    assert_eq!(scaling(beside), Some(QueryScaling { beta: 0.1, original: 64 }));
     assert_eq!(refusal(ministral(json!({}))), "llama_4_scaling_beta is missing in rope_parameters");
     let negative = refusal(ministral(json!({ "llama_4_scaling_beta": -0.1 })));
     assert_eq!(negative, "rope_parameters: llama_4_scaling_beta is -0.1, a number of 0 or more is expected");
@@ -217,6 +219,14 @@ fn contradictions() {
         assert_eq!(refusal(of(name, json!({ "use_bidirectional_attention": true }))), wanted);
         let message = refusal(of(name, json!({ "hidden_activation": "gelu" })));
         assert_eq!(message, "hidden_activation \"gelu\" is unknown, gelu_pytorch_tanh is expected");
+    }
+    for name in types_of_models() {
+        for value in [json!(false), Value::Null, json!(0)] {
+            let message = refusal(of(name, json!({ "is_causal": value })));
+            let wanted = format!("is_causal is {value}, only true is supported: tokens see none after them");
+            assert_eq!(message, wanted, "{name}");
+        }
+        assert_eq!(computed(of(name, json!({ "is_causal": true }))), computed(of(name, json!({}))), "{name}");
     }
     let message = refusal(of("gemma3_text", json!({ "query_pre_attn_scalar": 0 })));
     assert_eq!(message, "query_pre_attn_scalar is 0, a number above 0 is expected");

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use self::quantization::Quantization;
 use super::huggingface;
-use crate::config::read_json;
+use crate::config::{ModelConfig, read_json};
 use crate::format::{Floats, Format, Kind, LutGemm, Numbers, Size};
 use crate::tensors::{EMBEDDING, Expected, HEAD, Layout, Module, Shards, StoredModel, TensorSet};
 use crate::tokenizer::TextFiles;
@@ -61,8 +61,9 @@ impl Grouped {
 
     fn read(dir: &Path) -> Result<Self> {
         let config_json = read_json(&dir.join("config.json"))?;
+        let config = ModelConfig::from_json(&config_json)?;
         let shards = Shards::open(&huggingface::files(dir)?)?;
-        let config = super::configuration(&config_json, &shards)?;
+        let config = super::with_own_head(config, &shards)?;
         let quantization = Quantization::find(dir, &config_json)?;
         let quantization = quantization.context("quantization_config is missing: is the model quantized?")?;
         let (packing, group_size) = packing(&quantization).with_context(|| format!("in {}", quantization.place))?;

@@ -4,8 +4,8 @@
 
 Each directory holds `model.safetensors` and `config.json` as `save_pretrained` writes them, `published.json`, the same
 configuration in the spelling that the family's real `config.json` has (`published.py`), and `expected.safetensors`:
-`ids` and, computed in f32 on the stored weights, `logits` of every position. The families beyond the first eleven
-models also have `long_ids`, a text past every window and past the context that YaRN and longrope stretch, and
+`ids` and, computed in f32 on the stored weights, `logits` of every position. All but the first eleven models
+(`SHORT_ONLY`) also have `long_ids`, a text past every window and past the context that YaRN and longrope stretch, and
 `long_logits` of its last 8 positions. transformers reads all of that text with longrope's long list.
 
 Each feature of a model is taken away in turn: logits that do not move end the script. `overlooked.json` has the fields

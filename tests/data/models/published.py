@@ -36,7 +36,7 @@ QWEN2 = dict(
     attention_dropout=0.0,
 )
 
-# Of texts of 20 tokens alone, a vocabulary without a tokenizer.
+# These have one text, of 20 tokens, and a vocabulary that no tokenizer goes with.
 MODELS = {
     "llama-3": LLAMA,
     "llama-3.1": dict(LLAMA, rope_scaling=llama3(8.0), max_position_embeddings=3200, eos_token_id=[1, 2, 3]),
@@ -57,7 +57,8 @@ MODELS = {
 }
 SHORT_ONLY = list(MODELS)
 
-# The other families. Every in_features is a multiple of 32 and every out_features of 8, so that each can be quantized.
+# The other models have a long text too. Every in_features is a multiple of 32 and every out_features of 8, so that
+# each can be quantized.
 ORIGINAL = 24
 FULL, SLIDING = "full_attention", "sliding_attention"
 

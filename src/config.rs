@@ -118,11 +118,7 @@ impl ModelConfig {
     /// # Errors
     /// As [`ModelConfig::from_json`].
     pub fn with(&self, changes: Value) -> Result<Self> {
-        let mut json = self.json.clone();
-        for (key, value) in changes.as_object().into_iter().flatten() {
-            json[key] = value.clone();
-        }
-        Self::from_json(&json)
+        Self::from_json(&fields::merged(self.json.clone(), &changes))
     }
 
     /// `(in_features, out_features)` of a projection of one layer.

@@ -18,7 +18,7 @@ mod unsupported;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::fields::Fields;
+use super::fields::{Fields, merged};
 use super::{LayerNorm, ModelConfig, Projection};
 
 pub(crate) use unsupported::lacking;
@@ -127,10 +127,7 @@ pub(super) fn read(json: &Value) -> Result<ModelConfig> {
     };
     let (_, class) = types().find(|(own, _)| *own == name).context("no class")?;
     ensure_class(fields, name, class)?;
-    let mut complete = (family.defaults)();
-    for (key, value) in json.as_object().into_iter().flatten() {
-        complete[key] = value.clone();
-    }
+    let complete = merged((family.defaults)(), json);
     Ok(ModelConfig { json: json.clone(), ..(family.read)(Fields::new(&complete))? })
 }
 

@@ -31,6 +31,14 @@ pub(crate) fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_slice(&bytes).with_context(|| format!("{} is not valid JSON", path.display()))
 }
 
+/// `json` with the fields of the object `changes` in place of its own.
+pub(super) fn merged(mut json: Value, changes: &Value) -> Value {
+    for (key, value) in changes.as_object().into_iter().flatten() {
+        json[key] = value.clone();
+    }
+    json
+}
+
 /// A `config.json`, or an object in it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Fields<'a> {
@@ -122,19 +130,26 @@ impl<'a> Fields<'a> {
 
     /// Which layers slide a window over the text: as `layer_types` says, or as `otherwise` does where there is none.
     pub(super) fn sliding(self, layers: usize, otherwise: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-        let Some(types) = self.present("layer_types") else { return Ok((0..layers).map(otherwise).collect()) };
-        let types = types.as_array().with_context(|| format!("layer_types is {types}, a list is expected"))?;
-        let count = types.len();
-        ensure!(
-            count == layers,
-            "layer_types has {count} entries, as many as num_hidden_layers, {layers}, are expected"
-        );
         let slides = |value: &Value| match value.as_str() {
             Some("full_attention") => Ok(false),
             Some("sliding_attention") => Ok(true),
             _ => bail!("layer_types has {value}, \"full_attention\" or \"sliding_attention\" is expected"),
         };
-        types.iter().map(slides).collect()
+        Ok(self.of_layers("layer_types", layers, slides)?.unwrap_or_else(|| (0..layers).map(otherwise).collect()))
+    }
+
+    /// A list with one entry for each of `layers`, each read by `entry`; none where `key` is null or missing.
+    pub(super) fn of_layers<T>(
+        self,
+        key: &str,
+        layers: usize,
+        entry: impl Fn(&Value) -> Result<T>,
+    ) -> Result<Option<Vec<T>>> {
+        let Some(list) = self.present(key) else { return Ok(None) };
+        let entries = list.as_array().with_context(|| format!("{key} is {list}, a list is expected"))?;
+        let count = entries.len();
+        ensure!(count == layers, "{key} has {count} entries, as many as num_hidden_layers, {layers}, are expected");
+        entries.iter().map(entry).collect::<Result<_>>().map(Some)
     }
 
     /// A feed-forward part of `intermediate_size`, gated through `expected`, which `key` has to name if it is there.
@@ -155,7 +170,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Refuses attention that looks ahead, as Gemma's classes call it.
-    pub(super) fn ensure_causal(self) -> Result<()> {
+    pub(super) fn ensure_not_bidirectional(self) -> Result<()> {
         let ahead = self.boolean("use_bidirectional_attention")?.unwrap_or(false);
         ensure!(!ahead, "use_bidirectional_attention is true, only false is supported: tokens see none after them");
         Ok(())

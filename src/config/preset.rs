@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::ModelConfig;
+use super::fields::merged;
 
 /// A name, and what makes the `config.json`.
 type Preset = (&'static str, fn() -> Value);
@@ -62,19 +63,8 @@ fn llama_3(layers: usize, heads: usize, hidden: usize, intermediate: usize) -> V
 }
 
 fn llama_3_2(layers: usize, heads: usize, hidden: usize, head_dim: usize) -> Value {
-    json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": 8192,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
+    let changes = json!({
         "head_dim": head_dim,
-        "vocab_size": 128_256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
         "rope_scaling": {
             "rope_type": "llama3",
             "factor": 32.0,
@@ -84,9 +74,9 @@ fn llama_3_2(layers: usize, heads: usize, hidden: usize, head_dim: usize) -> Val
         },
         "max_position_embeddings": 131_072,
         "tie_word_embeddings": true,
-        "bos_token_id": 128_000,
         "eos_token_id": [128_001, 128_008, 128_009],
-    })
+    });
+    merged(llama_3(layers, heads, hidden, 8192), &changes)
 }
 
 fn qwen_2_5() -> Value {
@@ -151,23 +141,16 @@ fn phi_3_medium() -> Value {
 }
 
 fn phi_4() -> Value {
-    json!({
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "hidden_act": "silu",
-        "hidden_size": 5120,
-        "intermediate_size": 17920,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 10,
+    let changes = json!({
         "vocab_size": 100_352,
-        "rms_norm_eps": 1e-5,
         "rope_theta": 250_000.0,
+        "sliding_window": null,
         "max_position_embeddings": 16_384,
         "original_max_position_embeddings": 16_384,
         "bos_token_id": 100_257,
         "eos_token_id": 100_265,
-    })
+    });
+    merged(phi_3_medium(), &changes)
 }
 
 fn gemma_3_12b() -> Value {

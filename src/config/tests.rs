@@ -3,6 +3,7 @@ mod rope;
 
 use serde_json::{Value, json};
 
+use super::fields::merged;
 use crate::config::{Attention, ModelConfig, Projection, RopeScaling};
 
 /// A small configuration with some fields changed; "absent" takes one out.
@@ -294,13 +295,6 @@ fn published_configurations() {
         assert_eq!((read.sliding_window, read.tie_word_embeddings), (window, tied), "{name}");
         assert_eq!(read.rope_scaling != RopeScaling::None, scaled, "{name}");
     }
-}
-
-fn merged(mut json: Value, changes: &Value) -> Value {
-    for (key, value) in changes.as_object().expect("an object") {
-        json[key] = value.clone();
-    }
-    json
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub(super) static FAMILY: Family = Family {
 };
 
 fn read(c: Fields<'_>) -> Result<ModelConfig> {
-    c.ensure_causal()?;
+    c.ensure_not_bidirectional()?;
     let head_dim = c.dimension("head_dim")?;
     let window = c.optional_dimension("sliding_window")?;
     let attention = Attention {

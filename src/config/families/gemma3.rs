@@ -48,7 +48,7 @@ pub(super) fn defaults() -> Value {
 }
 
 fn read(c: Fields<'_>) -> Result<ModelConfig> {
-    c.ensure_causal()?;
+    c.ensure_not_bidirectional()?;
     let head_dim = c.dimension("head_dim")?;
     let window = c.optional_dimension("sliding_window")?;
     let attention = Attention { qk_norm: Some(QkNorm::PerHead), scale: scale(c)?, ..c.attention(head_dim)? };

@@ -1,6 +1,6 @@
 //! SmolLM3: Llama without rotation in some layers, every fourth unless a list says which.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::{Family, PRE_NORMS};
@@ -48,19 +48,13 @@ fn read(c: Fields<'_>) -> Result<ModelConfig> {
 
 /// Which layers rotate: those with a 1 in `no_rope_layers`, in spite of its name.
 fn rotated(c: Fields<'_>, layers: usize) -> Result<Vec<bool>> {
-    let Some(list) = c.present("no_rope_layers") else {
-        let interval = c.dimension("no_rope_layer_interval")?;
-        return Ok((0..layers).map(|layer| !(layer + 1).is_multiple_of(interval)).collect());
-    };
-    let entries = list.as_array().with_context(|| format!("no_rope_layers is {list}, a list is expected"))?;
-    let count = entries.len();
-    ensure!(
-        count == layers,
-        "no_rope_layers has {count} entries, as many as num_hidden_layers, {layers}, are expected"
-    );
     let rotates = |value: &Value| match value.as_u64() {
         Some(rotates @ 0..=1) => Ok(rotates == 1),
         _ => bail!("no_rope_layers has {value}, 1 (rotated) or 0 (not rotated) is expected"),
     };
-    entries.iter().map(rotates).collect()
+    if let Some(listed) = c.of_layers("no_rope_layers", layers, rotates)? {
+        return Ok(listed);
+    }
+    let interval = c.dimension("no_rope_layer_interval")?;
+    Ok((0..layers).map(|layer| !(layer + 1).is_multiple_of(interval)).collect())
 }

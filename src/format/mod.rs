@@ -8,6 +8,7 @@
 
 pub mod anyprec;
 mod bits;
+pub mod bytes;
 mod floats;
 pub mod lutgemm;
 mod packed;

@@ -1,5 +1,4 @@
-// Attention as kernels of its own (attend.cuh): `attend` takes one token, grid (KV_HEADS, SPLITS); `append` rotates
-// and appends many tokens, `attend_prompt` then takes grid (KV_HEADS, 1, tokens).
+// Attention of one token as a kernel of its own (attend.cuh). Grid (KV_HEADS, SPLITS).
 #define ATTEND_THREADS 256
 #include "attend.cuh"
 
@@ -18,36 +17,4 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, RESIDENT) attend(co
     if ((int)blockIdx.y >= span.splits) return;
     prefetch(Cache(g, kv, position), span.begin_of(blockIdx.y), span.end_of(blockIdx.y));
     attend_token<All>(g, Settled{g.qkv, g.delta}, queries, &ticket, kv, blockIdx.y, position, [] {});
-}
-
-// Grid (tokens, KV_HEADS).
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) append(const __grid_constant__ Attend g) {
-    wait_for_previous();
-    let_next_start();
-    long long token = blockIdx.x;
-    int position = position_of(g.state, g.max_seq_len, blockIdx.x);
-    append_head(g, g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM, blockIdx.y, position);
-}
-
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_prompt(const __grid_constant__ Attend g) {
-    extern __shared__ __align__(16) float queries[];
-    wait_for_previous();
-    let_next_start();
-    long long token = blockIdx.z;
-    int kv = blockIdx.x, position = position_of(g.state, g.max_seq_len, blockIdx.z);
-    Span span(position, g.window);
-    Cache cache(g, kv, position);
-    float scale = query_scale(g, position);
-    for (int i = threadIdx.x; i < HEAD_GROUP * HEAD_DIM; i += ATTEND_THREADS) {
-        const float* head = g.qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM + (kv * HEAD_GROUP + i / HEAD_DIM) * HEAD_DIM;
-        float v = scale * rotated(head, nullptr, angles_at(g, position), i % HEAD_DIM);
-        check_size(g, v);
-        put_query(queries, i / HEAD_DIM, i % HEAD_DIM, v);
-    }
-    All::sync();
-    Batch batch = {};
-    fetch_first_keys(batch, cache, span.first, span.end);
-    fetch_first_values(batch, cache, span.first, span.end);
-    float* out = g.out + (token * HEADS + kv * HEAD_GROUP) * HEAD_DIM;
-    attend_share<All>(cache, batch, queries, g.softcap, span.first, span.end, out, nullptr);
 }

@@ -1,5 +1,5 @@
-// Causal attention of grouped queries over the cached text, one pass with a running softmax: what attend.cu's kernels
-// and layers.cu share.
+// Causal attention of grouped queries over the cached text, one pass with a running softmax: what attend.cu, layers.cu and
+// attend_prompt.cu share.
 //
 //   out[token, head, :] = Σ_p softmax_p(cap(scale·q·k_p)) · v_p,   p from the window's start to the token
 //
@@ -14,10 +14,10 @@
 // 1 + query_beta·ln(1 + ⌊p / query_original⌋) as well, unless query_beta is 0.
 //
 // The capacity is a multiple of TILE positions, and tiles begin at such multiples: a tile lies in the cache as one piece.
-// Where there is no window it is all of max_seq_len. Otherwise it has room for the window and for the other tokens of a
-// pass, so what a pass writes replaces nothing that it still reads.
+// Where there is no window it is all of max_seq_len, otherwise the window: a token replaces what it sees no more. Several
+// tokens at once are appended when all have their answer (attend_prompt.cu).
 //
-// The block whose share holds the token rotates its key and appends both; each block rotates its own queries.
+// The block whose share holds a single token rotates its key and appends both; each block rotates its own queries.
 // Shares are merged in order: by whichever block of a key-value head ends last, so the result does not depend on which;
 // without tickets by all of them, each a piece, who wait for each other's numbers (flow.cuh: parts are missing before).
 //
@@ -102,14 +102,15 @@ __device__ __forceinline__ void check_size(const Attend& g, float f) {
     if (KV == 0 && fabsf(f) > HALF_MOST) note_beyond(g.beyond);
 }
 
-// Dimension i of a head, rotated with that half a head away.
+// Dimension i of a head, rotated with that half a head away. The roundings are spelled out, so that they are the same
+// wherever this is compiled: what is kept does not depend on how many tokens came at once.
 __device__ __forceinline__ float rotated(float own, float other, float2 a, int i) {
-    return i < HALF ? own * a.x - other * a.y : own * a.x + other * a.y;
+    return __fmaf_rn(own, a.x, __fmul_rn(i < HALF ? -other : other, a.y));
 }
 
-__device__ __forceinline__ float rotated(const float* head, const float* delta, const float2* angles, int i) {
-    float own = load1(head, delta, i);
-    return angles ? rotated(own, load1(head, delta, i < HALF ? i + HALF : i - HALF), angles[i % HALF], i) : own;
+__device__ __forceinline__ float rotated(const float* head, const float2* angles, int i) {
+    float2 a = angles ? angles[i % HALF] : make_float2(1, 0);
+    return rotated(__ldcg(head + i), __ldcg(head + (i < HALF ? i + HALF : i - HALF)), a, i);
 }
 
 // The token's angles.
@@ -138,28 +139,23 @@ struct Cache {
           values((Stored*)g.values + (long long)kv * g.capacity * HEAD_DIM),
           turn(g.window > 0 ? position - position % g.capacity : 0), capacity(g.capacity) {}
 
+#ifdef ASIDE
+    // Positions from `from` on lie one after the other from `aside` on (attend_prompt.cu).
+    int from = 0x7fffffff;
+    long long aside = 0;
+
+    __device__ __forceinline__ void lies_aside(int first, long long place) { from = first, aside = place; }
+#endif
+
     // Where the first number of a position is.
     __device__ __forceinline__ long long at(int position) const {
+#ifdef ASIDE
+        if (position >= from) return aside + (long long)(position - from) * HEAD_DIM;
+#endif
         int slot = position - turn;
         return (long long)(slot < 0 ? slot + capacity : slot) * HEAD_DIM;
     }
 };
-
-__device__ __forceinline__ void append_head(const Attend& g, const float* qkv, int kv, int position) {
-    const float* key = qkv + (HEADS + kv) * HEAD_DIM;
-    const float* value = qkv + (HEADS + KV_HEADS + kv) * HEAD_DIM;
-    const float* key_delta = g.delta ? g.delta + (key - qkv) : nullptr;
-    const float* value_delta = g.delta ? g.delta + (value - qkv) : nullptr;
-    const float2* angles = angles_at(g, position);
-    Cache cache(g, kv, position);
-    long long at = cache.at(position);
-    for (int i = this_thread(); i < HEAD_DIM; i += ATTEND_THREADS) {
-        float k = rotated(key, key_delta, angles, i), v = load1(value, value_delta, i);
-        check_size(g, k), check_size(g, v);
-        cache.keys[at + i] = to_stored(k);
-        cache.values[at + i] = to_stored(v);
-    }
-}
 
 // What a softmax scaled for `from` must be multiplied by to be scaled for `to`; nothing yet is −inf.
 __device__ __forceinline__ float rescale(float from, float to) { return from == -INFINITY ? 0.0f : expf(from - to); }

@@ -1,16 +1,16 @@
-// attend: out[t, head] = Σ_s softmax_s(cap(factor · q[t, head] · keys[s mod capacity, kv])) · values[s mod capacity, kv]
+// attend: out[t, head] = Σ_s softmax_s(cap(factor · q[t, head] · k[s, kv])) · v[s, kv]
 //         over the positions s ≤ position + t, at most `window` of the latest; kv = head · num_kv_heads / num_heads
 //
-// q       f32 [tokens, num_heads · head_dim]
-// keys    f32 [capacity, num_kv_heads · head_dim]
-// values  f32 [capacity, num_kv_heads · head_dim]
-// out     f32 [tokens, num_heads · head_dim], overwritten
+// rotated  f32 [tokens, (num_heads + 2 · num_kv_heads) · head_dim]: q, and k and v of the positions from `position` on
+// keys     f32 [capacity, num_kv_heads · head_dim]: k of an earlier position s is row s mod capacity
+// values   f32 [capacity, num_kv_heads · head_dim], likewise v
+// out      f32 [tokens, num_heads · head_dim], overwritten
 //
 // One group per head and token. Positions come in tiles of 256: a thread computes every 64th score of a
 // tile, then all threads add the tile's values, each to its own features, rescaling what they have by the
 // new maximum. head_dim ≤ 256.
 // factor = scale · (1 + beta · ln(1 + ⌊(position + t) / original⌋)), and cap(s) = softcap · tanh(s / softcap), or s if
-// softcap is 0. The positions that are seen are all in the cache.
+// softcap is 0. Earlier positions that are seen are all among the latest `capacity`.
 // groups (num_heads, tokens)
 
 struct Parameters {
@@ -26,7 +26,7 @@ struct Parameters {
     original: u32,
 }
 
-@group(0) @binding(0) var<storage, read> q: array<f32>;
+@group(0) @binding(0) var<storage, read> rotated: array<f32>;
 @group(0) @binding(1) var<storage, read> keys: array<f32>;
 @group(0) @binding(2) var<storage, read> values: array<f32>;
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
@@ -38,10 +38,40 @@ const FEATURES: u32 = 4u; // of one thread, at most
 
 var<workgroup> scores: array<f32, TILE>;
 
+// Where a head of a token of `rotated` is.
+fn place(t: u32, head: u32) -> u32 {
+    return (t * (p.num_heads + 2u * p.num_kv_heads) + head) * p.head_dim;
+}
+
+// q · k of the query at `query` and a position.
+fn product(query: u32, position: u32, kv: u32) -> f32 {
+    var sum = 0.0;
+    if position < p.position {
+        let key = (position % p.capacity * p.num_kv_heads + kv) * p.head_dim;
+        for (var j = 0u; j < p.head_dim; j++) {
+            sum += rotated[query + j] * keys[key + j];
+        }
+    } else {
+        let key = place(position - p.position, p.num_heads + kv);
+        for (var j = 0u; j < p.head_dim; j++) {
+            sum += rotated[query + j] * rotated[key + j];
+        }
+    }
+    return sum;
+}
+
+// Number j of v of a position.
+fn value(position: u32, kv: u32, j: u32) -> f32 {
+    if position < p.position {
+        return values[(position % p.capacity * p.num_kv_heads + kv) * p.head_dim + j];
+    }
+    return rotated[place(position - p.position, p.num_heads + p.num_kv_heads + kv) + j];
+}
+
 @compute @workgroup_size(THREADS)
 fn attend(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let kv = group.x / (p.num_heads / p.num_kv_heads);
-    let stride = p.num_kv_heads * p.head_dim;
+    let query = place(group.y, group.x);
     let row = (group.y * p.num_heads + group.x) * p.head_dim;
     let position = p.position + group.y;
     let factor = p.scale * (1.0 + p.beta * log(1.0 + f32(position / p.original)));
@@ -53,12 +83,7 @@ fn attend(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
     for (var tile = start; tile < end; tile += TILE) {
         let length = min(end - tile, TILE);
         for (var i = thread; i < length; i += THREADS) {
-            let key = (tile + i) % p.capacity * stride + kv * p.head_dim;
-            var score = 0.0;
-            for (var j = 0u; j < p.head_dim; j++) {
-                score += q[row + j] * keys[key + j];
-            }
-            score *= factor;
+            var score = factor * product(query, tile + i, kv);
             if p.softcap > 0.0 {
                 score = capped(score, p.softcap);
             }
@@ -79,11 +104,10 @@ fn attend(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
         for (var i = 0u; i < length; i++) {
             let share = exp(scores[i] - largest);
             total += share;
-            let value = (tile + i) % p.capacity * stride + kv * p.head_dim;
             for (var f = 0u; f < FEATURES; f++) {
                 let j = thread + f * THREADS;
                 if j < p.head_dim {
-                    sums[f] += share * values[value + j];
+                    sums[f] += share * value(tile + i, kv, j);
                 }
             }
         }

@@ -38,7 +38,8 @@ const SHAPES: [(usize, usize, usize); 16] = [
 
 const MAX_SEQ_LEN: usize = 1300;
 
-/// The layers of a model of these heads. Those with a window remember it and 511 tokens more: texts go round that ring.
+/// The layers of a model of these heads. Those with a window remember as much (in tiles of 16 on CUDA) and no more: texts go
+/// round that ring many times.
 fn layers((num_heads, num_kv_heads, head_dim): (usize, usize, usize), noise: &mut Noise) -> Vec<Attention> {
     let plain = Attention {
         num_heads,
@@ -60,8 +61,11 @@ fn layers((num_heads, num_kv_heads, head_dim): (usize, usize, usize), noise: &mu
             window: Some(41 + noise.below(160)),
             softcap: Some(2.0 + 8.0 * f64::from(noise.uniform())),
             scale: 1.5 * plain.scale,
-            ..plain
+            ..plain.clone()
         },
+        // A ring without a place to spare.
+        Attention { window: Some(16 * (1 + noise.below(4))), ..plain.clone() },
+        Attention { window: Some(1), ..plain },
     ]
 }
 
@@ -78,10 +82,15 @@ fn mistaken(layer: usize, right: &Attention) -> Vec<(&'static str, Attention)> {
             ("queries that do not grow", Attention { query_scaling: None, ..right.clone() }),
             ("another scale", Attention { scale: 1.03 * right.scale, ..right.clone() }),
         ],
-        _ => vec![
+        3 => vec![
             ("one token less", Attention { window: window(2), ..right.clone() }),
             ("no cap", Attention { softcap: None, ..right.clone() }),
         ],
+        4 => vec![
+            ("one token more", Attention { window: window(0), ..right.clone() }),
+            ("one token less", Attention { window: window(2), ..right.clone() }),
+        ],
+        _ => vec![("one token more", Attention { window: window(0), ..right.clone() })],
     }
 }
 
@@ -109,6 +118,9 @@ fn model(attentions: &[Attention]) -> ModelConfig {
     config
 }
 
+/// Single tokens at the end of every text.
+const LAST: usize = 12;
+
 /// How a text comes: single tokens, the longest pass, passes of any length, single tokens; longer than any ring.
 fn passes(noise: &mut Noise, longest: usize) -> Vec<usize> {
     let mut passes = vec![1, 1, 1, 15, 1, longest];
@@ -116,7 +128,15 @@ fn passes(noise: &mut Noise, longest: usize) -> Vec<usize> {
     while passes.iter().sum::<usize>() < 1100 {
         passes.extend([2 + noise.below(160), 1, 1]);
     }
-    passes.extend([1; 12]);
+    passes.extend([1; LAST]);
+    passes
+}
+
+/// A text of `len` tokens in other passes: seven at once, then for longer than any window token by token.
+fn other_passes(len: usize) -> Vec<usize> {
+    let sevens = (len - LAST - 220) / 7;
+    let mut passes = vec![7; sevens];
+    passes.extend(vec![1; len - 7 * sevens]);
     passes
 }
 
@@ -141,12 +161,13 @@ struct Text<'a> {
     dtype: Dtype,
     keys: Vec<(f64, f64)>, // [tokens, num_kv_heads, head_dim] as stored, and how far they may be off
     values: Vec<(f64, f64)>, // the same
+    passes: Option<&'a [usize]>, // a pass replaces what windows remember before it is attended to: an error
 }
 
 impl<'a> Text<'a> {
     fn new(config: &ModelConfig, attention: &'a Attention, qkv: &'a [f32], dtype: Dtype) -> Self {
         let table = attention.rope.map(|rope| config.ropes[rope].table(MAX_SEQ_LEN));
-        let mut text = Self { attention, table, qkv, dtype, keys: Vec::new(), values: Vec::new() };
+        let mut text = Self { attention, table, qkv, dtype, keys: Vec::new(), values: Vec::new(), passes: None };
         let Attention { num_heads, num_kv_heads, .. } = *attention;
         for t in 0..qkv.len() / attention.qkv_rows() {
             for kv in num_heads..num_heads + num_kv_heads {
@@ -177,11 +198,24 @@ impl<'a> Text<'a> {
         (0..x.len()).map(turned).collect()
     }
 
+    /// The positions whose keys and values token `t` finds.
+    fn seen(&self, t: usize) -> Vec<usize> {
+        let window = self.attention.window.unwrap_or(usize::MAX);
+        let seen = (t + 1).saturating_sub(window)..t + 1;
+        let Some(passes) = self.passes else { return seen.collect() };
+        let mut end = 0;
+        let mut passes = passes.iter();
+        while end <= t {
+            end += passes.next().expect("a pass");
+        }
+        seen.map(|p| end - 1 - (end - 1 - p) % window).collect()
+    }
+
     /// What head `h` of token `t` attends to, and how far each number may be off.
     fn attended(&self, t: usize, h: usize) -> Vec<(f64, f64)> {
-        let Attention { num_heads, num_kv_heads, head_dim: dim, window, softcap, .. } = *self.attention;
+        let Attention { num_heads, num_kv_heads, head_dim: dim, softcap, .. } = *self.attention;
         let kv = h / (num_heads / num_kv_heads);
-        let first = (t + 1).saturating_sub(window.unwrap_or(usize::MAX));
+        let seen = self.seen(t);
         let at = |p: usize| (p * num_kv_heads + kv) * dim..(p * num_kv_heads + kv + 1) * dim;
         // attend_tensor.cuh says what is lost where queries and weights are divided into two.
         let (split, small) = match self.dtype {
@@ -211,7 +245,7 @@ impl<'a> Text<'a> {
                 None => (sum, off),
             }
         };
-        let scores: Vec<_> = (first..=t).map(score).collect();
+        let scores: Vec<_> = seen.iter().map(|&p| score(p)).collect();
         let largest = scores.iter().map(|s| s.0).fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<_> = scores.iter().map(|s| (s.0 - largest).exp()).collect();
         let total: f64 = weights.iter().sum();
@@ -220,7 +254,7 @@ impl<'a> Text<'a> {
         let (count, deepest) = (scores.len(), scores.iter().map(|s| largest - s.0).fold(0.0, f64::max));
         let sums = (2.0 * (count + 64) as f64 + 4.0 * (count / 16 + 8) as f64 + 4.0 * deepest) * unit + split;
         let (mut out, mut all) = (vec![(0.0, 0.0); dim], 0.0);
-        for ((p, weight), (_, off)) in (first..=t).zip(weights).zip(scores) {
+        for ((p, weight), (_, off)) in seen.into_iter().zip(weights).zip(scores) {
             let share = weight / total;
             let off = share * (1.1 * off + sums);
             all += off;
@@ -305,7 +339,10 @@ fn check<B: DecodeBackend>(backend: &B, dtype: Dtype, shape: (usize, usize, usiz
         .iter()
         .map(|attention| (0..len * attention.qkv_rows()).map(|_| 3.0 * noise.uniform() - 1.5).collect())
         .collect();
+    let width = |layer: usize| attentions[layer].num_heads * attentions[layer].head_dim;
     let all = run(backend, &config, &texts, &passes);
+    // What layers remember does not depend on how a text came, to the bit: neither do answers to its last tokens.
+    let again = run(backend, &config, &texts, &other_passes(len));
     let tokens = looked_at(&passes, &mut noise);
     for (layer, (got, qkv)) in all.iter().zip(&texts).enumerate() {
         let what = format!("{dtype:?}, {shape:?}, {:?}", attentions[layer]);
@@ -315,6 +352,12 @@ fn check<B: DecodeBackend>(backend: &B, dtype: Dtype, shape: (usize, usize, usiz
             let misfit = Text::new(&config, &wrong, qkv, dtype).misfit(got, last);
             assert!(misfit.is_some(), "{what}: {mistake} goes unseen");
         }
+        if attentions[layer].window.is_some() {
+            let wrong = Text { passes: Some(&passes), ..Text::new(&config, &attentions[layer], qkv, dtype) };
+            assert!(wrong.misfit(got, &tokens).is_some(), "{what}: tokens replaced too early go unseen");
+        }
+        let last = |all: &[f32]| all[(len - LAST) * width(layer)..].iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+        assert!(last(got) == last(&again[layer]), "{what}: seven tokens at once leave something else");
     }
 }
 

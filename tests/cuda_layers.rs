@@ -260,7 +260,7 @@ fn attention_on_tensor_cores_is_close_to_the_cpu() {
     }
 }
 
-/// A text that goes round a window's cache, which has room for 511 tokens more than the window: in one launch and operation by
+/// A text that goes round a window's cache, which has room for the window (in tiles of 16): in one launch and operation by
 /// operation.
 #[test]
 fn texts_go_round_a_window_s_cache() {

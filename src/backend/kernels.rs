@@ -49,7 +49,12 @@ pub const TWINS: &[Twin] = &[
     renamed("rms_norm", "stage", "on CUDA one kernel normalizes, gates or only rounds the input of a product"),
     twins("embed"),
     twins("norm_qk"),
-    renamed("rope_append", "append", "on CUDA queries are rotated where they are used"),
+    renamed(
+        "rope",
+        "set_aside",
+        "on CUDA keys and values take the cache's type, queries are rotated where they are used",
+    ),
+    twins("append"),
     twins("attend"),
     twins("gated"),
     cuda_only("gated_select", "the same, and the next product's selection beside it"),

@@ -256,8 +256,9 @@ pub trait DecodeBackend: GemvBackend {
     /// `logits[i] = cap · tanh(logits[i] / cap)` for the first `count` of them.
     fn softcap(&self, cap: f32, logits: &mut Self::Vector, count: usize) -> Result<()>;
 
-    /// Rotates the queries and keys of `qkv`, appends keys and values of `layer` behind the text so far, and
-    /// overwrites `out` `[tokens, num_heads · head_dim]` with causal attention. The text does not grow yet.
+    /// Rotates the queries and keys of `qkv`, overwrites `out` `[tokens, num_heads · head_dim]` with causal attention of
+    /// these tokens to each other and to what `layer` remembers, and has it remember their keys and values: those that the
+    /// next token sees, the same numbers however many tokens came at once. The text does not grow yet.
     fn attend(
         &self,
         sequence: &mut Self::Sequence,
@@ -321,12 +322,9 @@ pub(crate) fn ensure_room(len: usize, tokens: usize, max_seq_len: usize) -> Resu
     Ok(())
 }
 
-/// Tokens that a layer's cache has room for: all of a text of `max_seq_len`, or those that the latest one sees and, of
-/// one operation's `max_tokens`, the first.
-pub(crate) fn cached_positions(attention: &Attention, max_seq_len: usize, max_tokens: usize) -> usize {
-    attention
-        .window
-        .map_or(max_seq_len, |window| max_seq_len.min(window.saturating_add(max_tokens.min(max_seq_len) - 1)))
+/// Tokens that a layer remembers: as many as one of a text of `max_seq_len` sees.
+pub(crate) fn cached_positions(attention: &Attention, max_seq_len: usize) -> usize {
+    attention.window.map_or(max_seq_len, |window| max_seq_len.min(window))
 }
 
 /// [`DecodeBackend::layers`], operation by operation.

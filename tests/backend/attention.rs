@@ -12,15 +12,19 @@ fn rope(theta: f64, head_dim: usize) -> Rope {
     Rope { head_dim, rotary_dim: head_dim, pairing: Pairing::Halves, theta, scaling: RopeScaling::None }
 }
 
-/// A text of `parts` tokens at a time through layers of these attentions; none of the wrong ones beside each fits.
-fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attention>)], ropes: &[Rope], parts: &[usize]) {
+/// A text through layers of these attentions, `parts` tokens at a time: `texts[l]` `[tokens, qkv_rows]` enters layer `l`,
+/// and what comes out of it is `[tokens, num_heads · head_dim]`.
+fn read<B: UnderTest>(
+    backend: &B,
+    attentions: &[Attention],
+    ropes: &[Rope],
+    texts: &[Vec<f32>],
+    parts: &[usize],
+) -> Vec<Vec<f32>> {
     let len: usize = parts.iter().sum();
-    let attentions: Vec<Attention> = layers.iter().map(|(attention, _)| attention.clone()).collect();
-    let mut sequence = backend.sequence(&model(&attentions, ropes.to_vec()), len).unwrap();
+    let mut sequence = backend.sequence(&model(attentions, ropes.to_vec()), len).unwrap();
     backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
-    let text = |l: usize| common::uniform(l as u64 + 1, len * attentions[l].qkv_rows());
-    let texts: Vec<Vec<f32>> = (0..layers.len()).map(text).collect();
-    let mut got = vec![Vec::new(); layers.len()];
+    let mut got = vec![Vec::new(); attentions.len()];
     let mut start = 0;
     for &tokens in parts {
         for (l, attention) in attentions.iter().enumerate() {
@@ -33,6 +37,28 @@ fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attentio
         backend.advance(&mut sequence, tokens).unwrap();
         start += tokens;
     }
+    got
+}
+
+/// What a token would find at the positions that it sees, were its whole part written over what a window remembers before
+/// the part attends to it.
+fn overwritten(window: usize, parts: &[usize], t: usize) -> Vec<usize> {
+    let ends = parts.iter().scan(0, |end, tokens| {
+        *end += tokens;
+        Some(*end)
+    });
+    let latest = ends.into_iter().find(|&end| end > t).expect("a part") - 1;
+    ((t + 1).saturating_sub(window)..t + 1).map(|position| latest - (latest - position) % window).collect()
+}
+
+/// A text of `parts` tokens at a time through layers of these attentions; none of the wrong ones beside each fits, and
+/// neither does one of which a part replaces what it still has to see.
+fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attention>)], ropes: &[Rope], parts: &[usize]) {
+    let len: usize = parts.iter().sum();
+    let attentions: Vec<Attention> = layers.iter().map(|(attention, _)| attention.clone()).collect();
+    let text = |l: usize| common::uniform(l as u64 + 1, len * attentions[l].qkv_rows());
+    let texts: Vec<Vec<f32>> = (0..layers.len()).map(text).collect();
+    let got = read(backend, &attentions, ropes, &texts, parts);
     for (l, (attention, wrong)) in layers.iter().enumerate() {
         let qkv: Vec<Vec<f64>> = texts[l].chunks_exact(attention.qkv_rows()).map(exact).collect();
         let want = oracle::attend(attention, ropes, &qkv).concat();
@@ -46,6 +72,15 @@ fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attentio
         for wrong in wrong {
             let wrong_out = oracle::attend(wrong, ropes, &qkv).concat();
             assert!(common::misfit(&got[l], &wrong_out, allowed).is_some(), "layer {l}: {wrong:?} goes unseen");
+        }
+        let Some(window) = attention.window else { continue };
+        let replaced = |&t: &usize| overwritten(window, parts, t).first() != Some(&(t + 1).saturating_sub(window));
+        let replaced = (0..len).filter(replaced).count();
+        // A single key of little weight might go unseen.
+        if replaced >= 4 {
+            let wrong_out = oracle::attend_to(attention, ropes, &qkv, &|t| overwritten(window, parts, t)).concat();
+            let misfit = common::misfit(&got[l], &wrong_out, allowed);
+            assert!(misfit.is_some(), "layer {l}, {attention:?}, {parts:?}: {replaced} tokens replaced too early");
         }
     }
 }
@@ -100,7 +135,7 @@ pub(crate) fn attention_by_layer<B: UnderTest>(backend: &B) {
     let most = backend.device().max_tokens.min(512);
     check_attention(backend, &layers, &ropes, &[1, 1, 1, 4, 2, 3]);
     check_attention(backend, &layers, &ropes, &[most.min(16), 7, 1, 1, most.min(16), 13, 1, most.min(16), 1, 1]);
-    // Past the longest ring, which holds a window and the longest pass.
+    // Round the rings many times, in the longest parts.
     let rest = most.min(100);
     check_attention(backend, &layers[1..2], &ropes, &[most, 1, 1, rest, 1, 1, 1]);
     check_attention(backend, &layers[3..], &ropes, &[rest, most, 1, 1]);
@@ -126,7 +161,53 @@ pub(crate) fn attention_of_any_shape<B: UnderTest>(backend: &B) {
         let ropes = [rope(10_000.0, 8 * eighths), rope(50.0, 8 * eighths)];
         let seen = parts.iter().sum::<usize>().min(window.unwrap_or(usize::MAX));
         // A token that sees itself alone has the same output whatever its score is.
-        let wrong = if seen < 4 { vec![] } else { vec![Attention { window: Some(seen - 1), ..attention.clone() }] };
+        let mut wrong = if seen < 4 { vec![] } else { vec![Attention { window: Some(seen - 1), ..attention.clone() }] };
+        if let Some(window) = window.filter(|window| parts.iter().sum::<usize>() >= window + 4) {
+            wrong.push(Attention { window: Some(window + 1), ..attention.clone() });
+        }
         check_attention(backend, &[(attention, wrong)], &ropes, &parts);
     });
+}
+
+/// What layers remember of a text does not depend on how many of its tokens came at once, to the bit: a token behind it has
+/// the same answer. That answer depends on the oldest token of the window and on none before.
+pub(crate) fn what_layers_remember<B: UnderTest>(backend: &B) {
+    let (most, len, behind) = (backend.device().max_tokens.min(61), 61, 3);
+    let ropes = [rope(10_000.0, 16), rope(10_000.0, 24)];
+    let of = |rope, window| {
+        let head_dim = if rope == Some(1) { 24 } else { 16 };
+        Attention { rope, window, ..attention(6, 2, head_dim) }
+    };
+    let attentions =
+        [of(Some(0), None), of(Some(0), Some(5)), of(None, Some(16)), of(Some(1), Some(40)), of(Some(1), Some(1))];
+    let text = |l: usize| common::uniform(l as u64 + 1, (len + behind) * attentions[l].qkv_rows());
+    let texts: Vec<Vec<f32>> = (0..attentions.len()).map(text).collect();
+    let answers = |texts: &[Vec<f32>], at_once: usize| {
+        let mut parts = vec![at_once; len / at_once];
+        parts.extend(Some(len % at_once).filter(|&rest| rest > 0));
+        parts.extend(vec![1; behind]);
+        let got = read(backend, &attentions, &ropes, texts, &parts);
+        let bits = |(out, attention): (Vec<f32>, &Attention)| {
+            let width = attention.num_heads * attention.head_dim;
+            out[len * width..].iter().map(|x| x.to_bits()).collect::<Vec<u32>>()
+        };
+        got.into_iter().zip(&attentions).map(bits).collect::<Vec<_>>()
+    };
+    let one_by_one = answers(&texts, 1);
+    for at_once in [2, 7, 16.min(most), most] {
+        let got = answers(&texts, at_once);
+        for (l, attention) in attentions.iter().enumerate() {
+            assert!(got[l] == one_by_one[l], "layer {l}, {attention:?}: {at_once} tokens at once leave something else");
+        }
+    }
+    for (l, attention) in attentions.iter().enumerate() {
+        let Some(window) = attention.window.filter(|&window| window > 1) else { continue };
+        let (width, oldest) = (attention.qkv_rows(), len + 1 - window);
+        for (token, seen) in [(oldest, true), (oldest - 1, false)] {
+            let mut other = texts.clone();
+            other[l][token * width..(token + 1) * width].iter_mut().for_each(|x| *x = -*x);
+            let same = answers(&other, most)[l] == one_by_one[l];
+            assert_eq!(same, !seen, "layer {l}, {attention:?}: another token {token}");
+        }
+    }
 }

@@ -135,6 +135,7 @@ on_every_backend! {
     attention::attention_by_layer,
     operations::operations_of_any_shape,
     attention::attention_of_any_shape,
+    attention::what_layers_remember,
     sampling::greedy,
     sampling::draws_decide,
     sampling::awkward_logits,

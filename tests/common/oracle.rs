@@ -118,6 +118,17 @@ pub(crate) fn rotate(head: &[f64], frequencies: &[f64], position: usize) -> Vec<
 
 /// Causal attention of a whole text: `qkv[t]` of every token, the output of every token.
 pub(crate) fn attend(attention: &Attention, ropes: &[Rope], qkv: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let window = attention.window.unwrap_or(usize::MAX);
+    attend_to(attention, ropes, qkv, &|t| ((t + 1).saturating_sub(window)..t + 1).collect())
+}
+
+/// The same where token `t` sees the positions `seen(t)`.
+pub(crate) fn attend_to(
+    attention: &Attention,
+    ropes: &[Rope],
+    qkv: &[Vec<f64>],
+    seen: &dyn Fn(usize) -> Vec<usize>,
+) -> Vec<Vec<f64>> {
     let Attention { num_heads: heads, num_kv_heads: kv_heads, head_dim: dim, .. } = *attention;
     let frequencies = attention.rope.map(|rope| ropes[rope].frequencies(qkv.len()));
     let head = |t: usize, i: usize| &qkv[t][i * dim..(i + 1) * dim];
@@ -128,17 +139,16 @@ pub(crate) fn attend(attention: &Attention, ropes: &[Rope], qkv: &[Vec<f64>]) ->
     let all = |kv: usize| (0..qkv.len()).map(|t| rotated(t, heads + kv)).collect();
     let keys: Vec<Vec<Vec<f64>>> = (0..kv_heads).map(all).collect();
     let one = |t: usize, h: usize| -> Vec<f64> {
-        let (q, kv) = (rotated(t, h), h / (heads / kv_heads));
-        let first = (t + 1).saturating_sub(attention.window.unwrap_or(usize::MAX));
+        let (q, kv, seen) = (rotated(t, h), h / (heads / kv_heads), seen(t));
         let grown = attention.query_scaling.map_or(1.0, |s| 1.0 + s.beta * ((1 + t / s.original) as f64).ln());
         let score = |k: &Vec<f64>| attention.scale * grown * q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
         let capped = |s: f64| attention.softcap.map_or(s, |cap| cap * (s / cap).tanh());
-        let scores: Vec<f64> = keys[kv][first..=t].iter().map(|k| capped(score(k))).collect();
+        let scores: Vec<f64> = seen.iter().map(|&s| capped(score(&keys[kv][s]))).collect();
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let shares: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
         let total: f64 = shares.iter().sum();
-        let value = |s: usize| head(first + s, heads + kv_heads + kv);
-        (0..dim).map(|j| shares.iter().enumerate().map(|(s, share)| share / total * value(s)[j]).sum()).collect()
+        let value = |s: usize| head(s, heads + kv_heads + kv);
+        (0..dim).map(|j| seen.iter().zip(&shares).map(|(&s, share)| share / total * value(s)[j]).sum()).collect()
     };
     (0..qkv.len()).map(|t| (0..heads).flat_map(|h| one(t, h)).collect()).collect()
 }

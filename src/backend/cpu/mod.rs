@@ -2,6 +2,7 @@
 //!
 //! Operations run when they are called, so "queued" and "done" are the same here.
 
+mod attention;
 mod codes;
 mod decode;
 mod kernels;

@@ -1,4 +1,4 @@
-//! Attention of every layer of a text, and what it remembers (`kernels-cuda/attend.cu`).
+//! Attention of every layer of a text, and what it remembers (`kernels-cuda/attend.cu`, `attend_prompt.cu`).
 
 use anyhow::{Result, ensure};
 
@@ -28,8 +28,12 @@ const MOST_HEAD_DIM: usize = 256;
 pub(super) struct Cache {
     max_seq_len: usize,
     layers: Vec<Layer>,
-    keys: Buffer,        // per layer [num_kv_heads, capacity, head_dim]
-    values: Buffer,      // the same
+    /// Per layer `[num_kv_heads, capacity, head_dim]`, and behind all of them a pass `[num_kv_heads, room, head_dim]`.
+    keys: Buffer,
+    /// The same.
+    values: Buffer,
+    /// Positions that a pass has room for, and where it begins in `keys` and in `values`, bytes.
+    pass: (usize, usize),
     tables: Vec<Buffer>, // per RoPE f32 [max_seq_len, head_dim / 2, (cos, sin)]
     parts: Buffer,
     tickets: Buffer,
@@ -38,7 +42,7 @@ pub(super) struct Cache {
 /// The attention of one layer.
 struct Layer {
     attention: Attention,
-    /// Positions that its cache has room for: a ring.
+    /// Positions that its cache has room for: a ring of the window, in tiles.
     capacity: usize,
     /// Bytes of the layers before it in `keys`, and in `values`.
     offset: usize,
@@ -67,6 +71,15 @@ struct Attend {
     query_original: i32,
 }
 
+/// `struct Aside` of `attend_prompt.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Aside {
+    offset: i64,
+    room: i32,
+    tokens: i32,
+}
+
 /// Checks that `attend.cu` takes the attention of every layer.
 ///
 /// # Errors
@@ -88,21 +101,36 @@ pub(super) fn check(config: &ModelConfig) -> Result<()> {
 }
 
 /// Positions that a layer's cache has room for.
-fn capacity(attention: &Attention, max_seq_len: usize, max_tokens: usize) -> usize {
-    cached_positions(attention, max_seq_len, max_tokens).next_multiple_of(TILE)
+fn capacity(attention: &Attention, max_seq_len: usize) -> usize {
+    cached_positions(attention, max_seq_len).next_multiple_of(TILE)
 }
 
-/// Bytes of the keys of a layer, and of its values.
-fn layer_bytes(attention: &Attention, capacity: usize, dtype: Dtype) -> usize {
-    attention.num_kv_heads * capacity * attention.head_dim * if dtype == Dtype::Float32 { 4 } else { 2 }
+/// Positions that lie aside while a pass of `tokens` is attended to: its own, and others of the tile that it begins in.
+fn room(tokens: usize) -> usize {
+    (tokens + TILE - 1).next_multiple_of(TILE)
+}
+
+/// Bytes of so many keys of a layer, or of its values.
+fn layer_bytes(attention: &Attention, positions: usize, dtype: Dtype) -> usize {
+    attention.num_kv_heads * positions * attention.head_dim * dtype_bytes(dtype)
+}
+
+fn dtype_bytes(dtype: Dtype) -> usize {
+    if dtype == Dtype::Float32 { 4 } else { 2 }
 }
 
 /// Bytes of the cache of all layers, keys and values, and of the angles of a text of `max_seq_len` tokens.
-pub(super) fn cache_bytes(config: &ModelConfig, dtype: Dtype, max_seq_len: usize, max_tokens: usize) -> usize {
+pub(super) fn cache_bytes(config: &ModelConfig, dtype: Dtype, max_seq_len: usize) -> usize {
     let attentions = config.layers.iter().map(|layer| layer.attention());
-    let cached = attentions.map(|a| 2 * layer_bytes(a, capacity(a, max_seq_len, max_tokens), dtype));
+    let cached = attentions.map(|a| 2 * layer_bytes(a, capacity(a, max_seq_len), dtype));
     let tables = config.ropes.iter().map(|rope| max_seq_len * rope.head_dim * 4);
     cached.chain(tables).sum()
+}
+
+/// Bytes of the keys and values of a pass of `tokens`, of one layer at a time.
+pub(super) fn pass_bytes(config: &ModelConfig, dtype: Dtype, tokens: usize) -> usize {
+    let layers = config.layers.iter().map(|layer| 2 * layer_bytes(layer.attention(), room(tokens), dtype));
+    layers.max().unwrap_or(0)
 }
 
 impl Cache {
@@ -112,19 +140,22 @@ impl Cache {
         let (mut layers, mut offset) = (Vec::new(), 0);
         for layer in &config.layers {
             let attention = layer.attention().clone();
-            let capacity = capacity(&attention, max_seq_len, cuda.device.max_tokens);
+            let capacity = capacity(&attention, max_seq_len);
             let bytes = layer_bytes(&attention, capacity, cuda.options.dtype);
             layers.push(Layer { attention, capacity, offset });
             offset += bytes;
         }
+        let longest = cuda.device.max_tokens.min(max_seq_len);
+        let bytes = offset + pass_bytes(config, cuda.options.dtype, longest) / 2;
         let most = |of: &dyn Fn(&Attention) -> usize| layers.iter().map(|l| of(&l.attention)).max().unwrap_or(0);
         let parts = most(&|a| a.num_heads * cuda.splits(a.num_kv_heads) * (a.head_dim + 2));
         let tickets = most(&|a| a.num_kv_heads);
         let tables = config.ropes.iter().map(|rope| Buffer::of(driver, &rope.table(max_seq_len)));
         Ok(Self {
             max_seq_len,
-            keys: Buffer::new(driver, offset)?,
-            values: Buffer::new(driver, offset)?,
+            keys: Buffer::new(driver, bytes)?,
+            values: Buffer::new(driver, bytes)?,
+            pass: (room(longest), offset),
             tables: tables.collect::<Result<_>>()?,
             parts: Buffer::new(driver, parts * 4)?,
             tickets: Buffer::new(driver, tickets * 4)?,
@@ -209,17 +240,26 @@ impl Cache {
         let splits = cuda.splits(num_kv_heads);
         let defines = self.defines(layer, cuda.options.dtype, splits);
         let shared = shared_bytes(num_heads / num_kv_heads, head_dim);
-        let launch = |entry: &str, grid, shared| {
-            let kernel = cuda.kernel("attend.cu", entry, &defines)?;
+        let launch = |file: &str, entry: &str, grid, shared, mut arguments: Arguments<'_>| {
             let launch = Launch { grid, shared, ..Launch::new(1, THREADS) };
-            cuda.driver.launch(&kernel, launch, &mut Arguments::new().with(&arguments))
+            cuda.driver.launch(&cuda.kernel(file, entry, &defines)?, launch, &mut arguments)
         };
         out.settle();
         if tokens == 1 {
-            return launch("attend", (num_kv_heads, splits, 1), shared);
+            let grid = (num_kv_heads, splits, 1);
+            return launch("attend.cu", "attend", grid, shared, Arguments::new().with(&arguments));
         }
-        launch("append", (tokens, num_kv_heads, 1), 0)?;
-        launch("attend_prompt", (num_kv_heads, 1, tokens), shared)
+        let (room, offset) = self.pass;
+        let numbers = (offset - self.layers[layer].offset) / dtype_bytes(cuda.options.dtype);
+        let aside = Aside { offset: numbers as i64, room: room as i32, tokens: tokens as i32 };
+        for (entry, grid, shared) in [
+            ("set_aside", (tokens + TILE - 1, num_kv_heads, 1), 0),
+            ("attend_prompt", (num_kv_heads, 1, tokens), shared),
+            ("append", (tokens, num_kv_heads, 1), 0),
+        ] {
+            launch("attend_prompt.cu", entry, grid, shared, Arguments::new().with(&arguments).with(&aside))?;
+        }
+        Ok(())
     }
 }
 
@@ -240,7 +280,8 @@ mod tests {
         ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap().with(changes).unwrap()
     }
 
-    /// A window's cache has room for it and for the other tokens of a pass; its memory is said.
+    /// A window's cache has room for it, in tiles, and a pass for its tokens once, whatever the number of layers; both are
+    /// said.
     #[test]
     fn windows_bound_the_cache() {
         let window = |window| {
@@ -253,14 +294,20 @@ mod tests {
         let row = 2 * 4 * 128 * 2;
         for (sliding, max_seq_len, positions) in [
             (None, 5000, 5008 + 5008),
-            (Some(100), 5000, 5008 + 624), // 100 + 511 in tiles
-            (Some(97), 5000, 5008 + 608),
-            (Some(98), 5000, 5008 + 624),
-            (Some(4700), 5000, 5008 + 5008),
+            (Some(512), 5000, 5008 + 512),
+            (Some(100), 5000, 5008 + 112),
+            (Some(97), 5000, 5008 + 112),
+            (Some(96), 5000, 5008 + 96),
+            (Some(4700), 5000, 5008 + 4704),
+            (Some(6000), 5000, 5008 + 5008),
             (Some(1), 9, 16 + 16),
         ] {
-            let bytes = cache_bytes(&window(sliding), Dtype::Float16, max_seq_len, 512);
+            let bytes = cache_bytes(&window(sliding), Dtype::Float16, max_seq_len);
             assert_eq!(bytes, positions * row + tables(max_seq_len), "window {sliding:?} of {max_seq_len}");
+        }
+        // Wherever in a tile a pass begins.
+        for (tokens, positions) in [(512, 528), (2, 32), (1, 16), (17, 32), (18, 48)] {
+            assert_eq!(pass_bytes(&window(Some(100)), Dtype::Float16, tokens), positions * row, "{tokens} tokens");
         }
     }
 

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::files;
 
 /// Every kernel, as it stands in `kernels-cuda/`.
-const SOURCES: [(&str, &str); 12] = [
+const SOURCES: [(&str, &str); 13] = [
     ("layers.cu", include_str!("../../../kernels-cuda/layers.cu")),
     ("gemv_anyprec.cu", include_str!("../../../kernels-cuda/gemv_anyprec.cu")),
     ("gemv_lutgemm.cu", include_str!("../../../kernels-cuda/gemv_lutgemm.cu")),
@@ -23,6 +23,7 @@ const SOURCES: [(&str, &str); 12] = [
     ("dec.cu", include_str!("../../../kernels-cuda/dec.cu")),
     ("rows.cu", include_str!("../../../kernels-cuda/rows.cu")),
     ("attend.cu", include_str!("../../../kernels-cuda/attend.cu")),
+    ("attend_prompt.cu", include_str!("../../../kernels-cuda/attend_prompt.cu")),
     ("sample.cu", include_str!("../../../kernels-cuda/sample.cu")),
     ("occupy.cu", include_str!("../../../kernels-cuda/occupy.cu")),
     ("read.cu", include_str!("../../../kernels-cuda/read.cu")),
@@ -304,7 +305,9 @@ mod tests {
                 (4, 2, 8),
             ] {
                 let heads = format!("HEADS={heads} KV_HEADS={kv_heads} HEAD_DIM={head_dim}");
-                all.push(("attend.cu", split(&format!("DTYPE={dtype} KV={dtype} SPLITS=16 {heads}"))));
+                for file in ["attend.cu", "attend_prompt.cu"] {
+                    all.push((file, split(&format!("DTYPE={dtype} KV={dtype} SPLITS=16 {heads}"))));
+                }
             }
         }
         all.push(("attend.cu", split("DTYPE=0 KV=0 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));

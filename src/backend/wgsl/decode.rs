@@ -2,9 +2,9 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::kernels::{ADD_NORM, ARGMAX, ATTEND, GATED, NORM_QK, RMS_NORM, ROPE_APPEND, SOFTCAP};
+use super::kernels::{ADD_NORM, APPEND, ARGMAX, ATTEND, GATED, NORM_QK, RMS_NORM, ROPE, SOFTCAP};
 use super::matrix::{Matrix, ROWS, words};
-use super::{MAX_TOKENS, Vector, Wgpu, scratch};
+use super::{Vector, Wgpu, scratch};
 use crate::backend::{DecodeBackend, Feed, GemvBackend, Input, Norm, Product, cached_positions, ensure_room, kernels};
 use crate::config::{Attention, LayerConfig, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
@@ -47,7 +47,7 @@ impl Wgpu {
             "heads are {head_dim} wide, {} allows {MAX_HEAD_DIM}, use --device cpu",
             self.gpu.info.id
         );
-        let capacity = cached_positions(&attention, max_seq_len, MAX_TOKENS);
+        let capacity = cached_positions(&attention, max_seq_len);
         let zeros = || self.gpu.zeros(4 * capacity * num_kv_heads * head_dim);
         let [keys, values] = [zeros(), zeros()]
             .map(|zeros| zeros.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer")));
@@ -156,23 +156,23 @@ impl DecodeBackend for Wgpu {
         ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
         let Cache { attention, capacity, keys, values } = &sequence.layers[layer];
         let Attention { num_heads, num_kv_heads, head_dim, rope, window, .. } = *attention;
-        let q = scratch(&self.gpu, &self.scratch.q, tokens * num_heads * head_dim)?;
+        let rotated = scratch(&self.gpu, &self.scratch.rotated, tokens * attention.qkv_rows())?;
         // A layer that rotates nothing reads no angles, but a binding needs a buffer.
         let angles = rope.map_or(&sequence.tokens, |rope| &sequence.angles[rope]);
         let heads = [num_heads, num_kv_heads, head_dim, sequence.len];
-        let pairs = attention.qkv_rows() / 2;
-        self.gpu.dispatch(
-            &ROPE_APPEND,
-            &[],
-            &[&qkv.0, angles, &q, keys, values],
-            &words(&[&heads[..], &[*capacity, usize::from(rope.is_some())]].concat()),
-            [pairs.div_ceil(ROWS), tokens],
-        );
+        let parameters = words(&[&heads[..], &[usize::from(rope.is_some())]].concat());
+        let groups = (attention.qkv_rows() / 2).div_ceil(ROWS);
+        self.gpu.dispatch(&ROPE, &[], &[&qkv.0, angles, &rotated], &parameters, [groups, tokens]);
         let mut parameters = words(&[&heads[..], &[window.unwrap_or(sequence.max_seq_len), *capacity]].concat());
         parameters.extend([attention.scale, attention.softcap.unwrap_or(0.0)].map(|x| (x as f32).to_bits()));
         let (beta, original) = attention.query_scaling.map_or((0.0, 1), |scaling| (scaling.beta, scaling.original));
         parameters.extend([(beta as f32).to_bits(), original as u32]);
-        self.gpu.dispatch(&ATTEND, &[], &[&q, keys, values, &out.0], &parameters, [num_heads, tokens]);
+        self.gpu.dispatch(&ATTEND, &[], &[&rotated, keys, values, &out.0], &parameters, [num_heads, tokens]);
+        // Behind all answers: what these tokens replace is seen by the first of them.
+        let kept = tokens.min(*capacity);
+        let parameters = words(&[&heads[..], &[*capacity, tokens - kept]].concat());
+        let groups = (2 * num_kv_heads * head_dim).div_ceil(ROWS);
+        self.gpu.dispatch(&APPEND, &[], &[&rotated, keys, values], &parameters, [groups, kept]);
         Ok(())
     }
 
@@ -218,5 +218,33 @@ impl DecodeBackend for Wgpu {
 
     fn replay(&self, _graph: &mut Option<()>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         token()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::Mixer;
+
+    /// A layer has room for as many tokens as it sees, whatever the length of a pass.
+    #[test]
+    fn a_window_is_all_that_a_layer_remembers() {
+        if !crate::devices::is_under_test("wgpu") {
+            return;
+        }
+        let gpu = Wgpu::open(None).unwrap();
+        let fields =
+            json!({ "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 1 });
+        for (window, positions) in [(None, 600), (Some(1), 1), (Some(5), 5), (Some(100), 100), (Some(700), 600)] {
+            let mut config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap().with(fields.clone()).unwrap();
+            let Mixer::Attention(attention) = &mut config.layers[0].mixer;
+            attention.window = window;
+            let sequence = gpu.sequence(&config, 600).unwrap();
+            let Cache { keys, values, .. } = &sequence.layers[0];
+            let bytes = 4 * 2 * 16 * positions;
+            assert_eq!((keys.size(), values.size()), (bytes, bytes), "window {window:?}");
+        }
     }
 }

@@ -46,8 +46,9 @@ kernels! {
     RMS_NORM        "rms_norm"     2     1      None,    2;
     EMBED           "embed"        2     1      None,    6;
     NORM_QK         "norm_qk"      2     1      None,    6;
-    ROPE_APPEND     "rope_append"  2     3      None,    6;
+    ROPE            "rope"         2     1      None,    5;
     ATTEND          "attend"       3     1      None,    10;
+    APPEND          "append"       1     2      None,    6;
     GATED           "gated"        1     1      None,    2;
     ADD_NORM        "add_norm"     2     1      None,    2;
     SOFTCAP         "softcap"      0     1      None,    2;

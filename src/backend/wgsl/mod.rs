@@ -47,8 +47,8 @@ pub struct Vector(wgpu::Buffer);
 struct Scratch {
     /// What a product takes: the normalized or gated input, `[tokens, in_features]`.
     x: RefCell<Option<wgpu::Buffer>>,
-    /// Rotated queries, `[tokens, num_heads · head_dim]`.
-    q: RefCell<Option<wgpu::Buffer>>,
+    /// Rotated queries and keys, and values, `[tokens, qkv_rows]`.
+    rotated: RefCell<Option<wgpu::Buffer>>,
     /// Selected channels, `[tokens, selected]`.
     list: RefCell<Option<wgpu::Buffer>>,
     /// Tokens of a prompt, `[tokens]`.

@@ -12,7 +12,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
 use crate::config::{LayerNorm, ModelConfig, Projection};
-use crate::format::{Dense, Floats, Format, Numbers, Residual, Size, Storage};
+use crate::format::{Dense, Floats, Format, Numbers, Residual, Size, Storage, bytes};
 use crate::weights::{Linear, ModelWeights, Weight};
 
 /// Layers that differ; the others repeat them.
@@ -129,11 +129,15 @@ fn linear(
     let jitter = |count: usize| pool.floats(count, salt * 8 + 1);
     let tables: Vec<Floats<'_>> = match storage.format {
         Format::AnyPrec => {
-            let lut = jitter(out_features * levels).into_iter().enumerate().map(|(i, j)| {
-                let level = (i % levels) as f32 - (levels - 1) as f32 / 2.0;
-                f16::from_f32(step * (level + 0.3 * j))
+            let mut lut = jitter(out_features * levels);
+            lut.par_chunks_exact_mut(levels).for_each(|row| {
+                for (i, c) in row.iter_mut().enumerate() {
+                    *c = step * (i as f32 - (levels - 1) as f32 / 2.0 + 0.3 * *c);
+                }
+                // As quantization stores them.
+                bytes::round(row);
             });
-            vec![lut.collect::<Vec<f16>>().into()]
+            vec![lut.into_iter().map(f16::from_f32).collect::<Vec<f16>>().into()]
         }
         Format::LutGemm => {
             let groups = in_features / storage.group_size.context("LUT-GEMM needs a group size")?;
@@ -196,5 +200,24 @@ impl Pool {
             out.copy_from_slice(&pool[start..start + out.len()]);
         });
         values
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Benchmarks multiply by what quantization stores.
+    #[test]
+    fn codebooks_are_bytes() {
+        for (bits, bytes) in [(3, true), (4, true), (5, false)] {
+            let linear = RandomWeights::single(64, 256, Storage::ANYPREC, bits, 7).unwrap();
+            let Weight::AnyPrec(weight) = linear.weight else { panic!("AnyPrec is asked for") };
+            let lut = weight.lut().to_f32();
+            assert_eq!(bytes::one_plane_is_exact(&lut, 1 << bits), bytes, "{bits} bits");
+            // Rows differ, and centroids of a row do.
+            let rows: Vec<&[f32]> = lut.chunks_exact(1 << bits).collect();
+            assert!(rows.windows(2).all(|pair| pair[0] != pair[1] && pair[0][0] != pair[0][1]), "{bits} bits");
+        }
     }
 }

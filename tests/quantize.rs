@@ -13,12 +13,12 @@ use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
 use decdec::eval;
-use decdec::format::Format;
+use decdec::format::{Format, bytes};
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::quantize::{Calibration, Options, Refine, Report, ResidualOptions, estimate, quantize, residuals};
 use decdec::sampling::draws;
 use decdec::source::simulated::Simulated;
-use decdec::weights::{Linear, ModelWeights};
+use decdec::weights::{Linear, ModelWeights, Weight};
 use indicatif::ProgressBar;
 use small_model::{SmallModel, texts};
 
@@ -179,6 +179,32 @@ fn half_of_the_layers_get_one_bit_more() {
             serde_json::from_slice(&fs::read(out.join("bitwidth_map.json")).unwrap()).unwrap();
         assert_eq!(map.len(), 5);
         assert!(map.iter().all(|(layer, bits)| report.bits[layer.parse::<usize>().unwrap()] == *bits));
+    }
+}
+
+/// Whatever codes and codebooks are fitted to: one byte says 3 and 4 bits, and residuals hold what *that* lost.
+#[test]
+fn codebooks_are_bytes_however_they_are_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(9, 4, true);
+    let compensated = Refine::Compensated { k_chunks: [[64; 4]; 2] };
+    for (bits, refine) in [(3.0, Refine::None), (4.0, Refine::Output), (3.5, compensated), (5.0, compensated)] {
+        let out = dir.path().join(format!("{bits}"));
+        make(&model, &Options { refine, ..options(Format::AnyPrec, bits) }, &out).unwrap();
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        for (layer, projection) in (0..4).flat_map(|layer| Projection::ALL.map(|p| (layer, p))) {
+            let linear = checkpoint.projection(layer, projection).unwrap();
+            let Weight::AnyPrec(weight) = &linear.weight else { panic!("AnyPrec is asked for") };
+            let lut = weight.lut().to_f32();
+            let exact = bytes::one_plane_is_exact(&lut, 1 << weight.bits());
+            assert_eq!(exact, bits < 5.0, "{bits} bits, layer {layer}, {projection}");
+            // Negative control: one centroid of one row is one step of half precision off.
+            let mut other = lut.to_vec();
+            other[9] = half::f16::from_bits(half::f16::from_f32(other[9]).to_bits() ^ 1).to_f32();
+            assert!(!bytes::one_plane_is_exact(&other, 1 << weight.bits()));
+            let [lost, left] = [false, true].map(|c| loss(&model, &checkpoint, layer, projection, c));
+            assert!(left < 0.2 * lost, "{bits} bits, layer {layer}, {projection}: {lost} lost, {left} left");
+        }
     }
 }
 

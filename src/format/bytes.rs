@@ -91,18 +91,18 @@ impl TwoPlanes {
     }
 }
 
-/// True if one plane says every row of `codebooks` `[rows, levels]` exactly.
+/// True if one plane says every row of `codebooks` `[rows, levels]` exactly; more than [`MOST`] levels are never said.
 pub fn one_plane_is_exact(codebooks: &[f32], levels: usize) -> bool {
-    codebooks.chunks_exact(levels).all(|row| OnePlane::new(row).is_some_and(|plane| plane.exact))
+    let exact = |row| OnePlane::new(row).is_some_and(|plane| plane.exact);
+    levels <= MOST && codebooks.chunks_exact(levels).all(exact)
 }
 
-/// Overwrites a row's 2, 4, 8 or 16 `centroids` with a codebook near to it that one plane says exactly, in half
-/// precision. What is in order stays in order; what is not finite in half precision is left as it is.
-///
-/// # Panics
-/// With another number of centroids.
+/// Overwrites a row's `centroids` with what is stored of them, in half precision: of [`MOST`] at most a codebook that one
+/// plane says exactly. What is in order stays in order; a row that is not finite in half precision stays as it is.
 pub fn round(centroids: &mut [f32]) {
-    if let Some((row, _)) = settle(centroids) {
+    if centroids.len() > MOST {
+        centroids.iter_mut().for_each(|c| *c = f16::from_f32(*c).to_f32());
+    } else if let Some((row, _)) = settle(centroids) {
         centroids.copy_from_slice(&row[..centroids.len()]);
     }
 }
@@ -192,5 +192,7 @@ impl Line {
     }
 }
 
+#[cfg(test)]
+mod fixed_point;
 #[cfg(test)]
 mod tests;

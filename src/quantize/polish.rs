@@ -299,6 +299,13 @@ fn codes(weight: &AnyPrec<'_>) -> Vec<u8> {
     codes
 }
 
+/// Codebooks as they are stored.
+fn in_store(grid: &Codebook, codebooks: &[f32]) -> Vec<f16> {
+    let mut codebooks = codebooks.to_vec();
+    codebooks.chunks_exact_mut(grid.parameters()).for_each(|codebook| grid.store(codebook));
+    codebooks.into_iter().map(f16::from_f32).collect()
+}
+
 /// Writes a layer with what was learned, its codes as they are: writing it twice changes nothing.
 fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Result<()> {
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
@@ -306,7 +313,7 @@ fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resu
         let learned = &learned[projection.index()];
         let (original, stored) = pair(job, &file, index, projection)?;
         let weight = anyprec(&stored)?;
-        let codebook: Vec<f16> = learned.codebook.iter().map(|&c| f16::from_f32(c)).collect();
+        let codebook = in_store(&Codebook { bits: bits as usize }, &learned.codebook);
         let (n, m, planes) = (weight.in_features(), weight.out_features(), weight.planes().to_vec());
         let weight = Weight::AnyPrec(AnyPrec::new(n, m, bits as usize, planes.into(), codebook.into())?);
         let residual = super::residual(&original, &weight, &fit::weigh(&learned.taken, &learned.all))?;

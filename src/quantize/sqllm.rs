@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::forward::Affine;
 use super::gram::Hessian;
 use super::refine::{self, Codebook, Effort};
-use crate::format::AnyPrec;
+use crate::format::{AnyPrec, bytes};
 use crate::weights::Weight;
 
 /// Clusters that are found exactly; more are found by dividing each of these, and Lloyd's rounds over all.
@@ -27,10 +27,10 @@ const ROUNDS: usize = 25;
 pub(crate) fn quantize(linear: &Affine, bits: usize, importance: &[f32]) -> Result<Weight<'static>> {
     let (inputs, outputs) = (linear.in_features, linear.out_features);
     let mut codes = vec![0; inputs * outputs];
-    let mut lut = vec![f16::ZERO; outputs << bits];
+    let mut lut = vec![0.0; outputs << bits];
     let rows = codes.par_chunks_exact_mut(inputs).zip(lut.par_chunks_exact_mut(1 << bits)).enumerate();
     rows.for_each(|(row, (codes, lut))| quantize_row(linear.row(row), importance, usize::MAX, codes, lut));
-    Ok(Weight::AnyPrec(AnyPrec::pack(inputs, outputs, bits, &codes, lut.into())?))
+    pack(linear, bits, &codes, &lut)
 }
 
 /// The same against a whole Hessian: codes and codebooks nearly those of [`quantize`] are where [`refine`] begins.
@@ -40,26 +40,24 @@ pub(crate) fn refined(linear: &Affine, bits: usize, hessian: &Hessian, effort: E
     let mut codes = vec![0; inputs * outputs];
     let mut lut = vec![0.0; outputs << bits];
     let rows = codes.par_chunks_exact_mut(inputs).zip(lut.par_chunks_exact_mut(1 << bits)).enumerate();
-    rows.for_each_init(
-        || vec![f16::ZERO; 1 << bits],
-        |halves, (row, (codes, lut))| {
-            quantize_row(linear.row(row), &importance, PLACES << bits, codes, halves);
-            lut.iter_mut().zip(halves).for_each(|(c, half)| *c = half.to_f32());
-        },
-    );
+    rows.for_each(|(row, (codes, lut))| quantize_row(linear.row(row), &importance, PLACES << bits, codes, lut));
     refine::refine(&Codebook { bits }, hessian, &linear.weight, &mut codes, &mut lut, effort);
-    let lut: Vec<f16> = lut.into_iter().map(f16::from_f32).collect();
-    Ok(Weight::AnyPrec(AnyPrec::pack(inputs, outputs, bits, &codes, lut.into())?))
+    pack(linear, bits, &codes, &lut)
+}
+
+/// `codes` `[out_features, in_features]` and codebooks `[out_features, 2^bits]`, which are in half precision already.
+fn pack(linear: &Affine, bits: usize, codes: &[u8], lut: &[f32]) -> Result<Weight<'static>> {
+    let lut: Vec<f16> = lut.iter().map(|&c| f16::from_f32(c)).collect();
+    Ok(Weight::AnyPrec(AnyPrec::pack(linear.in_features, linear.out_features, bits, codes, lut.into())?))
 }
 
 /// Overwrites `codes` and `lut` (`2^bits`, ascending) with the clustering of one row; clusters begin at one of `places`.
-fn quantize_row(row: &[f32], importance: &[f32], places: usize, codes: &mut [u8], lut: &mut [f16]) {
+fn quantize_row(row: &[f32], importance: &[f32], places: usize, codes: &mut [u8], lut: &mut [f32]) {
     let centroids = Sorted::new(row, importance).thinned(places).centroids(lut.len());
-    for (lut, centroid) in lut.iter_mut().zip(centroids) {
-        *lut = f16::from_f64(centroid);
-    }
+    lut.iter_mut().zip(centroids).for_each(|(c, centroid)| *c = centroid as f32);
+    bytes::round(lut);
     // Codes belong to the codebook as it is stored.
-    let boundaries: Vec<f32> = lut.windows(2).map(|pair| (pair[0].to_f32() + pair[1].to_f32()) / 2.0).collect();
+    let boundaries: Vec<f32> = lut.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
     for (code, w) in codes.iter_mut().zip(row) {
         *code = boundaries.iter().filter(|&&b| *w > b).count() as u8;
     }
@@ -295,25 +293,49 @@ mod tests {
         }
     }
 
+    /// Those that are bytes of their range, where codebooks are bytes.
     #[test]
     fn few_distinct_weights_are_kept_as_they_are() {
-        for bits in [3, 6] {
-            let row: Vec<f32> = (0..64).map(|i| [0.5, -0.25, 2.0][i % 3]).collect();
-            let (mut codes, mut lut) = (vec![0; 64], vec![f16::ZERO; 1 << bits]);
-            quantize_row(&row, &[1.0; 64], usize::MAX, &mut codes, &mut lut);
-            for (w, &code) in row.iter().zip(&codes) {
-                assert_eq!(lut[usize::from(code)].to_f32(), *w);
-            }
+        let quantized = |bits: usize, row: &[f32]| -> Vec<f32> {
+            let (mut codes, mut lut) = (vec![0; 64], vec![0.0; 1 << bits]);
+            quantize_row(row, &[1.0; 64], usize::MAX, &mut codes, &mut lut);
+            codes.iter().map(|&code| lut[usize::from(code)]).collect()
+        };
+        let row = |values: [f32; 3]| -> Vec<f32> { (0..64).map(|i| values[i % 3]).collect() };
+        let (bytes, others) = (row([-0.25, 0.25 / 127.0, 0.25].map(halved)), row([-0.25, 0.5, 2.0]));
+        for bits in [3, 4, 6] {
+            assert_eq!(quantized(bits, &bytes), bytes, "{bits} bits");
+        }
+        assert_eq!(quantized(6, &others), others);
+        let near = quantized(3, &others);
+        assert!(near != others && near.iter().zip(&others).all(|(a, b)| (a - b).abs() <= 0.5 * 2.25 / 254.0));
+    }
+
+    fn halved(x: f32) -> f32 {
+        f16::from_f32(x).to_f32()
+    }
+
+    /// Whatever the clustering, 3 and 4 bits are stored as codebooks that one byte says.
+    #[test]
+    fn codebooks_are_bytes() {
+        let (row, importance) = row(11, 512);
+        for bits in [2, 3, 4, 5] {
+            let (mut codes, mut lut) = (vec![0; 512], vec![0.0; 1 << bits]);
+            quantize_row(&row, &importance, usize::MAX, &mut codes, &mut lut);
+            assert_eq!(bytes::one_plane_is_exact(&lut, 1 << bits), bits < 5, "{bits} bits");
+            let clusters = Sorted::new(&row, &importance).centroids(1 << bits);
+            let before: Vec<f32> = clusters.iter().map(|&c| halved(c as f32)).collect();
+            assert!(!bytes::one_plane_is_exact(&before, 1 << bits), "the comparison can fail");
         }
     }
 
     #[test]
     fn every_weight_takes_its_nearest_stored_centroid() {
         let (row, importance) = row(5, 512);
-        let (mut codes, mut lut) = (vec![0; 512], vec![f16::ZERO; 8]);
+        let (mut codes, mut lut) = (vec![0; 512], vec![0.0; 8]);
         quantize_row(&row, &importance, usize::MAX, &mut codes, &mut lut);
         for (w, &code) in row.iter().zip(&codes) {
-            let distance = |c: &f16| (c.to_f32() - w).abs();
+            let distance = |c: &f32| (c - w).abs();
             let nearest = lut.iter().map(distance).fold(f32::INFINITY, f32::min);
             assert!(distance(&lut[usize::from(code)]) <= nearest + f32::EPSILON * w.abs());
         }

@@ -19,14 +19,14 @@ struct Parameters {
 @group(0) @binding(1) var<storage, read_write> tokens: array<u32>;
 var<immediate> p: Parameters;
 
-const THREADS: u32 = 256u;
+const WIDE: u32 = 256u;
 
 // Keys of −∞ and ∞.
 const LEAST: u32 = 0x007fffffu;
 const MOST: u32 = 0xff800000u;
 
-var<workgroup> keys: array<u32, THREADS>;
-var<workgroup> ids: array<u32, THREADS>;
+var<workgroup> keys: array<u32, WIDE>;
+var<workgroup> ids: array<u32, WIDE>;
 
 fn key(bits: u32) -> u32 {
     if (bits & 0x7fffffffu) > 0x7f800000u {
@@ -37,11 +37,11 @@ fn key(bits: u32) -> u32 {
     return select((bits & 0x7fffffffu) | 0x80000000u, ~bits, sign);
 }
 
-@compute @workgroup_size(THREADS)
+@compute @workgroup_size(WIDE)
 fn argmax(@builtin(local_invocation_index) thread: u32) {
     var best = 0u;
     var id = thread;
-    for (var i = thread; i < p.vocab_size; i += THREADS) {
+    for (var i = thread; i < p.vocab_size; i += WIDE) {
         let candidate = key(logits[i]);
         if candidate > best {
             best = candidate;
@@ -52,7 +52,7 @@ fn argmax(@builtin(local_invocation_index) thread: u32) {
     ids[thread] = id;
     workgroupBarrier();
     if thread == 0u {
-        for (var i = 1u; i < THREADS; i++) {
+        for (var i = 1u; i < WIDE; i++) {
             if keys[i] > best || (keys[i] == best && ids[i] < id) {
                 best = keys[i];
                 id = ids[i];

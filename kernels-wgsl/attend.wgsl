@@ -32,7 +32,6 @@ struct Parameters {
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
 var<immediate> p: Parameters;
 
-const THREADS: u32 = 64u;
 const TILE: u32 = 256u;
 const FEATURES: u32 = 4u; // of one thread, at most
 

@@ -29,16 +29,6 @@ struct Parameters {
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
 var<immediate> p: Parameters;
 
-const THREADS: u32 = 64u;
-
-fn nibbles(word: u32, shift: vec4<u32>) -> vec4<f32> {
-    return vec4<f32>(vec4<i32>((vec4<u32>(word) >> shift) & vec4<u32>(15u)) - vec4<i32>(8));
-}
-
-fn add(out: u32, row: u32, sum: f32) {
-    y[out + row] += number(scales[slot(row, SCALES)], row, SCALES) * sum;
-}
-
 // Where the stripe of a group begins; that of the last one may end after the last word.
 fn bound(group: u32) -> u32 {
     let lines = (p.out_features / 8u + p.line - 1u) / p.line;
@@ -50,24 +40,18 @@ fn dec_apply(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     let start = max(bound(group.x), p.first_word);
     let end = min(bound(group.x + 1u), p.first_word + p.words);
     for (var word = start + thread; word < end; word += THREADS) {
-        var low = vec4<f32>();
-        var high = vec4<f32>();
+        var sums = array<f32, 8>();
         for (var i = 0u; i < p.selected; i++) {
             let channel = list[group.y * p.selected + i];
             let value = x[group.y * p.in_features + channel];
-            let q = residual[channel * p.words + (word - p.first_word)];
-            low += nibbles(q, vec4<u32>(0u, 4u, 8u, 12u)) * value;
-            high += nibbles(q, vec4<u32>(16u, 20u, 24u, 28u)) * value;
+            let nibbles = residual[channel * p.words + (word - p.first_word)];
+            for (var j = 0u; j < 8u; j++) {
+                sums[j] += f32(i32(nibbles >> (4u * j) & 15u) - 8) * value;
+            }
         }
-        let out = group.y * p.out_features;
-        let row = 8u * word;
-        add(out, row, low.x);
-        add(out, row + 1u, low.y);
-        add(out, row + 2u, low.z);
-        add(out, row + 3u, low.w);
-        add(out, row + 4u, high.x);
-        add(out, row + 5u, high.y);
-        add(out, row + 6u, high.z);
-        add(out, row + 7u, high.w);
+        for (var j = 0u; j < 8u; j++) {
+            let row = 8u * word + j;
+            y[group.y * p.out_features + row] += number(scales[slot(row, SCALES)], row, SCALES) * sums[j];
+        }
     }
 }

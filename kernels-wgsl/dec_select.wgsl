@@ -23,7 +23,6 @@ struct Parameters {
 var<immediate> p: Parameters;
 
 const CHUNK: u32 = 1024u;
-const THREADS: u32 = 64u;
 const INFINITY: u32 = 0x7f800000u;
 
 var<workgroup> keys: array<u32, CHUNK>;

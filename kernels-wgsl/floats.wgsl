@@ -1,6 +1,9 @@
 // Tables of floating-point numbers in the type in which they are stored, two halves to a word.
 // This text precedes every kernel; a kernel names the type of each of its tables by an override.
 
+// Threads of a group, argmax's aside.
+const THREADS: u32 = 64u;
+
 const F32: u32 = 0u;
 const F16: u32 = 1u;
 const BF16: u32 = 2u;
@@ -26,4 +29,17 @@ fn number(word: u32, i: u32, kind: u32) -> f32 {
 fn capped(x: f32, cap: f32) -> f32 {
     let e = exp(-2.0 * abs(x / cap));
     return sign(x) * cap * ((1.0 - e) / (1.0 + e));
+}
+
+var<workgroup> sums_of_threads: array<f32, THREADS>;
+
+// The sum of what each thread of a group has, in the order of the threads.
+fn of_group(thread: u32, own: f32) -> f32 {
+    sums_of_threads[thread] = own;
+    workgroupBarrier();
+    var sum = 0.0;
+    for (var i = 0u; i < THREADS; i++) {
+        sum += sums_of_threads[i];
+    }
+    return sum;
 }

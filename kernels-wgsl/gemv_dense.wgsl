@@ -10,40 +10,17 @@
 
 override VALUES: u32 = 1u;
 
-struct Parameters {
-    in_features: u32,
-    out_features: u32, // rows of this block
-    first_row: u32, // of this block in y
-    y_features: u32,
-    accumulate: u32,
-    first_channel: u32, // of the window
-    channels: u32, // of the window
-    first_token: u32, // of the window
-}
-
 @group(0) @binding(0) var<storage, read> values: array<u32>;
 @group(0) @binding(1) var<storage, read> bias: array<f32>;
 @group(0) @binding(2) var<uniform> x: array<vec4<f32>, 4096>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
-var<immediate> p: Parameters;
 
-// Numbers i and i + 1, i even.
-fn pair(i: u32) -> vec2<f32> {
-    if VALUES == F32 {
-        return bitcast<vec2<f32>>(vec2<u32>(values[i], values[i + 1u]));
-    }
-    let word = values[i >> 1u];
-    return vec2<f32>(number(word, 0u, VALUES), number(word, 1u, VALUES));
+fn weight(i: u32) -> f32 {
+    return number(values[slot(i, VALUES)], i, VALUES);
 }
 
 fn four(i: u32, v: vec4<f32>) -> f32 {
-    let a = pair(i);
-    let b = pair(i + 2u);
-    var sum = a.x * v.x;
-    sum += a.y * v.y;
-    sum += b.x * v.z;
-    sum += b.y * v.w;
-    return sum;
+    return weight(i) * v.x + weight(i + 1u) * v.y + weight(i + 2u) * v.z + weight(i + 3u) * v.w;
 }
 
 @compute @workgroup_size(64)
@@ -59,13 +36,5 @@ fn gemv_dense(@builtin(global_invocation_id) id: vec3<u32>) {
     for (var i = 0u; i < p.channels; i += 8u) {
         sum += four(start + i, x[at + i / 4u]) + four(start + i + 4u, x[at + i / 4u + 1u]);
     }
-    let to = p.first_row + row;
-    let out = (p.first_token + token) * p.y_features + to;
-    if p.first_channel == 0u {
-        sum += bias[to];
-    }
-    if p.accumulate == 1u {
-        sum += y[out];
-    }
-    y[out] = sum;
+    store(row, token, sum);
 }

@@ -16,25 +16,12 @@ override BITS: u32 = 3u;
 override ALPHA: u32 = 0u;
 override Q_BIAS: u32 = 0u;
 
-struct Parameters {
-    in_features: u32,
-    out_features: u32, // rows of this block
-    first_row: u32, // of this block in y
-    y_features: u32,
-    accumulate: u32,
-    first_channel: u32, // of the window
-    channels: u32, // of the window
-    first_token: u32, // of the window
-    group_size: u32,
-}
-
 @group(0) @binding(0) var<storage, read> binary: array<u32>;
 @group(0) @binding(1) var<storage, read> alpha: array<u32>;
 @group(0) @binding(2) var<storage, read> q_bias: array<u32>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
 @group(0) @binding(4) var<uniform> x: array<vec4<f32>, 4096>;
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
-var<immediate> p: Parameters;
 
 // Four channels with the signs of the four lowest bits.
 fn signed(v: vec4<f32>, bits: u32) -> f32 {
@@ -62,20 +49,14 @@ fn gemv_lutgemm(@builtin(global_invocation_id) id: vec3<u32>) {
         var sums = array<f32, 8>();
         for (; word < next; word++) {
             let at = (token * p.channels + 32u * (word - first)) / 4u;
-            let x0 = x[at];
-            let x1 = x[at + 1u];
-            let x2 = x[at + 2u];
-            let x3 = x[at + 3u];
-            let x4 = x[at + 4u];
-            let x5 = x[at + 5u];
-            let x6 = x[at + 6u];
-            let x7 = x[at + 7u];
-            x_sum += ((signed(x0, 15u) + signed(x1, 15u)) + (signed(x2, 15u) + signed(x3, 15u)))
-                + ((signed(x4, 15u) + signed(x5, 15u)) + (signed(x6, 15u) + signed(x7, 15u)));
+            for (var j = 0u; j < 8u; j++) {
+                x_sum += signed(x[at + j], 15u);
+            }
             for (var b = 0u; b < BITS; b++) {
                 let bits = binary[(word * BITS + b) * p.out_features + row];
-                sums[b] += ((signed(x0, bits) + signed(x1, bits >> 4u)) + (signed(x2, bits >> 8u) + signed(x3, bits >> 12u)))
-                    + ((signed(x4, bits >> 16u) + signed(x5, bits >> 20u)) + (signed(x6, bits >> 24u) + signed(x7, bits >> 28u)));
+                for (var j = 0u; j < 8u; j++) {
+                    sums[b] += signed(x[at + j], bits >> (4u * j));
+                }
             }
         }
         let q = g * p.out_features + row;
@@ -86,13 +67,5 @@ fn gemv_lutgemm(@builtin(global_invocation_id) id: vec3<u32>) {
         }
         sum += group;
     }
-    let to = p.first_row + row;
-    let out = (p.first_token + token) * p.y_features + to;
-    if p.first_channel == 0u {
-        sum += bias[to];
-    }
-    if p.accumulate == 1u {
-        sum += y[out];
-    }
-    y[out] = sum;
+    store(row, token, sum);
 }

@@ -22,10 +22,6 @@ struct Parameters {
 @group(0) @binding(2) var<storage, read_write> qkv: array<f32>;
 var<immediate> p: Parameters;
 
-const THREADS: u32 = 64u;
-
-var<workgroup> sums: array<f32, THREADS>;
-
 @compute @workgroup_size(THREADS)
 fn norm_qk(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let of_queries = p.queries / p.query_len;
@@ -37,20 +33,12 @@ fn norm_qk(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     for (var i = thread; i < len; i += THREADS) {
         sum += qkv[start + i] * qkv[start + i];
     }
-    sums[thread] = sum;
-    workgroupBarrier();
-    sum = 0.0;
-    for (var i = 0u; i < THREADS; i++) {
-        sum += sums[i];
-    }
-    let scale = 1.0 / sqrt(sum / f32(len) + select(p.query_eps, p.key_eps, is_key));
+    let scale = 1.0 / sqrt(of_group(thread, sum) / f32(len) + select(p.query_eps, p.key_eps, is_key));
     for (var i = thread; i < len; i += THREADS) {
-        var gamma = 0.0;
         if is_key {
-            gamma = key[i];
+            qkv[start + i] = key[i] * (qkv[start + i] * scale);
         } else {
-            gamma = query[i];
+            qkv[start + i] = query[i] * (qkv[start + i] * scale);
         }
-        qkv[start + i] = gamma * (qkv[start + i] * scale);
     }
 }

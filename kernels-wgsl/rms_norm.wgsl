@@ -17,10 +17,6 @@ struct Parameters {
 @group(0) @binding(2) var<storage, read_write> out: array<f32>;
 var<immediate> p: Parameters;
 
-const THREADS: u32 = 64u;
-
-var<workgroup> sums: array<f32, THREADS>;
-
 @compute @workgroup_size(THREADS)
 fn rms_norm(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let start = group.x * p.features;
@@ -28,13 +24,7 @@ fn rms_norm(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
     for (var i = thread; i < p.features; i += THREADS) {
         sum += h[start + i] * h[start + i];
     }
-    sums[thread] = sum;
-    workgroupBarrier();
-    sum = 0.0;
-    for (var i = 0u; i < THREADS; i++) {
-        sum += sums[i];
-    }
-    let scale = 1.0 / sqrt(sum / f32(p.features) + p.eps);
+    let scale = 1.0 / sqrt(of_group(thread, sum) / f32(p.features) + p.eps);
     for (var i = thread; i < p.features; i += THREADS) {
         out[start + i] = gamma[i] * (h[start + i] * scale);
     }

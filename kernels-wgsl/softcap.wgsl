@@ -13,8 +13,6 @@ struct Parameters {
 @group(0) @binding(0) var<storage, read_write> logits: array<f32>;
 var<immediate> p: Parameters;
 
-const THREADS: u32 = 64u;
-
 @compute @workgroup_size(THREADS)
 fn softcap(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     for (var i = id.x; i < p.count; i += groups.x * THREADS) {

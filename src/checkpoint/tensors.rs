@@ -43,13 +43,6 @@ impl<'a> Named<'a> {
     pub(super) fn list(name: String, values: &'a [f32]) -> Self {
         Self::new(name, Kind::Float, &[values.len()], Numbers::Floats(Floats::F32(Cow::Borrowed(values))))
     }
-
-    fn bytes(&self) -> &[u8] {
-        match &self.numbers {
-            Numbers::Words(words) => bytemuck::cast_slice(words),
-            Numbers::Floats(values) => values.as_bytes(),
-        }
-    }
 }
 
 /// Writes `tensors` to `path` and waits until the disk has them.
@@ -64,7 +57,7 @@ pub(super) fn write(path: &Path, mut tensors: Vec<Named<'_>>) -> Result<()> {
     let mut end = 0;
     for tensor in &tensors {
         let start = end;
-        end += tensor.bytes().len();
+        end += tensor.numbers.as_bytes().len();
         let entry = serde_json::json!({
             "dtype": format!("{:?}", tensor.dtype), "shape": tensor.shape, "data_offsets": [start, end],
         });
@@ -79,12 +72,12 @@ pub(super) fn write(path: &Path, mut tensors: Vec<Named<'_>>) -> Result<()> {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
         for tensor in &tensors {
-            file.write_all(tensor.bytes())?;
+            file.write_all(tensor.numbers.as_bytes())?;
         }
         file.into_inner()?.sync_all()
     };
     write().map_err(|e| {
-        mapped::name_what_is_lost(&e, tensors.iter().map(Named::bytes));
+        mapped::name_what_is_lost(&e, tensors.iter().map(|tensor| tensor.numbers.as_bytes()));
         write_error(e, path, bytes)
     })
 }

@@ -21,18 +21,9 @@ const fn spread(step: u32, high_first: bool) -> [u64; 256] {
     table
 }
 
-const NIBBLES_HIGH_FIRST: [u32; 256] = narrow(spread(4, true));
-const NIBBLES_LOW_FIRST: [u32; 256] = narrow(spread(4, false));
-
-const fn narrow(wide: [u64; 256]) -> [u32; 256] {
-    let mut table = [0; 256];
-    let mut i = 0;
-    while i < 256 {
-        table[i] = wide[i] as u32;
-        i += 1;
-    }
-    table
-}
+/// Nibbles in place of bytes.
+const NIBBLES_HIGH_FIRST: [u64; 256] = spread(4, true);
+const NIBBLES_LOW_FIRST: [u64; 256] = spread(4, false);
 
 /// Eight bytes, the first of them the highest bit of `byte`.
 pub(super) fn bytes_high_first(byte: u8) -> u64 {
@@ -46,12 +37,12 @@ pub(super) fn bytes_low_first(byte: u8) -> u64 {
 
 /// Eight nibbles, the first of them the highest bit of `byte`.
 pub(super) fn nibbles_high_first(byte: u8) -> u32 {
-    NIBBLES_HIGH_FIRST[usize::from(byte)]
+    NIBBLES_HIGH_FIRST[usize::from(byte)] as u32
 }
 
 /// Eight nibbles, the first of them the lowest bit of `byte`.
 pub(super) fn nibbles_low_first(byte: u8) -> u32 {
-    NIBBLES_LOW_FIRST[usize::from(byte)]
+    NIBBLES_LOW_FIRST[usize::from(byte)] as u32
 }
 
 /// Bit `plane` of eight codes, the first of them as the highest bit. Bit `8i` times `2^(63 − 9i)` is bit `63 − i`, and

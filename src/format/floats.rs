@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 
 use anyhow::{Result, bail};
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -16,6 +15,17 @@ macro_rules! each {
             Floats::F16($values) => Floats::F16($made),
             Floats::Bf16($values) => Floats::Bf16($made),
             Floats::F32($values) => Floats::F32($made),
+        }
+    };
+}
+
+/// What is made of numbers of whatever type.
+macro_rules! whichever {
+    ($floats:expr, $values:ident => $made:expr) => {
+        match $floats {
+            Floats::F16($values) => $made,
+            Floats::Bf16($values) => $made,
+            Floats::F32($values) => $made,
         }
     };
 }
@@ -34,11 +44,7 @@ pub enum Floats<'a> {
 impl<'a> Floats<'a> {
     /// How many numbers there are.
     pub fn len(&self) -> usize {
-        match self {
-            Self::F16(v) => v.len(),
-            Self::Bf16(v) => v.len(),
-            Self::F32(v) => v.len(),
-        }
+        whichever!(self, v => v.len())
     }
 
     /// True if there is not a single number.
@@ -48,11 +54,7 @@ impl<'a> Floats<'a> {
 
     /// Number `i` as f32; panics when out of range, as a slice does.
     pub fn get(&self, i: usize) -> f32 {
-        match self {
-            Self::F16(v) => v[i].to_f32(),
-            Self::Bf16(v) => v[i].to_f32(),
-            Self::F32(v) => v[i],
-        }
+        whichever!(self, v => v[i].into())
     }
 
     /// Checks that every number is finite: one NaN in a scale spoils every token.
@@ -92,9 +94,8 @@ impl<'a> Floats<'a> {
     /// All numbers as f32 (exact; borrowed when they are stored so).
     pub fn to_f32(&self) -> Cow<'_, [f32]> {
         match self {
-            Self::F16(v) => Cow::Owned(v.iter().map(|x| x.to_f32()).collect()),
-            Self::Bf16(v) => Cow::Owned(v.iter().map(|x| x.to_f32()).collect()),
             Self::F32(v) => Cow::Borrowed(v),
+            other => whichever!(other, v => v.iter().map(|&x| x.into()).collect()),
         }
     }
 
@@ -102,19 +103,14 @@ impl<'a> Floats<'a> {
     pub fn to_f16(&self) -> Cow<'_, [f16]> {
         match self {
             Self::F16(v) => Cow::Borrowed(v),
-            Self::Bf16(v) => Cow::Owned(v.iter().map(|x| f16::from_f32(x.to_f32())).collect()),
-            Self::F32(v) => Cow::Owned(v.iter().map(|&x| f16::from_f32(x)).collect()),
+            other => whichever!(other, v => v.iter().map(|&x| f16::from_f32(x.into())).collect()),
         }
     }
 
     /// The numbers `range`, as f32, written over `out` (same length).
     pub fn read_f32(&self, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
-        match self {
-            Self::F16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, x)| *o = x.to_f32()),
-            Self::Bf16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, x)| *o = x.to_f32()),
-            Self::F32(v) => out.copy_from_slice(&v[range]),
-        }
+        whichever!(self, v => out.iter_mut().zip(&v[range]).for_each(|(o, &x)| *o = x.into()));
     }
 
     /// The same numbers, owned.
@@ -134,11 +130,7 @@ impl<'a> Floats<'a> {
 
     /// The bytes, as they are stored.
     pub fn as_bytes(&self) -> &[u8] {
-        match self {
-            Self::F16(v) => bytemuck::cast_slice(v.reinterpret_cast()),
-            Self::Bf16(v) => bytemuck::cast_slice(v.reinterpret_cast()),
-            Self::F32(v) => bytemuck::cast_slice(v),
-        }
+        whichever!(self, v => bytemuck::cast_slice(v))
     }
 
     /// All numbers as f32, as they are where they are stored so.
@@ -151,7 +143,7 @@ impl<'a> Floats<'a> {
 
     /// Bytes that the numbers take as they are stored.
     pub fn bytes(&self) -> usize {
-        self.len() * if matches!(self, Self::F32(_)) { 4 } else { 2 }
+        self.as_bytes().len()
     }
 }
 

@@ -113,7 +113,7 @@ impl Tensor {
     }
 
     /// How many numbers there are before and behind the dimension of rows.
-    fn around_rows(&self, size: &Size) -> (usize, usize) {
+    pub(crate) fn around_rows(&self, size: &Size) -> (usize, usize) {
         let rows = |dim: &Dim| matches!(dim, Dim::Rows | Dim::RowWords);
         let at = self.dims.iter().position(rows).unwrap_or(self.dims.len());
         let product = |dims: &[Dim]| dims.iter().map(|dim| dim.of(size)).product();
@@ -133,9 +133,14 @@ pub enum Numbers<'a> {
 impl<'a> Numbers<'a> {
     /// Bytes that they take as they are stored.
     pub fn bytes(&self) -> usize {
+        self.as_bytes().len()
+    }
+
+    /// The bytes of all numbers, as they are stored.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
         match self {
-            Self::Words(v) => v.len() * 4,
-            Self::Floats(v) => v.bytes(),
+            Self::Words(v) => bytemuck::cast_slice(v),
+            Self::Floats(v) => v.as_bytes(),
         }
     }
 

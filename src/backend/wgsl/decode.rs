@@ -100,20 +100,21 @@ impl DecodeBackend for Wgpu {
     fn project(&self, product: &Product<'_, Self>, x: &Vector, y: &mut Vector, tokens: usize) -> Result<()> {
         let Product { feed, matrix, plan, add } = *product;
         let made = || scratch(&self.gpu, &self.scratch.x, tokens * matrix.in_features);
-        match feed {
-            Feed::Plain => self.product(matrix, plan, &x.0, &y.0, tokens, add),
+        let x = match feed {
+            Feed::Plain => x.0.clone(),
             Feed::Norm(norm) => {
                 let (made, parameters) = (made()?, [matrix.in_features as u32, norm.eps.to_bits()]);
                 self.gpu.dispatch(&RMS_NORM, &[], &[&norm.gamma.0, &x.0, &made], &parameters, [tokens, 1]);
-                self.product(matrix, plan, &made, &y.0, tokens, add)
+                made
             }
             Feed::Gated(activation) => {
                 let (made, groups) = (made()?, [matrix.in_features.div_ceil(ROWS), tokens]);
                 let parameters = [matrix.in_features as u32, kernels::activation(activation)];
                 self.gpu.dispatch(&GATED, &[], &[&x.0, &made], &parameters, groups);
-                self.product(matrix, plan, &made, &y.0, tokens, add)
+                made
             }
-        }
+        };
+        self.product(matrix, plan, &x, &y.0, tokens, add)
     }
 
     fn norm_qk(

@@ -1,14 +1,14 @@
 //! The device: adapters, buffers, a queue of dispatches, reads and the clock.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use wgpu::{BindingType, BufferBindingType, BufferUsages, Features, ShaderStages};
+use wgpu::{BufferUsages, Features};
 
-use super::kernels::{FLOATS, Kernel, UNIFORM_BYTES};
+use super::kernels::{Kernel, UNIFORM_BYTES};
 use super::stamps::Stamps;
 use crate::backend::DeviceInfo;
 
@@ -35,24 +35,16 @@ pub(super) struct Gpu {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pipelines: RefCell<HashMap<PipelineKey, wgpu::ComputePipeline>>,
-    pending: RefCell<Pending>,
-    pub(super) clock: Option<Clock>,
+    /// Commands that are recorded and not yet submitted, and how many dispatches are among them.
+    pending: RefCell<Option<wgpu::CommandEncoder>>,
+    dispatches: Cell<usize>,
+    pub(super) has_clock: bool,
     /// While a sweep wants to know when kernels ran.
     pub(super) stamps: RefCell<Option<Stamps>>,
 }
 
-/// Commands that are recorded and not yet submitted.
-#[derive(Debug, Default)]
-struct Pending {
-    encoder: Option<wgpu::CommandEncoder>,
-    dispatches: usize,
-}
-
-/// Two time stamps and where they are resolved to.
-#[derive(Debug)]
-pub(super) struct Clock {
-    stamps: wgpu::QuerySet,
-    resolved: wgpu::Buffer,
+fn create_buffer(device: &wgpu::Device, size: u64, usage: BufferUsages, mapped_at_creation: bool) -> wgpu::Buffer {
+    device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation })
 }
 
 fn vulkan() -> wgpu::Instance {
@@ -125,13 +117,8 @@ impl Gpu {
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .with_context(|| format!("{} ({}) cannot be opened", info.id, info.name))?;
-        let window = device.create_buffer(&wgpu::BufferDescriptor {
-            label: None,
-            size: UNIFORM_BYTES as u64,
-            usage: BufferUsages::UNIFORM | BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        let clock = has_clock.then(|| Clock::new(&device));
+        let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
+        let window = create_buffer(&device, UNIFORM_BYTES as u64, usage, false);
         Ok(Self {
             info,
             max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) as usize,
@@ -140,7 +127,8 @@ impl Gpu {
             queue,
             pipelines: RefCell::default(),
             pending: RefCell::default(),
-            clock,
+            dispatches: Cell::default(),
+            has_clock,
             stamps: RefCell::default(),
         })
     }
@@ -157,16 +145,9 @@ impl Gpu {
     /// A buffer of `data`, padded with zeros as in [`Gpu::zeros`].
     pub(super) fn upload(&self, data: &[u8]) -> Result<wgpu::Buffer> {
         let buffer = self.allocate(data.len(), BufferUsages::STORAGE | BufferUsages::COPY_SRC, true)?;
-        let whole = data.len() / 4 * 4;
-        let mut tail = [0u8; 4];
-        tail[..data.len() - whole].copy_from_slice(&data[whole..]);
-        {
-            let mut view = buffer.slice(..).get_mapped_range_mut().map_err(|e| anyhow!("{}: {e}", self.info.id))?;
-            view.slice(..whole).copy_from_slice(&data[..whole]);
-            if whole < data.len() {
-                view.slice(whole..whole + 4).copy_from_slice(&tail);
-            }
-        }
+        let mut view = buffer.slice(..).get_mapped_range_mut().map_err(|e| anyhow!("{}: {e}", self.info.id))?;
+        view.slice(..data.len()).copy_from_slice(data);
+        drop(view);
         buffer.unmap();
         // Starts the transfer, so that its staging memory is free before the next large upload.
         self.submit();
@@ -182,8 +163,7 @@ impl Gpu {
         );
         let size = bytes.max(16).next_multiple_of(16) as u64;
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let buffer =
-            self.device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: mapped });
+        let buffer = create_buffer(&self.device, size, usage, mapped);
         match pollster::block_on(scope.pop()) {
             Some(_) => bail!("{} has no room for {size} more bytes, use a smaller model or --device cpu", self.info.id),
             None => Ok(buffer),
@@ -212,27 +192,28 @@ impl Gpu {
             layout: &pipeline.get_bind_group_layout(0),
             entries: &entries,
         });
-        let mut pending = self.pending.borrow_mut();
-        let encoder = pending.encoder.get_or_insert_with(|| self.device.create_command_encoder(&Default::default()));
-        {
+        self.record(|encoder| {
             let mut pass = encoder.begin_compute_pass(&Default::default());
             pass.set_pipeline(&pipeline);
             pass.set_bind_group(0, &bindings, &[]);
             pass.set_immediates(0, bytemuck::cast_slice(parameters));
             pass.dispatch_workgroups(groups[0] as u32, groups[1] as u32, 1);
-        }
-        pending.dispatches += 1;
-        if pending.dispatches >= SUBMIT_AFTER {
-            drop(pending);
+        });
+        self.dispatches.update(|dispatches| dispatches + 1);
+        if self.dispatches.get() >= SUBMIT_AFTER {
             self.submit();
         }
     }
 
+    /// Queues what `commands` records.
+    pub(super) fn record(&self, commands: impl FnOnce(&mut wgpu::CommandEncoder)) {
+        let mut pending = self.pending.borrow_mut();
+        commands(pending.get_or_insert_with(|| self.device.create_command_encoder(&Default::default())));
+    }
+
     /// Queues a copy of `bytes`, a multiple of 4.
     pub(super) fn copy(&self, from: &wgpu::Buffer, offset: usize, to: &wgpu::Buffer, bytes: usize) {
-        let mut pending = self.pending.borrow_mut();
-        let encoder = pending.encoder.get_or_insert_with(|| self.device.create_command_encoder(&Default::default()));
-        encoder.copy_buffer_to_buffer(from, offset as u64, to, 0, bytes as u64);
+        self.record(|encoder| encoder.copy_buffer_to_buffer(from, offset as u64, to, 0, bytes as u64));
     }
 
     /// Overwrites words of `to` from word `start` on, after everything that is queued.
@@ -267,41 +248,44 @@ impl Gpu {
     pub(super) fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         self.submit();
         self.wait()?;
-        let Some(clock) = &self.clock else {
+        if !self.has_clock {
             // No time stamps: the host's clock around an idle device's work, submission included.
             let start = Instant::now();
             work()?;
             self.submit();
             self.wait()?;
             return Ok(start.elapsed());
-        };
-        self.stamp(&clock.stamps, 0);
+        }
+        let stamps = self.timestamps(2);
+        self.record(|encoder| encoder.write_timestamp(&stamps, 0));
         work()?;
-        self.stamp(&clock.stamps, 1);
-        self.resolve(&clock.stamps, 2, &clock.resolved);
-        let mut ticks = [0u64; 2];
-        self.read(&clock.resolved, 0, bytemuck::cast_slice_mut(&mut ticks))?;
-        let nanoseconds = ticks[1].saturating_sub(ticks[0]) as f64 * f64::from(self.queue.get_timestamp_period());
-        Ok(Duration::from_nanos(nanoseconds as u64))
+        self.record(|encoder| encoder.write_timestamp(&stamps, 1));
+        let times = self.nanoseconds(&stamps, 2)?;
+        Ok(Duration::from_nanos(times[1] - times[0]))
     }
 
-    /// Queues a time stamp.
-    pub(super) fn stamp(&self, stamps: &wgpu::QuerySet, index: u32) {
-        let mut pending = self.pending.borrow_mut();
-        let encoder = pending.encoder.get_or_insert_with(|| self.device.create_command_encoder(&Default::default()));
-        encoder.write_timestamp(stamps, index);
+    /// Room for time stamps.
+    pub(super) fn timestamps(&self, count: u32) -> wgpu::QuerySet {
+        let ty = wgpu::QueryType::Timestamp;
+        self.device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty, count })
     }
 
-    /// Queues a copy of the first `count` stamps.
-    pub(super) fn resolve(&self, stamps: &wgpu::QuerySet, count: u32, to: &wgpu::Buffer) {
-        let mut pending = self.pending.borrow_mut();
-        let encoder = pending.encoder.get_or_insert_with(|| self.device.create_command_encoder(&Default::default()));
-        encoder.resolve_query_set(stamps, 0..count, to, 0);
+    /// Waits; the first `count` stamps, none before the first one.
+    pub(super) fn nanoseconds(&self, stamps: &wgpu::QuerySet, count: u32) -> Result<Vec<u64>> {
+        let usage = BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC;
+        let resolved = create_buffer(&self.device, 8 * u64::from(count).max(1), usage, false);
+        self.record(|encoder| encoder.resolve_query_set(stamps, 0..count, &resolved, 0));
+        let mut ticks = vec![0u64; count as usize];
+        self.read(&resolved, 0, bytemuck::cast_slice_mut(&mut ticks))?;
+        let period = f64::from(self.queue.get_timestamp_period());
+        let first = ticks.first().copied().unwrap_or(0);
+        // Counted from the first: whole nanoseconds of a large count would not survive the multiplication.
+        Ok(ticks.iter().map(|tick| first + (tick.saturating_sub(first) as f64 * period) as u64).collect())
     }
 
     fn submit(&self) {
-        let pending = std::mem::take(&mut *self.pending.borrow_mut());
-        self.queue.submit(pending.encoder.map(wgpu::CommandEncoder::finish));
+        self.dispatches.set(0);
+        self.queue.submit(self.pending.take().map(wgpu::CommandEncoder::finish));
     }
 
     fn wait(&self) -> Result<()> {
@@ -321,57 +305,18 @@ impl Gpu {
     }
 
     fn compile(&self, kernel: &Kernel, overrides: Overrides<'_>) -> wgpu::ComputePipeline {
-        let entries: Vec<_> = (0..kernel.reads + kernel.writes)
-            .map(|i| wgpu::BindGroupLayoutEntry {
-                binding: i as u32,
-                visibility: ShaderStages::COMPUTE,
-                ty: BindingType::Buffer {
-                    ty: match kernel.uniform == Some(i) {
-                        true => BufferBindingType::Uniform,
-                        false => BufferBindingType::Storage { read_only: i < kernel.reads },
-                    },
-                    has_dynamic_offset: false,
-                    min_binding_size: None,
-                },
-                count: None,
-            })
-            .collect();
-        let bindings =
-            self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
-        let layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-            label: None,
-            bind_group_layouts: &[Some(&bindings)],
-            immediate_size: 4 * kernel.parameters as u32,
-        });
         let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
             label: Some(kernel.name),
-            source: wgpu::ShaderSource::Wgsl([FLOATS, kernel.source].concat().into()),
+            source: wgpu::ShaderSource::Wgsl(kernel.text().into()),
         });
         let constants: Vec<_> = overrides.iter().map(|&(name, value)| (name, f64::from(value))).collect();
         self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(kernel.name),
-            layout: Some(&layout),
+            layout: None, // as the text declares it
             module: &module,
             entry_point: Some(kernel.name),
             compilation_options: wgpu::PipelineCompilationOptions { constants: &constants, ..Default::default() },
             cache: None,
         })
-    }
-}
-
-impl Clock {
-    fn new(device: &wgpu::Device) -> Self {
-        let stamps = device.create_query_set(&wgpu::QuerySetDescriptor {
-            label: None,
-            ty: wgpu::QueryType::Timestamp,
-            count: 2,
-        });
-        let resolved = device.create_buffer(&wgpu::BufferDescriptor {
-            label: None,
-            size: 256,
-            usage: BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC,
-            mapped_at_creation: false,
-        });
-        Self { stamps, resolved }
     }
 }

@@ -1,7 +1,10 @@
 //! The WGSL kernels, as the device layer needs to know them.
 
 /// Text that precedes every kernel.
-pub(super) const FLOATS: &str = include_str!("../../../kernels-wgsl/floats.wgsl");
+const FLOATS: &str = include_str!("../../../kernels-wgsl/floats.wgsl");
+
+/// Text that follows the products.
+const PRODUCTS: &str = include_str!("../../../kernels-wgsl/products.wgsl");
 
 /// Bytes of the uniform buffer from which the products take their input.
 pub(super) const UNIFORM_BYTES: usize = 65_536;
@@ -11,13 +14,20 @@ pub(super) const UNIFORM_BYTES: usize = 65_536;
 pub(super) struct Kernel {
     /// Stem of the file and entry point.
     pub(super) name: &'static str,
-    pub(super) source: &'static str,
+    source: &'static str,
     pub(super) reads: usize,
     pub(super) writes: usize,
     /// Which of `reads` is a uniform buffer of [`UNIFORM_BYTES`].
     pub(super) uniform: Option<usize>,
     /// Words of its immediate parameters.
     pub(super) parameters: usize,
+}
+
+impl Kernel {
+    /// Everything that is compiled.
+    pub(super) fn text(&self) -> String {
+        [FLOATS, self.source, if self.uniform.is_some() { PRODUCTS } else { "" }].concat()
+    }
 }
 
 macro_rules! kernels {
@@ -38,9 +48,9 @@ macro_rules! kernels {
 
 kernels! {
     // constant     name           reads writes uniform parameters
-    GEMV_ANYPREC    "gemv_anyprec" 4     1      Some(3), 8;
+    GEMV_ANYPREC    "gemv_anyprec" 4     1      Some(3), 9;
     GEMV_LUTGEMM    "gemv_lutgemm" 5     1      Some(4), 9;
-    GEMV_DENSE      "gemv_dense"   3     1      Some(2), 8;
+    GEMV_DENSE      "gemv_dense"   3     1      Some(2), 9;
     DEC_SELECT      "dec_select"   2     1      None,    4;
     DEC_APPLY       "dec_apply"    4     1      None,    7;
     RMS_NORM        "rms_norm"     2     1      None,    2;
@@ -67,7 +77,7 @@ mod tests {
     fn shaders_validate() {
         for kernel in ALL {
             let name = kernel.name;
-            let text = format!("{FLOATS}{}", kernel.source);
+            let text = kernel.text();
             let module =
                 naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&text)));
             let info = Validator::new(

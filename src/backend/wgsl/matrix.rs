@@ -4,12 +4,11 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use half::slice::HalfFloatSliceExt;
 
 use super::gpu::Gpu;
 use super::kernels::{DEC_APPLY, DEC_SELECT, EMBED, GEMV_ANYPREC, GEMV_DENSE, GEMV_LUTGEMM, Kernel, UNIFORM_BYTES};
 use crate::dec::{BUCKETS, CHUNK, DecPlan, Selection};
-use crate::format::{AnyPrec, Dense, Floats, LutGemm, Residual};
+use crate::format::{Floats, Numbers, Residual, Size, Tensor};
 use crate::weights::{Linear, Weight};
 
 /// Threads of a group in the kernels with one thread per row.
@@ -25,13 +24,13 @@ pub struct Matrix {
     pub(super) out_features: usize,
     kernel: &'static Kernel,
     overrides: Vec<(&'static str, u32)>,
-    group_size: Option<usize>,
+    group_size: usize, // 0 without groups
     blocks: Vec<Block>,
     bias: wgpu::Buffer, // f32 [out_features], zeros where the layer has none
     residual: Option<DeviceResidual>,
 }
 
-/// Consecutive rows of a matrix, themselves a matrix of the same format.
+/// Consecutive rows of a matrix, themselves a matrix of the same format; of a residual, words of eight rows each.
 #[derive(Debug)]
 struct Block {
     first_row: usize,
@@ -41,29 +40,16 @@ struct Block {
 
 #[derive(Debug)]
 struct DeviceResidual {
-    blocks: Vec<ResidualBlock>,
+    blocks: Vec<Block>,   // of one table, [in_features, rows]
     scales: wgpu::Buffer, // [out_features], as stored
     kind: u32,
-}
-
-/// Consecutive output words (eight rows each) of a residual.
-#[derive(Debug)]
-struct ResidualBlock {
-    first_word: usize,
-    words: usize,
-    nibbles: wgpu::Buffer, // [in_features, words]
 }
 
 /// A [`DecPlan`] on the device.
 #[derive(Debug)]
 pub struct Plan {
     edges: wgpu::Buffer, // [BUCKETS], bit patterns
-    in_features: usize,
-    k_chunk: usize,
-    pub(super) selected: usize,
-    selection: Selection,
-    line: usize, // words that stay together
-    n_tb: usize,
+    pub(super) plan: DecPlan,
 }
 
 /// What `floats.wgsl` calls the type of a table.
@@ -75,14 +61,6 @@ fn kind(table: &Floats<'_>) -> u32 {
     }
 }
 
-fn bytes<'a>(table: &'a Floats<'_>) -> &'a [u8] {
-    match table {
-        Floats::F32(v) => bytemuck::cast_slice(v),
-        Floats::F16(v) => bytemuck::cast_slice(v.reinterpret_cast()),
-        Floats::Bf16(v) => bytemuck::cast_slice(v.reinterpret_cast()),
-    }
-}
-
 /// A table `[outer, rows, inner]`, where `inner` counts bytes.
 struct Table<'a> {
     bytes: &'a [u8],
@@ -90,7 +68,13 @@ struct Table<'a> {
     inner: usize,
 }
 
-impl Table<'_> {
+impl<'a> Table<'a> {
+    /// The numbers of a tensor of a matrix of this size, which has `rows` rows, or words of rows.
+    fn new(tensor: &Tensor, size: &Size, rows: usize, numbers: &'a Numbers<'_>) -> Self {
+        let (bytes, (outer, _)) = (numbers.as_bytes(), tensor.around_rows(size));
+        Self { bytes, outer, inner: bytes.len() / outer / rows }
+    }
+
     /// The table of `rows` only; borrowed when these are all there are.
     fn rows(&self, all: usize, rows: &Range<usize>) -> Cow<'_, [u8]> {
         if rows.len() == all {
@@ -103,38 +87,44 @@ impl Table<'_> {
 }
 
 /// Uploads `tables`, all of the same `rows`, in as few blocks of rows as bindings of this device allow.
-fn upload_blocks(gpu: &Gpu, rows: usize, tables: &[Table<'_>]) -> Result<Vec<(Range<usize>, Vec<wgpu::Buffer>)>> {
+fn upload_blocks(gpu: &Gpu, rows: usize, tables: &[Table<'_>]) -> Result<Vec<Block>> {
     let fit = tables.iter().map(|table| gpu.max_binding / (table.outer * table.inner)).min().unwrap_or(rows);
     ensure!(fit > 0, "{} holds {} bytes in a binding, too few for a row", gpu.info.id, gpu.max_binding);
     let step = fit.min(rows);
-    let blocks = (0..rows).step_by(step).map(|start| {
-        let block = start..(start + step).min(rows);
-        let buffers = tables.iter().map(|table| gpu.upload(&table.rows(rows, &block))).collect::<Result<_>>()?;
-        Ok((block, buffers))
+    let blocks = (0..rows).step_by(step).map(|first_row| {
+        let block = first_row..(first_row + step).min(rows);
+        let tables = tables.iter().map(|table| gpu.upload(&table.rows(rows, &block))).collect::<Result<_>>()?;
+        Ok(Block { first_row, rows: block.len(), tables })
     });
     blocks.collect()
 }
 
 impl Matrix {
     pub(super) fn upload(gpu: &Gpu, linear: &Linear<'_>) -> Result<Self> {
-        let (kernel, overrides, group_size, blocks) = match &linear.weight {
-            Weight::Dense(w) => (&GEMV_DENSE, vec![("VALUES", kind(&w.values))], None, dense_blocks(gpu, w)?),
-            Weight::AnyPrec(w) => {
-                let overrides = vec![("BITS", w.bits() as u32), ("LUT", kind(w.lut()))];
-                (&GEMV_ANYPREC, overrides, None, anyprec_blocks(gpu, w)?)
+        let size = linear.weight.size();
+        let Size { in_features, out_features, group_size, .. } = size;
+        let bits = ("BITS", size.bits as u32);
+        let (kernel, overrides) = match &linear.weight {
+            Weight::Dense(w) => {
+                ensure!(
+                    in_features.is_multiple_of(8),
+                    "dense: {in_features} input channels, a multiple of 8 is expected"
+                );
+                (&GEMV_DENSE, vec![("VALUES", kind(&w.values))])
             }
-            Weight::LutGemm(w) => {
-                let kinds = [("ALPHA", kind(w.alpha())), ("Q_BIAS", kind(w.q_bias()))];
-                let overrides = [vec![("BITS", w.bits() as u32)], kinds.to_vec()].concat();
-                (&GEMV_LUTGEMM, overrides, Some(w.group_size()), lutgemm_blocks(gpu, w)?)
-            }
+            Weight::AnyPrec(w) => (&GEMV_ANYPREC, vec![bits, ("LUT", kind(w.lut()))]),
+            Weight::LutGemm(w) => (&GEMV_LUTGEMM, vec![bits, ("ALPHA", kind(w.alpha())), ("Q_BIAS", kind(w.q_bias()))]),
         };
-        let (in_features, out_features) = (linear.weight.in_features(), linear.weight.out_features());
+        let tensors = linear.weight.tensors();
+        let tables: Vec<_> =
+            tensors.iter().map(|(tensor, numbers)| Table::new(tensor, &size, out_features, numbers)).collect();
+        let blocks = upload_blocks(gpu, out_features, &tables)?;
         let bias = match &linear.bias {
             Some(bias) => gpu.upload(bytemuck::cast_slice(bias))?,
             None => gpu.zeros(4 * out_features)?,
         };
         let residual = linear.residual.as_ref().map(|r| DeviceResidual::upload(gpu, r)).transpose()?;
+        let group_size = group_size.unwrap_or(0);
         Ok(Self { in_features, out_features, kernel, overrides, group_size, blocks, bias, residual })
     }
 
@@ -159,8 +149,7 @@ impl Matrix {
         for block in &self.blocks {
             let mut parameters = words(&[self.in_features, block.rows, block.first_row, self.out_features]);
             parameters.push(u32::from(accumulate));
-            parameters.extend(words(&[channels.start, channels.len(), tokens.start]));
-            parameters.extend(self.group_size.map(|g| g as u32));
+            parameters.extend(words(&[channels.start, channels.len(), tokens.start, self.group_size]));
             let buffers: Vec<_> = block.tables.iter().chain([&self.bias, &gpu.window, y]).collect();
             let groups = [block.rows.div_ceil(ROWS), tokens.len()];
             gpu.dispatch(self.kernel, &self.overrides, &buffers, &parameters, groups);
@@ -179,11 +168,11 @@ impl Matrix {
     ) {
         let residual = self.residual.as_ref().expect("a plan exists only for a matrix with a residual");
         for block in &residual.blocks {
-            let (Plan { selected, line, n_tb, .. }, ResidualBlock { first_word, words: held, .. }) = (plan, block);
-            let parameters = [self.in_features, self.out_features, *selected, *line, *n_tb, *first_word, *held];
-            let buffers = [list, &block.nibbles, &residual.scales, x, y];
+            let (selected, line, n_tb) = (plan.plan.selected(), plan.plan.line(), plan.plan.n_tb());
+            let parameters = [self.in_features, self.out_features, selected, line, n_tb, block.first_row, block.rows];
+            let buffers = [list, &block.tables[0], &residual.scales, x, y];
             let overrides = [("SCALES", residual.kind)];
-            gpu.dispatch(&DEC_APPLY, &overrides, &buffers, &words(&parameters), [plan.n_tb, tokens]);
+            gpu.dispatch(&DEC_APPLY, &overrides, &buffers, &words(&parameters), [n_tb, tokens]);
         }
     }
 
@@ -213,48 +202,13 @@ pub(super) fn words(sizes: &[usize]) -> Vec<u32> {
     sizes.iter().map(|&size| size as u32).collect()
 }
 
-fn blocks(uploaded: Vec<(Range<usize>, Vec<wgpu::Buffer>)>) -> Vec<Block> {
-    let block = |(rows, tables): (Range<usize>, _)| Block { first_row: rows.start, rows: rows.len(), tables };
-    uploaded.into_iter().map(block).collect()
-}
-
-fn dense_blocks(gpu: &Gpu, w: &Dense<'_>) -> Result<Vec<Block>> {
-    ensure!(w.in_features.is_multiple_of(8), "dense: {} input channels, a multiple of 8 is expected", w.in_features);
-    let values = bytes(&w.values);
-    let table = Table { bytes: values, outer: 1, inner: values.len() / w.out_features };
-    Ok(blocks(upload_blocks(gpu, w.out_features, &[table])?))
-}
-
-fn anyprec_blocks(gpu: &Gpu, w: &AnyPrec<'_>) -> Result<Vec<Block>> {
-    let planes = Table { bytes: bytemuck::cast_slice(w.planes()), outer: w.bits(), inner: w.in_features() / 8 };
-    let lut = bytes(w.lut());
-    let lut = Table { bytes: lut, outer: 1, inner: lut.len() / w.out_features() };
-    Ok(blocks(upload_blocks(gpu, w.out_features(), &[planes, lut])?))
-}
-
-fn lutgemm_blocks(gpu: &Gpu, w: &LutGemm<'_>) -> Result<Vec<Block>> {
-    let by_row = |bytes, size| Table { bytes, outer: bytes.len() / size / w.out_features(), inner: size };
-    let size = |table: &Floats<'_>| table.bytes() / table.len();
-    let tables = [
-        by_row(bytemuck::cast_slice(w.binary()), 4),
-        by_row(bytes(w.alpha()), size(w.alpha())),
-        by_row(bytes(w.q_bias()), size(w.q_bias())),
-    ];
-    Ok(blocks(upload_blocks(gpu, w.out_features(), &tables)?))
-}
-
 impl DeviceResidual {
     fn upload(gpu: &Gpu, residual: &Residual<'_>) -> Result<Self> {
-        let table = Table { bytes: bytemuck::cast_slice(residual.words()), outer: residual.in_features(), inner: 4 };
-        let uploaded = upload_blocks(gpu, residual.out_features() / 8, &[table])?;
-        let block = |(words, mut tables): (Range<usize>, Vec<_>)| ResidualBlock {
-            first_word: words.start,
-            words: words.len(),
-            nibbles: tables.remove(0),
-        };
+        let words = residual.out_features() / 8;
+        let table = Table::new(&Tensor::RESIDUAL, &residual.size(), words, &residual.tensors()[0]);
         Ok(Self {
-            blocks: uploaded.into_iter().map(block).collect(),
-            scales: gpu.upload(bytes(residual.scales()))?,
+            blocks: upload_blocks(gpu, words, &[table])?,
+            scales: gpu.upload(residual.scales().as_bytes())?,
             kind: kind(residual.scales()),
         })
     }
@@ -272,25 +226,14 @@ impl Plan {
         );
         // A lower edge below 0 is reached by every magnitude, as 0 is; as unsigned patterns only 0 says so.
         let edges: [u32; BUCKETS] = plan.edges().map(|edge| if edge > 0.0 { edge.to_bits() } else { 0 });
-        Ok(Self {
-            edges: gpu.upload(bytemuck::cast_slice(&edges))?,
-            in_features: plan.in_features(),
-            k_chunk: plan.k_chunk(),
-            selected: plan.selected(),
-            selection: plan.selection(),
-            line: plan.line(),
-            n_tb: plan.n_tb(),
-        })
+        Ok(Self { edges: gpu.upload(bytemuck::cast_slice(&edges))?, plan: plan.clone() })
     }
 
     /// Queues the selection of `tokens`: `list` `[tokens, selected]` is overwritten.
     pub(super) fn select(&self, gpu: &Gpu, x: &wgpu::Buffer, list: &wgpu::Buffer, tokens: usize) {
-        let mut parameters = words(&[self.in_features, self.k_chunk, self.selected]);
-        parameters.push(match self.selection {
-            Selection::Bucket => 0,
-            Selection::Exact => 1,
-        });
-        let groups = [self.in_features.div_ceil(CHUNK), tokens];
+        let (in_features, exact) = (self.plan.in_features(), self.plan.selection() == Selection::Exact);
+        let parameters = words(&[in_features, self.plan.k_chunk(), self.plan.selected(), usize::from(exact)]);
+        let groups = [in_features.div_ceil(CHUNK), tokens];
         gpu.dispatch(&DEC_SELECT, &[], &[&self.edges, x, list], &parameters, groups);
     }
 }
@@ -300,6 +243,7 @@ mod tests {
     use super::super::Wgpu;
     use super::*;
     use crate::backend::GemvBackend;
+    use crate::format::{AnyPrec, Dense, LutGemm};
     use crate::sampling::draws;
 
     #[test]

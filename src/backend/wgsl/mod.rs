@@ -87,8 +87,8 @@ impl Wgpu {
         self.gpu.mark();
         matrix.gemv(&self.gpu, x, y, tokens, accumulate);
         self.gpu.mark();
-        if let Some(plan) = plan.filter(|plan| plan.selected > 0) {
-            let list = scratch(&self.gpu, &self.scratch.list, tokens * plan.selected)?;
+        if let Some(plan) = plan.filter(|plan| plan.plan.selected() > 0) {
+            let list = scratch(&self.gpu, &self.scratch.list, tokens * plan.plan.selected())?;
             plan.select(&self.gpu, x, &list, tokens);
             matrix.apply(&self.gpu, plan, &list, x, y, tokens);
             self.gpu.mark();
@@ -141,8 +141,8 @@ impl GemvBackend for Wgpu {
     }
 
     fn select(&self, plan: &Plan, x: &Vector) -> Result<Vec<u32>> {
-        let mut selected = vec![0; plan.selected];
-        let list = scratch(&self.gpu, &self.scratch.list, plan.selected)?;
+        let mut selected = vec![0; plan.plan.selected()];
+        let list = scratch(&self.gpu, &self.scratch.list, selected.len())?;
         plan.select(&self.gpu, &x.0, &list, 1);
         self.gpu.read(&list, 0, &mut selected)?;
         Ok(selected)

@@ -1,7 +1,6 @@
 //! When the kernels of a sweep ran, by time stamps between them.
 
 use anyhow::{Result, ensure};
-use wgpu::BufferUsages;
 
 use super::Wgpu;
 use super::gpu::Gpu;
@@ -31,7 +30,7 @@ pub struct WgpuRecorder {
 impl WgpuRecorder {
     /// With time stamps where the device has them, else by the host's clock.
     pub(super) fn new(gpu: &Gpu) -> Self {
-        Self { stamps: gpu.has_stamps(), by_clock: ByClock::default(), last_ns: 0 }
+        Self { stamps: gpu.has_clock, by_clock: ByClock::default(), last_ns: 0 }
     }
 }
 
@@ -95,15 +94,10 @@ impl WgpuRecorder {
 }
 
 impl Gpu {
-    /// Whether the device writes time stamps between kernels.
-    fn has_stamps(&self) -> bool {
-        self.clock.is_some()
-    }
-
     /// Leaves a stamp behind what is queued, if a sweep wants stamps.
     pub(super) fn mark(&self) {
         if let Some(stamps) = &mut *self.stamps.borrow_mut() {
-            self.stamp(&stamps.set, stamps.used);
+            self.record(|encoder| encoder.write_timestamp(&stamps.set, stamps.used));
             stamps.used += 1;
         }
     }
@@ -114,24 +108,10 @@ impl Gpu {
 
     /// Runs `work`, waits, and returns the times of the stamps that it left, at most `most`, in ns.
     fn stamped(&self, most: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<u64>> {
-        let (ty, count) = (wgpu::QueryType::Timestamp, most as u32);
-        let set = self.device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty, count });
-        let resolved = self.device.create_buffer(&wgpu::BufferDescriptor {
-            label: None,
-            size: 8 * most as u64,
-            usage: BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC,
-            mapped_at_creation: false,
-        });
-        self.stamps.replace(Some(Stamps { set, used: 0 }));
+        self.stamps.replace(Some(Stamps { set: self.timestamps(most as u32), used: 0 }));
         let done = work();
         let Some(stamps) = self.stamps.take() else { return done.map(|()| Vec::new()) };
         done?;
-        self.resolve(&stamps.set, stamps.used, &resolved);
-        let mut ticks = vec![0u64; stamps.used as usize];
-        self.read(&resolved, 0, bytemuck::cast_slice_mut(&mut ticks))?;
-        let period = f64::from(self.queue.get_timestamp_period());
-        let first = ticks.first().copied().unwrap_or(0);
-        // Counted from the first: whole nanoseconds of a large count would not survive the multiplication.
-        Ok(ticks.iter().map(|tick| first + (tick.saturating_sub(first) as f64 * period) as u64).collect())
+        self.nanoseconds(&stamps.set, stamps.used)
     }
 }

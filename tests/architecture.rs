@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 /// Crate, and the only files of `src` that may name it.
-const DOORS: [(&str, &[&str]); 14] = [
+const DOORS: [(&str, &[&str]); 15] = [
     ("cudarc", &["backend/cuda", "cupti"]),
     ("wgpu", &["backend/wgsl"]),
     ("pollster", &["backend/wgsl"]),
     ("rusqlite", &["nsys"]),
     ("tokenizers", &["tokenizer"]),
     ("minijinja", &["tokenizer"]),
+    ("chrono", &["tokenizer"]),
     ("clap", &["cli", "main.rs"]),
     ("clap_complete", &["cli"]),
     ("ctrlc", &["commands/interrupt.rs"]),

@@ -1,10 +1,10 @@
 //! `tojson` as transformers gives it to templates: Python's `json.dumps`, which escapes nothing for HTML and leaves
 //! text that is not ASCII as it is.
 
+use minijinja::Error;
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{Error, ErrorKind};
 
-use super::limits::{self, MAX_TEXT};
+use super::limits::{self, MAX_TEXT, refused};
 
 /// `x | tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
 pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, named: Kwargs) -> Result<String, Error> {
@@ -29,10 +29,6 @@ pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, named: Kwargs) -
     let mut json = Json { out: String::new(), ensure_ascii, indent, item, key, sort_keys };
     json.value(value, 0)?;
     Ok(json.out)
-}
-
-fn refused(message: &str) -> Error {
-    Error::new(ErrorKind::InvalidOperation, message.to_owned())
 }
 
 struct Json {
@@ -73,7 +69,7 @@ impl Json {
                     json.value(&value, depth + 1)
                 })?;
             }
-            kind => return Err(refused(&format!("a value of type {kind} cannot be written as JSON"))),
+            kind => return Err(refused(format!("a value of type {kind} cannot be written as JSON"))),
         }
         Ok(())
     }
@@ -109,25 +105,17 @@ impl Json {
     }
 
     fn text(&mut self, text: &str) {
-        self.out.push('"');
-        for c in text.chars() {
+        let json = serde_json::Value::from(text).to_string();
+        if !self.ensure_ascii {
+            self.out += &json;
+            return;
+        }
+        for c in json.chars() {
             match c {
-                '"' => self.out += "\\\"",
-                '\\' => self.out += "\\\\",
-                '\n' => self.out += "\\n",
-                '\r' => self.out += "\\r",
-                '\t' => self.out += "\\t",
-                '\u{8}' => self.out += "\\b",
-                '\u{c}' => self.out += "\\f",
-                c if c < ' ' || (self.ensure_ascii && !(' '..='~').contains(&c)) => {
-                    for unit in c.encode_utf16(&mut [0; 2]) {
-                        self.out += &format!("\\u{unit:04x}");
-                    }
-                }
-                c => self.out.push(c),
+                ' '..='~' => self.out.push(c),
+                c => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| self.out += &format!("\\u{unit:04x}")),
             }
         }
-        self.out.push('"');
     }
 }
 

@@ -55,8 +55,9 @@ pub(super) fn bounded<T: Send + 'static>(
     receiver.recv_timeout(limit).unwrap_or_else(|_| Err(late()))
 }
 
-fn refused(message: String) -> Error {
-    Error::new(ErrorKind::InvalidOperation, message)
+/// What a template may not do.
+pub(super) fn refused(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, message.into())
 }
 
 fn too_large() -> Error {

@@ -2,9 +2,10 @@
 
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, ValueOrKwargs, from_args};
-use minijinja::{Environment, Error, ErrorKind, State, filters, functions};
+use minijinja::{Environment, Error, State, filters, functions};
 
-use super::{json, limits};
+use super::json;
+use super::limits::{self, refused};
 
 /// Filters of minijinja by name, and the functions behind them.
 macro_rules! named {
@@ -38,14 +39,8 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("tojson", json::tojson);
     environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
     environment.remove_global("debug");
-    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, message))
-    });
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> { Err(refused(message)) });
     environment.set_unknown_method_callback(method);
-}
-
-fn refused(message: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidOperation, message.into())
 }
 
 /// An operator of numbers, on integers if both are, else on floats; what it has no result for cannot be calculated.
@@ -129,19 +124,15 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
 
 /// Methods of Python's strings.
 fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
-    let pair = |found: Option<(usize, usize)>, none: [&str; 3]| {
-        let [a, b, c] = found.map_or(none, |(from, to)| [&text[..from], &text[from..to], &text[to..]]);
-        Value::from(Tuple::from([a, b, c].map(Value::from).to_vec()))
-    };
+    let parts = |parts: [&str; 3]| Value::from(Tuple::from(parts.map(Value::from).to_vec()));
     let one = || from_args::<(&str,)>(args).map(|(argument,)| argument);
-    let padded = |before: usize, after: usize, fill: char| {
-        let fill = |count| std::iter::repeat_n(fill, count).collect::<String>();
-        Value::from(fill(before) + text + &fill(after))
-    };
-    // How many characters are missing, and what they are.
-    let missing = || {
+    // Fills up to a width; `before` is how many of the missing characters go before the text.
+    let padded = |before: fn(usize, usize) -> usize| {
         let (width, fill): (usize, Option<char>) = from_args(args)?;
-        Ok::<_, Error>((width.saturating_sub(text.chars().count()), fill.unwrap_or(' '), width))
+        let missing = width.saturating_sub(text.chars().count());
+        let fill = |count| std::iter::repeat_n(fill.unwrap_or(' '), count).collect::<String>();
+        let before = before(missing, width);
+        Ok::<_, Error>(Value::from(fill(before) + text + &fill(missing - before)))
     };
     Ok(Some(match name {
         "split" | "rsplit" => {
@@ -149,18 +140,15 @@ fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, 
             if separator.as_deref() == Some("") {
                 return Err(refused("empty separator"));
             }
-            match name {
-                "split" => split(text, separator.as_deref(), most),
-                _ => rsplit(text, separator.as_deref(), most),
-            }
+            split(text, separator.as_deref(), most, name == "rsplit")
         }
         "partition" => {
             let by = one()?;
-            pair(text.find(by).map(|at| (at, at + by.len())), [text, "", ""])
+            parts(text.split_once(by).map_or([text, "", ""], |(before, after)| [before, by, after]))
         }
         "rpartition" => {
             let by = one()?;
-            pair(text.rfind(by).map(|at| (at, at + by.len())), ["", "", text])
+            parts(text.rsplit_once(by).map_or(["", "", text], |(before, after)| [before, by, after]))
         }
         "removeprefix" => Value::from(text.strip_prefix(one()?).unwrap_or(text)),
         "removesuffix" => Value::from(text.strip_suffix(one()?).unwrap_or(text)),
@@ -170,24 +158,15 @@ fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, 
                 |c: char| if c.is_uppercase() { c.to_lowercase().to_string() } else { c.to_uppercase().to_string() };
             Value::from(text.chars().map(swap).collect::<String>())
         }
-        "ljust" => {
-            let (count, fill, _) = missing()?;
-            padded(0, count, fill)
-        }
-        "rjust" => {
-            let (count, fill, _) = missing()?;
-            padded(count, 0, fill)
-        }
-        "center" => {
-            let (count, fill, width) = missing()?;
-            // As Python divides what does not come out even.
-            let before = count / 2 + (count & width & 1);
-            padded(before, count - before, fill)
-        }
+        "ljust" => padded(|_, _| 0)?,
+        "rjust" => padded(|missing, _| missing)?,
+        // As Python divides what does not come out even.
+        "center" => padded(|missing, width| missing / 2 + (missing & width & 1))?,
         "zfill" => {
-            let (count, ..) = missing()?;
-            let sign = text.len() - text.trim_start_matches(['-', '+']).len().max(text.len().saturating_sub(1));
-            Value::from(format!("{}{}{}", &text[..sign], "0".repeat(count), &text[sign..]))
+            let (width,): (usize,) = from_args(args)?;
+            let zeros = "0".repeat(width.saturating_sub(text.chars().count()));
+            let sign = usize::from(text.starts_with(['-', '+']));
+            Value::from(format!("{}{zeros}{}", &text[..sign], &text[sign..]))
         }
         "index" | "rindex" => {
             let part = one()?;
@@ -216,38 +195,27 @@ fn split_arguments(args: &[Value]) -> Result<(Option<String>, Option<usize>), Er
     Ok((separator.transpose()?, most.and_then(|most| usize::try_from(most).ok())))
 }
 
-fn split(text: &str, separator: Option<&str>, most: Option<usize>) -> Value {
+/// The parts of `text` between separators, at most `most` of them cut off from the start, or `from_end`.
+fn split<'a>(text: &'a str, separator: Option<&str>, most: Option<usize>, from_end: bool) -> Value {
+    let cut = |rest: &'a str| match (separator, from_end) {
+        (Some(separator), false) => rest.split_once(separator),
+        (Some(separator), true) => rest.rsplit_once(separator).map(|(rest, part)| (part, rest)),
+        (None, false) => rest.split_once(char::is_whitespace).map(|(part, rest)| (part, rest.trim_start())),
+        (None, true) => rest.rsplit_once(char::is_whitespace).map(|(rest, part)| (part, rest.trim_end())),
+    };
     let mut parts = Vec::new();
-    let mut rest = if separator.is_none() { text.trim_start() } else { text };
-    while most.is_none_or(|most| parts.len() < most) {
-        let found = match separator {
-            Some(separator) => rest.split_once(separator),
-            None => rest.split_once(char::is_whitespace).map(|(part, rest)| (part, rest.trim_start())),
-        };
-        let Some((part, after)) = found else { break };
+    let mut rest = match (separator, from_end) {
+        (Some(_), _) => text,
+        (None, false) => text.trim_start(),
+        (None, true) => text.trim_end(),
+    };
+    while let Some((part, after)) = cut(rest).filter(|_| most.is_none_or(|most| parts.len() < most)) {
         parts.push(part);
         rest = after;
     }
-    if separator.is_some() || !rest.is_empty() {
-        parts.push(rest);
+    parts.extend(Some(rest).filter(|rest| separator.is_some() || !rest.is_empty()));
+    if from_end {
+        parts.reverse();
     }
     parts.into_iter().map(Value::from).collect()
-}
-
-fn rsplit(text: &str, separator: Option<&str>, most: Option<usize>) -> Value {
-    let mut parts = Vec::new();
-    let mut rest = if separator.is_none() { text.trim_end() } else { text };
-    while most.is_none_or(|most| parts.len() < most) {
-        let found = match separator {
-            Some(separator) => rest.rsplit_once(separator),
-            None => rest.rsplit_once(char::is_whitespace).map(|(rest, part)| (rest.trim_end(), part)),
-        };
-        let Some((before, part)) = found else { break };
-        parts.push(part);
-        rest = before;
-    }
-    if separator.is_some() || !rest.is_empty() {
-        parts.push(rest);
-    }
-    parts.into_iter().rev().map(Value::from).collect()
 }

@@ -75,6 +75,7 @@ fn raw(text: &str) -> usize {
 const KEYWORDS: [&str; 9] = ["and", "or", "not", "in", "is", "if", "else", "elif", "recursive"];
 
 /// One tag on its way from the template to minijinja.
+#[derive(Default)]
 struct Tag {
     out: String,
     /// Bytes of the template that were read.
@@ -112,16 +113,7 @@ struct Level {
 impl Tag {
     /// Reads the tag that `text` starts with.
     fn rewrite(text: &str) -> Self {
-        let mut tag = Self {
-            out: text[..2].to_owned(),
-            length: 2,
-            name: String::new(),
-            levels: vec![Level::default()],
-            after_operand: false,
-            in_operand: false,
-            targets: false,
-            attribute: false,
-        };
+        let mut tag = Self { out: text[..2].to_owned(), length: 2, levels: vec![Level::default()], ..Self::default() };
         let closing = if text.starts_with("{%") { "%}" } else { "}}" };
         let mut expects_name = closing == "%}";
         if text[2..].starts_with(['-', '+']) {

@@ -48,11 +48,18 @@ fn read(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }
 
-/// The first word after `name` at the beginning of a line of the file.
-fn field(path: &str, name: &str) -> Option<String> {
+/// What follows `name` at the beginning of a line of the file, a colon and white space aside.
+///
+/// A file or line that is not there is none.
+pub fn line(path: &str, name: &str) -> Option<String> {
     let text = read(path)?;
     let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
-    rest.split_whitespace().next().map(str::to_owned)
+    Some(rest.trim_start_matches([':', ' ', '\t']).trim().to_owned())
+}
+
+/// The first word of that.
+fn field(path: &str, name: &str) -> Option<String> {
+    line(path, name)?.split_whitespace().next().map(str::to_owned)
 }
 
 fn kilobytes(path: &str, name: &str) -> Option<u64> {

@@ -22,13 +22,12 @@ mod tensors;
 mod writer;
 
 use std::collections::BTreeMap;
-use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::config::{ModelConfig, Projection, read_json};
-use crate::tensors::{Layout, Shards, StoredModel};
+use crate::tensors::{Layout, Shards, StoredModel, is_stored_model};
 use crate::tokenizer::TextFiles;
 use crate::weights::ModelWeights;
 
@@ -50,13 +49,7 @@ pub struct Checkpoint {
     manifest: Manifest,
 }
 
-impl Deref for Checkpoint {
-    type Target = StoredModel;
-
-    fn deref(&self) -> &StoredModel {
-        &self.model
-    }
-}
+is_stored_model!(Checkpoint, model);
 
 impl Checkpoint {
     /// True if `dir` holds a decdec checkpoint, of whatever version and in whatever state.

@@ -138,17 +138,12 @@ struct Host {
 
 impl Host {
     fn look() -> Self {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let value = |text: &str, key: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-            Some(line.trim_start_matches([':', ' ', '\t']).trim().to_owned())
-        };
-        let locked = value(&read("/proc/self/limits"), "Max locked memory").map(|limits| {
+        let locked = host::line("/proc/self/limits", "Max locked memory").map(|limits| {
             let mut limits = limits.split_whitespace().map(|limit| limit.parse().ok());
             [limits.next().flatten(), limits.next().flatten()]
         });
         Self {
-            name: value(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| std::env::consts::ARCH.into()),
+            name: host::line("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             simd: simd(),
             total: host::total_memory(),

@@ -12,27 +12,20 @@ pub mod reference;
 pub mod simulated;
 pub mod torch;
 
-use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::config::{ModelConfig, read_json};
-use crate::tensors::{Layout, Shards, StoredModel};
+use crate::tensors::{Layout, Shards, StoredModel, is_stored_model};
 use crate::tokenizer::TextFiles;
 
 /// A full-precision model on disk.
 #[derive(Debug)]
 pub struct Source(StoredModel);
 
-impl Deref for Source {
-    type Target = StoredModel;
-
-    fn deref(&self) -> &StoredModel {
-        &self.0
-    }
-}
+is_stored_model!(Source, 0);
 
 impl Source {
     /// Opens a Hugging Face directory, a `.gguf` file, or a wheel or other zip that holds exactly one `.gguf`.

@@ -21,7 +21,7 @@ use crate::weights::tensors_of;
 
 pub(crate) use layout::{Layout, Stored};
 pub use model::StoredModel;
-pub(crate) use model::{EMBEDDING, FINAL_NORM, HEAD, norm_name};
+pub(crate) use model::{EMBEDDING, FINAL_NORM, HEAD, is_stored_model, norm_name};
 pub(crate) use modules::{Module, fused_module, modules, stored_modules};
 pub(crate) use shards::{Shards, numbers};
 

@@ -34,6 +34,20 @@ pub struct StoredModel {
     pub(crate) bits: Vec<u32>,
 }
 
+/// Makes a type that has a stored model in its field one.
+macro_rules! is_stored_model {
+    ($name:ident, $field:tt) => {
+        impl std::ops::Deref for $name {
+            type Target = StoredModel;
+
+            fn deref(&self) -> &StoredModel {
+                &self.$field
+            }
+        }
+    };
+}
+pub(crate) use is_stored_model;
+
 impl StoredModel {
     /// The configuration in Hugging Face's spelling (made from the metadata of a GGUF).
     pub fn config_json(&self) -> &Value {

@@ -72,6 +72,10 @@ impl fmt::Display for Value {
     }
 }
 
+const U32: u32 = 4;
+const I32: u32 = 5;
+const F32: u32 = 6;
+const BOOL: u32 = 7;
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 
@@ -161,16 +165,15 @@ impl File {
 
     /// An integer that every layer has, said once for all of the `layers` or for each.
     pub(super) fn integer_of_layers(&self, key: &str, layers: u64) -> Result<Option<u64>> {
-        let Some(&Value::Array { kind: kind @ (4 | 5), count, .. }) = self.metadata.get(key) else {
+        let Some(&Value::Array { kind: kind @ (U32 | I32), count, .. }) = self.metadata.get(key) else {
             return self.integer(key);
         };
         ensure!(count as u64 == layers, "{key} has {count} values, the model has {layers} layers");
-        let (_, mut cursor) = self.array(key, kind)?.with_context(|| format!("{key} is missing"))?;
-        let values = (0..count).map(|_| match cursor.value(kind)? {
-            Value::Integer(n) => u64::try_from(n).ok().with_context(|| format!("{key} has {n}, 0 or more is expected")),
-            other => bail!("{key} has {other}, an integer is expected"),
-        });
-        let values: Vec<u64> = values.collect::<Result<_>>()?;
+        let values = self.list(key, kind, |cursor| {
+            let word = cursor.u32()?;
+            let n = if kind == I32 { i64::from(word as i32) } else { word.into() };
+            u64::try_from(n).ok().with_context(|| format!("{key} has {n}, 0 or more is expected"))
+        })?;
         let first = values.first().copied();
         if let Some(layer) = values.iter().position(|&value| Some(value) != first) {
             let (first, other) = (values[0], values[layer]);
@@ -181,15 +184,9 @@ impl File {
 
     /// A truth value for each of the `layers`; none if it is no list.
     pub(super) fn booleans_of_layers(&self, key: &str, layers: u64) -> Result<Option<Vec<bool>>> {
-        const BOOL: u32 = 7;
         let Some(&Value::Array { count, .. }) = self.metadata.get(key) else { return Ok(None) };
         ensure!(count as u64 == layers, "{key} has {count} values, the model has {layers} layers");
-        let (_, mut cursor) = self.array(key, BOOL)?.with_context(|| format!("{key} is missing"))?;
-        let value = |_| match cursor.value(BOOL)? {
-            Value::Bool(value) => Ok(value),
-            other => bail!("{key} has {other}, true or false is expected"),
-        };
-        (0..count).map(value).collect::<Result<_>>().map(Some)
+        self.list(key, BOOL, |cursor| Ok(cursor.array::<1>()? != [0])).map(Some)
     }
 
     /// A number of any type, or a truth value as 0 or 1; none if it is something else.
@@ -234,28 +231,27 @@ impl File {
 
     /// A list of strings; empty when missing.
     pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>> {
-        let Some((count, mut cursor)) = self.array(key, TEXT)? else { return Ok(Vec::new()) };
-        (0..count).map(|_| cursor.text()).collect()
+        self.list(key, TEXT, Cursor::text)
     }
 
     /// A list of 32-bit integers; empty when missing.
     pub(super) fn i32s(&self, key: &str) -> Result<Vec<i32>> {
-        let Some((count, mut cursor)) = self.array(key, 5)? else { return Ok(Vec::new()) };
-        (0..count).map(|_| Ok(cursor.u32()? as i32)).collect()
+        self.list(key, I32, |cursor| Ok(cursor.u32()? as i32))
     }
 
     /// A list of single-precision numbers; empty when missing.
     pub(super) fn f32s(&self, key: &str) -> Result<Vec<f32>> {
-        let Some((count, mut cursor)) = self.array(key, 6)? else { return Ok(Vec::new()) };
-        (0..count).map(|_| Ok(f32::from_bits(cursor.u32()?))).collect()
+        self.list(key, F32, |cursor| Ok(f32::from_bits(cursor.u32()?)))
     }
 
-    fn array(&self, key: &str, wanted: u32) -> Result<Option<(usize, Cursor<'_>)>> {
+    /// A list of elements of type `wanted`, each as `read` reads it; empty when missing.
+    fn list<'a, T>(&'a self, key: &str, wanted: u32, read: impl Fn(&mut Cursor<'a>) -> Result<T>) -> Result<Vec<T>> {
         match self.metadata.get(key) {
-            None => Ok(None),
+            None => Ok(Vec::new()),
             Some(&Value::Array { kind, count, start }) if kind == wanted => {
                 ensure!(count <= MAX_LIST, "{key} has {count} elements, at most {MAX_LIST} are expected");
-                Ok(Some((count, Cursor { bytes: &self.bytes, at: start })))
+                let mut cursor = Cursor { bytes: &self.bytes, at: start };
+                (0..count).map(|_| read(&mut cursor)).collect()
             }
             Some(other) => bail!("{key} is {other}, a list of values of type {wanted} is expected"),
         }
@@ -292,29 +288,19 @@ impl Tensor {
     }
 }
 
-/// What ggml calls a type that is not read, or its number.
+/// What ggml calls its types, by number; those without a name are gone.
+const NAMES: [&str; 40] = [
+    "F32", "F16", "Q4_0", "Q4_1", "", "", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "", "", "", "", "F64",
+    "IQ1_M", "BF16", "", "", "", "TQ1_0", "TQ2_0", "", "", "", "MXFP4",
+];
+
+/// What ggml calls a type, or its number.
 fn name(kind: u32) -> String {
-    let name = match kind {
-        9 => "Q8_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
-        15 => "Q8_K",
-        16 => "IQ2_XXS",
-        17 => "IQ2_XS",
-        18 => "IQ3_XXS",
-        19 => "IQ1_S",
-        20 => "IQ4_NL",
-        21 => "IQ3_S",
-        22 => "IQ2_S",
-        23 => "IQ4_XS",
-        28 => "F64",
-        29 => "IQ1_M",
-        34 => "TQ1_0",
-        35 => "TQ2_0",
-        39 => "MXFP4",
-        _ => return kind.to_string(),
-    };
-    name.to_owned()
+    match NAMES.get(kind as usize) {
+        Some(&name) if !name.is_empty() => name.to_owned(),
+        _ => kind.to_string(),
+    }
 }
 
 fn text(bytes: &[u8]) -> Result<&str> {

@@ -9,7 +9,6 @@ mod gptq;
 mod quantization;
 
 use std::borrow::Cow;
-use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,7 +18,7 @@ use self::quantization::Quantization;
 use super::huggingface;
 use crate::config::{ModelConfig, read_json};
 use crate::format::{Floats, Format, Kind, LutGemm, Numbers, Size};
-use crate::tensors::{EMBEDDING, Expected, HEAD, Layout, Module, Shards, StoredModel, TensorSet};
+use crate::tensors::{EMBEDDING, Expected, HEAD, Layout, Module, Shards, StoredModel, TensorSet, is_stored_model};
 use crate::tokenizer::TextFiles;
 
 /// Bits of a code, as quantizers call it now and as AutoAWQ first did.
@@ -36,13 +35,7 @@ enum Packing {
 #[derive(Debug)]
 pub struct Grouped(StoredModel);
 
-impl Deref for Grouped {
-    type Target = StoredModel;
-
-    fn deref(&self) -> &StoredModel {
-        &self.0
-    }
-}
+is_stored_model!(Grouped, 0);
 
 impl Grouped {
     /// True if the `config.json` in `dir`, or a file of an older quantizer beside it, says that AWQ or GPTQ made it.

@@ -7,7 +7,6 @@
 mod tensors;
 
 use std::collections::BTreeMap;
-use std::ops::Deref;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,7 +15,7 @@ use serde_json::Value as Json;
 use self::tensors::Tensors;
 use crate::config::{ModelConfig, read_json};
 use crate::format::Format;
-use crate::tensors::{Layout, StoredModel};
+use crate::tensors::{Layout, StoredModel, is_stored_model};
 use crate::tokenizer::TextFiles;
 
 const WEIGHTS: &str = "pytorch_model.bin";
@@ -29,13 +28,7 @@ const BIT_MAP: &str = "bitwidth_map.json";
 #[derive(Debug)]
 pub struct Reference(StoredModel);
 
-impl Deref for Reference {
-    type Target = StoredModel;
-
-    fn deref(&self) -> &StoredModel {
-        &self.0
-    }
-}
+is_stored_model!(Reference, 0);
 
 impl Reference {
     /// True if `dir` holds PyTorch weights, which only [`Reference::open`] reads.

@@ -53,26 +53,22 @@ impl Tensors {
 
     /// Adds `cheatsheet.pt`: for each layer `{module: {cheatsheet, reordered_scales}}`.
     pub(super) fn add_residuals(&mut self, path: &Path) -> Result<()> {
-        self.add(path, |root| {
-            let mut tensors = Vec::new();
-            for (layer, modules) in root.items()?.enumerate() {
-                for (module, parts) in modules.entries()? {
-                    for (part, value) in parts.entries()? {
-                        tensors.push((format!("model.layers.{layer}.{module}.{part}"), value));
-                    }
-                }
-            }
-            Ok(tensors)
-        })
+        self.add_layers(path, |parts| Ok(parts.entries()?.into_iter().collect()))
     }
 
     /// Adds `thresholds.pt`: for each layer `{module: thresholds}`.
     pub(super) fn add_thresholds(&mut self, path: &Path) -> Result<()> {
+        self.add_layers(path, |thresholds| Ok(vec![("thresholds", thresholds)]))
+    }
+
+    /// Adds a list of layers, each with the tensors that `parts` finds at a module.
+    fn add_layers(&mut self, path: &Path, parts: fn(Value<'_>) -> Result<Vec<(&str, Value<'_>)>>) -> Result<()> {
         self.add(path, |root| {
             let mut tensors = Vec::new();
             for (layer, modules) in root.items()?.enumerate() {
                 for (module, value) in modules.entries()? {
-                    tensors.push((format!("model.layers.{layer}.{module}.thresholds"), value));
+                    let named = |(part, value)| (format!("model.layers.{layer}.{module}.{part}"), value);
+                    tensors.extend(parts(value)?.into_iter().map(named));
                 }
             }
             Ok(tensors)

@@ -16,8 +16,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use bytemuck::Pod;
-use half::slice::HalfBitsSliceExt;
-use half::vec::HalfBitsVecExt;
 
 use self::archive::Archive;
 pub(super) use self::archive::End;
@@ -25,6 +23,7 @@ pub(super) use self::pickle::Id;
 use self::pickle::{Object, View};
 use crate::format::Floats;
 use crate::mapped::Mapped;
+use crate::tensors::numbers;
 
 const _: () = assert!(cfg!(target_endian = "little"), "numbers are borrowed as they are stored, little-endian");
 
@@ -231,14 +230,8 @@ impl<'a> Tensor<'a> {
     /// A tensor of integers.
     pub fn floats(self) -> Result<Floats<'a>> {
         Ok(match self.dtype() {
-            DType::F16 => Floats::F16(match self.numbers::<u16>() {
-                Cow::Borrowed(bits) => Cow::Borrowed(bits.reinterpret_cast()),
-                Cow::Owned(bits) => Cow::Owned(bits.reinterpret_into()),
-            }),
-            DType::Bf16 => Floats::Bf16(match self.numbers::<u16>() {
-                Cow::Borrowed(bits) => Cow::Borrowed(bits.reinterpret_cast()),
-                Cow::Owned(bits) => Cow::Owned(bits.reinterpret_into()),
-            }),
+            DType::F16 => Floats::F16(self.numbers()),
+            DType::Bf16 => Floats::Bf16(self.numbers()),
             DType::F32 => Floats::F32(self.numbers()),
             DType::F64 => self.numbers::<f64>().iter().map(|&x| x as f32).collect::<Vec<_>>().into(),
             other => bail!("a tensor of {other}, floating-point numbers are expected"),
@@ -278,14 +271,10 @@ impl<'a> Tensor<'a> {
             return Cow::Owned(Vec::new());
         }
         if self.is_contiguous() {
-            let bytes = &self.bytes[..len * size_of::<T>()];
-            return match bytemuck::try_cast_slice(bytes) {
-                Ok(numbers) => Cow::Borrowed(numbers),
-                Err(_unaligned) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
-            };
+            return numbers(&self.bytes[..len * size_of::<T>()]);
         }
         let mut index = vec![0; shape.len()];
-        let numbers = (0..len).map(|_| {
+        let gathered = (0..len).map(|_| {
             let at: usize = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
             for (i, &size) in index.iter_mut().zip(shape).rev() {
                 *i += 1;
@@ -296,7 +285,7 @@ impl<'a> Tensor<'a> {
             }
             bytemuck::pod_read_unaligned(&self.bytes[at * size_of::<T>()..][..size_of::<T>()])
         });
-        Cow::Owned(numbers.collect())
+        Cow::Owned(gathered.collect())
     }
 
     fn is_contiguous(self) -> bool {

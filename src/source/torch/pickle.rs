@@ -108,106 +108,73 @@ impl<'a> Machine<'a> {
     /// One opcode; the root object once it is STOP.
     fn step(&mut self) -> Result<Option<Id>> {
         let [opcode] = self.array()?;
+        // Most opcodes make an object, all others return.
+        let object = match opcode {
+            b'.' => return self.stop().map(Some),
+            b'N' => Object::None,
+            0x88 | 0x89 => Object::Bool(opcode == 0x88),
+            b'J' => Object::Int(i32::from_le_bytes(self.array()?).into()),
+            b'K' => Object::Int(u8::from_le_bytes(self.array()?).into()),
+            b'M' => Object::Int(u16::from_le_bytes(self.array()?).into()),
+            0x8a => self.long()?,
+            b'G' => Object::Float(f64::from_be_bytes(self.array()?)),
+            b'X' | 0x8c => {
+                let len = self.number(opcode == b'X')?;
+                let text = str::from_utf8(self.bytes(len as usize)?).context("a text is not UTF-8")?;
+                Object::Str(text.into())
+            }
+            b'}' => Object::Dict(Vec::new()),
+            b']' => Object::List(Vec::new()),
+            b')' => Object::Tuple(Vec::new()),
+            b'd' => Object::Dict(pairs(&self.pop_mark()?)?),
+            b'l' => Object::List(self.pop_mark()?),
+            b't' => Object::Tuple(self.pop_mark()?),
+            0x85..=0x87 => Object::Tuple(self.pop_many(usize::from(opcode - 0x84))?),
+            b'c' => Object::Global(global(self.line()?, self.line()?)?),
+            0x93 => self.stack_global()?,
+            b'Q' => self.persistent_id()?,
+            other => return self.change(other).map(|()| None),
+        };
+        self.push(object)?;
+        Ok(None)
+    }
+
+    /// An opcode that makes no object of its own.
+    fn change(&mut self, opcode: u8) -> Result<()> {
         match opcode {
             0x80 => {
                 let [version] = self.array()?;
                 ensure!((2..=5).contains(&version), "protocol {version}, 2 to 5 are understood");
+                Ok(())
             }
-            0x95 => self.skip_frame()?,
-            b'.' => return self.stop().map(Some),
-            b'(' => self.mark()?,
-            b'N' => self.push(Object::None)?,
-            0x88 => self.push(Object::Bool(true))?,
-            0x89 => self.push(Object::Bool(false))?,
-            b'J' => {
-                let value = i32::from_le_bytes(self.array()?);
-                self.push(Object::Int(value.into()))?;
+            0x95 => self.skip_frame(),
+            b'(' => self.mark(),
+            b'a' | b'e' => {
+                let items = if opcode == b'a' { self.pop_many(1)? } else { self.pop_mark()? };
+                self.append(&items)
             }
-            b'K' => {
-                let [value] = self.array()?;
-                self.push(Object::Int(value.into()))?;
+            b's' | b'u' => {
+                let items = if opcode == b's' { self.pop_many(2)? } else { self.pop_mark()? };
+                self.set_items(&items)
             }
-            b'M' => {
-                let value = u16::from_le_bytes(self.array()?);
-                self.push(Object::Int(value.into()))?;
+            b'q' | b'r' => {
+                let index = self.number(opcode == b'r')?;
+                self.memoize(index)
             }
-            0x8a => self.long()?,
-            b'G' => {
-                let value = f64::from_be_bytes(self.array()?);
-                self.push(Object::Float(value))?;
+            0x94 => self.memoize(self.memo.len() as u32),
+            b'h' | b'j' => {
+                let index = self.number(opcode == b'j')?;
+                self.recall(index)
             }
-            b'X' => {
-                let len = u32::from_le_bytes(self.array()?);
-                self.string(len as usize)?;
-            }
-            0x8c => {
-                let [len] = self.array()?;
-                self.string(len.into())?;
-            }
-            b'}' => self.push(Object::Dict(Vec::new()))?,
-            b']' => self.push(Object::List(Vec::new()))?,
-            b')' => self.push(Object::Tuple(Vec::new()))?,
-            b'd' => {
-                let items = self.pop_mark()?;
-                let dict = Object::Dict(pairs(&items)?);
-                self.push(dict)?;
-            }
-            b'l' => {
-                let items = self.pop_mark()?;
-                self.push(Object::List(items))?;
-            }
-            b't' => {
-                let items = self.pop_mark()?;
-                self.push(Object::Tuple(items))?;
-            }
-            0x85..=0x87 => {
-                let items = self.pop_many(usize::from(opcode - 0x84))?;
-                self.push(Object::Tuple(items))?;
-            }
-            b'a' => {
-                let items = self.pop_many(1)?;
-                self.append(&items)?;
-            }
-            b'e' => {
-                let items = self.pop_mark()?;
-                self.append(&items)?;
-            }
-            b's' => {
-                let items = self.pop_many(2)?;
-                self.set_items(&items)?;
-            }
-            b'u' => {
-                let items = self.pop_mark()?;
-                self.set_items(&items)?;
-            }
-            b'q' => {
-                let [index] = self.array()?;
-                self.memoize(index.into())?;
-            }
-            b'r' => {
-                let index = u32::from_le_bytes(self.array()?);
-                self.memoize(index)?;
-            }
-            0x94 => self.memoize(self.memo.len() as u32)?,
-            b'h' => {
-                let [index] = self.array()?;
-                self.recall(index.into())?;
-            }
-            b'j' => {
-                let index = u32::from_le_bytes(self.array()?);
-                self.recall(index)?;
-            }
-            b'c' => {
-                let (module, name) = (self.line()?, self.line()?);
-                self.push(Object::Global(global(module, name)?))?;
-            }
-            0x93 => self.stack_global()?,
-            b'Q' => self.persistent_id()?,
-            b'R' => self.reduce()?,
-            b'b' => self.build()?,
+            b'R' => self.reduce(),
+            b'b' => self.build(),
             _ => bail!("opcode {opcode:#04x} has no place in a file of weights, refused"),
         }
-        Ok(None)
+    }
+
+    /// A number of four bytes, or of one.
+    fn number(&mut self, is_long: bool) -> Result<u32> {
+        Ok(if is_long { u32::from_le_bytes(self.array()?) } else { u8::from_le_bytes(self.array()?).into() })
     }
 
     fn bytes(&mut self, len: usize) -> Result<&'a [u8]> {
@@ -295,19 +262,14 @@ impl<'a> Machine<'a> {
         &self.objects[id as usize]
     }
 
-    fn long(&mut self) -> Result<()> {
+    fn long(&mut self) -> Result<Object> {
         let [len] = self.array()?;
         ensure!(len <= 8, "an integer of {len} bytes, at most 8 are understood");
         let bytes = self.bytes(len.into())?;
         let sign = bytes.last().is_some_and(|&top| top >= 0x80);
         let mut value = [if sign { 0xff } else { 0 }; 8];
         value[..bytes.len()].copy_from_slice(bytes);
-        self.push(Object::Int(i64::from_le_bytes(value)))
-    }
-
-    fn string(&mut self, len: usize) -> Result<()> {
-        let text = str::from_utf8(self.bytes(len)?).context("a text is not UTF-8")?;
-        self.push(Object::Str(text.into()))
+        Ok(Object::Int(i64::from_le_bytes(value)))
     }
 
     fn append(&mut self, items: &[Id]) -> Result<()> {
@@ -339,17 +301,16 @@ impl<'a> Machine<'a> {
         self.push_id(id)
     }
 
-    fn stack_global(&mut self) -> Result<()> {
+    fn stack_global(&mut self) -> Result<Object> {
         let items = self.pop_many(2)?;
         let (Object::Str(module), Object::Str(name)) = (self.object(items[0]), self.object(items[1])) else {
             bail!("a global is named by two texts");
         };
-        let global = global(module, name)?;
-        self.push(Object::Global(global))
+        global(module, name).map(Object::Global)
     }
 
     /// `("storage", type, key, device, numbers)` becomes a run of bytes.
-    fn persistent_id(&mut self) -> Result<()> {
+    fn persistent_id(&mut self) -> Result<Object> {
         let id = self.pop()?;
         let Object::Tuple(items) = self.object(id) else { bail!("a persistent id is a tuple") };
         let [kind, dtype, key, _device, len] = items[..] else {
@@ -366,8 +327,7 @@ impl<'a> Machine<'a> {
         let len = usize::try_from(len).ok().filter(|&len| len <= available).with_context(|| {
             format!("storage {key:?} of {len} numbers ({dtype}) in an entry that holds {available}")
         })?;
-        let storage = Storage { dtype: *dtype, start: range.start, len };
-        self.push(Object::Storage(storage))
+        Ok(Object::Storage(Storage { dtype: *dtype, start: range.start, len }))
     }
 
     fn reduce(&mut self) -> Result<()> {

@@ -48,6 +48,15 @@ impl Projection {
         }
     }
 
+    /// What `make` makes for each, in the order of [`Projection::ALL`].
+    ///
+    /// # Errors
+    /// The first one of `make`.
+    pub fn each<T>(make: impl FnMut(Self) -> Result<T>) -> Result<[T; 4]> {
+        let [qkv, o, gate_up, down] = Self::ALL.map(make);
+        Ok([qkv?, o?, gate_up?, down?])
+    }
+
     /// Position in [`Projection::ALL`].
     pub const fn index(self) -> usize {
         self as usize
@@ -132,6 +141,11 @@ impl ModelConfig {
             Projection::GateUp => (self.hidden_size, 2 * layer.intermediate_size()),
             Projection::Down => (layer.intermediate_size(), self.hidden_size),
         }
+    }
+
+    /// The shapes of a layer's projections, in the order of [`Projection::ALL`].
+    pub fn shapes(&self, layer: usize) -> [(usize, usize); 4] {
+        Projection::ALL.map(|projection| self.shape(layer, projection))
     }
 
     /// Every projection of every layer, in order.

@@ -51,16 +51,14 @@ pub fn convert(
         ensure_running(stop)?;
         let width = weights.bits(layer).context("the model is full precision, quantize it first")?;
         if !writer.has_layer(layer, width) {
-            let [qkv, o, gate_up, down] = Projection::ALL.map(|p| weights.projection(layer, p));
-            let linears = [qkv?, o?, gate_up?, down?];
+            let linears = Projection::each(|p| weights.projection(layer, p))?;
             ensure_fits(&manifest, layer, &linears)?;
             writer.write_layer(config, (layer, width), &weights.norms(layer)?, &linears)?;
         }
         bits.push(width);
         progress.inc(1);
     }
-    let rest =
-        Unquantized { embedding: weights.embedding()?, head: weights.head()?, final_norm: weights.final_norm()? };
+    let rest = Unquantized::of(weights)?;
     writer.finish(config, &manifest, &bits, &rest, texts)?;
     Ok(manifest)
 }

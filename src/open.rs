@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::{BitWidth, Checkpoint, Manifest};
-use crate::config::{ModelConfig, Projection};
+use crate::config::ModelConfig;
 use crate::format::Format;
 use crate::random::RandomWeights;
 use crate::source::Source;
@@ -145,8 +145,7 @@ impl Opened {
     fn expect_name(&self, name: &str) -> Result<()> {
         let own = self.weights.config();
         if let Some(preset) = ModelConfig::preset(name) {
-            let shapes = |c: &ModelConfig| (c.layers.len(), Projection::ALL.map(|p| c.shape(0, p)));
-            let (theirs, ours) = (shapes(&preset), shapes(own));
+            let [theirs, ours] = [&preset, own].map(|config| (config.layers.len(), config.shapes(0)));
             ensure!(
                 theirs == ours,
                 "--model-name is {name} with {} layers of {:?}, the model has {} layers of {:?}, leave it out",

@@ -170,7 +170,7 @@ fn tunes(options: &Options, dir: &Path) {
     let to = tune::Directories { csv: dir.join("csv"), plots: dir.join("plots"), tuned: dir.join("tuned") };
     let written = outcome.write(&to).unwrap();
     let tuned = tune::Tuned::read(written.last().unwrap()).unwrap().remove(0);
-    tuned.check(Cpu::new().device(), profile::shapes(&tiny()), 3).unwrap();
+    tuned.check(Cpu::new().device(), tiny().shapes(0), 3).unwrap();
     assert!(tuned.check(Cpu::new().device(), [(64, 64); 4], 3).is_err());
 }
 

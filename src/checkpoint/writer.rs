@@ -12,7 +12,7 @@ use crate::files;
 use crate::format::{Dense, Kind, Numbers, Storage};
 use crate::tensors::{EMBEDDING, FINAL_NORM, HEAD, Layout, Shards, Stored, TensorSet, fused_module, norm_name};
 use crate::tokenizer::TextFiles;
-use crate::weights::Linear;
+use crate::weights::{Linear, ModelWeights};
 
 /// A checkpoint in the making: `OUT.partial` beside the target `OUT`, which stays as it is until
 /// [`CheckpointWriter::finish`]. Finished layers survive an interruption.
@@ -192,7 +192,15 @@ pub struct Unquantized<'a> {
     pub final_norm: Vec<f32>,
 }
 
-impl Unquantized<'_> {
+impl<'a> Unquantized<'a> {
+    /// What `weights` has beside its projections, as it is.
+    ///
+    /// # Errors
+    /// Tensors that cannot be read.
+    pub fn of(weights: &'a dyn ModelWeights) -> Result<Self> {
+        Ok(Self { embedding: weights.embedding()?, head: weights.head()?, final_norm: weights.final_norm()? })
+    }
+
     fn tensors(&self, config: &ModelConfig) -> Vec<Named<'_>> {
         let shape = [config.vocab_size, config.hidden_size];
         let mut list = vec![

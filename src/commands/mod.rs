@@ -109,7 +109,7 @@ fn tuned<B: DecodeBackend>(
         None if beside.is_file() => &beside,
         None => return Ok(None),
     };
-    let shapes = Projection::ALL.map(|p| model.config().shape(0, p));
+    let shapes = model.config().shapes(0);
     let chosen = Tuned::choose(&Tuned::read(file)?, model.backend().device(), shapes, &model.bit_widths());
     match chosen {
         Ok(chosen) => {

@@ -136,7 +136,7 @@ impl Job for Sweep<'_> {
     fn run<B: DecodeBackend>(self, backend: &B) -> Result<Outcome> {
         let mut options = self.options.clone();
         if let Some(tuned) = self.tuned {
-            let (shapes, width) = (profile::shapes(self.weights.config()), [options.identity.bits]);
+            let (shapes, width) = (self.weights.config().shapes(0), [options.identity.bits]);
             let tuned = &Tuned::choose(tuned, backend.device(), shapes, &width)?[0];
             (options.min_n_tb, options.max_n_tb) = (Some(tuned.n_tb), Some(tuned.n_tb));
             options.k_chunks = Some(measured_k_chunks(tuned));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
-use decdec::config::{ModelConfig, Projection};
+use decdec::config::ModelConfig;
 use decdec::quantize::{Calibration, Options, Refine, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
@@ -77,7 +77,7 @@ fn refine(args: &QuantizeArgs, config: &ModelConfig) -> Result<Refine> {
 
 /// What was tuned for this model, for each of its widths; of several devices, the first.
 fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[[usize; 4]; 2]> {
-    let shapes = Projection::ALL.map(|p| config.shape(0, p));
+    let shapes = config.shapes(0);
     let all = Tuned::read(path)?;
     let of_width = |bits| {
         let Some(tuned) = all.iter().find(|tuned| tuned.shapes == shapes && tuned.bits == bits) else {

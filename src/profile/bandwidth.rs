@@ -5,27 +5,21 @@ use anyhow::{Result, ensure};
 use crate::backend::GemvBackend;
 use crate::backend::record::Bandwidths;
 
-/// What [`by_products`] times: how long each takes and how many bytes it moves.
-pub struct Products<'a> {
-    /// Queues base products that read `base_bytes` of weights.
-    pub base: &'a mut dyn FnMut() -> Result<()>,
-    /// Bytes of weights.
-    pub base_bytes: usize,
-    /// Queues the same products with compensation that reads `residual_bytes`.
-    pub compensated: &'a mut dyn FnMut() -> Result<()>,
-    /// Bytes of residuals.
-    pub residual_bytes: usize,
-}
+/// Something to time: what queues it, and how many bytes that reads.
+pub type Queued<'a> = (&'a mut dyn FnMut() -> Result<()>, usize);
 
-/// Bandwidths as the products themselves reach them: weights per base time, residuals per time that heavy
-/// compensation adds. The least of five times each.
+/// Bandwidths as products themselves reach them: bytes of weights per time of the `base` products, bytes of residuals per
+/// time that heavy compensation of the same adds. The least of five times each.
 ///
 /// Where compensation adds nothing that can be measured, the host link counts as fast as device memory.
 ///
 /// # Errors
 /// What the device says.
-pub fn by_products<B: GemvBackend>(backend: &B, products: Products<'_>) -> Result<Bandwidths> {
-    let Products { base, base_bytes, compensated, residual_bytes } = products;
+pub fn by_products<B: GemvBackend>(
+    backend: &B,
+    (base, base_bytes): Queued<'_>,
+    (compensated, residual_bytes): Queued<'_>,
+) -> Result<Bandwidths> {
     let mut best = [f64::INFINITY; 2];
     for _ in 0..5 {
         best[0] = best[0].min(backend.time(base)?.as_secs_f64());

@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use crate::backend::{DeviceInfo, GemvBackend};
-use crate::config::{ModelConfig, Projection};
+use crate::config::Projection;
 use crate::dec::Selection;
 use crate::nsys::{self, Capture, Identity, Writer};
 use crate::weights::ModelWeights;
 
 pub use crate::backend::record::{Bandwidths, ByClock, Clock, Launch, Recorder};
-pub use bandwidth::{Products, by_products};
+pub use bandwidth::{Queued, by_products};
 pub use nsight::under_nsight;
 
 use sweep::Sweep;
@@ -204,9 +204,4 @@ fn may_resume<B: GemvBackend>(
         tracing::warn!("an interrupted sweep was taken with other options, it starts over");
     }
     same
-}
-
-/// `(in_features, out_features)` of the four projections.
-pub fn shapes(config: &ModelConfig) -> [(usize, usize); 4] {
-    Projection::ALL.map(|projection| config.shape(0, projection))
 }

@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::bandwidth::{Products, by_products};
-use super::{Options, grid, shapes};
+use super::bandwidth::by_products;
+use super::{Options, grid};
 use crate::backend::GemvBackend;
 use crate::backend::record::{Bandwidths, Launch, Recorder};
 use crate::config::Projection;
@@ -36,6 +36,15 @@ struct Step {
     token: usize,
     layer: usize,
     projection: Projection,
+}
+
+impl Step {
+    /// The lines of a launch, its compensation first.
+    fn kernels(self, launch: Launch, role: Role, k_chunk: usize) -> impl Iterator<Item = (Line, KernelRecord)> {
+        let line = |kernel, record| (Line { role, kernel }, record);
+        let dec = launch.dec.map(|dec| line(Kernel::Dec(k_chunk), dec));
+        dec.into_iter().chain([line(Kernel::Gemv(self.projection), launch.gemv)])
+    }
 }
 
 /// Everything that a sweep needs on the device.
@@ -77,10 +86,9 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         let mut upload = |&layer| upload(backend, weights, layer, &mut fingerprint);
         let layers: Vec<_> = fitting.iter().take(turns).map(&mut upload).collect::<Result<_>>()?;
         let fingerprint = fingerprint.digits();
-        let shapes = shapes(config);
+        let shapes = config.shapes(0);
         let inputs = (0..options.tokens.min(INPUTS)).map(|i| inputs(backend, &layers[0], i)).collect::<Result<_>>()?;
-        let [a, b, c, d] = shapes.map(|(_, outputs)| backend.vector(outputs));
-        let outputs = [a?, b?, c?, d?];
+        let outputs = Projection::each(|p| backend.vector(shapes[p.index()].1))?;
         Ok(Self { backend, recorder, options, shapes, layers, inputs, outputs, layer_bytes, fingerprint })
     }
 
@@ -135,15 +143,8 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         let module = Projection::GateUp.index();
         let plans = self.plans([n_tb; 4], HEAVY_K_CHUNK)?;
         let layers = self.layers.len();
-        let selected = DecPlan::new(
-            self.shapes[module].0,
-            self.shapes[module].1,
-            &self.layers[0].thresholds[module],
-            HEAVY_K_CHUNK,
-            n_tb,
-            self.options.selection,
-        )?
-        .selected();
+        let ((inputs, outputs), thresholds) = (self.shapes[module], &self.layers[0].thresholds[module]);
+        let plan = DecPlan::new(inputs, outputs, thresholds, HEAVY_K_CHUNK, n_tb, self.options.selection)?;
         let (backend, all, x) = (self.backend, &self.layers, &self.inputs[0][module]);
         let y = std::cell::RefCell::new(&mut self.outputs[module]);
         let mut base =
@@ -154,15 +155,8 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
                 backend.dec_gemv(&layer.matrices[module], &plans[module], x, &mut y.borrow_mut())
             })
         };
-        by_products(
-            backend,
-            Products {
-                base: &mut base,
-                base_bytes: layers * self.layer_bytes[module],
-                compensated: &mut compensated,
-                residual_bytes: layers * selected * self.shapes[module].1 / 2,
-            },
-        )
+        let residual_bytes = layers * plan.selected() * outputs / 2;
+        by_products(backend, (&mut base, layers * self.layer_bytes[module]), (&mut compensated, residual_bytes))
     }
 
     /// Measures what `writer` does not have yet.
@@ -200,12 +194,8 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         for role in [Role::Compile, Role::Warmup] {
             let steps = Projection::ALL.map(|projection| Step { token: 0, layer: 0, projection });
             for launches in [self.launch(&steps, None)?, self.launch(&steps, Some(([n_tb; 4], 1)))?] {
-                for (step, launch) in steps.iter().zip(launches) {
-                    if let Some(dec) = launch.dec {
-                        kernels.push((Line { role, kernel: Kernel::Dec(1) }, dec));
-                    }
-                    kernels.push((Line { role, kernel: Kernel::Gemv(step.projection) }, launch.gemv));
-                }
+                let launched = steps.iter().zip(launches);
+                kernels.extend(launched.flat_map(|(step, launch)| step.kernels(launch, role, 1)));
             }
         }
         Ok(kernels)
@@ -223,10 +213,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         let mut kernels = Vec::with_capacity(2 * steps.len());
         for (i, (step, launch)) in steps.iter().zip(launches).enumerate() {
             let role = if k_chunk == 0 { Role::Standalone } else { Role::Concurrent(first_pair + i) };
-            if let Some(dec) = launch.dec {
-                kernels.push((Line { role, kernel: Kernel::Dec(k_chunk) }, dec));
-            }
-            kernels.push((Line { role, kernel: Kernel::Gemv(step.projection) }, launch.gemv));
+            kernels.extend(step.kernels(launch, role, k_chunk));
         }
         Ok(kernels)
     }
@@ -269,14 +256,14 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
 
     /// Plans for every layer and projection.
     fn plans(&self, n_tbs: [usize; 4], k_chunk: usize) -> Result<Vec<[B::Plan; 4]>> {
-        let plan = |layer: &Layer<B>, module: usize| {
+        let plan = |layer: &Layer<B>, projection: Projection| {
+            let module = projection.index();
             let (inputs, outputs) = self.shapes[module];
             let thresholds = &layer.thresholds[module];
             let plan = DecPlan::new(inputs, outputs, thresholds, k_chunk, n_tbs[module], self.options.selection)?;
             self.backend.plan(&layer.matrices[module], &plan)
         };
-        let of_layer = |layer| Ok([plan(layer, 0)?, plan(layer, 1)?, plan(layer, 2)?, plan(layer, 3)?]);
-        self.layers.iter().map(of_layer).collect()
+        self.layers.iter().map(|layer| Projection::each(|projection| plan(layer, projection))).collect()
     }
 }
 
@@ -287,25 +274,26 @@ fn upload<B: GemvBackend>(
     layer: usize,
     fingerprint: &mut Fingerprint,
 ) -> Result<Layer<B>> {
-    let mut read = |projection: Projection| -> Result<(B::Matrix, Vec<f32>)> {
+    let mut thresholds = [const { Vec::new() }; 4];
+    let matrices = Projection::each(|projection| {
         let linear = weights.projection(layer, projection)?;
-        let Linear { residual: Some(_), thresholds: Some(thresholds), .. } = &linear else {
+        let Linear { residual: Some(_), thresholds: Some(own), .. } = &linear else {
             anyhow::bail!(
                 "layer {layer}, {projection} has no residual or no thresholds: make them first, or profile random:SEED"
             );
         };
         fingerprint.linear(&linear);
-        Ok((backend.matrix(&linear)?, thresholds.to_vec()))
-    };
-    let [qkv, o, gu, d] = Projection::ALL.map(&mut read);
-    let ((qkv, t0), (o, t1), (gu, t2), (d, t3)) = (qkv?, o?, gu?, d?);
-    Ok(Layer { matrices: [qkv, o, gu, d], thresholds: [t0, t1, t2, t3] })
+        thresholds[projection.index()] = own.to_vec();
+        backend.matrix(&linear)
+    })?;
+    Ok(Layer { matrices, thresholds })
 }
 
 /// Inputs whose magnitudes are those of calibration, shuffled and signed at random, so that selection finds in
 /// its buckets what it finds when decoding.
 fn inputs<B: GemvBackend>(backend: &B, layer: &Layer<B>, seed: usize) -> Result<[B::Vector; 4]> {
-    let [a, b, c, d] = layer.thresholds.each_ref().map(|thresholds| {
+    Projection::each(|projection| {
+        let thresholds = &layer.thresholds[projection.index()];
         let random = draws(seed as u64, 2 * thresholds.len());
         let (order, signs) = random.split_at(thresholds.len());
         let mut shuffled: Vec<usize> = (0..thresholds.len()).collect();
@@ -316,9 +304,8 @@ fn inputs<B: GemvBackend>(backend: &B, layer: &Layer<B>, seed: usize) -> Result<
         let values: Vec<f32> = shuffled.into_iter().map(signed).collect();
         let mut vector = backend.vector(values.len())?;
         backend.write(&values, &mut vector)?;
-        Ok::<_, anyhow::Error>(vector)
-    });
-    Ok([a?, b?, c?, d?])
+        Ok(vector)
+    })
 }
 
 fn progress(configurations: u64) -> ProgressBar {

@@ -197,7 +197,7 @@ impl Compensated {
         let all = gemm::Parallelism::Rayon(0);
         let mut d_x = vec![0.0; tokens * n];
         let (rows, w) = (Strided { values: d, row: m, column: 1 }, Strided { values: weight, row: n, column: 1 });
-        multiply(tokens, n, m, 1.0, rows, w, &mut d_x, all);
+        multiply([tokens, n, m], rows, w, &mut d_x, all);
         let each = d_x.par_chunks_exact_mut(n).zip(x.par_chunks_exact_mut(n)).zip(d.par_chunks_exact(m));
         each.enumerate().for_each(|(t, ((d_x, x), d))| {
             for &k in taken.of(t) {
@@ -207,7 +207,7 @@ impl Compensated {
         });
         let mut d_w = vec![0.0; m * n];
         let (columns, x) = (Strided { values: d, row: 1, column: m }, Strided { values: &x, row: n, column: 1 });
-        multiply(m, n, tokens, 1.0, columns, x, &mut d_w, all);
+        multiply([m, n, tokens], columns, x, &mut d_w, all);
         (d_x, d_w)
     }
 }
@@ -371,8 +371,8 @@ fn head_back(
         let (count, len) = (d_queries.len() / d, first + d_queries.len() / d);
         let (queries, d_out) = (queries.below(first), d_out.below(first));
         let (scores, d_scores) = (&mut scores[..count * len], &mut d_scores[..count * len]);
-        multiply(count, len, d, 1.0, queries, across(keys), scores, one);
-        multiply(count, len, d, 1.0, d_out, across(values), d_scores, one);
+        multiply([count, len, d], queries, across(keys), scores, one);
+        multiply([count, len, d], d_out, across(values), d_scores, one);
         for (i, (row, d_row)) in scores.chunks_exact_mut(len).zip(d_scores.chunks_exact_mut(len)).enumerate() {
             let seen = seen(attention, first + i);
             let (p, d_p, slopes) = (&mut row[seen.clone()], &mut d_row[seen.clone()], &mut slopes[seen.clone()]);
@@ -388,9 +388,9 @@ fn head_back(
         }
         let scores = Strided { values: scores, row: len, column: 1 };
         let d_scores = Strided { values: d_scores, row: len, column: 1 };
-        multiply(count, d, len, 1.0, d_scores, keys, d_queries, one);
-        accumulate(len, d, count, 1.0, across(d_scores), queries, &mut d_keys[..len * d], one);
-        accumulate(len, d, count, 1.0, across(scores), d_out, &mut d_values[..len * d], one);
+        multiply([count, d, len], d_scores, keys, d_queries, one);
+        accumulate([len, d, count], across(d_scores), queries, &mut d_keys[..len * d], one);
+        accumulate([len, d, count], across(scores), d_out, &mut d_values[..len * d], one);
     }
 }
 

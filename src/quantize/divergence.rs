@@ -35,7 +35,7 @@ impl LmHead<'_> {
             self.each_rows(|start, rows| {
                 let d = Strided { values: &q[start..], row: vocab, column: 1 };
                 let (count, rows) = (rows.len() / n, Strided { values: rows, row: n, column: 1 });
-                accumulate(h.len() / n, n, count, 1.0, d, rows, &mut d_x, gemm::Parallelism::Rayon(0));
+                accumulate([h.len() / n, n, count], d, rows, &mut d_x, gemm::Parallelism::Rayon(0));
             });
             norm_back(h, &self.final_norm, self.eps, &d_x, d);
         }

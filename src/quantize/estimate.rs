@@ -69,11 +69,6 @@ pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
     })
 }
 
-/// Channels and rows of a layer's projections.
-fn shapes(config: &ModelConfig, layer: usize) -> [(usize, usize); 4] {
-    Projection::ALL.map(|projection| config.shape(layer, projection))
-}
-
 /// The most that any layer needs.
 fn most(config: &ModelConfig, of: impl Fn(usize) -> usize) -> usize {
     (0..config.layers.len()).map(of).max().unwrap_or(0)
@@ -96,7 +91,7 @@ fn layer_bytes(config: &ModelConfig, layer: usize, manifest: &Manifest) -> (usiz
     let norms: usize = config.layers[layer].norms(config.hidden_size).iter().map(|(_, len)| len).sum();
     let mut codes = (4 * norms) as f64;
     let mut residuals = 0;
-    for (inputs, outputs) in shapes(config, layer) {
+    for (inputs, outputs) in config.shapes(layer) {
         codes += bits / 8.0 * (inputs * outputs) as f64;
         codes += match manifest.group_size {
             None => {
@@ -125,7 +120,7 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
 /// What quantizing one layer takes besides the residual stream.
 fn layer_memory(config: &ModelConfig, layer: usize, options: &Options, manifest: &Manifest) -> usize {
     let tokens = options.calibration.samples() * options.calibration.seq_len();
-    let (shapes, weights) = (shapes(config, layer), sample::layer_weights(config, layer));
+    let (shapes, weights) = (config.shapes(layer), sample::layer_weights(config, layer));
     let copies = if manifest.backend.is_grouped() && options.awq { 2 } else { 1 };
     let inputs = copies * 4 * tokens * shapes.iter().map(|s| s.0).sum::<usize>();
     let largest = shapes.iter().map(|s| s.0 * s.1).max().unwrap_or(0);
@@ -179,11 +174,11 @@ pub(super) fn ensure_memory(config: &ModelConfig, options: &Options, manifest: &
 fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let seq_len = options.calibration.seq_len();
     let truth = 4 * options.calibration.samples() * seq_len * config.hidden_size;
-    let rows = sum(config, |layer| shapes(config, layer).iter().map(|s| s.1).sum());
+    let rows = sum(config, |layer| config.shapes(layer).iter().map(|s| s.1).sum());
     let codebooks = 3 * 4 * (rows << manifest.bits.high());
     let traces = seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
     let layer = most(config, |layer| {
-        let tokens = 2 * 4 * seq_len * shapes(config, layer).iter().map(|s| s.0 + s.1).sum::<usize>();
+        let tokens = 2 * 4 * seq_len * config.shapes(layer).iter().map(|s| s.0 + s.1).sum::<usize>();
         (1 + 4 + 4 + 4) * sample::layer_weights(config, layer) + tokens
     });
     let rows_of_head = 4 * HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
@@ -211,7 +206,7 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     if options.refine != Refine::None {
         let tokens = (texts * seq_len) as f64;
         // The Hessian of `n` channels takes `tokens·n²` multiply-adds.
-        let hessians = tokens * sum(config, |layer| shapes(config, layer).iter().map(|s| s.0.pow(2)).sum()) as f64;
+        let hessians = tokens * sum(config, |layer| config.shapes(layer).iter().map(|s| s.0.pow(2)).sum()) as f64;
         let each = config.projections().map(|(layer, p)| config.shape(layer, p));
         let refining: f64 = each.map(|(channels, rows)| refine_products(rows, channels)).sum();
         seconds += widths * (sample.product()? * hessians + sample.fit(manifest)? * refining);
@@ -224,7 +219,7 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
         // In the end residuals are made anew.
         seconds += weights * sample.residual()?;
     }
-    let channels = sum(config, |layer| shapes(config, layer).iter().map(|s| s.0).sum());
+    let channels = sum(config, |layer| config.shapes(layer).iter().map(|s| s.0).sum());
     seconds += widths * (texts * seq_len * channels) as f64 * sample.statistics()?;
     if manifest.bits.is_mixed() {
         let (mixed_texts, tokens) = mixed::windows(&options.calibration);
@@ -275,13 +270,12 @@ fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
     let layer = Layer { config: config.layers[0].clone(), norms, linears };
     let layer = Compensated { layer, originals, k_chunks };
     let (ropes, h) = (Ropes::new(&config, tokens), numbers(tokens * config.hidden_size));
-    let seconds = fastest(|| {
+    fastest(tokens * sample::layer_weights(&config, 0), || {
         let (mut h, mut d) = (h.clone(), h.clone());
         let (trace, _) = layer.forward(&config, &ropes, 1, &mut h)?;
         layer.backward(&config, &ropes, 1, trace, &mut d);
         Ok(())
-    })?;
-    Ok(seconds / (tokens * sample::layer_weights(&config, 0)) as f64)
+    })
 }
 
 /// Seconds for a token and a weight of the head, which speaks for both models and takes the derivative back.
@@ -292,11 +286,10 @@ fn learn_head(config: &ModelConfig) -> Result<f64> {
     let softcap = config.logit_softcap.map(|cap| cap as f32);
     let head = LmHead { weight: &head, final_norm: vec![1.0; n], eps: config.stream_eps(), softcap };
     let (truth, h) = (sampling::draws(2, tokens * n), sampling::draws(3, tokens * n));
-    let seconds = fastest(|| {
+    fastest(tokens * WORDS * n, || {
         head.divergence(&truth, &h);
         Ok(())
-    })?;
-    Ok(seconds / (tokens * WORDS * n) as f64)
+    })
 }
 
 /// A small matrix and what may enter it.
@@ -315,21 +308,19 @@ impl Sample {
     /// Seconds for a token and a weight.
     fn product(&self) -> Result<f64> {
         let mut y = vec![0.0; TOKENS * ROWS];
-        let seconds = fastest(|| {
+        fastest(TOKENS * CHANNELS * ROWS, || {
             product(&self.x, &self.linear.weight, CHANNELS, &mut y);
             Ok(())
-        })?;
-        Ok(seconds / (TOKENS * CHANNELS * ROWS) as f64)
+        })
     }
 
     /// Seconds to learn from one number that enters a projection.
     fn statistics(&self) -> Result<f64> {
-        let seconds = fastest(|| {
+        fastest(TOKENS * CHANNELS, || {
             calibrate::energy(&self.x, CHANNELS);
             calibrate::thresholds(&self.x, CHANNELS);
             Ok(())
-        })?;
-        Ok(seconds / (TOKENS * CHANNELS) as f64)
+        })
     }
 
     /// Seconds for a multiply-add of refining, from [`refine_products`], with all that is not one.
@@ -340,7 +331,7 @@ impl Sample {
         let mut hessian = Hessian::of(&self.x, CHANNELS);
         hessian.damp();
         let seconds = |effort: Effort| {
-            fastest(|| match manifest.group_size {
+            fastest(1, || match manifest.group_size {
                 None => sqllm::refined(&linear, bits, &hessian, effort).map(drop),
                 Some(_) => awq::refined(&linear, bits, GROUP, None, &hessian, effort).map(drop),
             })
@@ -354,22 +345,20 @@ impl Sample {
     fn learn_weight(&self, manifest: &Manifest) -> Result<f64> {
         let bits = manifest.bits.high() as usize;
         let weight = sqllm::quantize(&self.linear, bits, &[1.0; CHANNELS])?;
-        let seconds = fastest(|| polish::time_step(&weight, &self.linear))?;
-        Ok(seconds / (CHANNELS * ROWS) as f64)
+        fastest(CHANNELS * ROWS, || polish::time_step(&weight, &self.linear))
     }
 
     /// Seconds to make a weight's residual.
     fn residual(&self) -> Result<f64> {
         let weight = sqllm::quantize(&self.linear, 2, &[1.0; CHANNELS])?;
-        let seconds = fastest(|| super::residual(&self.linear, &weight, &[1.0; CHANNELS]).map(drop))?;
-        Ok(seconds / (CHANNELS * ROWS) as f64)
+        fastest(CHANNELS * ROWS, || super::residual(&self.linear, &weight, &[1.0; CHANNELS]).map(drop))
     }
 
     /// Seconds to quantize a weight, AWQ's search included.
     fn quantize(&self, options: &Options, manifest: &Manifest) -> Result<f64> {
         let bits = manifest.bits.high() as usize;
         let awq = options.awq.then_some(&self.x[..]);
-        let seconds = fastest(|| {
+        fastest(CHANNELS * ROWS, || {
             let weight = match manifest.group_size {
                 None => sqllm::quantize(&self.linear, bits, &calibrate::energy(&self.x, CHANNELS))?,
                 Some(_) => {
@@ -380,20 +369,19 @@ impl Sample {
                 }
             };
             finish(&self.linear, &self.x, weight, &[1.0; CHANNELS]).map(drop)
-        })?;
-        Ok(seconds / (CHANNELS * ROWS) as f64)
+        })
     }
 }
 
-/// The shortest of three runs.
-fn fastest(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+/// Seconds of the shortest of three runs, for each of the `count` things that it works on.
+fn fastest(count: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let start = Instant::now();
         work()?;
         best = best.min(start.elapsed().as_secs_f64());
     }
-    Ok(best)
+    Ok(best / count as f64)
 }
 
 #[cfg(test)]

@@ -75,8 +75,8 @@ impl Layer {
         norms: Norms,
         projection: impl Fn(Projection) -> Result<Linear<'a>>,
     ) -> Result<Self> {
-        let [qkv, o, gate_up, down] = Projection::ALL.map(|p| projection(p).map(|linear| Affine::new(&linear)));
-        Ok(Self { config, norms, linears: [qkv?, o?, gate_up?, down?] })
+        let linears = Projection::each(|p| projection(p).map(|linear| Affine::new(&linear)))?;
+        Ok(Self { config, norms, linears })
     }
 
     /// The projection's matrix.
@@ -302,7 +302,7 @@ impl History<'_> {
         let mut scores = vec![0.0; count * len];
         let q = Strided { values: queries, row: stride, column: 1 };
         let keys = Strided { values: self.keys, row: 1, column: self.stride };
-        multiply(count, len, d, 1.0, q, keys, &mut scores, gemm::Parallelism::None);
+        multiply([count, len, d], q, keys, &mut scores, gemm::Parallelism::None);
         for (i, row) in scores.chunks_exact_mut(len).enumerate() {
             let seen = seen(self.attention, position + i);
             row[..seen.start].fill(0.0);
@@ -312,7 +312,7 @@ impl History<'_> {
         }
         let values = Strided { values: self.values, row: self.stride, column: 1 };
         let scores = Strided { values: &scores, row: len, column: 1 };
-        multiply(count, d, len, 1.0, scores, values, out, gemm::Parallelism::None);
+        multiply([count, d, len], scores, values, out, gemm::Parallelism::None);
     }
 }
 

@@ -104,7 +104,7 @@ impl Hessian {
             let transposed = Strided { values: x, row: 1, column: channels };
             let plain = Strided { values: x, row: channels, column: 1 };
             let tokens = x.len() / channels;
-            accumulate(channels, channels, tokens, 1.0, transposed, plain, values, gemm::Parallelism::Rayon(0));
+            accumulate([channels, channels, tokens], transposed, plain, values, gemm::Parallelism::Rayon(0));
         }
     }
 

@@ -101,22 +101,37 @@ impl Job<'_> {
         bits: &[u32],
         make: impl Fn(usize, &Layer, &Inputs) -> Result<Made<'a>>,
     ) -> Result<()> {
+        let widths = |index: usize, _: &Layer| Ok(vec![bits[index]]);
+        self.each_layer(ids, LAYER_WORK, widths, |index, _, layer, inputs| make(index, layer, inputs))
+    }
+
+    /// Makes every layer that is not finished in each of its `widths`; `work` is the progress that a layer is worth.
+    fn each_layer<'a>(
+        &self,
+        ids: &[u32],
+        work: u64,
+        widths: impl Fn(usize, &Layer) -> Result<Vec<u32>>,
+        make: impl Fn(usize, u32, &Layer, &Inputs) -> Result<Made<'a>>,
+    ) -> Result<()> {
         let config = self.source.config();
         let ropes = Ropes::new(config, self.options.calibration.seq_len());
         let (first, mut activations) = self.activations(ids)?;
-        self.progress.inc(first as u64 * (self.tokens() + LAYER_WORK));
+        self.progress.inc(first as u64 * (self.tokens() + work));
         self.progress.reset_eta();
-        for (index, &bits) in bits.iter().enumerate().skip(first) {
+        for index in first..config.layers.len() {
+            let of_layer = || format!("layer {index}");
             self.progress.set_message(format!("layer {} of {}", index + 1, config.layers.len()));
-            let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
-            let missing = !self.writer.has_layer(index, bits);
-            let inputs = activations.advance(config, &layer, &ropes, missing, self.stop, self.progress);
-            let inputs = inputs.with_context(|| format!("layer {index}"))?;
-            if missing {
-                let (norms, linears) = make(index, &layer, &inputs).with_context(|| format!("layer {index}"))?;
+            let layer = Layer::read(self.source, index).with_context(of_layer)?;
+            let mut missing = widths(index, &layer)?;
+            missing.retain(|&bits| !self.writer.has_layer(index, bits));
+            let inputs = activations.advance(config, &layer, &ropes, !missing.is_empty(), self.stop, self.progress);
+            let inputs = inputs.with_context(of_layer)?;
+            for bits in missing {
+                super::ensure_running(self.stop)?;
+                let (norms, linears) = make(index, bits, &layer, &inputs).with_context(of_layer)?;
                 self.writer.write_layer(config, (index, bits), &norms, &linears)?;
             }
-            self.progress.inc(LAYER_WORK);
+            self.progress.inc(work);
             self.keep(index + 1, &activations)?;
         }
         Ok(())
@@ -144,31 +159,13 @@ impl Job<'_> {
 
     /// Quantizes every layer that is not finished, at every bit width that is needed.
     pub(super) fn layers(&self, ids: &[u32]) -> Result<()> {
-        let config = self.source.config();
-        let seq_len = self.options.calibration.seq_len();
-        let ropes = Ropes::new(config, seq_len);
-        let widths = if self.manifest.bits.is_mixed() { 2 } else { 1 };
-        let widths = (self.manifest.bits.low()..).take(widths);
-        let (first, mut activations) = self.activations(ids)?;
-        self.progress.inc(first as u64 * (self.tokens() + self.layer_work()));
-        self.progress.reset_eta();
-        for index in first..config.layers.len() {
-            self.progress.set_message(format!("layer {} of {}", index + 1, config.layers.len()));
-            let layer = Layer::read(self.source, index).with_context(|| format!("layer {index}"))?;
-            ensure_storable(config, index, &layer)?;
-            let missing: Vec<u32> = widths.clone().filter(|&bits| !self.writer.has_layer(index, bits)).collect();
-            let inputs = activations.advance(config, &layer, &ropes, !missing.is_empty(), self.stop, self.progress);
-            let inputs = inputs.with_context(|| format!("layer {index}"))?;
-            for &bits in &missing {
-                super::ensure_running(self.stop)?;
-                let (norms, linears) =
-                    super::quantize_layer(self, bits, &layer, &inputs).with_context(|| format!("layer {index}"))?;
-                self.writer.write_layer(config, (index, bits), &norms, &linears)?;
-            }
-            self.progress.inc(self.layer_work());
-            self.keep(index + 1, &activations)?;
-        }
-        Ok(())
+        let widths = |index: usize, layer: &Layer| {
+            ensure_storable(self.source.config(), index, layer)?;
+            Ok((self.manifest.bits.low()..=self.manifest.bits.high()).collect())
+        };
+        self.each_layer(ids, self.layer_work(), widths, |_, bits, layer, inputs| {
+            super::quantize_layer(self, bits, layer, inputs)
+        })
     }
 
     /// The next layer and what enters it.

@@ -326,7 +326,7 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
     if let (Some(group_size), true) = (group_size, awq) {
         awq::scale(layer.to_mut(), inputs.to_mut(), bits, group_size);
     }
-    let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
+    let linears = Projection::each(|projection| {
         ensure_running(job.stop)?;
         let (linear, x) = (layer.linear(projection), &inputs[projection.index()]);
         if let Some(fit) = Fit::new(job, bits, projection) {
@@ -337,8 +337,8 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
             Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(&x[..]))?,
         };
         finish(linear, x, weight, &vec![1.0; linear.in_features])
-    });
-    Ok((layer.norms.clone(), [qkv?, o?, gate_up?, down?]))
+    })?;
+    Ok((layer.norms.clone(), linears))
 }
 
 /// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in.
@@ -365,9 +365,8 @@ fn lost(linear: &Affine, weight: &Weight<'_>) -> Vec<f32> {
 
 /// What stays as it is. Single precision becomes half precision where that only rounds.
 fn unquantized(source: &dyn ModelWeights) -> Result<Unquantized<'_>> {
-    let embedding = halved(source.embedding()?);
-    let head = source.head()?.map(halved);
-    Ok(Unquantized { embedding, head, final_norm: source.final_norm()? })
+    let rest = Unquantized::of(source)?;
+    Ok(Unquantized { embedding: halved(rest.embedding), head: rest.head.map(halved), ..rest })
 }
 
 /// The same in half precision, unless a row would overflow or vanish: the norm behind an embedding makes up for any

@@ -3,10 +3,7 @@
 /// Overwrites `y` `[tokens, out_features]` with `x · Wᵀ`, for `x` `[tokens, depth]` and `w` `[out_features,
 /// depth]`, on all cores.
 pub(crate) fn product(x: &[f32], w: &[f32], depth: usize, y: &mut [f32]) {
-    let (tokens, out_features) = (x.len() / depth, w.len() / depth);
-    let x = Strided { values: x, row: depth, column: 1 };
-    let w = Strided { values: w, row: 1, column: depth };
-    multiply(tokens, out_features, depth, 1.0, x, w, y, gemm::Parallelism::Rayon(0));
+    product_beside(x, w, depth, y, w.len() / depth);
 }
 
 /// A matrix: element `(i, j)` is `values[i · row + j · column]`.
@@ -28,19 +25,10 @@ impl Strided<'_> {
     }
 }
 
-/// Overwrites `y`, row-major `[m, n]`, with `scale · a · b` for `a` `[m, depth]` and `b` `[depth, n]`.
-#[allow(clippy::too_many_arguments, reason = "a matrix product: three sizes, a factor, three matrices")]
-pub(crate) fn multiply(
-    m: usize,
-    n: usize,
-    depth: usize,
-    scale: f32,
-    a: Strided<'_>,
-    b: Strided<'_>,
-    y: &mut [f32],
-    parallelism: gemm::Parallelism,
-) {
-    general_product([m, n, depth], scale, a, b, (y, n), false, parallelism);
+/// Overwrites `y`, row-major `[m, n]`, with `a · b` for `a` `[m, depth]` and `b` `[depth, n]`; sizes are `[m, n, depth]`.
+pub(crate) fn multiply(sizes: [usize; 3], a: Strided<'_>, b: Strided<'_>, y: &mut [f32], on: gemm::Parallelism) {
+    let row = sizes[1];
+    general_product(sizes, a, b, (y, row), false, on);
 }
 
 /// Overwrites the columns of `y`, a row-major matrix of `row` columns, from the first on with `x · Wᵀ`, for `x` `[tokens,
@@ -49,27 +37,17 @@ pub(crate) fn product_beside(x: &[f32], w: &[f32], depth: usize, y: &mut [f32], 
     let (tokens, columns) = (x.len() / depth, w.len() / depth);
     let x = Strided { values: x, row: depth, column: 1 };
     let w = Strided { values: w, row: 1, column: depth };
-    general_product([tokens, columns, depth], 1.0, x, w, (y, row), false, gemm::Parallelism::Rayon(0));
+    general_product([tokens, columns, depth], x, w, (y, row), false, gemm::Parallelism::Rayon(0));
 }
 
 /// The same, added to `y`.
-#[allow(clippy::too_many_arguments, reason = "a matrix product: three sizes, a factor, three matrices")]
-pub(crate) fn accumulate(
-    m: usize,
-    n: usize,
-    depth: usize,
-    scale: f32,
-    a: Strided<'_>,
-    b: Strided<'_>,
-    y: &mut [f32],
-    parallelism: gemm::Parallelism,
-) {
-    general_product([m, n, depth], scale, a, b, (y, n), true, parallelism);
+pub(crate) fn accumulate(sizes: [usize; 3], a: Strided<'_>, b: Strided<'_>, y: &mut [f32], on: gemm::Parallelism) {
+    let row = sizes[1];
+    general_product(sizes, a, b, (y, row), true, on);
 }
 
 fn general_product(
     [m, n, depth]: [usize; 3],
-    scale: f32,
     a: Strided<'_>,
     b: Strided<'_>,
     (y, row): (&mut [f32], usize),
@@ -104,7 +82,7 @@ fn general_product(
             stride(b.column),
             stride(b.row),
             keep,
-            scale,
+            1.0,
             false,
             false,
             false,

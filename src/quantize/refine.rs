@@ -116,7 +116,7 @@ impl<'a, G: Grid> Block<'a, G> {
         let n = self.hessian.channels;
         let mut y = vec![0.0; x.len()];
         let rows = Strided { values: x, row: n, column: 1 };
-        multiply(x.len() / n, n, n, 1.0, rows, self.hessian.strided(), &mut y, gemm::Parallelism::None);
+        multiply([x.len() / n, n, n], rows, self.hessian.strided(), &mut y, gemm::Parallelism::None);
         y
     }
 
@@ -193,7 +193,7 @@ impl<'a, G: Grid> Block<'a, G> {
                     if by != 0.0 {
                         any = true;
                         (self.codes[at], self.q[at]) = (code, value);
-                        moved[row * width + k] = by;
+                        moved[row * width + k] = -by;
                         local.iter_mut().zip(h).for_each(|(g, h)| *g -= by * h);
                     }
                 }
@@ -201,7 +201,7 @@ impl<'a, G: Grid> Block<'a, G> {
             if any {
                 let moved = Strided { values: &moved, row: width, column: 1 };
                 let h = Strided { values: &self.hessian.values[first * n..], row: n, column: 1 };
-                accumulate(rows, n, width, -1.0, moved, h, &mut self.gradient, gemm::Parallelism::None);
+                accumulate([rows, n, width], moved, h, &mut self.gradient, gemm::Parallelism::None);
             }
         }
     }

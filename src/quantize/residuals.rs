@@ -108,8 +108,7 @@ pub fn residuals(
     job.layers_once(&ids, &bits, |index, layer, inputs| complete(original, quantized, index, layer, inputs, stop))?;
     progress.set_message("writing");
     // Embedding and head are the quantized model's own.
-    let rest =
-        Unquantized { embedding: quantized.embedding()?, head: quantized.head()?, final_norm: quantized.final_norm()? };
+    let rest = Unquantized::of(quantized)?;
     writer.finish(config, &manifest, &bits, &rest, texts)?;
     progress.finish_and_clear();
     Ok(Report { manifest, bits, divergences: Vec::new(), tokens: ids.len(), elapsed: start.elapsed() })
@@ -196,8 +195,7 @@ impl<'a, 'b> Pair<'a, 'b> {
         mut inputs: Cow<'b, Inputs>,
     ) -> Result<Self> {
         let norms = quantized.norms(index)?;
-        let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| quantized.projection(index, projection));
-        let linears = [qkv?, o?, gate_up?, down?];
+        let linears = Projection::each(|projection| quantized.projection(index, projection))?;
         ensure_same_norms(original.config(), index, &layer, &norms)?;
         let mut feeding = Projection::ALL.iter().filter_map(|&p| layer.config.norm_before(p)).peekable();
         // Where no norm feeds a projection, none can tell whether anything is scaled.

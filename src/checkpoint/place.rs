@@ -291,10 +291,9 @@ fn ensure_ours(partial: &Path) -> Result<()> {
 }
 
 fn lock(partial: &Path) -> Result<Lock> {
-    match Lock::take(&partial.join(LOCK))? {
-        Some(lock) => Ok(lock),
-        None => bail!("another process is writing {}, wait for it or choose another --out", partial.display()),
-    }
+    Lock::take(&partial.join(LOCK))?.with_context(|| {
+        format!("another process is writing {}, wait for it or choose another --out", partial.display())
+    })
 }
 
 /// Removes a checkpoint of ours, if there is one. What else is in it came while it was replaced, and is named.

@@ -55,31 +55,30 @@ impl<'a> Fields<'a> {
         self.json.get(key).filter(|v| !v.is_null())
     }
 
+    /// A field that `read` makes something of; `wanted` says what is expected.
+    fn read<T>(self, key: &str, wanted: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.present(key) else { return Ok(None) };
+        read(value).map(Some).with_context(|| format!("{key} is {value}, {wanted} is expected"))
+    }
+
     pub(super) fn text(self, key: &str) -> Result<Option<&'a str>> {
-        let value = self.present(key);
-        value.map(|v| v.as_str().with_context(|| format!("{key} is {v}, a string is expected"))).transpose()
+        self.read(key, "a string", Value::as_str)
     }
 
     pub(super) fn boolean(self, key: &str) -> Result<Option<bool>> {
-        let value = self.present(key);
-        value.map(|v| v.as_bool().with_context(|| format!("{key} is {v}, true or false is expected"))).transpose()
+        self.read(key, "true or false", Value::as_bool)
     }
 
     pub(super) fn integer(self, key: &str) -> Result<Option<u64>> {
-        let value = self.present(key);
-        value.map(|v| v.as_u64().with_context(|| format!("{key} is {v}, a whole number is expected"))).transpose()
+        self.read(key, "a whole number", Value::as_u64)
     }
 
     pub(super) fn positive(self, key: &str) -> Result<Option<f64>> {
-        let Some(value) = self.present(key) else { return Ok(None) };
-        let number = value.as_f64().filter(|n| *n > 0.0);
-        number.map(Some).with_context(|| format!("{key} is {value}, a number above 0 is expected"))
+        self.read(key, "a number above 0", |value| value.as_f64().filter(|n| *n > 0.0))
     }
 
     pub(super) fn not_negative(self, key: &str) -> Result<Option<f64>> {
-        let Some(value) = self.present(key) else { return Ok(None) };
-        let number = value.as_f64().filter(|n| *n >= 0.0);
-        number.map(Some).with_context(|| format!("{key} is {value}, a number of 0 or more is expected"))
+        self.read(key, "a number of 0 or more", |value| value.as_f64().filter(|n| *n >= 0.0))
     }
 
     pub(super) fn optional_dimension(self, key: &str) -> Result<Option<usize>> {

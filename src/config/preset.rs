@@ -43,23 +43,32 @@ impl ModelConfig {
     }
 }
 
-fn llama_3(layers: usize, heads: usize, hidden: usize, intermediate: usize) -> Value {
-    json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+/// A decoder of `[layers, heads, heads of keys and values, hidden size, intermediate size]`, with `more` fields.
+fn decoder(class: &str, model_type: &str, sizes: [usize; 5], more: &Value) -> Value {
+    let [layers, heads, kv_heads, hidden, intermediate] = sizes;
+    let common = json!({
+        "architectures": [class],
+        "model_type": model_type,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": 8,
+        "num_key_value_heads": kv_heads,
+    });
+    merged(common, more)
+}
+
+fn llama_3(layers: usize, heads: usize, hidden: usize, intermediate: usize) -> Value {
+    let more = json!({
         "vocab_size": 128_256,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500_000.0,
         "max_position_embeddings": 8192,
         "bos_token_id": 128_000,
         "eos_token_id": [128_001, 128_009],
-    })
+    });
+    decoder("LlamaForCausalLM", "llama", [layers, heads, 8, hidden, intermediate], &more)
 }
 
 fn llama_3_2(layers: usize, heads: usize, hidden: usize, head_dim: usize) -> Value {
@@ -80,15 +89,7 @@ fn llama_3_2(layers: usize, heads: usize, hidden: usize, head_dim: usize) -> Val
 }
 
 fn qwen_2_5() -> Value {
-    json!({
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
+    let more = json!({
         "vocab_size": 152_064,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
@@ -96,19 +97,12 @@ fn qwen_2_5() -> Value {
         "max_position_embeddings": 32_768,
         "bos_token_id": 151_643,
         "eos_token_id": 151_645,
-    })
+    });
+    decoder("Qwen2ForCausalLM", "qwen2", [28, 28, 4, 3584, 18_944], &more)
 }
 
 fn qwen_3(layers: usize, heads: usize, hidden: usize, intermediate: usize) -> Value {
-    json!({
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
+    let more = json!({
         "head_dim": 128,
         "vocab_size": 151_936,
         "rms_norm_eps": 1e-6,
@@ -117,19 +111,12 @@ fn qwen_3(layers: usize, heads: usize, hidden: usize, intermediate: usize) -> Va
         "max_position_embeddings": 40_960,
         "bos_token_id": 151_643,
         "eos_token_id": 151_645,
-    })
+    });
+    decoder("Qwen3ForCausalLM", "qwen3", [layers, heads, 8, hidden, intermediate], &more)
 }
 
 fn phi_3_medium() -> Value {
-    json!({
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "hidden_act": "silu",
-        "hidden_size": 5120,
-        "intermediate_size": 17920,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 10,
+    let more = json!({
         "vocab_size": 32_064,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
@@ -137,7 +124,8 @@ fn phi_3_medium() -> Value {
         "max_position_embeddings": 4096,
         "bos_token_id": 1,
         "eos_token_id": [32_000, 32_001, 32_007],
-    })
+    });
+    decoder("Phi3ForCausalLM", "phi3", [40, 40, 10, 5120, 17_920], &more)
 }
 
 fn phi_4() -> Value {

@@ -71,14 +71,10 @@ fn name(kind: FileType) -> &'static str {
     #[cfg(unix)]
     {
         use std::os::unix::fs::FileTypeExt;
-        if kind.is_fifo() {
-            return "a pipe";
-        }
-        if kind.is_socket() {
-            return "a socket";
-        }
-        if kind.is_char_device() || kind.is_block_device() {
-            return "a device";
+        let is_device = kind.is_char_device() || kind.is_block_device();
+        let kinds = [(kind.is_fifo(), "a pipe"), (kind.is_socket(), "a socket"), (is_device, "a device")];
+        if let Some((_, name)) = kinds.into_iter().find(|(is_it, _)| *is_it) {
+            return name;
         }
     }
     if kind.is_dir() { "a directory" } else { "no file" }

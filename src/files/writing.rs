@@ -121,22 +121,25 @@ pub(crate) fn exchange(a: &Path, b: &Path) -> bool {
 /// # Errors
 /// A directory that cannot be read.
 pub(crate) fn strangers(directory: &Path, ours: impl Fn(&str, bool) -> bool) -> Result<Vec<String>> {
-    let cannot = || format!("cannot read {}", directory.display());
-    let entries = match fs::read_dir(directory) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.with_context(cannot)?,
-    };
-    let mut strangers = Vec::new();
-    for entry in entries {
-        let entry = entry.with_context(cannot)?;
+    let entries = entries(directory).with_context(|| format!("cannot read {}", directory.display()))?;
+    let strange = |(entry, is_directory): (fs::DirEntry, bool)| {
         let name = entry.file_name();
-        let is_directory = entry.file_type().with_context(cannot)?.is_dir();
-        if !name.to_str().is_some_and(|name| ours(name, is_directory)) {
-            strangers.push(name.to_string_lossy().into_owned());
-        }
-    }
+        let is_ours = name.to_str().is_some_and(|name| ours(name, is_directory));
+        (!is_ours).then(|| name.to_string_lossy().into_owned())
+    };
+    let mut strangers: Vec<_> = entries.into_iter().flatten().filter_map(strange).collect();
     strangers.sort_unstable();
     Ok(strangers)
+}
+
+/// What a directory holds, each with whether it is a directory itself; none where there is no such directory.
+fn entries(directory: &Path) -> io::Result<Option<Vec<(fs::DirEntry, bool)>>> {
+    let entries = match fs::read_dir(directory) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    let told = entries.map(|entry| entry.and_then(|entry| Ok((entry.file_type()?.is_dir(), entry))));
+    told.map(|told| told.map(|(is_directory, entry)| (entry, is_directory))).collect::<io::Result<_>>().map(Some)
 }
 
 /// The first of `names`, for a message.
@@ -151,13 +154,8 @@ pub(crate) fn some_of(names: &[String]) -> String {
 /// someone else's are left; true if it is gone.
 pub(crate) fn remove_ours(directory: &Path, ours: impl Fn(&str, bool) -> bool) -> Result<bool> {
     let cannot = || format!("cannot empty {}", directory.display());
-    let entries = match fs::read_dir(directory) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(true),
-        entries => entries.with_context(cannot)?,
-    };
-    for entry in entries {
-        let entry = entry.with_context(cannot)?;
-        let is_directory = entry.file_type().with_context(cannot)?.is_dir();
+    let Some(entries) = entries(directory).with_context(cannot)? else { return Ok(true) };
+    for (entry, is_directory) in entries {
         if !is_directory && entry.file_name().to_str().is_some_and(|name| ours(name, false)) {
             remove_file(&entry.path()).with_context(cannot)?;
         }

@@ -190,7 +190,7 @@ impl Outcome {
         let name = text(|c| &c.device_name);
         let name = if name.is_empty() { self.device_name.clone().unwrap_or_default() } else { name };
         Tuned {
-            format: Tuned::FORMAT,
+            format: tuned::FORMAT,
             device: Device { id: text(|c| &c.device), name, driver: text(|c| &c.driver) },
             model: self.identity.model.clone(),
             algo: self.identity.format.algo().into(),

@@ -5,6 +5,7 @@ use std::sync::Once;
 
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
@@ -36,6 +37,7 @@ const TARGETS: [RGBColor; 4] =
 const TAKEN: RGBColor = RGBColor(255, 250, 235);
 
 type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+type Chart<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 /// Relative time over `k_chunk` of one module, a panel for every `n_tb`; points as measured, a line as smoothed.
 pub(super) fn module(outcome: &Outcome, projection: Projection, path: &Path) -> Result<()> {
@@ -180,20 +182,7 @@ fn quarter(outcome: &Outcome, projection: Projection, module: &Module, area: &Ar
     Ok(())
 }
 
-fn mesh<'a, DB: DrawingBackend + 'a>(
-    chart: &mut ChartContext<
-        'a,
-        DB,
-        Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
-    >,
-    x: &str,
-    y: &str,
-    size: u32,
-    decimals: usize,
-) -> Drawn
-where
-    DB::ErrorType: 'static,
-{
+fn mesh(chart: &mut Chart<'_, '_>, x: &str, y: &str, size: u32, decimals: usize) -> Drawn {
     chart
         .configure_mesh()
         .bold_line_style(MESH)

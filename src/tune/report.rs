@@ -50,15 +50,13 @@ impl Outcome {
         let rule = "~".repeat(70);
         let percent = per_cent(tuning.target);
         let k_chunks = tuning.found.fine.k_chunks().map(|k| k.to_string()).join(", ");
-        line(&mut out, "");
-        line(&mut out, &rule);
-        let (model, algo, bits) = (&id.model, id.format.algo(), id.bits);
-        line(&mut out, &format!("Tuning Results: {model} {algo} {bits}-bit @ {percent}% slowdown"));
-        line(&mut out, &rule);
-        line(&mut out, &format!("Target Slowdown          : {percent} %"));
-        line(&mut out, &format!("Best n_tb                : {}", tuning.found.fine.n_tb));
-        line(&mut out, &format!("k_chunk per module       : {k_chunks}"));
-        line(&mut out, &rule);
+        let (model, algo, bits, n_tb) = (&id.model, id.format.algo(), id.bits, tuning.found.fine.n_tb);
+        out += &format!(
+            "\n{rule}\nTuning Results: {model} {algo} {bits}-bit @ {percent}% slowdown\n{rule}\n\
+             Target Slowdown          : {percent} %\n\
+             Best n_tb                : {n_tb}\n\
+             k_chunk per module       : {k_chunks}\n{rule}\n"
+        );
         if let Some(verified) = &tuning.verified {
             let Verified { slowdown, base_ms, tuned_ms, missed } = verified;
             line(&mut out, &format!("Real slowdown of a token : {slowdown:.2} % ({base_ms:.3} to {tuned_ms:.3} ms)"));

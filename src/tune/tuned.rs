@@ -12,7 +12,7 @@ use crate::dec::CHUNK;
 use crate::files;
 
 /// Version of the file's format.
-const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 
 /// The device that a result was tuned on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,8 +163,6 @@ impl Tuned {
             tracing::warn!("tuned with driver {tuned}, now {}: profile again if it got slower", device.driver);
         }
     }
-
-    pub(super) const FORMAT: u32 = FORMAT;
 }
 
 /// As a text file.

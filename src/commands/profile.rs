@@ -1,5 +1,6 @@
 //! `decdec profile`
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -77,11 +78,8 @@ fn tuned_for(file: &Path, identity: &Identity) -> Result<Vec<Tuned>> {
 
 /// Each `k_chunk` of a tuned result once, ascending, without 0.
 fn measured_k_chunks(tuned: &Tuned) -> Vec<usize> {
-    let mut k_chunks = tuned.k_chunks.to_vec();
-    k_chunks.retain(|&k_chunk| k_chunk > 0);
-    k_chunks.sort_unstable();
-    k_chunks.dedup();
-    k_chunks
+    let compensated: BTreeSet<usize> = tuned.k_chunks.into_iter().filter(|&k_chunk| k_chunk > 0).collect();
+    compensated.into_iter().collect()
 }
 
 /// What the tuned result of the profile's device costs by the profile of `options`.

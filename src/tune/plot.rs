@@ -39,38 +39,53 @@ const TAKEN: RGBColor = RGBColor(255, 250, 235);
 type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
-/// Relative time over `k_chunk` of one module, a panel for every `n_tb`; points as measured, a line as smoothed.
-pub(super) fn module(outcome: &Outcome, projection: Projection, path: &Path) -> Result<()> {
-    draw_module(outcome, projection, path).map_err(|error| anyhow!("{error}"))
-}
-
-/// Time over `k_chunk` of all four modules, with what was chosen for each target.
-pub(super) fn overview(outcome: &Outcome, path: &Path) -> Result<()> {
-    draw_overview(outcome, path).map_err(|error| anyhow!("{error}"))
-}
-
 type Drawn<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-fn draw_module(outcome: &Outcome, projection: Projection, path: &Path) -> Drawn {
-    use_bundled_font();
+/// A picture of this size, with what `draw` draws below title and legend.
+fn picture(
+    outcome: &Outcome,
+    path: &Path,
+    size: (u32, u32),
+    title: &str,
+    draw: impl FnOnce(&Area<'_>) -> Drawn,
+) -> Result<()> {
+    let all = || -> Drawn {
+        use_bundled_font();
+        let root = BitMapBackend::new(path, size).into_drawing_area();
+        root.fill(&WHITE)?;
+        let body = titled(&root, outcome, title)?;
+        legend(&root, size.0, &outcome.tunings)?;
+        draw(&body)?;
+        Ok(root.present()?)
+    };
+    all().map_err(|error| anyhow!("{error}"))
+}
+
+/// Relative time over `k_chunk` of one module, a panel for every `n_tb`; points as measured, a line as smoothed.
+pub(super) fn module(outcome: &Outcome, projection: Projection, path: &Path) -> Result<()> {
     let module = &outcome.timings.0[projection.index()];
     let panels = module.curves.len();
     let columns = ((panels as f64 * 1.2).sqrt().ceil() as usize).max(2).min(panels.max(1));
     let rows = panels.div_ceil(columns);
     let size = ((PANEL.0 * columns as u32).max(760), PANEL.1 * rows as u32 + TITLE);
-    let root = BitMapBackend::new(path, size).into_drawing_area();
-    root.fill(&WHITE)?;
     let (inputs, outputs) = module.shape;
     let title = format!("{projection} ({inputs} x {outputs}): time relative to {:.2} µs", module.base_us);
-    let body = titled(&root, outcome, &title)?;
-    legend(&root, size.0, &outcome.tunings)?;
     let top = top(outcome, projection) / module.base_us;
     let y = 1.0 - (top - 1.0) * 0.12..top;
-    for ((&n_tb, curve), area) in module.curves.iter().zip(body.split_evenly((rows, columns))) {
-        panel(outcome, projection, n_tb, curve, &area, y.clone())?;
-    }
-    root.present()?;
-    Ok(())
+    picture(outcome, path, size, &title, |body| {
+        let mut panels = module.curves.iter().zip(body.split_evenly((rows, columns)));
+        panels.try_for_each(|((&n_tb, curve), area)| panel(outcome, projection, n_tb, curve, &area, y.clone()))
+    })
+}
+
+/// Time over `k_chunk` of all four modules, with what was chosen for each target.
+pub(super) fn overview(outcome: &Outcome, path: &Path) -> Result<()> {
+    let size = (2 * (QUARTER.0 + NOTES), 2 * QUARTER.1 + TITLE);
+    let title = format!("all modules, layer base {:.2} µs", outcome.timings.base_us());
+    picture(outcome, path, size, &title, |body| {
+        let mut modules = Projection::ALL.into_iter().zip(&outcome.timings.0).zip(body.split_evenly((2, 2)));
+        modules.try_for_each(|((projection, module), area)| quarter(outcome, projection, module, &area))
+    })
 }
 
 fn panel(
@@ -120,23 +135,6 @@ fn panel(
 fn chosen(outcome: &Outcome, projection: Projection) -> impl Iterator<Item = (Chosen, &Tuning, RGBColor)> {
     let tunings = outcome.tunings.iter().zip(TARGETS.into_iter().cycle());
     tunings.map(move |(tuning, color)| (tuning.found.fine.modules[projection.index()], tuning, color))
-}
-
-fn draw_overview(outcome: &Outcome, path: &Path) -> Drawn {
-    use_bundled_font();
-    let size = (2 * (QUARTER.0 + NOTES), 2 * QUARTER.1 + TITLE);
-    let root = BitMapBackend::new(path, size).into_drawing_area();
-    root.fill(&WHITE)?;
-    let title = format!("all modules, layer base {:.2} µs", outcome.timings.base_us());
-    let body = titled(&root, outcome, &title)?;
-    legend(&root, size.0, &outcome.tunings)?;
-    for ((projection, module), area) in
-        Projection::ALL.into_iter().zip(&outcome.timings.0).zip(body.split_evenly((2, 2)))
-    {
-        quarter(outcome, projection, module, &area)?;
-    }
-    root.present()?;
-    Ok(())
 }
 
 /// One module of the overview: every `n_tb` faint, the chosen ones strong, what was chosen as rings; in words beside

@@ -3,7 +3,7 @@
 //! First one `k_chunk` for all modules, then single modules raised while the layer fits its target. Times are
 //! smoothed first: in `k_chunk` they can only grow, so that what shrinks is noise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::config::Projection;
 
@@ -138,10 +138,8 @@ impl Timings {
 
     /// Every `n_tb` that was measured, ascending.
     pub fn n_tbs(&self) -> Vec<usize> {
-        let mut all: Vec<_> = self.0.iter().flat_map(|m| m.curves.keys().copied()).collect();
-        all.sort_unstable();
-        all.dedup();
-        all
+        let all: BTreeSet<usize> = self.0.iter().flat_map(|m| m.curves.keys().copied()).collect();
+        all.into_iter().collect()
     }
 
     /// All modules at the base, with at most `n_tb` thread blocks.

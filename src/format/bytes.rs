@@ -7,9 +7,10 @@
 //! One plane says a codebook *exactly*: in single precision `scale · q + offset`, rounded once, is every centroid as it
 //! is stored, so that all devices multiply by the same weights. Half-precision numbers are whole numbers of 2^-24, and
 //! so are their differences; the greatest common divisor of these is the longest step that there is, and if the row has
-//! more than 254 of it, no step will do. [`round`] moves centroids to where one does. Numbers up to 2^11 times the unit
-//! in the last place of the row's largest centroid are exact in half precision, if whole numbers of that unit. So a step
-//! of a whole number of units will do: nine at least where the centroids are on both sides of 0 and as far from it.
+//! more than 254 of it, no step will do. [`round`] moves such a row to the nearest grid that is exact. Its step is a
+//! whole number of *units*, what the last bit of the row's largest centroid stands for, because up to 2^11 units every
+//! whole number of them is one of half precision. A row that reaches as far below 0 as above has 2^11 to 2^12 units, so
+//! that its step is 9 to 17 of them.
 //!
 //! Of 16 centroids an even number has a negative `q` (with two planes, a negative high byte): a GPU that looks bytes up
 //! eight at a time pairs entries of one sign. So the zero point is not always where it makes offsets smallest, and where
@@ -120,7 +121,7 @@ pub fn round(centroids: &mut [f32]) {
     }
     let mut row = [0.0; MOST];
     let row = &mut row[..centroids.len()];
-    row.iter_mut().zip(&*centroids).for_each(|(half_c, &c)| *half_c = half(c));
+    row.iter_mut().zip(&*centroids).for_each(|(stored, &c)| *stored = half(c));
     if row.iter().all(|c| c.is_finite()) {
         if OnePlane::new(row).is_none() {
             to_grid(centroids, row);
@@ -133,7 +134,7 @@ pub fn round(centroids: &mut [f32]) {
 fn to_grid(centroids: &[f32], row: &mut [f32]) {
     let largest = row.iter().fold(0f32, |largest, c| largest.max(c.abs()));
     let exponent = i32::from(f16::from_f32(largest).to_bits() >> 10).max(1);
-    // The unit in the last place of the largest.
+    // What the last of its eleven bits stands for.
     let unit = 2f64.powi(exponent - 25);
     let (low, high) = ends(centroids);
     let shortest = ((high - low) / unit / f64::from(2 * ONE + 1)).max(1.0) as u32;

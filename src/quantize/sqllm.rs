@@ -293,7 +293,7 @@ mod tests {
         }
     }
 
-    /// Those that are bytes of their range, where codebooks are bytes.
+    /// Those that are on a grid, where codebooks are bytes.
     #[test]
     fn few_distinct_weights_are_kept_as_they_are() {
         let quantized = |bits: usize, row: &[f32]| -> Vec<f32> {
@@ -302,13 +302,15 @@ mod tests {
             codes.iter().map(|&code| lut[usize::from(code)]).collect()
         };
         let row = |values: [f32; 3]| -> Vec<f32> { (0..64).map(|i| values[i % 3]).collect() };
-        let (bytes, others) = (row([-0.25, 0.25 / 127.0, 0.25].map(halved)), row([-0.25, 0.5, 2.0]));
+        let (bytes, others) = (row([-64.0, 3.0, 61.0].map(|n| n / 256.0)), row([-0.25, 0.1, 2.0].map(halved)));
         for bits in [3, 4, 6] {
             assert_eq!(quantized(bits, &bytes), bytes, "{bits} bits");
         }
         assert_eq!(quantized(6, &others), others);
         let near = quantized(3, &others);
-        assert!(near != others && near.iter().zip(&others).all(|(a, b)| (a - b).abs() <= 0.5 * 2.25 / 254.0));
+        // 254 steps of five units in the last place of 2 are the first that are 2.25.
+        let step = 5.0 / 512.0;
+        assert!(near != others && near.iter().zip(&others).all(|(a, b)| (a - b).abs() <= 0.5 * step));
     }
 
     fn halved(x: f32) -> f32 {

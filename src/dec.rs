@@ -131,7 +131,8 @@ impl DecPlan {
         line
     }
 
-    /// The salient channels of `x`, ascending, written over `out`.
+    /// The salient channels of `x`, ascending, written over `out`. A caller's instructions make vectors of its loops.
+    #[inline(always)]
     pub fn select(&self, x: &[f32], out: &mut Vec<u32>) {
         out.clear();
         let mut keys = [0u32; CHUNK];
@@ -155,6 +156,7 @@ impl DecPlan {
     }
 
     /// The bucket of every `x`, counted from below, so that more is larger; NaN is in the topmost.
+    #[inline(always)]
     fn buckets(&self, x: &[f32], keys: &mut [u32]) {
         keys.fill(BUCKETS as u32);
         // Edge by edge, because the compiler makes vectors of that.
@@ -167,6 +169,7 @@ impl DecPlan {
 }
 
 /// The bits of every `|x|`. As bits, NaN > ∞ > every finite magnitude, so neither is ever passed over.
+#[inline(always)]
 fn magnitudes(x: &[f32], keys: &mut [u32]) {
     for (key, x) in keys.iter_mut().zip(x) {
         *key = x.to_bits() & 0x7fff_ffff;
@@ -182,6 +185,7 @@ fn largest(keys: &[u32], k: usize) -> u32 {
 }
 
 /// The same for keys that are buckets.
+#[inline(always)]
 fn largest_bucket(keys: &[u32], k: usize) -> u32 {
     let mut counts = [0; BUCKETS + 1];
     keys.iter().for_each(|&key| counts[key as usize] += 1);
@@ -194,6 +198,7 @@ fn largest_bucket(keys: &[u32], k: usize) -> u32 {
 }
 
 /// Appends the `k` indices (plus `start`) whose keys are above `last` or, lowest first, equal to it; ascending.
+#[inline(always)]
 fn take(keys: &[u32], last: u32, k: usize, start: usize, out: &mut Vec<u32>) {
     let mut ties = k - keys.iter().filter(|&&key| key > last).count();
     for (i, &key) in keys.iter().enumerate() {

@@ -13,7 +13,7 @@ mod backward;
 mod calibrate;
 mod divergence;
 mod estimate;
-mod exponential;
+pub(crate) mod exponential;
 mod fit;
 #[cfg(test)]
 pub(crate) mod fixture;

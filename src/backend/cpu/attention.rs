@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{Cpu, kernels};
 use crate::backend::cached_positions;
 use crate::config::Attention;
+
+/// Products of attention that are worth another thread.
+const MIN_PRODUCTS: usize = 1 << 14;
 
 /// The attention of one layer and what it remembers: the latest `capacity` tokens, each at its position modulo that.
 #[derive(Debug)]
@@ -56,14 +57,16 @@ impl<'a> Pass<'a> {
         self.qkv.len() / self.attention.qkv_rows()
     }
 
-    fn key(&self, kv_head: usize, t: usize) -> &[f32] {
+    /// Keys of a head from token `t` on, `num_kv_heads · head_dim` from one to the next.
+    fn keys(&self, kv_head: usize, t: usize) -> &[f32] {
         let Attention { num_kv_heads, head_dim, .. } = *self.attention;
-        &self.keys[(t * num_kv_heads + kv_head) * head_dim..][..head_dim]
+        &self.keys[(t * num_kv_heads + kv_head) * head_dim..]
     }
 
-    fn value(&self, kv_head: usize, t: usize) -> &[f32] {
+    /// Values of a head from token `t` on, `qkv_rows` from one to the next.
+    fn values(&self, kv_head: usize, t: usize) -> &[f32] {
         let Attention { num_heads, num_kv_heads, head_dim, .. } = *self.attention;
-        &self.qkv[t * self.attention.qkv_rows() + (num_heads + num_kv_heads + kv_head) * head_dim..][..head_dim]
+        &self.qkv[t * self.attention.qkv_rows() + (num_heads + num_kv_heads + kv_head) * head_dim..]
     }
 }
 
@@ -87,19 +90,15 @@ impl Cached {
         let Attention { num_heads, head_dim, .. } = attention;
         let (pass, width) = (Pass::new(&attention, table, start, qkv), attention.qkv_rows());
         let (tokens, cached) = (pass.tokens(), &*self);
-        let run = |(i, out): (usize, &mut [f32])| {
-            let (t, head) = (i / num_heads, i % num_heads);
-            let mut q = qkv[t * width + head * head_dim..][..head_dim].to_vec();
-            rotate(table, &mut q, start + t);
-            cached.attend_head(cpu, &pass, head, t, &q, out);
-        };
-        let out = &mut out[..tokens * num_heads * head_dim];
-        // Below some 100,000 products, waking a thread costs more than it saves.
-        if out.len() * (start + tokens) > 100_000 {
-            out.par_chunks_exact_mut(head_dim).enumerate().for_each(run);
-        } else {
-            out.chunks_exact_mut(head_dim).enumerate().for_each(run);
-        }
+        let least = MIN_PRODUCTS / (start + tokens);
+        cpu.team.divide(&mut out[..tokens * num_heads * head_dim], head_dim, least, &|first, out| {
+            for (i, out) in (first / head_dim..).zip(out.chunks_exact_mut(head_dim)) {
+                let (t, head) = (i / num_heads, i % num_heads);
+                let mut q = qkv[t * width + head * head_dim..][..head_dim].to_vec();
+                rotate(table, &mut q, start + t);
+                cached.attend_head(cpu, &pass, head, t, &q, out);
+            }
+        });
         self.remember(&pass);
     }
 
@@ -111,23 +110,24 @@ impl Cached {
         let runs = self.runs(kv_head, first.min(pass.start)..pass.start);
         let own = first.saturating_sub(pass.start)..t + 1;
         let scale = self.attention.scale_at(position) as f32;
-        let keys = runs.iter().flat_map(|run| self.keys[run.clone()].chunks_exact(head_dim));
-        let keys = keys.chain(own.clone().map(|t| pass.key(kv_head, t)));
-        let mut scores: Vec<f32> = keys.map(|k| kernels::dot(cpu.isa, k, q) * scale).collect();
+        let remembered = runs.each_ref().map(|run| run.len() / head_dim);
+        let mut scores = vec![0.0; remembered[0] + remembered[1] + own.len()];
+        let (before, rest) = scores.split_at_mut(remembered[0]);
+        let (after, these) = rest.split_at_mut(remembered[1]);
+        kernels::dots(cpu.path, &self.keys[runs[0].clone()], head_dim, q, before);
+        kernels::dots(cpu.path, &self.keys[runs[1].clone()], head_dim, q, after);
+        kernels::dots(cpu.path, pass.keys(kv_head, own.start), num_kv_heads * head_dim, q, these);
+        scores.iter_mut().for_each(|score| *score *= scale);
         if let Some(cap) = softcap {
             cap_all(cap as f32, &mut scores);
         }
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for score in &mut scores {
-            *score = (*score - max).exp();
-            sum += *score;
-        }
+        kernels::softmax(cpu.path, &mut scores);
         out.fill(0.0);
-        let values = runs.iter().flat_map(|run| self.values[run.clone()].chunks_exact(head_dim));
-        for (score, v) in scores.iter().zip(values.chain(own.map(|t| pass.value(kv_head, t)))) {
-            kernels::add_scaled(cpu.isa, score / sum, v, out);
-        }
+        let (before, rest) = scores.split_at(remembered[0]);
+        let (after, these) = rest.split_at(remembered[1]);
+        kernels::add_weighted(cpu.path, before, &self.values[runs[0].clone()], head_dim, out);
+        kernels::add_weighted(cpu.path, after, &self.values[runs[1].clone()], head_dim, out);
+        kernels::add_weighted(cpu.path, these, pass.values(kv_head, own.start), pass.attention.qkv_rows(), out);
     }
 
     /// The places in a head's keys or values of `positions`, oldest first: one run, or two around the end.
@@ -148,8 +148,8 @@ impl Cached {
         for t in pass.tokens().saturating_sub(self.capacity)..pass.tokens() {
             for head in 0..num_kv_heads {
                 let at = (head * self.capacity + (pass.start + t) % self.capacity) * head_dim;
-                self.keys[at..at + head_dim].copy_from_slice(pass.key(head, t));
-                self.values[at..at + head_dim].copy_from_slice(pass.value(head, t));
+                self.keys[at..at + head_dim].copy_from_slice(&pass.keys(head, t)[..head_dim]);
+                self.values[at..at + head_dim].copy_from_slice(&pass.values(head, t)[..head_dim]);
             }
         }
     }

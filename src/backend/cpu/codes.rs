@@ -1,135 +1,106 @@
 //! Quantized matrices as the CPU keeps them.
 //!
-//! Codes of up to 4 bits are repacked into nibbles: in a block of 64 channels, nibble `j` of lane `l` is
-//! channel `8·j + l`, so that eight lanes shifted by `4·j` bits are eight consecutive channels. Wider codes
-//! stay as they are stored and are dequantized row by row: they are there to be correct.
+//! Codes of up to 4 bits with a codebook, and codes of any width with even steps, are multiplied as whole numbers (see
+//! [`super::octets`]). Others stay as they are stored and are dequantized row by row: they are there to be correct.
 
 use rayon::prelude::*;
 
-use super::kernels::{CodeRow, Isa, dot};
+use super::digits::Digits;
+use super::kernels::{dot, look_up};
+use super::octets::{Octets, ROWS, WholeRow};
+use super::path::{Path, on_every_path};
 use crate::format::{AnyPrec, Floats, LutGemm};
 use crate::weights::Weight;
 
 /// A quantized matrix in host memory.
 #[derive(Debug)]
 pub(super) enum Codes {
-    Nibbles(Nibbles),
+    Octets(Octets),
     Wide(Weight<'static>),
-}
-
-/// Codes of 2 to 4 bits.
-#[derive(Debug)]
-pub(super) struct Nibbles {
-    in_features: usize,
-    words: Vec<u32>,  // [out_features, in_features / 64 rounded up, 8]
-    tables: Vec<f32>, // [out_features, groups, 16] or, binary, [out_features, groups, 1 + bits]
-    row_words: usize,
-    row_tables: usize,
-    group_size: usize,
-    bits: usize,
-    binary: bool,
 }
 
 impl Codes {
     pub(super) fn anyprec(w: &AnyPrec<'_>) -> Self {
-        if w.bits() > 4 {
-            let planes = w.planes().to_vec().into();
-            let lut = w.lut().clone().into_owned();
-            let wide = AnyPrec::new(w.in_features(), w.out_features(), w.bits(), planes, lut);
-            return Self::Wide(Weight::AnyPrec(wide.expect("already validated")));
-        }
+        let (in_features, bits) = (w.in_features(), w.bits());
         let lut = w.lut().to_f32();
-        // Repeated to 16, a shorter codebook needs no masked codes.
-        let tables = lut.chunks_exact(1 << w.bits()).flat_map(|book| book.iter().cycle().take(16).copied()).collect();
-        Self::Nibbles(Nibbles {
-            in_features: w.in_features(),
-            words: pack(w.in_features(), w.out_features(), |row, codes| w.codes(row, codes)),
-            tables,
-            row_words: w.in_features().div_ceil(64) * 8,
-            row_tables: 16,
-            group_size: w.in_features(),
-            bits: w.bits(),
-            binary: false,
-        })
+        let rows = |whole: fn(&[f32]) -> Option<WholeRow>| {
+            lut.par_chunks_exact(1 << bits).map(whole).collect::<Option<Vec<_>>>()
+        };
+        if bits <= 4
+            && let Some(rows) = rows(WholeRow::on_a_line).or_else(|| rows(WholeRow::new))
+        {
+            return Self::Octets(Octets::tabulated(in_features, bits, &rows, |row, codes| w.codes(row, codes)));
+        }
+        let (planes, lut) = (w.planes().to_vec().into(), w.lut().clone().into_owned());
+        let wide = AnyPrec::new(in_features, w.out_features(), bits, planes, lut);
+        Self::Wide(Weight::AnyPrec(wide.expect("already validated")))
     }
 
     pub(super) fn lutgemm(w: &LutGemm<'_>) -> Self {
         let (in_features, out_features, bits) = (w.in_features(), w.out_features(), w.bits());
-        if bits > 4 {
-            let binary = w.binary().to_vec().into();
-            let (alpha, q_bias) = (w.alpha().clone().into_owned(), w.q_bias().clone().into_owned());
-            let wide = LutGemm::new(in_features, out_features, bits, w.group_size(), binary, alpha, q_bias);
-            return Self::Wide(Weight::LutGemm(wide.expect("already validated")));
-        }
         let groups = in_features / w.group_size();
         let (alpha, q_bias) = (w.alpha().to_f32(), w.q_bias().to_f32());
-        let mut tables = Vec::with_capacity(out_features * groups * (1 + bits));
-        for row in 0..out_features {
-            for g in 0..groups {
-                tables.push(q_bias[g * out_features + row]);
-                tables.extend((0..bits).map(|b| alpha[(g * bits + b) * out_features + row]));
-            }
+        let step = |row: usize, g: usize, b: usize| alpha[(g * bits + b) * out_features + row];
+        let doubles = |i: usize| {
+            let step = |b| step(i / groups, i % groups, b);
+            (1..bits).all(|b| step(b) == 2.0 * step(b - 1))
+        };
+        if (0..out_features * groups).into_par_iter().all(doubles) {
+            let factors = |row, g| [step(row, g, 0), q_bias[g * out_features + row]];
+            let codes = |row: usize, codes: &mut [u8]| w.codes(row, codes);
+            return Self::Octets(Octets::even((in_features, out_features), bits, w.group_size(), factors, codes));
         }
-        Self::Nibbles(Nibbles {
-            in_features,
-            words: pack(in_features, out_features, |row, codes| w.codes(row, codes)),
-            tables,
-            row_words: in_features.div_ceil(64) * 8,
-            row_tables: groups * (1 + bits),
-            group_size: w.group_size(),
-            bits,
-            binary: true,
-        })
+        let binary = w.binary().to_vec().into();
+        let (alpha, q_bias) = (w.alpha().clone().into_owned(), w.q_bias().clone().into_owned());
+        let wide = LutGemm::new(in_features, out_features, bits, w.group_size(), binary, alpha, q_bias);
+        Self::Wide(Weight::LutGemm(wide.expect("already validated")))
     }
 
-    /// `Σ w·x` of one row.
-    pub(super) fn dot(&self, isa: Isa, row: usize, x: &[f32]) -> f32 {
+    /// What the products of a token need beside `x`: its digits, where weights are whole and `x` is finite.
+    pub(super) fn digits(&self, path: Path, x: &[f32]) -> Option<Digits> {
         match self {
-            Self::Nibbles(n) => n.row(row).dot(isa, &x[..n.in_features]),
-            Self::Wide(w) => {
-                let mut values = vec![0.0; w.in_features()];
-                w.row(row, &mut values);
-                dot(isa, &values, x)
-            }
+            Self::Octets(octets) => Digits::new(path, x, octets.segment),
+            Self::Wide(_) => None,
         }
     }
 
-    /// One row, dequantized, written over `out`.
-    pub(super) fn dequantize(&self, row: usize, out: &mut [f32]) {
-        match self {
-            Self::Nibbles(n) => n.row(row).dequantize(out),
-            Self::Wide(w) => w.row(row, out),
+    /// `y = W·x` for the rows from `first` (a multiple of 8) on that `y` has room for.
+    pub(super) fn product(&self, path: Path, first: usize, x: &[f32], digits: Option<&Digits>, y: &mut [f32]) {
+        if let (Self::Octets(octets), Some(digits)) = (self, digits) {
+            return octets.product(path, first / ROWS, digits, y);
+        }
+        // Infinity and NaN have no digits: they are multiplied by the weights themselves.
+        let (mut row, mut codes) = (vec![0.0; x.len()], vec![0; x.len()]);
+        for (i, y) in y.iter_mut().enumerate() {
+            self.dequantize(path, first + i, &mut codes, &mut row);
+            *y = dot(path, &row, x);
+        }
+    }
+
+    /// One row, dequantized, written over `out`; `codes` is scratch as long.
+    pub(super) fn dequantize(&self, path: Path, row: usize, codes: &mut [u8], out: &mut [f32]) {
+        let octets = match self {
+            Self::Octets(octets) => octets,
+            Self::Wide(w) => return w.row(row, out),
+        };
+        codes_of(path, octets, row, codes);
+        let size = octets.group_size();
+        for (g, (out, codes)) in out.chunks_mut(size).zip(codes.chunks(size)).enumerate() {
+            if octets.bits() <= 4 {
+                // Beyond the last code are values that no code asks for.
+                look_up(path, &std::array::from_fn(|code| octets.value(row, g, code)), codes, out);
+            } else {
+                out.iter_mut().zip(codes).for_each(|(x, &code)| *x = octets.value(row, g, code.into()));
+            }
         }
     }
 }
 
-impl Nibbles {
-    fn row(&self, row: usize) -> CodeRow<'_> {
-        CodeRow {
-            words: &self.words[row * self.row_words..][..self.row_words],
-            tables: &self.tables[row * self.row_tables..][..self.row_tables],
-            group_size: self.group_size,
-            bits: self.bits,
-            binary: self.binary,
-        }
+on_every_path! {
+    /// The codes of one row.
+    fn codes_of(octets: &Octets, row: usize, codes: &mut [u8]) {
+        octets.codes(row, codes);
     }
-}
-
-fn pack(in_features: usize, out_features: usize, codes_of: impl Fn(usize, &mut [u8]) + Sync) -> Vec<u32> {
-    let row_words = in_features.div_ceil(64) * 8;
-    let mut words = vec![0u32; out_features * row_words];
-    words.par_chunks_exact_mut(row_words).enumerate().for_each_init(
-        || vec![0u8; in_features],
-        |codes, (row, words)| {
-            codes_of(row, codes);
-            for (words, codes) in words.chunks_exact_mut(8).zip(codes.chunks(64)) {
-                for (k, &code) in codes.iter().enumerate() {
-                    words[k % 8] |= u32::from(code) << (4 * (k / 8));
-                }
-            }
-        },
-    );
-    words
 }
 
 /// A dense matrix as the CPU keeps it: f16 as f16, everything else as f32.

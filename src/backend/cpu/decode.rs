@@ -9,6 +9,9 @@ use crate::config::{Attention, ModelConfig};
 use crate::host;
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
+/// Numbers that are worth another thread.
+const MIN_NUMBERS: usize = 1 << 13;
+
 /// One text in host memory.
 #[derive(Debug)]
 pub struct Sequence {
@@ -25,14 +28,6 @@ impl Sequence {
     /// Fails if `tokens` more would go past the end of the cache.
     fn fits(&self, tokens: usize) -> Result<()> {
         ensure_room(self.len, tokens, self.max_seq_len)
-    }
-}
-
-/// `x = x / √(mean(x²) + ε) · γ`
-fn rms_norm(isa: kernels::Isa, norm: &Norm<Vec<f32>>, x: &mut [f32]) {
-    let scale = 1.0 / (kernels::dot(isa, x, x) / x.len() as f32 + norm.eps).sqrt();
-    for (x, gamma) in x.iter_mut().zip(&norm.gamma) {
-        *x = *x * scale * gamma;
     }
 }
 
@@ -72,10 +67,11 @@ impl DecodeBackend for Cpu {
             Input::Prompt(tokens) => tokens,
             Input::Sampled => std::slice::from_ref(sequence.sampled.last().unwrap_or(&NO_TOKEN)),
         };
+        let mut codes = vec![0; table.in_features];
         for (&token, h) in tokens.iter().zip(h.chunks_exact_mut(table.in_features)) {
             match token as usize {
                 row if row < table.out_features => {
-                    table.values.dequantize(row, h);
+                    table.values.dequantize(self.path, row, &mut codes, h);
                     h.iter_mut().for_each(|h| *h *= scale);
                 }
                 _ => h.fill(f32::NAN),
@@ -92,25 +88,23 @@ impl DecodeBackend for Cpu {
             Feed::Plain => &x[..tokens * width],
             Feed::Norm(norm) => {
                 made.extend_from_slice(&x[..tokens * width]);
-                made.chunks_exact_mut(width).for_each(|x| rms_norm(self.isa, norm, x));
+                self.team.divide(&mut made, width, MIN_NUMBERS, &|_, x| {
+                    x.chunks_exact_mut(width).for_each(|x| kernels::rms_norm(self.path, &norm.gamma, norm.eps, x));
+                });
                 &made
             }
             Feed::Gated(activation) => {
-                made.reserve(tokens * width);
-                for gu in x.chunks_exact(2 * width).take(tokens) {
-                    let (gate, up) = gu.split_at(width);
-                    made.extend(gate.iter().zip(up).map(|(&gate, up)| activation.of(gate) * up));
-                }
+                made.resize(tokens * width, 0.0);
+                self.team.divide(&mut made, width, MIN_NUMBERS, &|first, out| {
+                    for (gu, out) in x[2 * first..].chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+                        let (gate, up) = gu.split_at(width);
+                        kernels::gated(self.path, activation, gate, up, out);
+                    }
+                });
                 &made
             }
         };
-        if !add {
-            self.product(matrix, plan, x, y, tokens);
-            return Ok(());
-        }
-        let mut sum = vec![0.0; tokens * matrix.out_features];
-        self.product(matrix, plan, x, &mut sum, tokens);
-        kernels::add_scaled(self.isa, 1.0, &sum, &mut y[..sum.len()]);
+        self.product(matrix, plan, x, y, tokens, add);
         Ok(())
     }
 
@@ -126,8 +120,10 @@ impl DecodeBackend for Cpu {
         let Attention { num_heads, num_kv_heads, head_dim, .. } = *attention;
         for qkv in qkv.chunks_exact_mut(attention.qkv_rows()).take(tokens) {
             let (queries, rest) = qkv.split_at_mut(num_heads * head_dim);
-            queries.chunks_exact_mut(query.len).for_each(|x| rms_norm(self.isa, query, x));
-            rest[..num_kv_heads * head_dim].chunks_exact_mut(key.len).for_each(|x| rms_norm(self.isa, key, x));
+            queries.chunks_exact_mut(query.len).for_each(|x| kernels::rms_norm(self.path, &query.gamma, query.eps, x));
+            rest[..num_kv_heads * head_dim]
+                .chunks_exact_mut(key.len)
+                .for_each(|x| kernels::rms_norm(self.path, &key.gamma, key.eps, x));
         }
         Ok(())
     }
@@ -135,8 +131,8 @@ impl DecodeBackend for Cpu {
     fn add_norm(&self, norm: &Norm<Vec<f32>>, branch: &Vec<f32>, h: &mut Vec<f32>, tokens: usize) -> Result<()> {
         for (branch, h) in branch.chunks_exact(norm.len).zip(h.chunks_exact_mut(norm.len)).take(tokens) {
             let mut x = branch.to_vec();
-            rms_norm(self.isa, norm, &mut x);
-            kernels::add_scaled(self.isa, 1.0, &x, h);
+            kernels::rms_norm(self.path, &norm.gamma, norm.eps, &mut x);
+            kernels::add(self.path, &x, h);
         }
         Ok(())
     }

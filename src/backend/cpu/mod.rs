@@ -1,22 +1,27 @@
-//! The CPU backend: f32 sums, all cores, the default where there is no GPU.
+//! The CPU backend: all cores, the default where there is no GPU.
 //!
-//! Operations run when they are called, so "queued" and "done" are the same here.
+//! Quantized weights and activations are multiplied as whole numbers, exactly ([`octets`]); full precision, and prompts,
+//! in f32. Operations run when they are called, so "queued" and "done" are the same here.
 
 mod attention;
 mod codes;
 mod decode;
+mod digits;
 mod kernels;
+mod octets;
+mod path;
+mod team;
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 
 pub use decode::Sequence;
 
 use self::codes::Codes;
-use self::kernels::Isa;
+use self::octets::ROWS;
+use self::path::Path;
+use self::team::Team;
 use super::record::{ByClock, Clock};
 use super::{DeviceInfo, GemvBackend};
 use crate::dec::DecPlan;
@@ -27,7 +32,8 @@ use crate::weights::{Linear, Weight};
 #[derive(Debug)]
 pub struct Cpu {
     info: DeviceInfo,
-    isa: Isa,
+    path: Path,
+    team: Team,
 }
 
 /// A linear layer in host memory.
@@ -46,59 +52,80 @@ enum Values {
     Codes(Codes),
 }
 
-/// Rows that one task takes at least: below this, waking a thread costs more than it saves.
-const MIN_ROWS: usize = 32;
+/// Weights that a piece of work has at least: below this, handing it to a thread costs more than it saves.
+const MIN_WEIGHTS: usize = 1 << 16;
 
-/// Words of residuals that are worth more than one thread, for the same reason.
-const MIN_RESIDUAL_WORDS: usize = 20_000;
+/// Tokens from which on a product dequantizes weights once for all of them.
+const MANY: usize = 6;
 
 /// Rows that are dequantized together before a product with many tokens.
 const PANEL: usize = 64;
 
 impl Cpu {
     /// The processor.
+    ///
+    /// # Panics
+    /// `DECDEC_CPU` names instructions that it has not.
     pub fn new() -> Self {
-        let isa = Isa::detect();
-        let cores = rayon::current_num_threads();
+        let (path, team) = (Path::detect(), Team::new(rayon::current_num_threads()));
         let info = DeviceInfo {
             id: "cpu".into(),
-            name: format!("{cores} threads, {}", isa.name()),
+            name: format!("{} threads, {path}", team.size()),
             driver: String::new(),
             max_n_tb: 64,
             max_tokens: 512,
             lookahead: 0,
         };
-        Self { info, isa }
+        Self { info, path, team }
     }
 
-    /// `y[tokens, out] = x[tokens, in] · Wᵀ + bias`, compensated if there is a plan.
-    fn product(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], tokens: usize) {
+    /// `y[tokens, out] = x[tokens, in] · Wᵀ + bias`, compensated if there is a plan; added to `y` if `add`.
+    fn product(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], tokens: usize, add: bool) {
         let (x, y) = (&x[..tokens * matrix.in_features], &mut y[..tokens * matrix.out_features]);
-        if tokens == 1 {
-            self.product_of_one(matrix, x, y);
-        } else {
-            self.product_of_many(matrix, x, y, tokens);
+        let each = x.chunks_exact(matrix.in_features).zip(y.chunks_exact_mut(matrix.out_features));
+        if tokens < MANY {
+            each.for_each(|(x, y)| self.product_of_one(matrix, plan, x, y, add));
+            return;
         }
-        if let Some(bias) = &matrix.bias {
-            for y in y.chunks_exact_mut(matrix.out_features) {
-                kernels::add_scaled(self.isa, 1.0, bias, y);
-            }
-        }
-        match plan {
-            None => {}
-            Some(plan) if tokens == 1 => self.compensate(matrix, plan, x, y),
-            Some(plan) => {
-                let rows = x.par_chunks_exact(matrix.in_features).zip(y.par_chunks_exact_mut(matrix.out_features));
-                rows.for_each(|(x, y)| self.compensate(matrix, plan, x, y));
-            }
-        }
+        let before = add.then(|| y.to_vec());
+        self.product_of_many(matrix, x, y, tokens);
+        self.finish_many(matrix, plan, x, y, before.as_deref());
     }
 
-    fn product_of_one(&self, matrix: &Matrix, x: &[f32], y: &mut [f32]) {
-        let rows = matrix.out_features.div_ceil(4 * rayon::current_num_threads()).max(MIN_ROWS);
-        y.par_chunks_mut(rows).enumerate().for_each(|(task, y)| {
-            for (i, y) in y.iter_mut().enumerate() {
-                *y = matrix.values.dot(self.isa, task * rows + i, x);
+    /// Bias, compensation and what `y` is added to, token by token.
+    fn finish_many(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], before: Option<&[f32]>) {
+        let (inner, outer) = (matrix.in_features, matrix.out_features);
+        if matrix.bias.is_none() && plan.is_none() && before.is_none() {
+            return;
+        }
+        self.team.divide(y, outer, 1, &|first, y| {
+            for (t, y) in (first / outer..).zip(y.chunks_exact_mut(outer)) {
+                let selected = matrix.selected(self.path, plan, &x[t * inner..][..inner]);
+                matrix.finish(self.path, 0, &selected, y);
+                if let Some(before) = before {
+                    kernels::add(self.path, &before[t * outer..][..outer], y);
+                }
+            }
+        });
+    }
+
+    fn product_of_one(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], add: bool) {
+        let digits = match &matrix.values {
+            Values::Codes(codes) => codes.digits(self.path, x),
+            Values::Dense(_) => None,
+        };
+        let selected = matrix.selected(self.path, plan, x);
+        let least = MIN_WEIGHTS / matrix.in_features;
+        self.team.divide(y, ROWS, least, &|first, y| {
+            let mut made = if add { vec![0.0; y.len()] } else { Vec::new() };
+            let target = if add { &mut made[..] } else { &mut *y };
+            match &matrix.values {
+                Values::Codes(codes) => codes.product(self.path, first, x, digits.as_ref(), target),
+                Values::Dense(w) => multiply_dense(self.path, w, first, x, target),
+            }
+            matrix.finish(self.path, first, &selected, target);
+            if add {
+                kernels::add(self.path, &made, y);
             }
         });
     }
@@ -106,73 +133,78 @@ impl Cpu {
     fn product_of_many(&self, matrix: &Matrix, x: &[f32], y: &mut [f32], tokens: usize) {
         let (inner, outer) = (matrix.in_features, matrix.out_features);
         let target = SharedRows(y.as_mut_ptr());
-        (0..outer.div_ceil(PANEL)).into_par_iter().for_each_init(
-            || vec![0.0; PANEL * inner],
-            |panel, p| {
-                let first = p * PANEL;
-                let rows = PANEL.min(outer - first);
-                for (i, row) in panel.chunks_exact_mut(inner).take(rows).enumerate() {
-                    matrix.values.dequantize(first + i, row);
-                }
-                // SAFETY: y[t, first..first + rows] of all tokens belongs to this panel alone and lies inside
-                // `y`; x is [tokens, inner] and panel [PANEL, inner], with the strides given.
-                unsafe {
-                    gemm::gemm(
-                        tokens,
-                        rows,
-                        inner,
-                        target.get().add(first),
-                        1,
-                        outer as isize,
-                        false,
-                        x.as_ptr(),
-                        1,
-                        inner as isize,
-                        panel.as_ptr(),
-                        inner as isize,
-                        1,
-                        0.0,
-                        1.0,
-                        false,
-                        false,
-                        false,
-                        gemm::Parallelism::None,
-                    );
-                }
-            },
-        );
+        self.team.run(outer.div_ceil(PANEL), &|p| {
+            let first = p * PANEL;
+            let rows = PANEL.min(outer - first);
+            let (mut panel, mut codes) = (vec![0.0; rows * inner], vec![0; inner]);
+            for (i, row) in panel.chunks_exact_mut(inner).enumerate() {
+                matrix.values.dequantize(self.path, first + i, &mut codes, row);
+            }
+            // SAFETY: y[t, first..first + rows] of all tokens belongs to this panel alone and lies inside `y`; x is
+            // [tokens, inner] and panel [rows, inner], with the strides given.
+            unsafe {
+                gemm::gemm(
+                    tokens,
+                    rows,
+                    inner,
+                    target.get().add(first),
+                    1,
+                    outer as isize,
+                    false,
+                    x.as_ptr(),
+                    1,
+                    inner as isize,
+                    panel.as_ptr(),
+                    inner as isize,
+                    1,
+                    0.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
+        });
+    }
+}
+
+/// `y = W·x` for the rows from `first` on that `y` has room for.
+fn multiply_dense(path: Path, w: &Floats<'_>, first: usize, x: &[f32], y: &mut [f32]) {
+    let n = x.len();
+    let rows = first * n..(first + y.len()) * n;
+    match w {
+        Floats::F32(w) => kernels::dots(path, &w[rows], n, x, y),
+        Floats::F16(w) => {
+            y.iter_mut().zip(w[rows].chunks_exact(n)).for_each(|(y, row)| *y = kernels::dot_f16(path, row, x));
+        }
+        Floats::Bf16(_) => unreachable!("made f32 when uploaded"),
+    }
+}
+
+impl Matrix {
+    /// The channels that are compensated, and their activations.
+    fn selected(&self, path: Path, plan: Option<&DecPlan>, x: &[f32]) -> Vec<(usize, f32)> {
+        let (Some(plan), Some(_)) = (plan, &self.residual) else { return Vec::new() };
+        let mut selected = Vec::with_capacity(plan.selected());
+        kernels::select(path, plan, x, &mut selected);
+        selected.into_iter().map(|k| (k as usize, x[k as usize])).collect()
     }
 
-    /// `y += s · Σ q·x` over the selected channels.
-    fn compensate(&self, matrix: &Matrix, plan: &DecPlan, x: &[f32], y: &mut [f32]) {
-        let Some((residual, scales)) = &matrix.residual else { return };
-        let mut selected = Vec::with_capacity(plan.selected());
-        plan.select(x, &mut selected);
-        if selected.is_empty() {
-            return;
+    /// `y += bias + s · Σ q·x` over the selected channels, for the rows from `first` on (a multiple of 8) that `y` has.
+    fn finish(&self, path: Path, first: usize, selected: &[(usize, f32)], y: &mut [f32]) {
+        if let Some(bias) = &self.bias {
+            kernels::add(path, &bias[first..first + y.len()], y);
         }
-        let row_words = matrix.out_features / 8;
-        let add = |(stripe, y, scales): (Range<usize>, &mut [f32], &[f32])| {
-            let mut sums = vec![0.0; y.len()];
-            for &k in &selected {
-                let words = &residual.words()[k as usize * row_words..][stripe.clone()];
-                kernels::add_residual(self.isa, words, x[k as usize], &mut sums);
-            }
-            for ((y, s), sum) in y.iter_mut().zip(scales).zip(&sums) {
-                *y += s * sum;
-            }
-        };
-        if selected.len() * row_words < MIN_RESIDUAL_WORDS {
-            return add((0..row_words, y, scales));
+        let Some((residual, scales)) = self.residual.as_ref().filter(|_| !selected.is_empty()) else { return };
+        let mut sums = vec![0.0; y.len()];
+        for &(k, x) in selected {
+            let words = &residual.words()[k * (self.out_features / 8)..][first / 8..(first + y.len()) / 8];
+            kernels::add_residual(path, words, x, &mut sums);
         }
-        let mut rest = (y, scales.as_slice());
-        let mut stripes = Vec::with_capacity(plan.n_tb());
-        for stripe in plan.stripes() {
-            let (y, scales) = (rest.0.split_at_mut(8 * stripe.len()), rest.1.split_at(8 * stripe.len()));
-            stripes.push((stripe, y.0, scales.0));
-            rest = (y.1, scales.1);
+        for ((y, s), sum) in y.iter_mut().zip(&scales[first..]).zip(&sums) {
+            *y += s * sum;
         }
-        stripes.into_par_iter().for_each(add);
     }
 }
 
@@ -182,10 +214,10 @@ impl Default for Cpu {
     }
 }
 
-/// Rows of one matrix that tasks write to, each its own columns.
+/// Rows of one matrix that pieces write to, each its own columns.
 struct SharedRows(*mut f32);
 
-// SAFETY: the tasks of `product_of_many` write disjoint columns.
+// SAFETY: the pieces of `product_of_many` write disjoint columns.
 unsafe impl Sync for SharedRows {}
 
 impl SharedRows {
@@ -195,20 +227,11 @@ impl SharedRows {
 }
 
 impl Values {
-    fn dot(&self, isa: Isa, row: usize, x: &[f32]) -> f32 {
-        let n = x.len();
-        match self {
-            Self::Dense(Floats::F32(w)) => kernels::dot(isa, &w[row * n..][..n], x),
-            Self::Dense(Floats::F16(w)) => kernels::dot_f16(isa, &w[row * n..][..n], x),
-            Self::Dense(Floats::Bf16(_)) => unreachable!("made f32 when uploaded"),
-            Self::Codes(codes) => codes.dot(isa, row, x),
-        }
-    }
-
-    fn dequantize(&self, row: usize, out: &mut [f32]) {
+    /// One row, dequantized, written over `out`; `codes` is scratch as long.
+    fn dequantize(&self, path: Path, row: usize, codes: &mut [u8], out: &mut [f32]) {
         match self {
             Self::Dense(w) => w.read_f32(row * out.len(), out),
-            Self::Codes(codes) => codes.dequantize(row, out),
+            Self::Codes(w) => w.dequantize(path, row, codes, out),
         }
     }
 }
@@ -269,12 +292,12 @@ impl GemvBackend for Cpu {
     }
 
     fn gemv(&self, matrix: &Matrix, x: &Vec<f32>, y: &mut Vec<f32>) -> Result<()> {
-        self.product(matrix, None, x, y, 1);
+        self.product(matrix, None, x, y, 1, false);
         Ok(())
     }
 
     fn dec_gemv(&self, matrix: &Matrix, plan: &DecPlan, x: &Vec<f32>, y: &mut Vec<f32>) -> Result<()> {
-        self.product(matrix, Some(plan), x, y, 1);
+        self.product(matrix, Some(plan), x, y, 1, false);
         Ok(())
     }
 

@@ -50,9 +50,9 @@ struct Args {
     /// Instead: what each operation of a token takes, at this position.
     #[arg(long)]
     ops: Option<usize>,
-    /// Warps of a block of the layers' launch.
-    #[arg(long, default_value_t = Tuning::default().layers)]
-    warps: usize,
+    /// Warps of a block of the layers' launch; left out, as many as go with the shape.
+    #[arg(long)]
+    warps: Option<usize>,
     /// One launch for the layers wherever there is room, not only where it was measured to pay.
     #[arg(long)]
     layers_always: bool,
@@ -78,7 +78,7 @@ fn main() -> Result<()> {
     let start = Instant::now();
     let tuning = Tuning {
         layers: args.warps,
-        layers_always: args.layers_always,
+        one_launch: args.layers_always.then_some(true),
         warps: args.product_warps,
         ..Tuning::default()
     };

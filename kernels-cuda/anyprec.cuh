@@ -1,82 +1,77 @@
-// Codes of one codebook per row, W[row, k] = lut[row, code(row, k)] (spec §2.1), to operands: BITS 3 or 4.
+// Codes of one codebook per row, W[row, k] = lut[row, code(row, k)] (spec §2.1): BITS 3 or 4, PLANES 1 or 2.
 //
 //   codes  units of 256 channels. Nibble n of a word: rows g (n < 4) and g + 8 (n ≥ 4), channel 4·odd + n % 4 of
 //          lane t's eight, where `odd` is the word's place in a pair of products.
 //          4 bits: vector v holds products 4·v to 4·v + 3.
 //          3 bits: word i of vectors 0, 1, 2 holds products 4·i, 4·i + 1, 4·i + 2, and in the spare bits of its
 //          nibbles bits 0, 1, 2 of product 4·i + 3.
-//   aux    the codebooks of a tile as bytes, [16 rows][2^BITS low bytes, then 2^BITS high bytes]
+//   aux    of each tile: codebooks as bytes [PLANES][16 rows][2^BITS], then f32 [16 rows] (scale, offset)
+//          lut[row, c] = scale·q + offset, q = the byte of plane 0; with two planes PLANE times that and the byte of plane 1
+//   lut    of each tile: f16 or bf16 [16 rows][2^BITS]
 //
-// Codes are looked up four at a time by byte permutation, in registers: no table in shared memory. Permutations, masks
-// and shifts share one pipe, which bounds everything here (H100: 172 such instructions a unit at 3 bits, each two
-// cycles); what can be said as a multiplication goes to the other one.
+// Codes are looked up four at a time by byte permutation, and what comes out is an operand of the product as it is:
+// nothing is unpacked. At 4 bits a permutation reaches half a codebook; for a code with its top bit set it puts out eight
+// times the top bit of a byte, 0 or −1. So an entry is a sum of two products, one with each half of the codebook (the
+// other one by codes whose top bit is flipped), in which what an entry of the other half puts out has been added before:
+//   entry c = first[c] − [second[c] < 0] for c < 8,   entry c + 8 = second[c] − [first[c] < 0]
 #pragma once
 #if BITS == 3
 #define VECTORS 3
+#define HALVES 1
+#define PLANE 256.0f
 #else
 #define VECTORS 4
+#define HALVES 2
+// Halves of a codebook leave 255 values to a byte.
+#define PLANE 255.0f
 #endif
 #define UNIT 256
-#define AUX_BYTES (16 * 2 * (1 << BITS))
+#define BOOK_BYTES (PLANES * (16 << BITS))
+#define AUX_BYTES (BOOK_BYTES + 128)
 #define AUX_PER_UNIT 0
+#define INTEGERS 1
 #define GROUP 256
 
 #include "common.cuh"
 
-// w >> 16 as a sum of products, w's halves by the bytes of 0x0100.
+// w >> 16 as a sum of products, w's halves by the bytes of 0x0100: permutations, masks and shifts share one pipe.
 __device__ __forceinline__ u32 upper(u32 w) {
     u32 d;
     asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(w), "r"(0x0100), "r"(0));
     return d;
 }
 
-// Four codes of a row to two pairs of centroids.
-__device__ __forceinline__ void look_up(uint4 book, u32 codes, u32& first, u32& second) {
-    u32 lo = prmt(book.x, book.y, codes), hi = prmt(book.z, book.w, codes);
-    first = prmt(lo, hi, 0x5140);
-    second = prmt(lo, hi, 0x7362);
-}
-
-// The top bit of a code says which half of the codebook its byte comes from.
-__device__ __forceinline__ void look_up(uint4 lows, uint4 highs, u32 codes, u32 halves, u32& first, u32& second) {
-    u32 lo = prmt(prmt(lows.x, lows.y, codes), prmt(lows.z, lows.w, codes), halves);
-    u32 hi = prmt(prmt(highs.x, highs.y, codes), prmt(highs.z, highs.w, codes), halves);
-    first = prmt(lo, hi, 0x5140);
-    second = prmt(lo, hi, 0x7362);
-}
-
+// This lane's rows' codebooks.
 struct Book {
+    u32 entries[2][PLANES][1 << (BITS - 2)];
+
     __device__ __forceinline__ Book() {}
-#if BITS == 3
-    uint4 low, high; // of rows g and g + 8
-    __device__ __forceinline__ explicit Book(const uint4* books) {
-        low = books[threadIdx.x % 32 / 4], high = books[threadIdx.x % 32 / 4 + 8];
+    __device__ __forceinline__ Book(const char* books, u32 lane) {
+        const u32* own = (const u32*)(books + (lane / 4 << BITS));
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int plane = 0; plane < PLANES; plane++)
+#pragma unroll
+                for (int i = 0; i < 1 << (BITS - 2); i++)
+                    entries[h][plane][i] = own[((plane * 16 + 8 * h) << (BITS - 2)) + i];
     }
-    __device__ __forceinline__ void operator()(u32 codes, u32* a) const {
-        look_up(low, codes, a[0], a[2]);
-        look_up(high, upper(codes), a[1], a[3]);
+
+    // Four bytes of row g and four of row g + 8, by the lower and the upper half of `codes`, from a half of the codebooks.
+    __device__ __forceinline__ void look_up(int plane, int half, u32 codes, u32& low, u32& high) const {
+        const u32 *first = entries[0][plane] + 2 * half, *second = entries[1][plane] + 2 * half;
+        if (half) codes ^= 0x88888888u;
+        low = prmt(first[0], first[1], codes);
+        high = prmt(second[0], second[1], upper(codes));
     }
-#else
-    uint4 low0, low1, high0, high1;
-    __device__ __forceinline__ explicit Book(const uint4* books) {
-        int row = threadIdx.x % 32 / 4 * 2;
-        low0 = books[row], low1 = books[row + 1], high0 = books[row + 16], high1 = books[row + 17];
-    }
-    __device__ __forceinline__ void operator()(u32 codes, u32* a) const {
-        u32 half = codes & 0x77777777u, which = and_or(codes >> 1, 0x44444444u, 0x32103210u);
-        look_up(low0, low1, half, which, a[0], a[2]);
-        look_up(high0, high1, upper(half), upper(which), a[1], a[3]);
-    }
-#endif
 };
 
-// Hands on the operands of two products at a time: operands(p, a) with channels 32·p to 32·p + 31. When this lane has
-// read its codes, taken().
+// Hands on the codes of one product at a time: operands(p, first, second), channels 8·t to + 3 and + 4 to + 7 of
+// 32·p on. `codes`: this lane's first. When it has read them, taken().
 template <class Operands, class Taken>
-__device__ __forceinline__ void expand(const uint4* codes, const Book& centroids, Operands operands, Taken taken) {
-    int lane = threadIdx.x % 32;
+__device__ __forceinline__ void expand(const uint4* codes, Operands operands, Taken taken) {
 #if BITS == 3
-    uint4 a = codes[lane], b = codes[32 + lane], c = codes[64 + lane];
+    uint4 a = codes[0], b = codes[32], c = codes[64];
     taken();
 #endif
 #pragma unroll
@@ -87,15 +82,27 @@ __device__ __forceinline__ void expand(const uint4* codes, const Book& centroids
         w.w = x >> 3 | y >> 2 | z >> 1;
         w.x -= x, w.y -= y, w.z -= z;
 #else
-        uint4 w = codes[32 * i + lane];
+        uint4 w = codes[32 * i];
         if (i == 3) taken();
 #endif
-        u32 even[8], odd[8];
-        centroids(w.x, even);
-        centroids(w.y, even + 4);
-        operands(2 * i, even);
-        centroids(w.z, odd);
-        centroids(w.w, odd + 4);
-        operands(2 * i + 1, odd);
+        operands(2 * i, w.x, w.y);
+        operands(2 * i + 1, w.z, w.w);
     }
+}
+
+// A unit's weights as 16-bit numbers: write(row of the 16, channel, eight of them), once for each lane, product and row.
+template <class Write>
+__device__ __forceinline__ void dequantize(const uint4* codes, const u16* lut, Write write) {
+    u32 lane = this_lane();
+    expand(codes + lane, [&](int p, u32 first, u32 second) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u32 own = prmt(first, second, h ? 0x7632 : 0x5410), two[4];
+            const u16* row = lut + ((lane / 4 + 8 * h) << BITS);
+#pragma unroll
+            for (int i = 0; i < 4; i++, own >>= 8)
+                two[i] = row[own & 15] | (u32)row[own >> 4 & 15] << 16;
+            write(lane / 4 + 8 * h, 32 * p + lane % 4 * 8, make_uint4(two[0], two[1], two[2], two[3]));
+        }
+    }, [] {});
 }

@@ -16,5 +16,5 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, RESIDENT) attend(co
     Span span(position, g.window);
     if ((int)blockIdx.y >= span.splits) return;
     prefetch(Cache(g, kv, position), span.begin_of(blockIdx.y), span.end_of(blockIdx.y));
-    attend_token<All>(g, Settled{g.qkv, g.delta}, queries, &ticket, kv, blockIdx.y, position, [] {});
+    attend_token<All>(g, HeadNorms{}, Settled{g.qkv, g.delta}, queries, &ticket, kv, blockIdx.y, position, [] {});
 }

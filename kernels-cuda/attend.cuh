@@ -24,8 +24,9 @@
 // Scores and results are tensor cores' (attend_tensor.cuh) where all is float16 or all is bfloat16 and heads have a
 // multiple of 16 dimensions, no more than 128 where threads have few registers; otherwise lanes' (attend_lanes.cuh).
 //
-// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, SPLITS (at most 32); ATTEND_THREADS of a block, a warp
-// at least for every four queries of a key-value head.
+// Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV, SPLITS (at most 32); QK_NORM (0 where there is
+// none, or where a kernel of its own has normalized them already: rows.cu);
+// ATTEND_THREADS of a block, a warp at least for every four queries of a key-value head.
 #pragma once
 #include "flow.cuh"
 
@@ -58,7 +59,17 @@ struct Settled {
     __device__ __forceinline__ Asked ask(int i) const { return Asked{load1(x, delta, i), 0, 0}; }
 };
 
-struct Attend {
+// A layer's attention in numbers.
+struct Numbers {
+    int capacity; // positions of the cache
+    int window;   // latest positions that are seen, the token's own included; 0: all
+    float scale;
+    float softcap;
+    float query_beta;
+    int query_original;
+};
+
+struct Attend : Numbers {
     const float* qkv;
     const float* delta;
     void* keys;
@@ -70,12 +81,14 @@ struct Attend {
     float* out;
     u32* beyond;
     int max_seq_len; // positions of angles
-    int capacity;    // positions of the cache
-    int window;      // latest positions that are seen, the token's own included; 0: all
-    float scale;
-    float softcap;
-    float query_beta;
-    int query_original;
+};
+
+// Norms of queries and keys: of each head alone (QK_NORM 1), or of all queries and of all keys (2).
+#ifndef QK_NORM
+#define QK_NORM 0
+#endif
+struct HeadNorms {
+    Norm query, key;
 };
 
 // Where the token `behind` the text goes: never past the cache, whatever the text's length says.
@@ -253,11 +266,49 @@ struct Span {
     __device__ __forceinline__ int end_of(int split) const { return min(end, tile_of(split + 1)); }
 };
 
+// What a norm of `len` numbers with these squares divides by, inverted.
+__device__ __forceinline__ float inverse_root(float squares, int len, float eps) { return 1.0f / sqrtf(squares / len + eps); }
+
+// The same of each head that the block's numbers are of, of which a thread has one in each step; queries and keys have norms
+// of their own. scratch: a number for each PIECE of them, what lanes that are neighbours have.
+template <class T, int STEPS>
+__device__ __forceinline__ void scales_of_heads(const float (&v)[STEPS], const HeadNorms& norms, float* scratch,
+                                                float (&scales)[STEPS]) {
+    constexpr int PIECE = HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : 8, PIECES = HEAD_DIM / PIECE;
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int i = s * ATTEND_THREADS + this_thread();
+        float squares = v[s] * v[s];
+#pragma unroll
+        for (int d = PIECE / 2; d > 0; d /= 2) squares += __shfl_xor_sync(FULL, squares, d);
+        if (i % PIECE == 0 && i < (HEAD_GROUP + 1) * HEAD_DIM) scratch[i / PIECE] = squares;
+    }
+    T::sync();
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int head = min((s * ATTEND_THREADS + this_thread()) / HEAD_DIM, HEAD_GROUP);
+        float squares = 0;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) squares += scratch[head * PIECES + p];
+        scales[s] = inverse_root(squares, HEAD_DIM, head < HEAD_GROUP ? norms.query.eps : norms.key.eps);
+    }
+}
+
+// The same of numbers `first` to `first + len` of x, which are waited for. scratch: a number for each warp.
+template <class T, class Source>
+__device__ __forceinline__ float scale_of_row(const Source& x, int first, int len, float eps, float* scratch) {
+    float squares = 0;
+#pragma unroll 1
+    for (int k = this_thread() * 8; k < len; k += ATTEND_THREADS * 8)
+        squares += await_eights(x, first + k, ask_eights(x, first + k, first + len)).squares();
+    return inverse_root(team_sum<T>(squares, scratch), len, eps);
+}
+
 // Share `split` of one token at `position`, and the merge, as above. x: the token's queries, keys and values; `ready` is
 // called when they are there.
 template <class T, class Source, class Ready>
-__device__ __forceinline__ void attend_token(const Attend& g, const Source& x, float* queries, u32* ticket, int kv,
-                                             int split, int position, Ready ready) {
+__device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& norms, const Source& x, float* queries,
+                                             u32* ticket, int kv, int split, int position, Ready ready) {
     Span span(position, g.window);
     if (split >= span.splits) return;
     int splits = span.splits, begin = span.begin_of(split), end = span.end_of(split);
@@ -273,8 +324,18 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
     fetch_first_keys(batch, cache, begin, min(end, position));
     float2 turns[STEPS];
     Asked own[STEPS] = {}, others[STEPS] = {};
+    // Of a number and of the one that it is rotated with.
+    float2 weights[STEPS];
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) turns[s] = angles ? angles[(s * ATTEND_THREADS + t) % HALF] : make_float2(1, 0);
+    for (int s = 0; s < STEPS; s++) {
+        int i = s * ATTEND_THREADS + t, d = i % HEAD_DIM, other = d < HALF ? d + HALF : d - HALF;
+        turns[s] = angles ? angles[d % HALF] : make_float2(1, 0);
+        if (QK_NORM && i < count && i < OWN + HEAD_DIM) {
+            int head = i < OWN ? kv * HEAD_GROUP + i / HEAD_DIM : kv;
+            const float* gamma = (i < OWN ? norms.query : norms.key).gamma + (QK_NORM == 2 ? head * HEAD_DIM : 0);
+            weights[s] = make_float2(gamma[d], gamma[other]);
+        }
+    }
     bool there;
     Patience patience;
     do {
@@ -290,13 +351,30 @@ __device__ __forceinline__ void attend_token(const Attend& g, const Source& x, f
 #pragma unroll
         for (int s = 0; s < STEPS; s++) there &= own[s].there() & others[s].there();
     } while (patience.warp_goes_on(there));
+    float values[STEPS], scales[STEPS];
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) values[s] = own[s].sum();
+    // Where results will lie.
+    float* scratch = queries + QUERY_FLOATS + 2 * HEAD_DIM;
+    if constexpr (QK_NORM == 2) {
+        float of_queries = scale_of_row<T>(x, 0, HEADS * HEAD_DIM, norms.query.eps, scratch), of_keys = 0;
+        if (split == splits - 1)
+            of_keys = scale_of_row<T>(x, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, norms.key.eps, scratch + T::size / 32);
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) scales[s] = s * ATTEND_THREADS + t < OWN ? of_queries : of_keys;
+    }
     fetch_first_values(batch, cache, begin, min(end, position));
+    if constexpr (QK_NORM == 1) scales_of_heads<T>(values, norms, scratch, scales);
     float scale = query_scale(g, position);
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int i = s * ATTEND_THREADS + t;
-        float v = own[s].sum();
-        if (i < OWN + HEAD_DIM) v = rotated(v, others[s].sum(), turns[s], i % HEAD_DIM);
+        float v = values[s];
+        if (i < OWN + HEAD_DIM) {
+            float other = others[s].sum();
+            if (QK_NORM) v *= scales[s] * weights[s].x, other *= scales[s] * weights[s].y;
+            v = rotated(v, other, turns[s], i % HEAD_DIM);
+        }
         if (i < OWN) v *= scale;
         if (i < count) check_size(g, v);
         if (i < OWN) {

@@ -11,6 +11,12 @@
 
 #define MISSING 0xffffffffu
 
+// An RMSNorm's weights, or null where there is none, and what is added to the mean square.
+struct Norm {
+    const float* gamma;
+    float eps;
+};
+
 __device__ __forceinline__ bool missing(float v) { return __float_as_uint(v) == MISSING; }
 
 __device__ __forceinline__ void put(u32* to, u32 v) {
@@ -110,3 +116,65 @@ struct Sum {
         return v.sum();
     }
 };
+
+// Eight consecutive channels of a vector.
+struct Eights {
+    float4 a, b;
+
+    static __device__ __forceinline__ Eights at(const float* x) { return Eights{*(const float4*)x, *(const float4*)(x + 4)}; }
+
+    __device__ __forceinline__ void to(float* x) const { *(float4*)x = a, *(float4*)(x + 4) = b; }
+
+    __device__ __forceinline__ float squares() const {
+        return a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+    }
+
+    __device__ __forceinline__ void add(const Eights& other) { a = add4(a, other.a), b = add4(b, other.b); }
+
+    __device__ __forceinline__ void scale(float s, const Eights& w) {
+        a = make_float4(a.x * s * w.a.x, a.y * s * w.a.y, a.z * s * w.a.z, a.w * s * w.a.w);
+        b = make_float4(b.x * s * w.b.x, b.y * s * w.b.y, b.z * s * w.b.z, b.w * s * w.b.w);
+    }
+
+    __device__ __forceinline__ float operator[](int i) const {
+        const float4& v = i < 4 ? a : b;
+        return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+    }
+};
+
+// Eight 16-bit numbers of DTYPE.
+__device__ __forceinline__ Eights widened(uint4 v) {
+    auto low = [](u32 w) { return widen((u16)w); };
+    auto high = [](u32 w) { return widen((u16)(w >> 16)); };
+    return Eights{make_float4(low(v.x), high(v.x), low(v.y), high(v.y)),
+                  make_float4(low(v.z), high(v.z), low(v.w), high(v.w))};
+}
+
+// The same of a vector in parts, as they were when they were asked for. What is past a vector's end is there: zeros.
+struct AskedEights {
+    Asked4 a, b;
+
+    static __device__ __forceinline__ AskedEights nothing_yet(const Sum& x) {
+        return AskedEights{x.nothing_yet(), x.nothing_yet()};
+    }
+
+    // Asks for those parts of channels k to k + 7 that are missing.
+    __device__ __forceinline__ void ask_missing(const Sum& x, int k) { x.ask_missing(k, a), x.ask_missing(k + 4, b); }
+    __device__ __forceinline__ bool there() const { return a.there() & b.there(); }
+    __device__ __forceinline__ Eights sum() const { return Eights{a.sum(), b.sum()}; }
+};
+
+// Channels k to k + 7 of `len` as they are; zeros past the end.
+__device__ __forceinline__ AskedEights ask_eights(const Sum& x, int k, int len) {
+    if (k >= len) return AskedEights{};
+    AskedEights v = AskedEights::nothing_yet(x);
+    v.ask_missing(x, k);
+    return v;
+}
+
+// The same, waited for.
+__device__ __forceinline__ Eights await_eights(const Sum& x, int k, AskedEights asked) {
+    Patience patience;
+    while (patience.goes_on(asked.there())) asked.ask_missing(x, k);
+    return asked.sum();
+}

@@ -6,7 +6,8 @@
 //         3: x, selected from by an earlier kernel (dec_list)
 //   y[row] = add ? y[row] + y_delta[row] + v[row] : v[row]
 //   dec_out[row] = the compensation (dec.cuh), to be added by whoever reads y
-//   beyond  u32, in mapped host memory: 1 if activations were beyond what 16 bits hold (common.cuh)
+//   beyond  u32, in mapped host memory: 1 if activations were beyond what 16 bits hold (common.cuh), where x becomes
+//           16-bit numbers (operand.cuh)
 //
 //   codes  [tiles, units, VECTORS, 32 lanes] 16 bytes: tiles of 16 rows, units of UNIT channels
 //   aux    what a unit needs besides its codes
@@ -14,8 +15,7 @@
 //
 // A block owns whole tiles; its warps take their units in turn and keep the next STAGES − 1 of their own in
 // flight. Weights do not depend on earlier kernels, so they are on their way before the wait. The tensor cores
-// do the sums (f32): lane 4·g + t holds rows g and g + 8 and channels 8·t to 8·t + 7 of every 32, so x stays in
-// plain order and one 16-byte read of it serves two products.
+// do the sums (unit.cuh): lane 4·g + t holds rows g and g + 8 and channels 8·t to 8·t + 7 of every 32.
 //
 // One block per multiprocessor: with two places, the next kernel's blocks settle in pairs wherever there is room
 // first, and the pairs take twice as long (H100: 31 µs instead of 21 for 4096 × 28672). In the first n_tb blocks
@@ -42,7 +42,11 @@ typedef Team<0, THREADS, 1> Base;
 
 // Leaves registers for a block of another kernel beside this one.
 #ifndef MIN_BLOCKS
+#if defined(PLANES) && PLANES == 2
+#define MIN_BLOCKS 1
+#else
 #define MIN_BLOCKS (DEC || WARPS > 16 ? 1 : 2)
+#endif
 #endif
 
 // When the next kernel may start: 0 at once, 1 after the wait, 2 when the weights have been read.
@@ -70,62 +74,67 @@ struct Gemv {
 
 constexpr int TILES = (R + 15) / 16;
 constexpr int UNITS = (K + UNIT - 1) / UNIT;
-constexpr int GROUPS = GROUP_SUMS * UNITS;
-constexpr int SUMS = (GROUPS + 3) / 4 * 4;
 
-// Four activations that need nothing else to be known.
-__device__ __forceinline__ float4 activations(const Gemv& g, int i) {
-    float4 v = load4(g.x, g.x_delta, i);
+// Four activations that need nothing else to be known, zero from K on.
+__device__ __forceinline__ float4 activations(const Gemv& g, int k) {
+    if (k >= K) return make_float4(0, 0, 0, 0);
+    float4 v = load4(g.x, g.x_delta, k);
 #if INPUT == 2
-    float4 up = load4(g.x + K, nullptr, i);
-    v = gated4(v, up, ACTIVATION);
+    v = gated4(v, load4(g.x + K, nullptr, k), ACTIVATION);
 #endif
     return v;
 }
 
-// Reads x, normalizes it if asked to, and hands it on in fours: write(channel, values), up to PADDED channels,
+__device__ __forceinline__ void put4(float* to, float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
+
+// Reads x, normalizes it if asked to, and hands it on in eights: write(channel, values), up to PADDED channels,
 // zero from K on. Every thread of a warp writes, or none.
 template <class T, int PADDED>
 struct Stage {
-    static constexpr int STEPS = (PADDED / 4 + T::size - 1) / T::size;
+    static constexpr int STEPS = (PADDED / 8 + T::size - 1) / T::size;
 #if INPUT == 1
-    float4 gamma[STEPS];
+    float gamma[STEPS][8];
 #endif
 
-    static __device__ __forceinline__ int channel(int step) { return 4 * (step * T::size + T::thread()); }
+    static __device__ __forceinline__ int channel(int step) { return 8 * (step * T::size + T::thread()); }
 
     // What does not depend on earlier kernels.
     __device__ __forceinline__ explicit Stage(const Gemv& g) {
 #if INPUT == 1
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
-            gamma[s] = channel(s) < K ? *(const float4*)(g.gamma + channel(s)) : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int h = 0; h < 8; h += 4) {
+                int k = channel(s) + h;
+                put4(gamma[s] + h, k < K ? *(const float4*)(g.gamma + k) : make_float4(0, 0, 0, 0));
+            }
 #endif
     }
 
     template <class Write>
     __device__ __forceinline__ void run(const Gemv& g, float* scratch, Write write) const {
 #if INPUT == 1
-        float4 v[STEPS];
-        float sum = 0;
+        float v[STEPS][8], sum = 0;
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            v[s] = channel(s) < K ? load4(g.x, g.x_delta, channel(s)) : make_float4(0, 0, 0, 0);
-            sum += v[s].x * v[s].x + v[s].y * v[s].y + v[s].z * v[s].z + v[s].w * v[s].w;
+            put4(v[s], activations(g, channel(s))), put4(v[s] + 4, activations(g, channel(s) + 4));
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum = fmaf(v[s][i], v[s][i], sum);
         }
         float scale = 1.0f / sqrtf(team_sum<T>(sum, scratch) / K + g.eps);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            float4 w = gamma[s];
-            if (channel(s) < PADDED)
-                write(channel(s), make_float4(v[s].x * scale * w.x, v[s].y * scale * w.y, v[s].z * scale * w.z,
-                                              v[s].w * scale * w.w));
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[s][i] *= scale * gamma[s][i];
+            if (channel(s) < PADDED) write(channel(s), v[s]);
         }
 #else
-#pragma unroll 8
-        for (int s = 0; s < STEPS; s++)
-            if (channel(s) < PADDED)
-                write(channel(s), channel(s) < K ? activations(g, channel(s)) : make_float4(0, 0, 0, 0));
+#pragma unroll 4
+        for (int s = 0; s < STEPS; s++) {
+            float v[8];
+            put4(v, activations(g, channel(s))), put4(v + 4, activations(g, channel(s) + 4));
+            if (channel(s) < PADDED) write(channel(s), v);
+        }
 #endif
     }
 };
@@ -175,12 +184,12 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     int warp = threadIdx.x / 32;
     int begin = (long long)TILES * block / blocks, end = (long long)TILES * (block + 1) / blocks;
 
-    // [WARPS] scratch · x · sums of x by group · the ring · partial sums [tiles, WARPS, 16]
+    // [WARPS] scratch · x · the ring · partial sums [tiles, WARPS, 16]
     float* scratch = (float*)shared;
-    u16* xs = (u16*)(shared + 128);
-    float* group_sums = (float*)(xs + UNITS * UNIT);
-    char* ring = (char*)(group_sums + SUMS) + warp * STAGES * STAGE_BYTES;
-    float* parts = (float*)((char*)(group_sums + SUMS) + WARPS * STAGES * STAGE_BYTES);
+    Operand x = Operand::of<K>(shared + 128);
+    char* rings = shared + 128 + OperandOf<K>::BYTES;
+    char* ring = rings + warp * STAGES * STAGE_BYTES;
+    float* parts = (float*)(rings + WARPS * STAGES * STAGE_BYTES);
     u32 slots = shared_address(ring) + threadIdx.x % 32 * 16;
 
     Ahead ahead(g, begin, end, warp);
@@ -190,30 +199,30 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
     if (UNITS < WARPS)
         for (int i = threadIdx.x; i < (end - begin) * WARPS * 16; i += THREADS) parts[i] = 0;
 
-    Stage<Base, UNITS * UNIT> stage(g);
+    Stage<Base, OperandOf<K>::PADDED> stage(g);
     wait_for_previous();
     if (TRIGGER == 1) let_next_start();
     // The first row that this thread will finish: what is added to it is fetched now.
     int own = begin * 16 + threadIdx.x;
     float added = own < min(end * 16, R) && g.add ? load1(g.y, g.y_delta, own) : 0.0f;
     if (g.bias && own < min(end * 16, R)) added += g.bias[own];
+#if INTEGERS
+    stage.run(g, scratch, [&](int k, const float (&v)[8]) { x.store(k, v); });
+    Base::sync();
+#else
     Beyond lost;
-    stage.run(g, scratch, [&](int i, float4 v) {
-        u32 lo = narrow2(v.x, v.y), hi = narrow2(v.z, v.w);
-        lost.add(lo), lost.add(hi);
-        *(uint2*)(xs + i) = make_uint2(lo, hi);
-        if constexpr (GROUPS > 0) {
-            float sum = widen((u16)lo) + widen((u16)(lo >> 16)) + widen((u16)hi) + widen((u16)(hi >> 16));
-#pragma unroll
-            for (int d = GROUP / 8; d > 0; d /= 2) sum += __shfl_xor_sync(FULL, sum, d);
-            if (i % GROUP == 0) group_sums[i / GROUP] = sum;
-        }
+    stage.run(g, scratch, [&](int k, const float (&v)[8]) {
+        x.store(k, v);
+        const uint4& stored = *(const uint4*)(x.digits + k * X_BYTES);
+        lost.add(stored.x), lost.add(stored.y), lost.add(stored.z), lost.add(stored.w);
     });
     Base::sync();
     // Every block has the same numbers.
     if (block == 0) lost.tell(g.beyond);
+#endif
 
     Unit sums;
+    u32 lane = this_lane();
     int tile = warp / UNITS, unit = warp % UNITS, slot = 0, next = STAGES - 1;
     bool fresh = true;
 #pragma unroll 1
@@ -221,13 +230,13 @@ __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, c
         copy_async_wait<STAGES - 2>();
         __syncwarp();
         ahead.request(g, slots + next * STAGE_BYTES);
-        const uint4* stage = (const uint4*)(ring + slot * STAGE_BYTES);
-        if (fresh) sums.begin(stage + VECTORS * 32);
-        sums.add(stage, xs + unit * UNIT, group_sums + unit * GROUP_SUMS, [] {});
+        const char* stage = ring + slot * STAGE_BYTES;
+        if (fresh) sums.begin(stage + VECTORS * 512, lane);
+        sums.add((const uint4*)stage + lane, Part(x, unit, lane), lane, [] {});
         next = slot;
         slot = slot == STAGES - 1 ? 0 : slot + 1;
         // The warp's last unit of a tile.
-        if (unit + WARPS >= UNITS) sums.store(parts + (tile * WARPS + warp) * 16);
+        if (unit + WARPS >= UNITS) sums.store(parts + (tile * WARPS + warp) * 16 + row_of(lane), lane);
         fresh = WARPS >= UNITS || unit + WARPS % UNITS >= UNITS;
         tile += WARPS / UNITS, unit += WARPS % UNITS;
         if (unit >= UNITS) unit -= UNITS, tile++;
@@ -268,7 +277,10 @@ __device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
     float* xs = (float*)(shared + 128);
     Stage<Compensating, PADDED> stage(g);
     wait_for_previous();
-    stage.run(g, (float*)shared, [&](int i, float4 v) { *(float4*)(xs + i) = v; });
+    stage.run(g, (float*)shared, [&](int k, const float (&v)[8]) {
+        *(float4*)(xs + k) = make_float4(v[0], v[1], v[2], v[3]);
+        *(float4*)(xs + k + 4) = make_float4(v[4], v[5], v[6], v[7]);
+    });
     Compensating::sync();
     compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, (char*)(xs + PADDED), g.dec_out, nullptr,
                                                InPlace{shared_address(xs)});

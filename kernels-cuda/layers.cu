@@ -1,11 +1,15 @@
 // Decoder layers of one token in one launch: one block per multiprocessor, all of them there at once.
 //
 //   per layer   qkv = W_qkv·norm(h)               attended = attention(qkv) (attend.cuh)
-//               h  += W_o·attended                 act = silu(gate)·up of W_gu·norm(h)
+//               h  += W_o·attended                 act = activation(gate)·up of W_gu·norm(h)
 //               h  += W_d·act                      each product compensated (dec.cuh) if its k_chunk > 0
 //
+// Norms may also be where h is added to, norm(W_o·attended), instead of those or beside them, and queries and keys may have
+// their own: what a model's program says is compiled in, what differs between its layers stands in the table.
+//
 //   layers     [count], in device memory: matrices as in anyprec.cuh (FORMAT 0) or lutgemm.cuh (FORMAT 1)
-//   h          f32 [H]; what stands in h_delta on entry (or null) belongs to it
+//   h          f32 [H], overwritten; what stands in h_delta on entry (or null) belongs to it. Between, every block has all
+//              of it in its shared memory (staging.cuh)
 //   flow       f32 [SETS, WORDS], overwritten: the vectors between blocks (`At` below), a set for each layer, in turn
 //   list       u64 [4, longest], overwritten: selections that several blocks make together (`Exchange` below)
 //   grid       u32 [2]: blocks that have arrived at barriers since the model was loaded, how many when the last launch
@@ -27,11 +31,16 @@
 //   reads of set l − 3 · F of l − 2 · puts a sum of l − 2    before   has all of them · F of l − 1 · makes the set missing
 //   makes the set missing · F of l · puts a sum of l         before   has all of them · F of l + 1 · uses the set
 //
-// Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16, none over 65536; WARPS of
-// 4; no more multiplying blocks than tiles; a block's rows, but of gate and up, no more than its threads.
-// Constants: H, I, those of attend.cuh, FORMAT, BITS, GROUP, WARPS, STAGES, BLOCKS, DEC (0 or 1); shared memory's parts
-// in bytes: XS, PARTS, BOOKS, and the most layers of a launch MOST_LAYERS; SETS: 5;
-// LOUD (staging.cuh).
+// A block that compensates reads what enters h in every layer, whatever of it is compensated, and has a fence after each
+// step; so the same holds for it. h itself is written back by one block, once it has all of the last product: every other
+// block has read what it was then.
+//
+// Limits: compute capability 9.0; H, I, HEADS·HEAD_DIM and the rows of qkv are multiples of 16, none over 65536; four
+// WARPS at least where there is compensation; no more multiplying blocks than tiles; a block's rows, but of gate and up, no
+// more than its threads.
+// Constants: those of staging.cuh and attend.cuh, FORMAT, BITS, STAGES, BLOCKS; CAPPED and GROWS (0 or 1: whether scores are
+// capped in some layer, and queries grow); shared memory's parts in bytes: XS, PARTS, NARROW_PARTS, BOOKS; the most layers of
+// a launch MOST_LAYERS, and LAYER_BYTES as the host has them; SETS: 5.
 #if FORMAT == 0
 #include "anyprec.cuh"
 #else
@@ -53,24 +62,24 @@ typedef Team<0, THREADS, 0> All;
 enum { QKV, O, GU, D };
 constexpr int A = HEADS * HEAD_DIM, QKV_ROWS = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 
-// Where a layer's vectors lie in its set: its input, what its products put out, 16-bit activations in pairs, and what
-// shares of attention put out. With compensation, beside them deltas, and what blocks had of tiles that began in others,
-// the input's from the layer before; and activations in f32.
+// Where a layer's vectors lie in its set: what down put out in the layer before, what its own products put out, 16-bit
+// activations in pairs, and what shares of attention put out. With compensation, beside them deltas, and what blocks had of
+// tiles that began in others, down's from the layer before; and activations in f32.
 enum At {
-    INPUT = 0,
-    Q_K_V = INPUT + H,
+    FROM_DOWN = 0,
+    Q_K_V = FROM_DOWN + H,
     ATTENDED = Q_K_V + QKV_ROWS,
-    BETWEEN = ATTENDED + A,
-    ACT = BETWEEN + H,
+    FROM_O = ATTENDED + A,
+    ACT = FROM_O + H,
     SHARES = ACT + I / 2,
     WITHOUT_DEC = SHARES + (KV_HEADS * SPLITS * HEAD_GROUP * (HEAD_DIM + 2) + 3) / 4 * 4,
-    INPUT_DELTA = WITHOUT_DEC,
-    INPUT_REST = INPUT_DELTA + H,
-    QKV_DELTA = INPUT_REST + H,
+    DOWN_DELTA = WITHOUT_DEC,
+    DOWN_REST = DOWN_DELTA + H,
+    QKV_DELTA = DOWN_REST + H,
     QKV_REST = QKV_DELTA + QKV_ROWS,
-    BETWEEN_DELTA = QKV_REST + QKV_ROWS,
-    BETWEEN_REST = BETWEEN_DELTA + H,
-    GU_DELTA = BETWEEN_REST + H,
+    O_DELTA = QKV_REST + QKV_ROWS,
+    O_REST = O_DELTA + H,
+    GU_DELTA = O_REST + H,
     ACT32 = GU_DELTA + 2 * I,
     WORDS = DEC ? ACT32 + I : WITHOUT_DEC,
 };
@@ -90,12 +99,18 @@ struct Product {
     int k_chunk, n_tb, exact, list_chunks;
 };
 
+// Norms of a layer, as src/config/layer.rs numbers them; a γ is null where its program has none.
+enum { ATTENTION_INPUT, QUERY, KEY, ATTENTION_OUTPUT, FEED_FORWARD_INPUT, FEED_FORWARD_OUTPUT, NORMS };
+
 struct Layer {
     Product products[4];
-    const float* norms[2];
+    Norm norms[NORMS];
     void* keys;
     void* values;
+    const float2* angles;
+    Numbers numbers;
 };
+static_assert(sizeof(Layer) == LAYER_BYTES, "the host's layers are others");
 
 struct Layers {
     const Layer* layers;
@@ -104,15 +119,12 @@ struct Layers {
     float* flow;
     u64* list;
     const State* state;
-    const float2* angles;
     u32* grid;
     u64* stamps;
     u32* beyond;
     int count;
     int n_tb;
     int max_seq_len;
-    int capacity; // positions of the cache: attend.cuh
-    float eps;
     int longest;
 };
 
@@ -138,12 +150,18 @@ __device__ __forceinline__ Dec dec_of(const Product& p, int op) {
 }
 
 // Shared memory, in order; the ring comes first.
-constexpr int ROUTES = (Stream<MATRICES, Table>::BYTES + 127) / 128 * 128; // Route [MATRICES], scratch floats
-constexpr int POSITION = ROUTES + 124;                              // the token's, between these
-constexpr int TABLE = ROUTES + 256;                                 // Layer [MOST_LAYERS]
-constexpr int X = TABLE + (MOST_LAYERS * (int)sizeof(Layer) + 127) / 128 * 128;
+constexpr int ROUTES = (Stream<MATRICES, Table>::BYTES + 127) / 128 * 128; // Route [MATRICES]
+constexpr int POSITION = ROUTES + 124;                                     // the token's
+constexpr int SCRATCH = ROUTES + 128;                                      // f32 [2, WARPS]
+constexpr int TABLE = SCRATCH + 256;                                       // Layer [MOST_LAYERS]
+constexpr int HIDDEN = TABLE + (MOST_LAYERS * LAYER_BYTES + 127) / 128 * 128;
+constexpr int X = HIDDEN + UNITS_OF(H) * UNIT * 4;
+// Sums of qkv, gate and up in one place, those of o and down in another: a warp that is ahead may have begun the next product
+// while others finish rows.
 constexpr int PART = X + XS;
-constexpr int LIST = PART + PARTS;                                  // the selection
+constexpr int NARROW_PART = PART + PARTS;
+constexpr int LIST = NARROW_PART + NARROW_PARTS; // the selection
+static_assert(MATRICES * sizeof(Route) <= POSITION - ROUTES && 2 * WARPS * 4 <= TABLE - SCRATCH, "no room");
 
 // The vectors of a layer.
 __device__ __forceinline__ float* set_of(const Layers& g, int l) { return g.flow + l % SETS * WORDS; }
@@ -153,12 +171,21 @@ __device__ __forceinline__ Sum vector_of(float* set, int at, int delta, int rest
     if (!DEC) return Sum{set + at, nullptr, nullptr};
     return Sum{set + at, compensated ? set + delta : nullptr, set + rest};
 }
-__device__ __forceinline__ Sum input_of(const Layers& g, const Product& down, int l) {
-    if (l == 0) return Sum{g.h, g.h_delta, nullptr};
-    return vector_of(set_of(g, l), INPUT, INPUT_DELTA, INPUT_REST, DEC && down.k_chunk > 0);
+
+// What goes into the stream where layer l begins, and where the last one ends: what down put out in the layer before, or what
+// there was at first.
+__device__ __forceinline__ Branch from_down(const Layers& g, const Layer* table, int l) {
+    Norm before = l < g.count ? table[l].norms[ATTENTION_INPUT] : Norm{};
+    if (l == 0) return Branch{Sum{g.h, g.h_delta, nullptr}, Norm{}, before};
+    bool compensated = DEC && table[l - 1].products[D].k_chunk > 0;
+    return Branch{vector_of(set_of(g, l), FROM_DOWN, DOWN_DELTA, DOWN_REST, compensated),
+                  table[l - 1].norms[FEED_FORWARD_OUTPUT], before};
 }
-__device__ __forceinline__ Sum between_of(float* set, const Product& o) {
-    return vector_of(set, BETWEEN, BETWEEN_DELTA, BETWEEN_REST, DEC && o.k_chunk > 0);
+
+// What goes into it between attention and feed-forward.
+__device__ __forceinline__ Branch from_o(const Layer& layer, float* set) {
+    return Branch{vector_of(set, FROM_O, O_DELTA, O_REST, DEC && layer.products[O].k_chunk > 0),
+                  layer.norms[ATTENTION_OUTPUT], layer.norms[FEED_FORWARD_INPUT]};
 }
 
 // Makes `words` from `from` on missing; `blocks` share it out.
@@ -204,33 +231,36 @@ __device__ __forceinline__ void copy_scales(float* to, const float* scales, int 
     copy_async_commit();
 }
 
-// What a norm divides by, inverted. `own`: this thread's channels of those that the block selects among; `together`: all
-// blocks' are needed, so all channels are read.
-__device__ __forceinline__ float norm_scale(const Sum& x, const Eights& own, bool together, int channels, float eps,
-                                            float* scratch) {
-    float sum = together ? 0 : own.squares();
-    if (together)
-#pragma unroll 1
-        for (int k = this_thread() * 8; k < channels; k += THREADS * 8)
-            sum += await_eights(x, k, ask_eights(x, k, channels)).squares();
-    return 1.0f / sqrtf(team_sum<All>(sum, scratch) / channels + eps);
+// A branch into the stream of a block that compensates; returned: what the next norm divides by, inverted. Not inlined: it
+// is needed in several places.
+__device__ __noinline__ float take_in_alone(const Branch& branch, char* shared) {
+    Eights v[STEPS_OF(H)];
+    float* scratch = (float*)(shared + SCRATCH);
+    take_in(branch, Hidden{(float4*)(shared + HIDDEN)}, scratch, v);
+    float scale = BEFORE ? norm_scale(v, branch.before.eps, scratch + WARPS) : 1.0f;
+    // Each thread selects among other channels than those that it keeps.
+    All::sync();
+    return scale;
 }
 
-// A product's compensation of this block's stripe. x is waited for, and normalized if there is a γ. `turn`: passes of
-// fetches before this one's; returned: with this one's.
-__device__ __forceinline__ u32 compensate_product(const Product& p, int op, int block, Sum x, const float* gamma, float eps,
+// A product's compensation of this block's stripe, of the stream once `branch` is in it, or of x if that is null.
+// `turn`: passes of fetches before this one's; returned: with this one's.
+__device__ __forceinline__ u32 compensate_product(const Product& p, int op, int block, const Branch* branch, const Sum& x,
                                                   char* shared, u32 turn, Exchange exchange, float* out) {
     constexpr int GROUPS = THREADS / SELECTORS;
     int group = this_thread() / SELECTORS, lane = this_thread() % SELECTORS * 8;
     int channels = width_of(op), chunks = (channels + CHUNK - 1) / CHUNK;
-    // Every block selects everything, unless there are more chunks than it selects at once.
-    bool together = chunks > GROUPS;
+    // Every block selects everything, unless there are more chunks than it selects at once. Warps beyond the last whole
+    // group wait for the list with the others.
+    bool together = chunks > GROUPS, selects = WARPS % 4 == 0 || group < GROUPS;
     int chunk = together ? block + group * p.n_tb : group, step = together ? GROUPS * p.n_tb : GROUPS;
+    if (!selects) chunk = chunks;
     // First of all, since it takes longest; everything else that is read comes meanwhile.
-    AskedEights asked = ask_eights(x, chunk * CHUNK + lane, channels);
+    AskedEights asked = branch ? AskedEights{} : ask_eights(x, chunk * CHUNK + lane, channels);
     Stripe stripe = ((const Stripe*)(shared + STRIPES))[op];
     int edge = p.edges[this_thread() % 32], met = 0, *hints = p.edges + BUCKETS;
     int hint = chunk < chunks ? ask1(hints + chunk) : 0;
+    const float* gamma = BEFORE && branch ? branch->before.gamma : nullptr;
     Eights weights = {};
     if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
     Dec dec = dec_of(p, op);
@@ -243,11 +273,12 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
     Fetch fetch(dec, list, width > 0 ? entries : 0, stripe.begin, max(width, 1), slots, ROOM, barriers, turn);
     Together& group_of = ((Together*)(shared + X))[group];
 
-    Eights v = await_eights(x, chunk * CHUNK + lane, asked);
-    float scale = gamma ? norm_scale(x, v, together, channels, eps, (float*)(shared + ROUTES + 128)) : 1.0f;
+    Hidden hidden{(float4*)(shared + HIDDEN)};
+    float scale = branch ? take_in_alone(*branch, shared) : 1.0f;
 #pragma unroll 1
     while (chunk < chunks) {
         int k = chunk * CHUNK + lane, found = hint;
+        Eights v = !branch ? await_eights(x, k, asked) : k < channels ? hidden[k] : Eights{};
         // Each chunk's first come before any chunk's second, as they will from the host. The last chunk may have fewer.
         auto place = [&](int i) { return chunk + (i < fewest ? i * chunks : fewest + i * (chunks - 1)); };
         if (gamma) v.scale(scale, weights);
@@ -265,7 +296,7 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
         if ((chunk += step) >= chunks) break;
         hint = ask1(hints + chunk);
         if (gamma) weights = eights(gamma, chunk * CHUNK + lane, channels);
-        v = await_eights(x, chunk * CHUNK + lane, ask_eights(x, chunk * CHUNK + lane, channels));
+        if (!branch) asked = ask_eights(x, chunk * CHUNK + lane, channels);
     }
     if (together) {
 #pragma unroll 1
@@ -303,22 +334,26 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Layer* tab
     if (this_thread() < Fetch::BARRIERS) barrier_init(shared_address(shared + BARRIERS) + this_thread() * 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    Hidden{(float4*)(shared + HIDDEN)}.clear();
     All::sync();
 #pragma unroll 1
     for (int i = 0; i < 4 * g.count; i++) {
         int l = i / 4, op = i % 4;
-        const Layer& layer = table[l];
-        const Product* p = layer.products;
-        if (p[op].k_chunk == 0) continue;
+        const Product& p = table[l].products[op];
         float *set = set_of(g, l), *next = set_of(g, l + 1);
-        Sum x = op == QKV  ? input_of(g, p[D], l)
-                : op == GU ? between_of(set, p[O])
-                           : Sum{set + (op == O ? ATTENDED : ACT32), nullptr, nullptr};
-        const float* gamma = op == QKV ? layer.norms[0] : op == GU ? layer.norms[1] : nullptr;
-        float* out = op == D ? next + INPUT_DELTA : set + (op == QKV ? QKV_DELTA : op == O ? BETWEEN_DELTA : GU_DELTA);
-        // An entry is overwritten a layer later, when every block is done with it.
-        Exchange exchange{g.list + op * g.longest, i + 1u};
-        turn = compensate_product(p[op], op, block, x, gamma, g.eps, shared, turn, exchange, out);
+        bool of_stream = op == QKV || op == GU;
+        Branch branch = op == QKV ? from_down(g, table, l) : from_o(table[l], set);
+        if (p.k_chunk > 0) {
+            Sum x{set + (op == O ? ATTENDED : ACT32), nullptr, nullptr};
+            float* out = op == D ? next + DOWN_DELTA : set + (op == QKV ? QKV_DELTA : op == O ? O_DELTA : GU_DELTA);
+            // An entry is overwritten a layer later, when every block is done with it.
+            Exchange exchange{g.list + op * g.longest, i + 1u};
+            turn = compensate_product(p, op, block, of_stream ? &branch : nullptr, x, shared, turn, exchange, out);
+        } else if (of_stream) {
+            take_in_alone(branch, shared);
+        } else {
+            continue;
+        }
         // As the others' after attention. Here nobody waits for this block.
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         All::sync();
@@ -337,43 +372,40 @@ struct Multiplier {
     Stream<MATRICES, Table>& stream;
     const Route* routes;
     const char* shared;
-    const u16* xs;
-    const float* group_sums;
-    float* parts;
+    char* x;
     Grid& grid;
 
-    // Product m of the stream, of K channels, which are in xs when all threads are here, added to `add` if there is one,
-    // which is asked for meanwhile.
+    // Product m of the stream, of K channels, which are in x when all threads are here.
     template <int K>
-    __device__ __forceinline__ void run(int m, const Product& p, const Sum& add, float* y, float* rest) {
+    __device__ __forceinline__ void run(int m, const Product& p, float* parts, const Later& norm, float* y, float* rest) {
         const Route& route = routes[(u32)m % MATRICES];
-        clear<UNITS_OF(K), DEC>(route, 1, parts);
-        All::sync();
+        wait_for_staged<K>();
         if (m > 0) grid.stamp();
-        float before = add.x ? asked_before(route, add) : 0.0f;
-        stream.multiply<UNITS_OF(K), DEC>(m, route, shared, xs, group_sums, parts);
+        stream.multiply<UNITS_OF(K), DEC>(m, route, shared, Operand::of<K>(x), parts);
         All::sync();
-        finish<UNITS_OF(K)>(route, parts, p.bias, before, y, rest);
+        finish<UNITS_OF(K)>(route, parts, norm, p.bias, y, rest);
     }
 };
 
 // This block's shares of a layer's attention; `stamp` as in Grid::here().
 __device__ __noinline__ void attention(const Layers& g, const Layer& layer, float* set, char* shared, u64* stamp) {
     int position = *(const int*)(shared + POSITION), share = blockIdx.x;
-    Span span(position, WINDOW);
+    Span span(position, layer.numbers.window);
     if (share >= KV_HEADS * span.splits) return;
+    Attend a{layer.numbers, nullptr, nullptr, layer.keys, layer.values, layer.angles, g.state, set + SHARES, nullptr,
+             set + ATTENDED, g.beyond, g.max_seq_len};
+    if (!CAPPED) a.softcap = 0;
+    if (!GROWS) a.query_beta = 0;
+    HeadNorms norms{layer.norms[QUERY], layer.norms[KEY]};
     // Where heads are divided, there are no more shares than blocks.
 #pragma unroll 1
     do {
         int kv = share % KV_HEADS, split = share / KV_HEADS;
-        Attend a{nullptr,       nullptr,  layer.keys,    layer.values, g.angles, g.state,
-                 set + SHARES,  nullptr,  set + ATTENDED, g.beyond,    g.max_seq_len, g.capacity,
-                 WINDOW,        1.0f / sqrtf((float)HEAD_DIM), 0, 0, 1};
         prefetch(Cache(a, kv, position), span.begin_of(split), span.end_of(split));
         Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, QKV_REST, DEC && layer.products[QKV].k_chunk > 0);
         // What was in shared memory before has been used.
         All::sync();
-        attend_token<All>(a, qkv, (float*)(shared + X), nullptr, kv, split, position, [&] { note_time(stamp); });
+        attend_token<All>(a, norms, qkv, (float*)(shared + X), nullptr, kv, split, position, [&] { note_time(stamp); });
         share += BLOCKS - g.n_tb;
     } while (SPLITS == 1 && share < KV_HEADS * span.splits);
 }
@@ -381,14 +413,14 @@ __device__ __noinline__ void attention(const Layers& g, const Layer& layer, floa
 // What the other blocks do.
 __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* table, char* shared, Grid& grid) {
     Route* routes = (Route*)(shared + ROUTES);
-    float* scratch = (float*)(shared + ROUTES + 128);
-    u16* xs = (u16*)(shared + X);
-    float* parts = (float*)(shared + PART);
-    constexpr int WIDEST = H > A ? H : A;
-    // Sums of groups end where the inputs do.
-    float* group_sums = (float*)(shared + X + XS) - UNITS_OF(WIDEST > I ? WIDEST : I) * GROUP_SUMS;
+    float* scratch = (float*)(shared + SCRATCH);
+    Hidden h{(float4*)(shared + HIDDEN)};
+    float *parts = (float*)(shared + PART), *narrow_parts = (float*)(shared + NARROW_PART);
+    char* x = shared + X;
+    constexpr Later NO_NORM{nullptr, 0};
     int blocks = BLOCKS - g.n_tb;
 
+    h.clear();
     if (threadIdx.x < 32) Stream<MATRICES, Table>::init(shared_address(shared));
     if (threadIdx.x == 0) *(int*)(shared + POSITION) = position_of(g.state, g.max_seq_len, 0);
     if (threadIdx.x < MATRICES) routes[threadIdx.x] = route_of(threadIdx.x - (threadIdx.x >= UP), blocks);
@@ -399,7 +431,7 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
     if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target;
     grid.stamp();
 
-    Multiplier multiplier{stream, routes, shared, xs, group_sums, parts, grid};
+    Multiplier multiplier{stream, routes, shared, x, grid};
 #pragma unroll 1
     for (int l = 0; l < g.count; l++) {
         const Layer& layer = table[l];
@@ -407,8 +439,8 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
         float *set = set_of(g, l), *next = set_of(g, l + 1);
         int m = MATRICES * l;
 
-        stage<H, true>(input_of(g, p[D], l), layer.norms[0], g.eps, scratch, xs, group_sums, g.beyond);
-        multiplier.run<H>(m + QKV, p[QKV], Sum{nullptr, nullptr, nullptr}, set + Q_K_V, set + QKV_REST);
+        Later norm = stage_hidden(from_down(g, table, l), h, scratch, Operand::of<H>(x));
+        multiplier.run<H>(m + QKV, p[QKV], parts, norm, set + Q_K_V, set + QKV_REST);
         empty(set_of(g, l + 2), WORDS, blocks);
 
         attention(g, layer, set, shared, grid.here());
@@ -417,25 +449,28 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         All::sync();
 
-        stage<A, false>(Sum{set + ATTENDED, nullptr, nullptr}, nullptr, 0, scratch, xs, group_sums, g.beyond);
-        multiplier.run<A>(m + O, p[O], input_of(g, p[D], l), set + BETWEEN, set + BETWEEN_REST);
+        stage_attended<A>(set + ATTENDED, Operand::of<A>(x));
+        multiplier.run<A>(m + O, p[O], narrow_parts, NO_NORM, set + FROM_O, set + O_REST);
 
-        stage<H, true>(between_of(set, p[O]), layer.norms[1], g.eps, scratch, xs, group_sums, g.beyond);
-        clear<UNITS_OF(H), false>(routes[GATE], 2, parts);
-        All::sync();
+        norm = stage_hidden(from_o(layer, set), h, scratch, Operand::of<H>(x));
+        wait_for_staged<H>();
         grid.stamp();
         int half = routes[GATE].tiles * WARPS * 16;
 #pragma unroll 1
         for (int i = 0; i < 2; i++)
-            stream.multiply<UNITS_OF(H), false>(m + GATE + i, routes[GATE], shared, xs, group_sums, parts + i * half);
-        finish_pairs(routes[GATE], parts, p[GU].bias, DEC && p[GU].k_chunk > 0 ? set + GU_DELTA : nullptr,
+            stream.multiply<UNITS_OF(H), false>(m + GATE + i, routes[GATE], shared, Operand::of<H>(x), parts + i * half);
+        finish_pairs(routes[GATE], parts, norm, p[GU].bias, DEC && p[GU].k_chunk > 0 ? set + GU_DELTA : nullptr,
                      (u16*)(set + ACT), DEC && p[D].k_chunk > 0 ? set + ACT32 : nullptr, g.beyond);
 
-        stage_act((const u16*)(set + ACT), xs, group_sums);
-        multiplier.run<I>(m + DOWN, p[D], between_of(set, p[O]), next + INPUT, next + INPUT_REST);
+        stage_act((const u16*)(set + ACT), Operand::of<I>(x));
+        multiplier.run<I>(m + DOWN, p[D], narrow_parts, NO_NORM, next + FROM_DOWN, next + DOWN_REST);
     }
-    Sum output = input_of(g, table[0].products[D], g.count);
-    for (int i = blockIdx.x * THREADS + this_thread(); i < H; i += blocks * THREADS) g.h[i] = output.await(i);
+    if (blockIdx.x > 0) return;
+    Eights v[STEPS_OF(H)];
+    take_in(from_down(g, table, g.count), h, scratch, v);
+#pragma unroll
+    for (int s = 0; s < STEPS_OF(H); s++)
+        if (own_channel(s) < H) v[s].to(g.h + own_channel(s));
     grid.stamp();
 }
 

@@ -80,8 +80,8 @@ struct Stream {
     int matrix, left;
     const char* codes;
     const char* aux;
-    // The slot to be used next, in bytes from `rings`.
-    u32 at;
+    // This lane's place in the slot to be used next, in bytes from `rings`, and behind the warp's last slot.
+    u32 at, end;
 
     // Before anything else, by one warp; all wait for it.
     static __device__ __forceinline__ void init(u32 rings) {
@@ -93,7 +93,7 @@ struct Stream {
 
     __device__ __forceinline__ Stream(Table table, const Route* routes, int matrices, u32 rings)
         : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), left(0),
-          at(threadIdx.x / 32 * (STAGES * SLOT)) {
+          at(threadIdx.x / 32 * (STAGES * SLOT) + threadIdx.x % 32 * 16), end(at + STAGES * SLOT) {
         next_matrix();
         if (threadIdx.x == 0) ask_books(0);
 #pragma unroll 1
@@ -103,20 +103,25 @@ struct Stream {
         }
     }
 
-    // How many of a block's units are a warp's.
-    static __device__ __forceinline__ int share(const Route& r, int warp) {
-        return (max(r.end - r.begin - warp, 0) + WARPS - 1) / WARPS;
+    // The first of a block's units that is a warp's: units of a matrix go round the warps.
+    static __device__ __forceinline__ int first_unit(const Route& r, int warp) {
+        int ahead = warp - r.begin % WARPS;
+        return r.begin + (ahead < 0 ? ahead + WARPS : ahead);
+    }
+
+    // How many are.
+    static __device__ __forceinline__ int share(const Route& r, int first) {
+        return (max(r.end - first, 0) + WARPS - 1) / WARPS;
     }
 
     // On to the first unit of the next matrix in which this warp has any.
     __device__ __forceinline__ void next_matrix() {
         while (left == 0 && ++matrix < matrices) {
             Route r = routes[(u32)matrix % ROUTES];
-            int warp = this_thread() / 32, lane = this_thread() % 32 * 16;
-            left = share(r, warp);
-            u32 first = r.begin + warp;
-            codes = table.codes(matrix) + (u64)first * (VECTORS * 512) + lane;
-            if (AUX_PER_UNIT) aux = table.aux(matrix) + (u64)first * AUX_BYTES + lane;
+            u32 first = first_unit(r, this_thread() / 32), own = this_lane() * 16;
+            left = share(r, first);
+            codes = table.codes(matrix) + (u64)first * (VECTORS * 512) + own;
+            if (AUX_PER_UNIT) aux = table.aux(matrix) + (u64)first * AUX_BYTES + own;
         }
     }
 
@@ -133,7 +138,6 @@ struct Stream {
     // Asks for this lane's codes of the next unit of the stream.
     __device__ __forceinline__ void ask_codes(u32 to) {
         if (left == 0) return;
-        to += this_thread() % 32 * 16;
 #pragma unroll
         for (int v = 0; v < VECTORS; v++) copy_once(to + v * 512, codes + v * 512);
     }
@@ -142,10 +146,10 @@ struct Stream {
     __device__ __forceinline__ void ask_rest(u32 to) {
         if (left > 0) {
             if (AUX_PER_UNIT) {
-                int lane = this_thread() % 32 * 16;
 #pragma unroll
                 for (int i = 0; i < AUX_BYTES; i += 512)
-                    if (AUX_BYTES - i >= 512 || lane < AUX_BYTES - i) copy_once(to + VECTORS * 512 + lane + i, aux + i);
+                    if (AUX_BYTES - i >= 512 || this_lane() * 16 < AUX_BYTES - i)
+                        copy_once(to + VECTORS * 512 + i, aux + i);
                 aux += WARPS * AUX_BYTES;
             }
             codes += WARPS * VECTORS * 512;
@@ -154,36 +158,54 @@ struct Stream {
         copy_async_commit();
     }
 
-    // Multiplies this warp's part of matrix m; unless ANYWHERE, the route begins with a tile. parts [tiles, WARPS, 16].
+    // Multiplies this warp's part of matrix m; unless ANYWHERE, the route consists of tiles. parts [tiles, WARPS, 16].
+    // Where UNITS go round the warps, a warp has the same channels of every tile and keeps x in registers.
     template <int UNITS, bool ANYWHERE>
-    __device__ __forceinline__ void multiply(int m, const Route& r, const char* shared, const u16* xs,
-                                             const float* group_sums, float* parts) {
-        int t = this_thread(), warp = t / 32, count = share(r, warp);
-        int first_unit = warp + (ANYWHERE ? r.offset : 0), tile = first_unit / UNITS, u = first_unit % UNITS;
+    __device__ __forceinline__ void multiply(int m, const Route& r, const char* shared, const Operand& x, float* parts) {
+        constexpr bool KEPT = WARPS % UNITS == 0;
+        int t = this_thread(), warp = t / 32, begin = first_unit(r, warp), count = share(r, begin);
+        u32 lane = this_lane(), from_tile = begin - r.begin + r.offset;
+        int tile = from_tile / UNITS, u = from_tile % UNITS;
+        if (UNITS < WARPS || ANYWHERE) {
+            // The warp may have nothing of some tile.
+            for (int i = 0; i < r.tiles; i++)
+                if (lane < 16) parts[(i * WARPS + warp) * 16 + lane] = 0;
+            __syncwarp();
+        }
         const char* books = shared + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
         if (t == 0) ask_books(m + 1);
         if (!AUX_PER_UNIT && AUX_BYTES > 0 && count > 0)
             barrier_wait(rings + BARRIERS + (u32)m % 3 * 8, (u32)m / 3 & 1);
-        bool first = true;
         Unit sums;
+        Part part;
+        if (KEPT) part = Part(x, u, lane);
+        const char* book = books + tile * AUX_BYTES;
+        float* row = parts + (tile * WARPS + warp) * 16 + row_of(lane);
+        bool first = true;
 #pragma unroll 1
         while (count > 0) {
             copy_async_wait<STAGES - 1>();
             if (AUX_PER_UNIT) __syncwarp();
-            if (first) sums.begin((const uint4*)(books + tile * AUX_BYTES));
-            sums.add((const uint4*)(shared + at), xs + u * UNIT, group_sums + u * GROUP_SUMS,
-                     [&] { ask_codes(rings + at); });
+            if (KEPT || first) sums.begin(book, lane);
+            if (!KEPT) part = Part(x, u, lane);
+            sums.add((const uint4*)(shared + at), part, lane, [&] { ask_codes(rings + at); });
             if (AUX_PER_UNIT) __syncwarp();
             ask_rest(rings + at);
             at += SLOT;
-            if (at == (warp + 1) * (STAGES * SLOT)) at -= STAGES * SLOT;
+            if (at == end) at -= STAGES * SLOT;
             count--;
+            if constexpr (KEPT) {
+                sums.store(row, lane);
+                book += WARPS / UNITS * AUX_BYTES, row += WARPS / UNITS * (WARPS * 16);
+                continue;
+            }
             // The warp's last unit of a tile.
-            if (u + WARPS >= UNITS || (ANYWHERE && count == 0)) sums.store(parts + (tile * WARPS + warp) * 16);
-            int before = tile;
-            tile += WARPS / UNITS, u += WARPS % UNITS;
-            if (u >= UNITS) u -= UNITS, tile++;
-            first = tile != before;
+            if (u + WARPS >= UNITS || (ANYWHERE && count == 0)) sums.store(row, lane);
+            int tiles = WARPS / UNITS;
+            u += WARPS % UNITS;
+            if (u >= UNITS) u -= UNITS, tiles++;
+            book += tiles * AUX_BYTES, row += tiles * (WARPS * 16);
+            first = tiles > 0;
         }
     }
 };

@@ -5,7 +5,8 @@
 // much is computed. Four warps select in a chunk: each finds candidates, and one decides among them. The bulk copy engine
 // fetches, as it neither needs registers nor holds up other loads.
 //
-// Limits: as dec.cuh, out_features % 32 == 0; the whole list in shared memory, threads a multiple of SELECTORS.
+// Limits: as dec.cuh, out_features % 32 == 0; the whole list in shared memory, SELECTORS threads at least. Warps that four
+// do not go into do not select.
 #pragma once
 #include "dec.cuh"
 #include "flow.cuh"
@@ -15,45 +16,6 @@
 #define SELECTORS 128
 // Most candidates: a lane has one.
 #define CANDIDATES 32
-
-struct Eights {
-    float4 a, b;
-
-    __device__ __forceinline__ float squares() const {
-        return a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
-    }
-
-    __device__ __forceinline__ void scale(float s, const Eights& w) {
-        a = make_float4(a.x * s * w.a.x, a.y * s * w.a.y, a.z * s * w.a.z, a.w * s * w.a.w);
-        b = make_float4(b.x * s * w.b.x, b.y * s * w.b.y, b.z * s * w.b.z, b.w * s * w.b.w);
-    }
-
-    __device__ __forceinline__ float operator[](int i) const {
-        const float4& v = i < 4 ? a : b;
-        return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-    }
-};
-
-// Channels k to k + 7 of `len` as they were when they were asked for; zeros past the end.
-struct AskedEights {
-    Asked4 a, b;
-
-    __device__ __forceinline__ void ask_missing(const Sum& x, int k) { x.ask_missing(k, a), x.ask_missing(k + 4, b); }
-};
-
-__device__ __forceinline__ AskedEights ask_eights(const Sum& x, int k, int len) {
-    if (k >= len) return AskedEights{};
-    AskedEights v{x.nothing_yet(), x.nothing_yet()};
-    v.ask_missing(x, k);
-    return v;
-}
-
-// The same, waited for.
-__device__ __forceinline__ Eights await_eights(const Sum& x, int k, AskedEights asked) {
-    Patience patience;
-    while (patience.goes_on(asked.a.there() & asked.b.there())) asked.ask_missing(x, k);
-    return Eights{asked.a.sum(), asked.b.sum()};
-}
 
 // Of numbers that are always there.
 __device__ __forceinline__ Eights eights(const float* x, int k, int len) {

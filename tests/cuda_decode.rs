@@ -190,8 +190,8 @@ fn graphs_are_recorded_beside_other_work() {
 #[test]
 fn texts_beside_each_other_are_those_of_one_alone() {
     let weights = || RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 11).unwrap();
-    for layers_always in [false, true] {
-        let tuning = Tuning { layers_always, ..Tuning::default() };
+    for one_launch in [false, true] {
+        let tuning = Tuning { one_launch: Some(one_launch), ..Tuning::default() };
         let options = Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) };
         let Some(alone) = cuda(options).map(|cuda| tokens(&cuda, &weights(), 16, 3)) else { return };
         let text = move || tokens(&cuda(options).unwrap(), &weights(), 16, 3);
@@ -199,7 +199,7 @@ fn texts_beside_each_other_are_those_of_one_alone() {
             (0..4).map(|_| std::thread::spawn(move || (0..5).map(|_| text()).collect::<Vec<_>>())).collect();
         for thread in threads {
             for text in thread.join().expect("a text beside others fails") {
-                assert!(text == alone, "another text beside others, layers in one launch: {layers_always}");
+                assert!(text == alone, "another text beside others, layers in one launch: {one_launch}");
             }
         }
     }
@@ -209,14 +209,14 @@ fn texts_beside_each_other_are_those_of_one_alone() {
 /// its work space and its table of layers, and operation by operation.
 #[test]
 fn texts_on_two_states_are_those_of_one() {
-    for (dtype, compile, layers_always) in [
+    for (dtype, compile, one_launch) in [
         (Dtype::Float16, 2, true),
         (Dtype::Bfloat16, 2, true),
         (Dtype::Float16, 1, true),
         (Dtype::Float16, 2, false),
         (Dtype::Float32, 2, false),
     ] {
-        let tuning = Tuning { layers_always, ..Tuning::default() };
+        let tuning = Tuning { one_launch: Some(one_launch), ..Tuning::default() };
         let Some(mut cuda) = cuda(Options { tuning, ..options(dtype, compile) }) else { return };
         cuda.watch_layers().unwrap();
         for (bits, format) in [(3, Storage::ANYPREC), (4, Storage::lutgemm(32))] {
@@ -228,7 +228,7 @@ fn texts_on_two_states_are_those_of_one() {
             texts::recompensated(&mut model, 32);
         }
         let fused = !cuda.timeline().unwrap().is_empty();
-        assert_eq!(fused, layers_always, "{dtype:?}, --compile {compile}: layers in one launch");
+        assert_eq!(fused, one_launch, "{dtype:?}, --compile {compile}: layers in one launch");
     }
 }
 

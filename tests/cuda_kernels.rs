@@ -8,7 +8,7 @@ use cuda_common::{Noise, cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype, Residuals};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::dec::{DecPlan, Selection};
-use decdec::format::{AnyPrec, Dense, LutGemm, Residual, Storage};
+use decdec::format::{AnyPrec, Dense, LutGemm, Residual, Storage, bytes};
 use decdec::random::RandomWeights;
 use decdec::weights::{Linear, Weight};
 use half::{bf16, f16};
@@ -22,52 +22,86 @@ fn round(value: f32, dtype: Dtype) -> f64 {
     }
 }
 
-/// What a backend of `dtype` computes with: activations and weights. Other than 3 and 4 bits (and 8 of LUT-GEMM), and
-/// everything with `--compile 0`, goes through the general kernel, whose numbers are f32 but for a dense matrix's.
-fn computes(linear: &Linear<'_>, dtype: Dtype, compile: u8) -> (Dtype, Dtype) {
-    let tuned = compile > 0
+/// What a product computes with: activations and weights. Codes of 3 and 4 bits (and 8 of LUT-GEMM) multiply fixed-point
+/// numbers of 24 bits, those of other widths and everything with `--compile 0` go through the general kernel, whose
+/// numbers are f32 but for a dense matrix's.
+#[derive(Clone, Copy)]
+struct Computes {
+    x: Dtype,
+    w: Dtype,
+    /// Activations become fixed-point numbers.
+    fixed: bool,
+}
+
+fn computes(linear: &Linear<'_>, dtype: Dtype, compile: u8) -> Computes {
+    let packed = compile > 0
+        && dtype != Dtype::Float32
         && match &linear.weight {
             Weight::AnyPrec(w) => matches!(w.bits(), 3 | 4),
             Weight::LutGemm(w) => matches!(w.bits(), 3 | 4 | 8),
             Weight::Dense(_) => true,
         };
-    let rounds = match &linear.weight {
-        Weight::AnyPrec(_) => tuned,
-        Weight::LutGemm(_) => false,
-        Weight::Dense(_) => true,
-    };
-    (if tuned { dtype } else { Dtype::Float32 }, if rounds { dtype } else { Dtype::Float32 })
+    match &linear.weight {
+        Weight::Dense(_) => Computes { x: if packed { dtype } else { Dtype::Float32 }, w: dtype, fixed: false },
+        _ => Computes { x: Dtype::Float32, w: Dtype::Float32, fixed: packed },
+    }
 }
 
-/// `y` and `Σ|w·x|` in f64, on activations and weights as they are stored.
-fn oracle(linear: &Linear<'_>, x: &[f32], (of_x, of_w): (Dtype, Dtype)) -> (Vec<f64>, Vec<f64>) {
+/// A row's sum in f64, on activations and weights as they are stored, and how far off a product may be.
+struct Oracle {
+    sum: f64,
+    /// `Σ|w·x|`.
+    size: f64,
+    most: f64,
+}
+
+/// Of f32 sums of `depth` exact products the usual bound, doubled for the order of sums. Uniform groups add `step·code` and
+/// `base·Σx`, each up to 2^bits times as large as the weights that they make. A fixed-point activation is off by half a
+/// step, 2^-23 of the largest of its 256; a centroid of two bytes by half of one of its row's 32766 (65278) steps.
+fn oracle(linear: &Linear<'_>, x: &[f32], computes: Computes) -> Vec<Oracle> {
     let (k, rows) = (linear.weight.in_features(), linear.weight.out_features());
+    let steps: Vec<f64> = x
+        .chunks(256)
+        .flat_map(|unit| {
+            let most = unit.iter().fold(0f32, |most, x| most.max(x.abs()));
+            std::iter::repeat_n(f64::from(most) * 2f64.powi(-23), unit.len())
+        })
+        .collect();
+    let two_bytes = computes.fixed
+        && matches!(&linear.weight, Weight::AnyPrec(w) if !bytes::one_plane_is_exact(&w.lut().to_f32(), 1 << w.bits()));
     (0..rows)
         .into_par_iter()
         .map(|r| {
             let mut row = vec![0f32; k];
             linear.weight.row(r, &mut row);
             let bias = linear.bias.as_ref().map_or(0.0, |b| f64::from(b[r]));
-            row.iter().zip(x).fold((bias, bias.abs()), |(sum, size), (&w, &x)| {
-                let product = round(w, of_w) * round(x, of_x);
-                (sum + product, size + product.abs())
-            })
+            let (mut sum, mut size, mut most) = (bias, bias.abs(), 0.0);
+            let bytes = if two_bytes { half_a_step(&linear.weight, r) } else { 0.0 };
+            for ((&w, &x), &step) in row.iter().zip(x).zip(&steps) {
+                let (w, x) = (round(w, computes.w), round(x, computes.x));
+                sum += w * x;
+                size += (w * x).abs();
+                most += bytes * x.abs() + if computes.fixed { step * w.abs() } else { 0.0 };
+            }
+            let growth = match &linear.weight {
+                Weight::LutGemm(w) => f64::from(1u32 << w.bits()),
+                _ => 1.0,
+            };
+            Oracle { sum, size, most: most + 2.0 * k as f64 * 2f64.powi(-24) * size * growth }
         })
-        .unzip()
+        .collect()
 }
 
-/// The bound of an f32 sum of `depth` exact products, doubled for the order of sums. Uniform groups add
-/// `step·(code − 2^(b−1))` and `centre·Σx`, each up to 2^bits times as large as the weights that they make.
-fn tolerance(linear: &Linear<'_>, size: f64) -> f64 {
-    let depth = linear.weight.in_features() as f64;
-    let growth = match &linear.weight {
-        Weight::LutGemm(w) => f64::from(1u32 << w.bits()),
-        _ => 1.0,
-    };
-    2.0 * depth * 2f64.powi(-24) * size * growth
+/// How far a centroid of a row is off where one byte does not say the matrix's codebooks, and so two do.
+fn half_a_step(weight: &Weight<'_>, row: usize) -> f64 {
+    let Weight::AnyPrec(w) = weight else { return 0.0 };
+    let mut book = vec![0f32; 1 << w.bits()];
+    w.lut().read_f32(row << w.bits(), &mut book);
+    let (least, most) = book.iter().fold((f32::MAX, f32::MIN), |(l, m), &c| (l.min(c), m.max(c)));
+    f64::from(most - least) / if w.bits() == 4 { 32_766.0 } else { 65_278.0 }
 }
 
-fn check(cuda: &Cuda, linear: &Linear<'_>, x: &[f32], types: (Dtype, Dtype), what: &str) -> Vec<f32> {
+fn check(cuda: &Cuda, linear: &Linear<'_>, x: &[f32], computes: Computes, what: &str) -> Vec<f32> {
     let matrix = cuda.matrix(linear).unwrap();
     let (mut from, mut to) = (cuda.vector(x.len()).unwrap(), cuda.vector(linear.weight.out_features()).unwrap());
     cuda.write(x, &mut from).unwrap();
@@ -76,16 +110,26 @@ fn check(cuda: &Cuda, linear: &Linear<'_>, x: &[f32], types: (Dtype, Dtype), wha
     cuda.gemv(&matrix, &from, &mut to).unwrap();
     let mut got = vec![0f32; linear.weight.out_features()];
     cuda.read(&to, &mut got).unwrap();
-    let (want, size) = oracle(linear, x, types);
-    for (r, ((&got, &want), &size)) in got.iter().zip(&want).zip(&size).enumerate() {
-        let most = tolerance(linear, size);
-        assert!((f64::from(got) - want).abs() <= most, "{what}, row {r}: {got}, {want} ± {most} expected");
+    let want = oracle(linear, x, computes);
+    for (r, (&got, Oracle { sum, most, .. })) in got.iter().zip(&want).enumerate() {
+        assert!((f64::from(got) - sum).abs() <= *most, "{what}, row {r}: {got}, {sum} ± {most} expected");
     }
     // A bound that one wrong weight does not break would prove nothing.
-    let worst = want.iter().zip(&size).map(|(_, &s)| tolerance(linear, s)).fold(0.0, f64::max);
-    let mean = size.iter().sum::<f64>() / size.len() as f64;
+    let worst = want.iter().map(|row| row.most).fold(0.0, f64::max);
+    let mean = want.iter().map(|row| row.size).sum::<f64>() / want.len() as f64;
     assert!(worst < 0.2 * mean, "{what}: tolerance {worst} beside sums of {mean}");
     got
+}
+
+/// The same codes with centroids that are no bytes of a grid, as other programs make them.
+fn any_codebooks(linear: &Linear<'_>, noise: &mut Noise) -> Linear<'static> {
+    let Weight::AnyPrec(w) = &linear.weight else { unreachable!() };
+    let (k, rows, bits) = (w.in_features(), w.out_features(), w.bits());
+    let mut codes = vec![0u8; k * rows];
+    codes.chunks_exact_mut(k).enumerate().for_each(|(r, codes)| w.codes(r, codes));
+    let lut: Vec<f16> = (0..rows << bits).map(|_| f16::from_f32(0.02 * noise.normal())).collect();
+    assert!(!bytes::one_plane_is_exact(&lut.iter().map(|c| c.to_f32()).collect::<Vec<_>>(), 1 << bits));
+    Linear::plain(Weight::AnyPrec(AnyPrec::pack(k, rows, bits, &codes, lut.into()).unwrap()))
 }
 
 /// Every format and number of bits on a shape.
@@ -93,6 +137,9 @@ fn linears(k: usize, rows: usize, noise: &mut Noise) -> Vec<(String, Linear<'sta
     let mut all = Vec::new();
     for bits in 2..=8 {
         let w = RandomWeights::single(k, rows, Storage::ANYPREC, bits, noise.next()).unwrap();
+        if matches!(bits, 3 | 4) {
+            all.push((format!("anyprec {bits} {k}x{rows}, codebooks of any numbers"), any_codebooks(&w, noise)));
+        }
         all.push((format!("anyprec {bits} {k}x{rows}"), w));
         for group_size in [32, 64, 128] {
             if k.is_multiple_of(group_size) && (matches!(bits, 3 | 4 | 8) || group_size == 32) {
@@ -185,6 +232,10 @@ fn one_hot_gives_a_column() {
         let Weight::AnyPrec(w) = &linear.weight else { unreachable!() };
         let uniform = RandomWeights::single(k, rows, Storage::lutgemm(32), bits, noise.next()).unwrap();
         columns(&cuda, &linear, 0.0);
+        if matches!(bits, 3 | 4) {
+            // Half a step of two bytes, of which a row's range has 32766 at least.
+            columns(&cuda, &any_codebooks(&linear, &mut noise), 1.0 / 32_700.0);
+        }
         // step·code + centre·1: two roundings of numbers up to 2^bits as large as a step.
         columns(&cuda, &uniform, 2f32.powi(-22));
         let mut codes = vec![0u8; k * rows];
@@ -397,36 +448,62 @@ fn not_a_number_comes_out() {
     assert!(got.iter().all(|v| v.is_nan()), "{got:?}");
 }
 
-/// Beyond what float16 holds, its largest number is taken, and that is said; up to there nothing is.
+/// Fixed-point activations have no largest number; what is not finite comes out.
 #[test]
-fn activations_beyond_float16_are_its_largest() {
+fn activations_beyond_float16_are_multiplied() {
     for (format, bits) in
         [(Storage::ANYPREC, 3), (Storage::ANYPREC, 4), (Storage::lutgemm(32), 3), (Storage::lutgemm(32), 8)]
     {
-        let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
-        let linear = RandomWeights::single(1056, 32, format, bits, 7).unwrap();
-        let mut values = Noise::new(7).activations(1056);
-        // Rounded to nearest, 65488 and more would be its last number.
-        values[3] = 65472.0;
-        let small = column(&cuda, &linear, &values);
-        assert!(!cuda.went_beyond(), "{format:?} {bits}: up to float16's end nothing is beyond it");
-        let large = |last: [f32; 4]| {
-            let mut values = values.clone();
-            values[1052..].copy_from_slice(&last);
-            column(&cuda, &linear, &values)
-        };
-        let got = large([1e6, -70_000.0, f32::INFINITY, 3e38]);
-        assert!(cuda.went_beyond(), "{format:?} {bits}");
-        assert_eq!(got, large([65504.0, -65504.0, 65504.0, 65504.0]), "{format:?} {bits}");
-        assert_ne!(got, small);
-        assert!(large([1e6, f32::NAN, 1.0, 1.0]).iter().all(|v| v.is_nan()), "{format:?} {bits}: NaN stays NaN");
-
-        let Some(cuda) = self::cuda(options(Dtype::Bfloat16, 2)) else { return };
-        let mut values = values.clone();
-        values[1] = 1e30;
-        assert!(column(&cuda, &linear, &values).iter().all(|v| v.is_finite() && v.abs() > 1e20));
-        assert!(!cuda.went_beyond());
+        for dtype in [Dtype::Float16, Dtype::Bfloat16] {
+            let Some(cuda) = cuda(options(dtype, 2)) else { return };
+            let linear = RandomWeights::single(1056, 32, format, bits, 7).unwrap();
+            let mut values = Noise::new(7).activations(1056);
+            for large in [1e6, -70_000.0, 3e30, 1e-30] {
+                values.iter_mut().for_each(|x| *x *= large);
+                check(&cuda, &linear, &values, computes(&linear, dtype, 2), &format!("{format:?} {bits}, {large}"));
+                values = Noise::new(7).activations(1056);
+                values[700] = large;
+                check(&cuda, &linear, &values, computes(&linear, dtype, 2), &format!("{format:?} {bits}, one {large}"));
+            }
+            for lost in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
+                values[700] = lost;
+                let got = column(&cuda, &linear, &values);
+                assert!(got.iter().all(|v| !v.is_finite()), "{format:?} {bits}, {lost}: {got:?}");
+            }
+            assert!(!cuda.went_beyond(), "{format:?} {bits}");
+        }
     }
+}
+
+/// Beyond what float16 holds, its largest number is taken in a product of 16-bit numbers, and that is said; up to there
+/// nothing is.
+#[test]
+fn activations_beyond_float16_are_its_largest() {
+    let mut noise = Noise::new(9);
+    let numbers: Vec<f16> = (0..1056 * 32).map(|_| f16::from_f32(0.01 * noise.normal())).collect();
+    let linear = Linear::plain(Weight::Dense(Dense { in_features: 1056, out_features: 32, values: numbers.into() }));
+    let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
+    let mut values = Noise::new(7).activations(1056);
+    // Rounded to nearest, 65488 and more would be its last number.
+    values[3] = 65472.0;
+    let small = column(&cuda, &linear, &values);
+    assert!(!cuda.went_beyond(), "up to float16's end nothing is beyond it");
+    let large = |last: [f32; 4]| {
+        let mut values = values.clone();
+        values[1052..].copy_from_slice(&last);
+        column(&cuda, &linear, &values)
+    };
+    let got = large([1e6, -70_000.0, f32::INFINITY, 3e38]);
+    assert!(cuda.went_beyond());
+    assert_eq!(got, large([65504.0, -65504.0, 65504.0, 65504.0]));
+    assert_ne!(got, small);
+    assert!(large([1e6, f32::NAN, 1.0, 1.0]).iter().all(|v| v.is_nan()), "NaN stays NaN");
+
+    let Some(cuda) = self::cuda(options(Dtype::Bfloat16, 2)) else { return };
+    let mut values = values.clone();
+    values[1] = 1e30;
+    assert!(column(&cuda, &linear, &values).iter().all(|v| v.is_finite() && v.abs() > 1e20));
+    assert!(!cuda.went_beyond());
 }
 
 /// Devices in one thread, each used after the other was, opened and dropped in any order: what they compute is the same.
@@ -482,7 +559,7 @@ fn binary_codes_of_any_steps() {
         let alpha: Vec<f32> = w.alpha().to_f32().iter().map(|a| a * (1.0 + 0.3 * noise.normal().abs())).collect();
         let w = LutGemm::new(256, 24, 3, 64, w.binary().to_vec().into(), alpha.into(), w.q_bias().clone()).unwrap();
         // The general kernel computes in f32 whatever the type.
-        let types = (Dtype::Float32, Dtype::Float32);
+        let types = Computes { x: Dtype::Float32, w: Dtype::Float32, fixed: false };
         check(&cuda, &Linear::plain(Weight::LutGemm(w)), &noise.activations(256), types, "any steps");
     }
 }

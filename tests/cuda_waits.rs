@@ -148,7 +148,7 @@ static HAD_ENOUGH: AtomicBool = AtomicBool::new(false);
 fn a_text_of_broken_kernels() {
     let number: usize = std::env::var("DECDEC_TEST_BREAK").unwrap().parse().unwrap();
     let broken = &BREAKS[number];
-    let tuning = Tuning { layers_always: true, ..Tuning::default() };
+    let tuning = Tuning { one_launch: Some(true), ..Tuning::default() };
     let mut cuda = cuda(Options { tuning, ..options(Dtype::Float16, 2) }).unwrap();
     cuda.watch_layers().unwrap();
     cuda.heed(&HAD_ENOUGH);

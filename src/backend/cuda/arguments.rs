@@ -46,6 +46,7 @@ pub(super) struct GemvArgument {
 pub(super) struct PackedArgument {
     pub(super) codes: u64,
     pub(super) aux: u64,
+    pub(super) lut: u64,
     pub(super) out: u64,
 }
 

@@ -1,6 +1,6 @@
 //! Attention of every layer of a text, and what it remembers (`kernels-cuda/attend.cu`, `attend_prompt.cu`).
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
@@ -48,10 +48,35 @@ struct Layer {
     offset: usize,
 }
 
+/// `struct Numbers` of `attend.cuh`: a layer's attention as kernels are told of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub(super) struct Numbers {
+    capacity: i32,
+    window: i32,
+    scale: f32,
+    softcap: f32,
+    query_beta: f32,
+    query_original: i32,
+}
+
+impl Numbers {
+    /// The same in words of 8 bytes.
+    pub(super) fn words(self) -> [u64; 3] {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        [
+            pair(self.capacity as u32, self.window as u32),
+            pair(self.scale.to_bits(), self.softcap.to_bits()),
+            pair(self.query_beta.to_bits(), self.query_original as u32),
+        ]
+    }
+}
+
 /// `struct Attend` of `attend.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Attend {
+    numbers: Numbers,
     qkv: u64,
     delta: u64,
     keys: u64,
@@ -63,12 +88,6 @@ struct Attend {
     out: u64,
     beyond: u64,
     max_seq_len: i32,
-    capacity: i32,
-    window: i32,
-    scale: f32,
-    softcap: f32,
-    query_beta: f32,
-    query_original: i32,
 }
 
 /// `struct Aside` of `attend_prompt.cu`.
@@ -179,19 +198,23 @@ impl Cache {
         (self.keys.pointer() + offset, self.values.pointer() + offset)
     }
 
-    /// How many positions of a layer there is room for.
-    pub(super) fn capacity(&self, layer: usize) -> usize {
-        self.layers[layer].capacity
-    }
-
     /// Where the angles of a layer are; 0 where nothing turns.
     pub(super) fn angles(&self, layer: usize) -> u64 {
         self.attention(layer).rope.map_or(0, |rope| self.tables[rope].pointer())
     }
 
-    /// The window of a layer; 0 where no text is longer than it.
-    pub(super) fn window(&self, layer: usize) -> usize {
-        self.attention(layer).window.filter(|&window| window < self.max_seq_len).unwrap_or(0)
+    /// What kernels are told of a layer's attention. A window that no text is longer than is none.
+    pub(super) fn numbers(&self, layer: usize) -> Numbers {
+        let Layer { attention: Attention { window, scale, softcap, query_scaling, .. }, capacity, .. } =
+            &self.layers[layer];
+        Numbers {
+            capacity: *capacity as i32,
+            window: window.filter(|&window| window < self.max_seq_len).unwrap_or(0) as i32,
+            scale: *scale as f32,
+            softcap: softcap.unwrap_or(0.0) as f32,
+            query_beta: query_scaling.map_or(0.0, |scaling| scaling.beta as f32),
+            query_original: query_scaling.map_or(1, |scaling| i32::try_from(scaling.original).unwrap_or(i32::MAX)),
+        }
     }
 
     /// The constants of `attend.cuh` for a layer, `splits` blocks to a key-value head.
@@ -216,9 +239,10 @@ impl Cache {
         (qkv, out): (&Vector, &mut Vector),
         tokens: usize,
     ) -> Result<()> {
-        let Attention { num_heads, num_kv_heads, head_dim, scale, softcap, query_scaling, .. } = *self.attention(layer);
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = *self.attention(layer);
         let (keys, values) = self.places(layer);
         let arguments = Attend {
+            numbers: self.numbers(layer),
             qkv: qkv.at(),
             delta: qkv.delta(),
             keys,
@@ -230,16 +254,10 @@ impl Cache {
             out: out.at(),
             beyond: cuda.beyond.pointer(),
             max_seq_len: self.max_seq_len as i32,
-            capacity: self.capacity(layer) as i32,
-            window: self.window(layer) as i32,
-            scale: scale as f32,
-            softcap: softcap.unwrap_or(0.0) as f32,
-            query_beta: query_scaling.map_or(0.0, |scaling| scaling.beta as f32),
-            query_original: query_scaling.map_or(1, |scaling| i32::try_from(scaling.original).unwrap_or(i32::MAX)),
         };
         let splits = cuda.splits(num_kv_heads);
         let defines = self.defines(layer, cuda.options.dtype, splits);
-        let shared = shared_bytes(num_heads / num_kv_heads, head_dim);
+        let shared = attend_shared(num_heads / num_kv_heads, head_dim, THREADS).context("a group that was checked")?;
         let launch = |file: &str, entry: &str, grid, shared, mut arguments: Arguments<'_>| {
             let launch = Launch { grid, shared, ..Launch::new(1, THREADS) };
             cuda.driver.launch(&cuda.kernel(file, entry, &defines)?, launch, &mut arguments)
@@ -263,11 +281,15 @@ impl Cache {
     }
 }
 
-/// Shared memory of a block: queries, a key and a value, results of its warps.
-fn shared_bytes(group: usize, head_dim: usize) -> usize {
-    let sets = group.div_ceil(AT_ONCE);
-    let warps = THREADS / 32 / sets * sets;
-    4 * ((sets * AT_ONCE + 2) * head_dim + warps * group.div_ceil(sets) * (head_dim + 2))
+/// Shared memory of a block of `threads`, bytes: queries, a key and a value, results of its warps. `None` if it has fewer
+/// warps than the `group` of queries to a key needs.
+pub(super) fn attend_shared(group: usize, head_dim: usize, threads: usize) -> Option<usize> {
+    // `TENSOR` and `MOST_AT_ONCE` of `attend.cuh`, of 16-bit numbers where threads are many.
+    let narrow = threads <= THREADS;
+    let tensor = head_dim.is_multiple_of(16) && head_dim <= if narrow { MOST_HEAD_DIM } else { 128 };
+    let sets = group.div_ceil(if tensor || narrow { AT_ONCE } else { 2 });
+    let set_warps = (threads / 32).checked_div(sets).filter(|&warps| warps > 0)?;
+    Some(4 * ((sets * AT_ONCE + 2) * head_dim + sets * set_warps * group.div_ceil(sets) * (head_dim + 2)))
 }
 
 #[cfg(test)]
@@ -327,6 +349,7 @@ mod tests {
     /// The sizes of `attend.cuh`: queries in fours, and results for each query of each warp.
     #[test]
     fn shared_memory_is_what_the_kernel_uses() {
+        let shared_bytes = |group, head_dim| attend_shared(group, head_dim, THREADS).unwrap();
         assert_eq!(shared_bytes(1, 128), 4 * (6 * 128 + 8 * 130));
         assert_eq!(shared_bytes(4, 128), 4 * (6 * 128 + 8 * 4 * 130));
         assert_eq!(shared_bytes(5, 64), 4 * (10 * 64 + 8 * 3 * 66));
@@ -334,5 +357,11 @@ mod tests {
         // Three sets of two warps; two warps have nothing to do.
         assert_eq!(shared_bytes(12, 64), 4 * (14 * 64 + 6 * 4 * 66));
         assert_eq!(shared_bytes(32, 128), 4 * (34 * 128 + 8 * 4 * 130));
+        // Of blocks with many threads, which keep two queries a warp where heads are wide or no multiple of 16.
+        assert_eq!(attend_shared(5, 128, 320), Some(4 * (10 * 128 + 10 * 3 * 130)));
+        assert_eq!(attend_shared(2, 256, 480), Some(4 * (6 * 256 + 15 * 2 * 258)));
+        assert_eq!(attend_shared(7, 40, 448), Some(4 * (18 * 40 + 12 * 2 * 42)));
+        assert_eq!(attend_shared(1, 128, 512), Some(4 * (6 * 128 + 16 * 130)));
+        assert_eq!(attend_shared(33, 128, 256), None);
     }
 }

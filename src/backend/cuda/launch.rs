@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::matrix::{Format, Matrix, Plan, dec_words};
-use super::pack::{CODE_UNIT, DENSE_UNIT, TILE, code_unit};
+use super::pack::{CODE_UNIT, DENSE_UNIT, TILE, book_bytes, code_unit};
 use crate::dec::CHUNK;
 
 /// Launch parameters of the products.
@@ -17,10 +17,10 @@ pub struct Tuning {
     pub beside_dec: (usize, usize),
     /// Warps that compensate, beside those, in the blocks that do.
     pub dec_warps: usize,
-    /// Warps of a block where whole layers are one launch.
-    pub layers: usize,
-    /// Whole layers in one launch wherever that is possible, not only where it was measured to pay.
-    pub layers_always: bool,
+    /// Warps of a block where whole layers are one launch; `None`: as many as go with the shape.
+    pub layers: Option<usize>,
+    /// Whole layers in one launch: wherever that is possible, never, or (`None`) where it pays.
+    pub one_launch: Option<bool>,
     /// When the next kernel may start: 0 at once, 1 when this one's input is there, 2 when its weights are read.
     pub trigger: usize,
     /// Residual lines that a compensating thread has in flight.
@@ -34,8 +34,8 @@ impl Default for Tuning {
             stages: 2,
             beside_dec: (12, 3),
             dec_warps: 8,
-            layers: 16,
-            layers_always: false,
+            layers: None,
+            one_launch: None,
             trigger: 0,
             dec_flight: 4,
         }
@@ -62,6 +62,8 @@ pub(super) struct GemvLaunch {
     pub(super) dec_warps: usize,
     /// Whether they keep all activations in shared memory, instead of a chunk each.
     pub(super) dec_staged: bool,
+    /// Bytes that fixed-point activations have.
+    pub(super) digits: usize,
 }
 
 /// The numbers of a device that launches depend on.
@@ -90,18 +92,31 @@ impl Beside {
     }
 }
 
-/// Channels of a unit, bytes of a stage (codes and what comes with them), sums of x that are kept.
-pub(super) fn unit(format: Format, in_features: usize) -> (usize, usize, usize) {
+/// Channels of a unit, and bytes of a stage: codes and what comes with them.
+pub(super) fn unit(format: Format) -> (usize, usize) {
     match format {
-        Format::AnyPrec { bits } => (CODE_UNIT, if bits == 3 { 1536 } else { 2048 } + (32 << bits), 0),
+        Format::AnyPrec { bits, planes } => (CODE_UNIT, TILE * CODE_UNIT * bits / 8 + book_bytes(bits, planes)),
         Format::LutGemm { bits, group } => {
             let channels = code_unit(bits);
-            let groups = channels / group;
-            (channels, TILE * (channels * bits / 8 + groups * 8), in_features.div_ceil(channels) * groups)
+            (channels, TILE * (channels * bits / 8 + channels / group * 8))
         }
-        Format::Dense => (DENSE_UNIT, 2048, 0),
+        Format::Dense => (DENSE_UNIT, 2048),
     }
 }
+
+/// Bytes of a product's input in shared memory, in so many digits: `OperandOf` of `operand.cuh`.
+pub(super) fn operand_bytes(format: Format, in_features: usize, digits: usize) -> usize {
+    let blocks = in_features.div_ceil(OPERAND_BLOCK);
+    let groups = match format {
+        Format::Dense => return blocks * OPERAND_BLOCK * 2,
+        Format::AnyPrec { .. } => blocks,
+        Format::LutGemm { group, .. } => blocks * OPERAND_BLOCK / group,
+    };
+    blocks * OPERAND_BLOCK * digits + (blocks.next_multiple_of(4) + groups.next_multiple_of(4)) * 4
+}
+
+/// Channels whose fixed-point numbers share a step.
+pub(super) const OPERAND_BLOCK: usize = 256;
 
 /// The launch of a product; with fewer warps than `tuning` asks for where a block's shared memory has no room for them.
 ///
@@ -114,17 +129,17 @@ pub(super) fn gemv_launch(
     dec: Option<Beside>,
     room: Room,
 ) -> Result<GemvLaunch> {
-    let (channels, stage, sums) = unit(format, in_features);
+    let (_, stage) = unit(format);
     let tiles = out_features.div_ceil(TILE);
     let blocks = tiles.min(room.multiprocessors);
     let (most_warps, most_stages) = tuning.beside(dec.is_some());
-    let product = |warps: usize, stages: usize| {
-        let x = in_features.div_ceil(channels) * channels * 2 + sums.next_multiple_of(4) * 4;
+    let product = |warps: usize, stages: usize, digits: usize| {
+        let x = operand_bytes(format, in_features, digits);
         let parts = tiles.div_ceil(blocks) * warps * TILE * 4;
         (128 + x + parts + warps * stages * stage).next_multiple_of(128)
     };
-    let launch = |warps: usize, stages: usize, dec_warps: usize| {
-        let dec_at = product(warps, stages);
+    let launch = |warps: usize, stages: usize, dec_warps: usize, digits: usize| {
+        let dec_at = product(warps, stages, digits);
         // Warps that normalize must have all activations at hand; otherwise that is only faster.
         let dec_staged = dec.is_some_and(|dec| {
             let fits = in_features <= STAGED && dec_at + in_features * 4 + (64 << 10) <= room.shared;
@@ -134,18 +149,21 @@ pub(super) fn gemv_launch(
         // More than half of a multiprocessor's shared memory, so that each gets one block (`gemv.cuh` says why).
         let shared = (dec_at + beside).max(room.shared / 2 + 1024).next_multiple_of(128);
         let dec_warps = if dec.is_some() { dec_warps } else { 0 };
-        GemvLaunch { blocks, warps, stages, shared, dec_at, dec_warps, dec_staged }
+        GemvLaunch { blocks, warps, stages, shared, dec_at, dec_warps, dec_staged, digits }
     };
     let fits = |l: &GemvLaunch| l.shared <= room.shared;
-    for warps in (1..=most_warps).rev().filter(|&n| n == most_warps || n.is_multiple_of(4)) {
-        for dec_warps in [tuning.dec_warps, tuning.dec_warps.div_ceil(2)] {
-            let found = (2..=most_stages).rev().map(|stages| launch(warps, stages, dec_warps)).find(fits);
-            if let Some(found) = found {
-                return Ok(found);
+    // Fewer digits where there is no room for a long row of 24 bits.
+    for digits in [3, 2] {
+        for warps in (4..=most_warps).rev().filter(|&n| n == most_warps || n.is_multiple_of(4)) {
+            for dec_warps in [tuning.dec_warps, tuning.dec_warps.div_ceil(2)] {
+                let found = (2..=most_stages).rev().map(|stages| launch(warps, stages, dec_warps, digits)).find(fits);
+                if let Some(found) = found {
+                    return Ok(found);
+                }
             }
         }
     }
-    let smallest = launch(2, 2, 1);
+    let smallest = launch(2, 2, 1, 2);
     ensure!(
         fits(&smallest),
         "cuda: a row of {in_features} channels needs {} bytes of shared memory, {} are there",
@@ -168,7 +186,6 @@ pub(super) fn dec_shared(in_features: usize, out_features: usize, list: usize, t
 pub(super) fn entries(format: Format) -> (&'static str, &'static str, &'static str) {
     match format {
         Format::AnyPrec { .. } => ("gemv_anyprec.cu", "gemv_anyprec", "dequant_anyprec"),
-        Format::LutGemm { bits: 8, .. } => ("gemv_uniform8.cu", "gemv_uniform8", "dequant_uniform8"),
         Format::LutGemm { .. } => ("gemv_lutgemm.cu", "gemv_lutgemm", "dequant_lutgemm"),
         Format::Dense => ("gemv_dense.cu", "gemv_dense", "dequant_dense"),
     }
@@ -182,7 +199,9 @@ pub(super) fn shape_defines(format: Format, matrix: &Matrix, warps: usize, stage
         format!("STAGES={stages}"),
     ];
     match format {
-        Format::AnyPrec { bits } => defines.push(format!("BITS={bits}")),
+        Format::AnyPrec { bits, planes } => {
+            defines.extend([format!("BITS={bits}"), format!("PLANES={planes}")]);
+        }
         Format::LutGemm { bits, group } => defines.extend([format!("BITS={bits}"), format!("GROUP={group}")]),
         Format::Dense => {}
     }
@@ -198,7 +217,7 @@ pub(super) fn gemv_defines(
 ) -> Vec<String> {
     let dec = launch.dec_warps > 0;
     let mut defines = shape_defines(format, matrix, launch.warps, launch.stages);
-    defines.push(format!("INPUT={input}"));
+    defines.extend([format!("INPUT={input}"), format!("DIGITS={}", launch.digits)]);
     defines.extend(activation.map(|activation| format!("ACTIVATION={activation}")));
     defines.push(format!("DEC={}", u8::from(dec)));
     defines.push(format!("TRIGGER={}", tuning.trigger));
@@ -216,8 +235,8 @@ mod tests {
     use super::*;
 
     const FORMATS: [Format; 5] = [
-        Format::AnyPrec { bits: 3 },
-        Format::AnyPrec { bits: 4 },
+        Format::AnyPrec { bits: 3, planes: 1 },
+        Format::AnyPrec { bits: 4, planes: 2 },
         Format::LutGemm { bits: 3, group: 128 },
         Format::LutGemm { bits: 4, group: 32 },
         Format::Dense,

@@ -3,196 +3,27 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use half::f16;
 
 use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::failure::Refused;
-use super::kernel::Kernel;
-use super::launch::{Tuning, unit};
 use super::matrix::{Body, Format, Matrix, Plan};
-use super::pack::TILE;
 use super::sequence::Sequence;
 use super::{Cuda, Scratch};
 use crate::backend::{Activations, LayerOperands};
-use crate::config::{Activation, Attention, LayerNorm, Op, Projection, Reads, Writes};
+use crate::config::Attention;
 use crate::dec::CHUNK;
 
-/// Most layers of one launch: their table lies in shared memory.
-const MOST_LAYERS: usize = 40;
+mod plan;
+mod program;
+#[cfg(test)]
+mod tests;
 
-/// Words of 8 bytes of `struct Layer`, and the bytes of it.
-const LAYER_WORDS: usize = 36;
+use plan::{Compensated, LAYER_WORDS, LayersLaunch, MOST_LAYERS, Shapes, layers_at_once, layers_launch};
+use program::Program;
 
 /// Sets of vectors between blocks, which take turns from layer to layer: `layers.cu` says why so many.
 const SETS: usize = 5;
-
-/// Most channels of a product: in a selection that blocks make together, a channel has 16 bits.
-const MOST_CHANNELS: usize = 1 << 16;
-
-/// Bytes of weights on their way below which one launch for layers does not pay: with a ring of 97 KB memory idles while
-/// blocks wait (H100, Llama-3-70B: 78 tokens/s where single operations make 80).
-const PAYS: usize = 128 << 10;
-
-/// What a launch needs to know of a model's shapes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shapes {
-    pub(super) hidden: usize,
-    pub(super) intermediate: usize,
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
-}
-
-impl Shapes {
-    /// Numbers between the blocks of one layer: `WORDS` of `layers.cu`.
-    fn flow_words(self, splits: usize, compensated: bool) -> usize {
-        let [(_, qkv), (attended, h), (_, gu), (i, _)] = self.products();
-        let shares = (splits * self.heads * (self.head_dim + 2)).next_multiple_of(4);
-        qkv + attended + 2 * h + i / 2 + shares + if compensated { 2 * qkv + 4 * h + gu + i } else { 0 }
-    }
-
-    /// `(in_features, out_features)` of the four projections.
-    fn products(self) -> [(usize, usize); 4] {
-        let attended = self.heads * self.head_dim;
-        let qkv = (self.heads + 2 * self.kv_heads) * self.head_dim;
-        [
-            (self.hidden, qkv),
-            (attended, self.hidden),
-            (self.hidden, 2 * self.intermediate),
-            (self.intermediate, self.hidden),
-        ]
-    }
-}
-
-/// Fewest rows of a product that a compensating block takes: bulk copies are multiples of 16 bytes.
-const STRIPE: usize = 32;
-
-/// What of a layer is compensated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Compensated {
-    /// Bytes of the longest selection.
-    list: usize,
-    /// Blocks that are to compensate instead of multiplying.
-    n_tb: usize,
-    /// Which of the four projections.
-    products: [bool; 4],
-}
-
-/// The parts of a block's shared memory that depend on the launch, bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct LayersLaunch {
-    pub(super) warps: usize,
-    pub(super) stages: usize,
-    pub(super) blocks: usize,
-    /// Those of them that compensate instead of multiplying.
-    pub(super) n_tb: usize,
-    /// Blocks that share one key-value head's text.
-    pub(super) splits: usize,
-    /// Input of a product, and sums of its groups; or queries and partial results of attention.
-    pub(super) xs: usize,
-    /// Partial sums of the block's rows.
-    pub(super) parts: usize,
-    /// Codebooks of the block's tiles of one matrix.
-    pub(super) books: usize,
-    pub(super) shared: usize,
-}
-
-/// The launch of layers of these shapes, if a multiprocessor has room for it and it pays; where it need not pay, with
-/// fewer warps where there is little room. Pure arithmetic.
-///
-/// `dec`: `None` if nothing is compensated.
-pub(super) fn layers_launch(
-    format: Format,
-    shapes: Shapes,
-    tuning: Tuning,
-    dec: Option<Compensated>,
-    multiprocessors: usize,
-    most_shared: usize,
-) -> Option<LayersLaunch> {
-    let warps = tuning.layers;
-    let of = |warps| launch_of_warps(format, shapes, (warps, dec), multiprocessors, most_shared);
-    if tuning.layers_always {
-        return [warps, warps * 3 / 4, warps / 2].into_iter().find_map(of);
-    }
-    // Where a row's units do not go round, some warps wait (H100, Phi-3-medium with 20 units for 16 warps: 317 tokens/s
-    // where single operations make 331).
-    let goes_round = shapes.hidden.is_multiple_of(unit(format, shapes.hidden).0 * warps);
-    of(warps).filter(|launch| goes_round && launch.warps * launch.stages * slot(format, shapes.hidden) >= PAYS)
-}
-
-fn launch_of_warps(
-    format: Format,
-    shapes: Shapes,
-    (warps, dec): (usize, Option<Compensated>),
-    multiprocessors: usize,
-    most_shared: usize,
-) -> Option<LayersLaunch> {
-    let products = shapes.products();
-    let fits =
-        |&(k, rows): &(usize, usize)| k.is_multiple_of(TILE) && k <= MOST_CHANNELS && rows.is_multiple_of(2 * TILE);
-    if !products.iter().all(fits) {
-        return None;
-    }
-    // A block without rows of a product would not take part in it, and others could be done with what it still reads.
-    let n_tb = dec.map_or(0, |dec| {
-        let rows = products.iter().zip(dec.products).filter(|&(_, taken)| taken).map(|(&(_, rows), _)| rows);
-        rows.min().map_or(0, |rows| dec.n_tb.min(rows / STRIPE))
-    });
-    let list = dec.map_or(0, |dec| dec.list);
-    // Gate and up stream apart and are summed up together.
-    let tiles: [usize; 4] = std::array::from_fn(|i| products[i].1 / TILE / if i == 2 { 2 } else { 1 });
-    // Every block that multiplies has a part of every product.
-    let multiplying = multiprocessors.checked_sub(n_tb)?.min(*tiles.iter().min()?);
-    // Selection goes by four warps together.
-    if !warps.is_multiple_of(4) || multiplying == 0 {
-        return None;
-    }
-    let units = |k: usize| k.div_ceil(unit(format, k).0);
-    let halves = |k: usize| units(k) * unit(format, k).0 * 2;
-    let (narrow, wide) = (shapes.hidden.max(products[1].0), shapes.intermediate);
-    let sums = unit(format, narrow.max(wide)).2.next_multiple_of(4) * 4;
-    // In compensating blocks, sums of a stripe lie here, barriers and stripes.
-    let stripe = if dec.is_some() { 16 * 4 * (32 * warps + 2) + 64 * 8 + 4 * 8 } else { 0 };
-    let xs = (halves(wide).max(halves(narrow)).max(stripe) + sums).next_multiple_of(16);
-    // Beside compensation tiles may begin in one block and end in the next, but those of gate and up.
-    let cut = usize::from(dec.is_some());
-    let [qkv, o, pairs, down] = tiles.map(|tiles| tiles.div_ceil(multiplying) + cut);
-    // A thread has one row at most, but of gate and up.
-    if qkv.max(o).max(down) * TILE > 32 * warps {
-        return None;
-    }
-    let parts = qkv.max(o).max(2 * pairs).max(down) * warps * TILE * 4;
-    // Attention uses both while no product does. A warp keeps two queries at least.
-    let group = shapes.heads / shapes.kv_heads;
-    if group > 2 * warps {
-        return None;
-    }
-    let attention = 4 * ((group.next_multiple_of(4) + 2) * shapes.head_dim + warps * 4 * (shapes.head_dim + 2));
-    let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
-    // Codebooks come once for a matrix, other formats' numbers with every unit.
-    let books = qkv.max(o).max(pairs).max(down) * (unit(format, narrow).1 - slot(format, narrow));
-    let table = (MOST_LAYERS * LAYER_WORDS * 8).next_multiple_of(128);
-    let fixed = 256 + 128 + 24 + 3 * books + table + xs + parts + list;
-    let stage = warps * slot(format, narrow);
-    let stages = most_shared.checked_sub(fixed)? / stage;
-    if stages < 2 {
-        return None;
-    }
-    let stages = stages.min(8);
-    let shared = fixed + stages * stage;
-    let splits = super::splits(multiplying, shapes.kv_heads);
-    Some(LayersLaunch { warps, stages, blocks: multiplying + n_tb, n_tb, splits, xs, parts, books, shared })
-}
-
-/// Bytes of a unit in the ring of `stream.cuh`: codebooks are not there.
-fn slot(format: Format, in_features: usize) -> usize {
-    let bytes = unit(format, in_features).1;
-    match format {
-        Format::AnyPrec { bits } => bytes - (32 << bits),
-        _ => bytes,
-    }
-}
 
 /// `struct Layers` of `layers.cu`.
 #[derive(Clone, Copy)]
@@ -204,32 +35,19 @@ struct LayersArgument {
     flow: u64,
     list: u64,
     state: u64,
-    angles: u64,
     grid: u64,
     stamps: u64,
     beyond: u64,
     count: i32,
     n_tb: i32,
     max_seq_len: i32,
-    capacity: i32,
-    eps: f32,
     longest: i32,
 }
 
-/// Whether `layers.cu` computes this program with this attention: a Llama layer, whose window may be narrower.
-fn takes(program: &[Op], attention: &Attention) -> bool {
-    let project = |projection, reads, writes| Op::Project { projection, reads, writes };
-    let llama = [
-        project(Projection::Qkv, Reads::Stream(Some(LayerNorm::AttentionInput)), Writes::Qkv),
-        Op::Attend,
-        project(Projection::O, Reads::Attended, Writes::Stream),
-        project(Projection::GateUp, Reads::Stream(Some(LayerNorm::FeedForwardInput)), Writes::GateUp),
-        project(Projection::Down, Reads::Gated(Activation::Silu), Writes::Stream),
-    ];
-    // What the kernel divides scores by is √head_dim in f32.
-    let divided = (attention.scale * (attention.head_dim as f64).sqrt() - 1.0).abs() < 1e-6;
-    let plain = attention.softcap.is_none() && attention.query_scaling.is_none() && attention.rope.is_some();
-    program == llama && divided && plain
+/// Whether two layers' attention may be in one launch: what else differs stands in its table.
+fn alike(a: &Attention, b: &Attention) -> bool {
+    let shape = |a: &Attention| (a.num_heads, a.num_kv_heads, a.head_dim, a.qk_norm);
+    shape(a) == shape(b)
 }
 
 /// The format that all four matrices share, if they do and it has fast kernels.
@@ -255,18 +73,19 @@ impl Cuda {
         let Some(first) = layers.first() else { return 0 };
         let (wanted, attention) = (format(first), sequence.cache.attention(number));
         let possible = self.together.get() && self.driver.numbers().major >= 9 && self.options.compile > 0;
-        if wanted.is_none() || !possible || !takes(first.program, attention) {
+        if wanted.is_none() || !possible || Program::of(first.program).is_none() {
             return 0;
         }
         let plans = |layer: &LayerOperands<'_, Self>| layer.plans.map(|p| p.map(|p| (p.k_chunk, p.n_tb)));
-        let alike = |&(l, layer): &(usize, &LayerOperands<'_, Self>)| {
+        let shapes = |layer: &LayerOperands<'_, Self>| layer.matrices.map(|m| (m.in_features, m.out_features));
+        let fits = |&(l, layer): &(usize, &LayerOperands<'_, Self>)| {
             format(layer) == wanted
                 && plans(layer) == plans(first)
                 && layer.program == first.program
-                && sequence.cache.attention(number + l) == attention
-                && layer.norms.iter().flatten().all(|n| n.eps == first.norm(LayerNorm::AttentionInput).eps)
+                && shapes(layer) == shapes(first)
+                && alike(sequence.cache.attention(number + l), attention)
         };
-        layers.iter().enumerate().take(MOST_LAYERS).take_while(alike).count()
+        layers_at_once(layers.iter().enumerate().take_while(fits).count())
     }
 
     /// Queues `layers` as one launch; false if the device has no room for it, by its numbers or by what the driver says.
@@ -294,12 +113,13 @@ impl Cuda {
         }
         let dec = compensates.then_some(Compensated { list: longest, n_tb, products: plans.map(|p| p.is_some()) });
         let numbers = self.driver.numbers();
-        let launch = layers_launch(format, shapes, tuning, dec, numbers.multiprocessors, numbers.shared_per_block);
+        let (multiprocessors, shared) = (numbers.multiprocessors, numbers.shared_per_block);
+        let launch = layers_launch(format, (shapes, layers.len()), tuning, dec, multiprocessors, shared);
         let Some(launch) = launch else { return Ok(false) };
-        // √H·|γ| bounds what is normalized.
-        let most = layers.iter().flat_map(|l| l.norms).flatten().map(|norm| norm.gamma.largest()).fold(0.0, f32::max);
-        let loud = most * (shapes.hidden as f32).sqrt() > f16::MAX.to_f32();
-        let kernel = self.layers_kernel(format, shapes, launch, (sequence, first), (compensates, loud))?;
+        let mut defines = self.layers_defines(format, shapes, launch, compensates);
+        defines.extend(sequence.cache.defines(first, self.options.dtype, launch.splits));
+        defines.extend(program_defines(sequence, first, layers));
+        let kernel = self.kernel("layers.cu", "decode_layers", &defines)?;
 
         let table = self.layer_table(sequence, first, layers, launch.n_tb)?;
         let h = &mut activations.h;
@@ -310,15 +130,12 @@ impl Cuda {
             flow: self.scratch(Scratch::Flow, 4 * SETS * shapes.flow_words(launch.splits, compensates))?.pointer(),
             list: self.scratch(Scratch::List, 4 * longest.max(8))?.pointer(),
             state: sequence.state.pointer(),
-            angles: sequence.cache.angles(first),
             grid: self.scratch(Scratch::Grid, 8)?.pointer(),
             stamps: self.stamps.borrow().as_ref().map_or(0, |s| s.pointer()),
             beyond: self.beyond.pointer(),
             count: layers.len() as i32,
             n_tb: launch.n_tb as i32,
             max_seq_len: sequence.max_seq_len as i32,
-            capacity: sequence.cache.capacity(first) as i32,
-            eps: operands.norm(LayerNorm::AttentionInput).eps,
             longest: (longest / 8) as i32,
         };
         let threads = 32 * launch.warps;
@@ -345,39 +162,33 @@ impl Cuda {
         }
     }
 
-    fn layers_kernel(
-        &self,
-        format: Format,
-        shapes: Shapes,
-        launch: LayersLaunch,
-        (sequence, first): (&Sequence, usize),
-        (dec, loud): (bool, bool),
-    ) -> Result<Kernel> {
-        let mut defines = sequence.cache.defines(first, self.options.dtype, launch.splits);
-        let (kind, bits, group) = match format {
-            Format::LutGemm { bits, group } => (1, bits, Some(group)),
-            Format::AnyPrec { bits } => (0, bits, None),
-            Format::Dense => anyhow::bail!("cuda: layers of full precision go operation by operation"),
+    /// The constants of `layers.cu` that matrices and the device decide.
+    fn layers_defines(&self, format: Format, shapes: Shapes, launch: LayersLaunch, dec: bool) -> Vec<String> {
+        let mut defines = match format {
+            Format::LutGemm { bits, group } => {
+                vec!["FORMAT=1".into(), format!("BITS={bits}"), format!("GROUP={group}")]
+            }
+            Format::AnyPrec { bits, planes } => {
+                vec!["FORMAT=0".into(), format!("BITS={bits}"), format!("PLANES={planes}")]
+            }
+            Format::Dense => unreachable!("layers of full precision go operation by operation"),
         };
-        defines.extend(group.map(|g| format!("GROUP={g}")));
         defines.extend([
-            format!("FORMAT={kind}"),
-            format!("BITS={bits}"),
             format!("H={}", shapes.hidden),
             format!("I={}", shapes.intermediate),
-            format!("WINDOW={}", sequence.cache.window(first)),
             format!("WARPS={}", launch.warps),
             format!("STAGES={}", launch.stages),
             format!("BLOCKS={}", launch.blocks),
             format!("DEC={}", u8::from(dec)),
             format!("XS={}", launch.xs),
             format!("PARTS={}", launch.parts),
+            format!("NARROW_PARTS={}", launch.narrow_parts),
             format!("BOOKS={}", launch.books),
-            format!("MOST_LAYERS={MOST_LAYERS}"),
+            format!("MOST_LAYERS={}", launch.layers),
+            format!("LAYER_BYTES={}", LAYER_WORDS * 8),
             format!("SETS={SETS}"),
-            format!("LOUD={}", u8::from(loud)),
         ]);
-        self.kernel("layers.cu", "decode_layers", &defines)
+        defines
     }
 
     /// The layers' pointers in device memory; the same ones stay where they are, since recorded graphs point to them.
@@ -419,6 +230,9 @@ impl Cuda {
             buffer.read(&mut stamps)?;
         }
         stamps.retain(|&s| s > 0);
+        // Behind them may lie those of a longer launch before it.
+        let older = stamps.windows(2).position(|pair| pair[1] < pair[0]);
+        stamps.truncate(older.map_or(STAMPS, |last| last + 1));
         Ok(stamps)
     }
 }
@@ -426,16 +240,31 @@ impl Cuda {
 /// Room for the stamps of one launch.
 const STAMPS: usize = MOST_LAYERS * 6 + 2;
 
-/// `struct Layer` of `layers.cu`.
+/// The constants of `layers.cu` that the layers' program and numbers decide.
+fn program_defines(sequence: &Sequence, first: usize, layers: &[LayerOperands<'_, Cuda>]) -> Vec<String> {
+    let program = layers.first().and_then(|layer| Program::of(layer.program)).expect("layers that were looked at");
+    let attentions = || (first..first + layers.len()).map(|layer| sequence.cache.attention(layer));
+    let mut defines = program.defines().to_vec();
+    defines.extend([
+        format!("CAPPED={}", u8::from(attentions().any(|a| a.softcap.is_some()))),
+        format!("GROWS={}", u8::from(attentions().any(|a| a.query_scaling.is_some()))),
+    ]);
+    defines
+}
+
+/// `struct Layer` of `layers.cu`: products, norms, where the cache and the angles are, numbers.
 fn layer_words(sequence: &Sequence, index: usize, layer: &LayerOperands<'_, Cuda>, n_tb: usize) -> [u64; LAYER_WORDS] {
     let mut words = [0; LAYER_WORDS];
     for (i, (matrix, plan)) in layer.matrices.iter().zip(layer.plans).enumerate() {
         words[i * 8..][..8].copy_from_slice(&product_words(matrix, plan.filter(|p| p.k_chunk > 0), n_tb));
     }
+    for (i, norm) in layer.norms.iter().enumerate() {
+        let [gamma, eps] = norm.map_or([0; 2], |norm| [norm.gamma.at(), u64::from(norm.eps.to_bits())]);
+        words[32 + 2 * i..][..2].copy_from_slice(&[gamma, eps]);
+    }
     let (keys, values) = sequence.cache.places(index);
-    let [attention, feed_forward] =
-        [LayerNorm::AttentionInput, LayerNorm::FeedForwardInput].map(|norm| layer.norm(norm).gamma.at());
-    words[32..].copy_from_slice(&[attention, feed_forward, keys, values]);
+    words[44..47].copy_from_slice(&[keys, values, sequence.cache.angles(index)]);
+    words[47..].copy_from_slice(&sequence.cache.numbers(index).words());
     words
 }
 
@@ -452,6 +281,3 @@ fn product_words(matrix: &Matrix, plan: Option<&Plan>, n_tb: usize) -> [u64; 8] 
         .map_or([0; 3], |p| [p.edges.pointer(), pair(p.k_chunk, n_tb), pair(usize::from(p.exact), p.list_chunks())]);
     [codes, aux, bias, residual, scales, edges, how_many, which]
 }
-
-#[cfg(test)]
-mod tests;

@@ -23,15 +23,15 @@ use crate::weights::{Linear, Weight};
 /// How a packed matrix is stored, and so which kernel multiplies it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
-    AnyPrec { bits: usize },
+    AnyPrec { bits: usize, planes: usize },
     LutGemm { bits: usize, group: usize },
     Dense,
 }
 
 /// The matrix itself.
 pub(super) enum Body {
-    /// In the layout of `gemv_*.cu`.
-    Packed { format: Format, codes: Buffer, aux: Buffer },
+    /// In the layout of `gemv_*.cu`; `lut`, which few products read, as 16-bit numbers.
+    Packed { format: Format, codes: Buffer, aux: Buffer, lut: Buffer },
     /// In the layout of `gemv_any.cu`.
     Any { codes: Buffer, values: Buffer, centres: Buffer, bits: usize, kind: i32, group: usize },
 }
@@ -52,8 +52,8 @@ impl Words {
 }
 
 /// What a compiled product depends on besides its shape: its input, how it was tuned, warps and stages, warps that
-/// compensate and whether they keep all activations.
-pub(super) type Variant = (Input, Tuning, (usize, usize), (usize, bool));
+/// compensate and whether they keep all activations, bytes of an activation.
+pub(super) type Variant = (Input, Tuning, (usize, usize), (usize, bool, usize));
 
 /// A linear layer on the device; its residual may be in mapped host memory.
 pub struct Matrix {
@@ -244,11 +244,15 @@ fn packed_body(cuda: &Cuda, format: Format, packing: &Packing<'_>) -> Result<Bod
     let tiles = packing.tiles();
     let codes = Buffer::new(&cuda.driver, tiles * packing.code_bytes())?;
     let aux = Buffer::new(&cuda.driver, tiles * packing.aux_bytes())?;
+    let lut = Buffer::new(&cuda.driver, tiles * packing.lut_bytes())?;
     send(cuda, &codes, packing.code_bytes(), tiles, |tile, out| packing.codes(tile, out))?;
     if packing.aux_bytes() > 0 {
         send(cuda, &aux, packing.aux_bytes(), tiles, |tile, out| packing.aux(tile, out))?;
     }
-    Ok(Body::Packed { format, codes, aux })
+    if packing.lut_bytes() > 0 {
+        send(cuda, &lut, packing.lut_bytes(), tiles, |tile, out| packing.lut(tile, out))?;
+    }
+    Ok(Body::Packed { format, codes, aux, lut })
 }
 
 /// Through the staging buffers, which the first upload allocates.

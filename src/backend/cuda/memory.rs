@@ -120,7 +120,7 @@ impl Cuda {
         let (k, rows) = (weight.in_features(), weight.out_features());
         let plain = self.options.dtype == Dtype::Float32 || self.options.compile == 0;
         if let Some(packing) = Packing::of(weight, self.options.dtype).filter(|_| !plain) {
-            return packing.tiles() * (packing.code_bytes() + packing.aux_bytes());
+            return packing.tiles() * (packing.code_bytes() + packing.aux_bytes() + packing.lut_bytes());
         }
         match weight {
             Weight::Dense(_) => k * rows * 4,

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use super::matrix::Format;
 use crate::backend::cuda::Dtype;
+use crate::format::bytes::{MOST, OnePlane, TwoPlanes};
 use crate::format::{AnyPrec, Dense, Floats, LutGemm};
 use crate::weights::Weight;
 
@@ -31,10 +32,10 @@ pub(super) const DENSE_UNIT: usize = 64;
 /// How the eight codes of a lane and product are put into a word: channels 0 to 3 of rows g and g + 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Order {
-    /// One after the other, as byte permutations take them.
+    /// One row after the other, as byte permutations take them.
     LookUp,
-    /// Pairs of channels 16 bits apart, so that two of them become integers together.
-    Integers,
+    /// In turns, so that each byte has a code of either row.
+    Bytes,
 }
 
 impl Order {
@@ -42,20 +43,117 @@ impl Order {
     fn word(self, low: u32, high: u32) -> u32 {
         match self {
             Self::LookUp => low | high << 16,
-            Self::Integers => apart(low) | apart(high) << 8,
+            Self::Bytes => apart(low) | apart(high) << 4,
         }
     }
 }
 
-/// Four nibbles, the even ones in the low half, the odd ones in the high half.
+/// Four nibbles, each in the low half of a byte.
 fn apart(n: u32) -> u32 {
-    n & 0xf | n >> 4 & 0xf0 | (n & 0xf0) << 12 | (n & 0xf000) << 8
+    let pairs = n & 0xff | (n & 0xff00) << 8;
+    pairs & 0x000f_000f | (pairs & 0x00f0_00f0) << 4
+}
+
+/// How codebooks become bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Planes {
+    /// One byte a centroid says what it is.
+    One,
+    /// Two bytes, to 15 or 16 bits of the row's range.
+    Two,
+}
+
+impl Planes {
+    /// As many as say every codebook; `None` if some centroid is not finite.
+    fn of(w: &AnyPrec<'_>) -> Option<Self> {
+        let rows = (0..w.out_features()).into_par_iter().map(|row| {
+            let book = centroids(w, row);
+            let book = &book[..1 << w.bits()];
+            match OnePlane::new(book) {
+                Some(plane) if plane.exact => Some(Self::One),
+                _ => TwoPlanes::new(book).map(|_| Self::Two),
+            }
+        });
+        rows.try_reduce(|| Self::One, |a, b| Some(if a == Self::One { b } else { a }))
+    }
+
+    pub(super) fn count(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+        }
+    }
+}
+
+/// The centroids of a row.
+fn centroids(w: &AnyPrec<'_>, row: usize) -> [f32; MOST] {
+    let mut book = [0f32; MOST];
+    let size = 1 << w.bits();
+    w.lut().read_f32(row * size, &mut book[..size]);
+    book
+}
+
+/// A row's codebook as kernels look it up (`anyprec.cuh`).
+struct Book {
+    scale: f32,
+    offset: f32,
+    /// What the centroids are, plane by plane.
+    bytes: [[i8; MOST]; 2],
+}
+
+impl Book {
+    fn new(w: &AnyPrec<'_>, planes: Planes, row: usize) -> Option<Self> {
+        let book = centroids(w, row);
+        let size = 1 << w.bits();
+        let mut bytes = [[0; MOST]; 2];
+        let (scale, offset) = match planes {
+            Planes::One => {
+                let plane = OnePlane::new(&book[..size])?;
+                // One less: what halves of a codebook add must have room.
+                bytes[0] = plane.q.map(|q| q.wrapping_sub(1));
+                (plane.scale, plane.offset + plane.scale)
+            }
+            Planes::Two => {
+                let plane = TwoPlanes::new(&book[..size])?;
+                for i in 0..size {
+                    let q = plane.q(i);
+                    let high = (q + 128).div_euclid(radix(w.bits()));
+                    bytes[0][i] = high as i8;
+                    bytes[1][i] = (q - radix(w.bits()) * high) as i8;
+                }
+                (plane.scale, plane.offset)
+            }
+        };
+        if size == MOST {
+            bytes.iter_mut().for_each(halves);
+        }
+        Some(Self { scale, offset, bytes })
+    }
+}
+
+/// What a byte of the first plane counts in those of the second, `PLANE` of `anyprec.cuh`: halves of a codebook leave 255
+/// values to a byte.
+fn radix(bits: usize) -> i32 {
+    if bits == 4 { 255 } else { 256 }
+}
+
+/// From sixteen entries to two halves, of which an entry is the sum: what one half has below zero gives −1 for the codes of
+/// the other.
+fn halves(bytes: &mut [i8; MOST]) {
+    let (first, second) = bytes.split_at_mut(MOST / 2);
+    for (a, b) in first.iter_mut().zip(second) {
+        let (x, y) = (i32::from(*a), i32::from(*b));
+        // Of y = −1 and x = −1 one becomes 0.
+        let below = i32::from(if x == -1 { y < -1 } else { y + i32::from(x < 0) < 0 });
+        *a = (x + below) as i8;
+        *b = (y + i32::from(x + below < 0)) as i8;
+    }
 }
 
 /// A matrix on its way into a kernel's layout. Every tile has as many bytes of codes, and of what comes with them.
 pub(super) enum Packing<'a> {
     /// 3 or 4 bits.
-    AnyPrec(&'a AnyPrec<'a>, Dtype),
+    AnyPrec(&'a AnyPrec<'a>, Dtype, Planes),
     /// 3, 4 or 8 bits, uniform.
     LutGemm(&'a LutGemm<'a>),
     /// 16-bit numbers.
@@ -66,7 +164,7 @@ impl<'a> Packing<'a> {
     /// How `weight` is packed; `None` for codes of widths that no packed layout has.
     pub(super) fn of(weight: &'a Weight<'a>, dtype: Dtype) -> Option<Self> {
         match weight {
-            Weight::AnyPrec(w) if matches!(w.bits(), 3 | 4) => Some(Self::AnyPrec(w, dtype)),
+            Weight::AnyPrec(w) if matches!(w.bits(), 3 | 4) => Some(Self::AnyPrec(w, dtype, Planes::of(w)?)),
             Weight::LutGemm(w) if matches!(w.bits(), 3 | 4 | 8) => Some(Self::LutGemm(w)),
             Weight::Dense(w) => Some(Self::Dense(w, dtype)),
             _ => None,
@@ -76,7 +174,7 @@ impl<'a> Packing<'a> {
     /// The layout, if there is a kernel for it: groups of usual sizes, steps that are powers of two apart.
     pub(super) fn format(&self) -> Option<Format> {
         match self {
-            Self::AnyPrec(w, _) => Some(Format::AnyPrec { bits: w.bits() }),
+            Self::AnyPrec(w, _, planes) => Some(Format::AnyPrec { bits: w.bits(), planes: planes.count() }),
             Self::LutGemm(w) => {
                 let (bits, group) = (w.bits(), w.group_size());
                 (matches!(group, 32 | 64 | 128) && is_uniform(w)).then_some(Format::LutGemm { bits, group })
@@ -87,7 +185,7 @@ impl<'a> Packing<'a> {
 
     fn shape(&self) -> (usize, usize) {
         match self {
-            Self::AnyPrec(w, _) => (w.in_features(), w.out_features()),
+            Self::AnyPrec(w, ..) => (w.in_features(), w.out_features()),
             Self::LutGemm(w) => (w.in_features(), w.out_features()),
             Self::Dense(w, _) => (w.in_features, w.out_features),
         }
@@ -102,7 +200,7 @@ impl<'a> Packing<'a> {
     pub(super) fn code_bytes(&self) -> usize {
         let units = self.shape().0.div_ceil(CODE_UNIT);
         match self {
-            Self::AnyPrec(w, _) => units * unit_words(w.bits()) * 4,
+            Self::AnyPrec(w, ..) => units * unit_words(w.bits()) * 4,
             Self::LutGemm(w) if w.bits() == 8 => w.in_features().next_multiple_of(BYTE_UNIT) * TILE,
             Self::LutGemm(w) => units * unit_words(w.bits()) * 4,
             Self::Dense(w, _) => w.in_features.div_ceil(DENSE_UNIT) * TILE * DENSE_UNIT * 2,
@@ -112,9 +210,27 @@ impl<'a> Packing<'a> {
     /// Bytes of a tile's codebooks or steps.
     pub(super) fn aux_bytes(&self) -> usize {
         match self {
-            Self::AnyPrec(w, _) => (TILE * 2) << w.bits(),
+            Self::AnyPrec(w, _, planes) => book_bytes(w.bits(), planes.count()),
             Self::LutGemm(w) => groups(w) * TILE * 8,
             Self::Dense(..) => 0,
+        }
+    }
+
+    /// Bytes of a tile's codebooks as 16-bit numbers, for products of many tokens.
+    pub(super) fn lut_bytes(&self) -> usize {
+        match self {
+            Self::AnyPrec(w, ..) => (TILE * 2) << w.bits(),
+            _ => 0,
+        }
+    }
+
+    /// Overwrites `out` with the codebooks of `tile` as 16-bit numbers.
+    pub(super) fn lut(&self, tile: usize, out: &mut [u8]) {
+        let Self::AnyPrec(w, dtype, _) = self else { return };
+        out.fill(0);
+        let books: &mut [u16] = bytemuck::cast_slice_mut(out);
+        for (row, out) in (tile * TILE..w.out_features()).zip(books.chunks_exact_mut(1 << w.bits())) {
+            out.iter_mut().zip(centroids(w, row)).for_each(|(out, centroid)| *out = narrow(centroid, *dtype));
         }
     }
 
@@ -123,27 +239,13 @@ impl<'a> Packing<'a> {
         let (in_features, rows) = self.shape();
         let rows = tile * TILE..rows.min((tile + 1) * TILE);
         match self {
-            Self::AnyPrec(w, _) => {
-                codes(
-                    in_features,
-                    rows,
-                    w.bits(),
-                    Order::LookUp,
-                    |rows, stride, out| w.nibbles(rows, stride, out),
-                    out,
-                );
-            }
+            Self::AnyPrec(w, ..) => codes(in_features, rows.clone(), w.bits(), Order::LookUp, out, |stride, out| {
+                w.nibbles(rows.clone(), stride, out);
+            }),
             Self::LutGemm(w) if w.bits() == 8 => byte_codes(w, rows, out),
-            Self::LutGemm(w) => {
-                codes(
-                    in_features,
-                    rows,
-                    w.bits(),
-                    Order::Integers,
-                    |rows, stride, out| w.nibbles(rows, stride, out),
-                    out,
-                );
-            }
+            Self::LutGemm(w) => codes(in_features, rows.clone(), w.bits(), Order::Bytes, out, |stride, out| {
+                w.nibbles(rows.clone(), stride, out);
+            }),
             Self::Dense(w, dtype) => numbers(w, *dtype, rows, bytemuck::cast_slice_mut(out)),
         }
     }
@@ -151,11 +253,16 @@ impl<'a> Packing<'a> {
     /// Overwrites `out` with the codebooks or steps of `tile`.
     pub(super) fn aux(&self, tile: usize, out: &mut [u8]) {
         match self {
-            Self::AnyPrec(w, dtype) => codebooks(w, *dtype, tile, out),
+            Self::AnyPrec(w, _, planes) => books(w, *planes, tile, out),
             Self::LutGemm(w) => steps(w, tile, bytemuck::cast_slice_mut(out)),
             Self::Dense(..) => {}
         }
     }
+}
+
+/// Bytes of a tile's codebooks, scales and offsets.
+pub(super) fn book_bytes(bits: usize, planes: usize) -> usize {
+    (planes * TILE << bits) + TILE * 8
 }
 
 /// The words that `weight` is sent to the device as, tile by tile; for measuring how long packing takes, without a device.
@@ -185,18 +292,18 @@ fn unit_words(bits: usize) -> usize {
     if bits == 3 { 384 } else { 512 }
 }
 
-/// Packs the codes of the rows of a tile: `nibbles(rows, stride, out)` writes them eight to a word.
+/// Packs the codes of the rows of a tile: `nibbles(stride, out)` writes them eight to a word.
 fn codes(
     in_features: usize,
     tile: Range<usize>,
     bits: usize,
     order: Order,
-    nibbles: impl Fn(Range<usize>, usize, &mut [u32]),
     out: &mut [u8],
+    nibbles: impl Fn(usize, &mut [u32]),
 ) {
     let width = in_features.div_ceil(CODE_UNIT) * (CODE_UNIT / 8);
     let mut rows = vec![0u32; TILE * width];
-    nibbles(tile, width, &mut rows);
+    nibbles(width, &mut rows[..tile.len() * width]);
     let words: &mut [[u32; 4]] = bytemuck::cast_slice_mut(out);
     for (u, unit) in words.chunks_exact_mut(unit_words(bits) / 4).enumerate() {
         for lane in 0..32 {
@@ -238,18 +345,17 @@ fn narrow(value: f32, dtype: Dtype) -> u16 {
     }
 }
 
-/// A tile's codebooks as bytes, low ones before high ones.
-fn codebooks(w: &AnyPrec<'_>, dtype: Dtype, tile: usize, out: &mut [u8]) {
+/// A tile's codebooks as bytes, plane after plane, and each row's scale and offset.
+fn books(w: &AnyPrec<'_>, planes: Planes, tile: usize, out: &mut [u8]) {
     let size = 1usize << w.bits();
-    let mut centroids = [0f32; 16];
-    let centroids = &mut centroids[..size];
     out.fill(0);
-    for (row, book) in (tile * TILE..w.out_features()).zip(out.chunks_exact_mut(2 * size)) {
-        w.lut().read_f32(row * size, centroids);
-        for (i, &centroid) in centroids.iter().enumerate() {
-            let [low, high] = narrow(centroid, dtype).to_le_bytes();
-            book[i] = low;
-            book[size + i] = high;
+    let (bytes, scales) = out.split_at_mut(planes.count() * TILE * size);
+    let scales: &mut [[f32; 2]] = bytemuck::cast_slice_mut(scales);
+    for (r, row) in (tile * TILE..w.out_features()).take(TILE).enumerate() {
+        let book = Book::new(w, planes, row).expect("finite, as Planes::of found");
+        scales[r] = [book.scale, book.offset];
+        for (plane, own) in bytes.chunks_exact_mut(TILE * size).zip(&book.bytes) {
+            plane[r * size..(r + 1) * size].copy_from_slice(bytemuck::cast_slice(&own[..size]));
         }
     }
 }
@@ -259,7 +365,7 @@ fn groups(w: &LutGemm<'_>) -> usize {
     w.in_features().next_multiple_of(code_unit(w.bits())) / w.group_size()
 }
 
-/// A tile's steps and centres, `[groups, 16, 2]`.
+/// A tile's steps and what code 0 is worth, `[groups, 16, 2]`.
 fn steps(w: &LutGemm<'_>, tile: usize, out: &mut [f32]) {
     let (bits, rows) = (w.bits(), w.out_features());
     let first = tile * TILE;
@@ -271,7 +377,7 @@ fn steps(w: &LutGemm<'_>, tile: usize, out: &mut [f32]) {
         w.q_bias().read_f32(g * rows + first, &mut q_bias[..count]);
         for (r, out) in out.chunks_exact_mut(2).take(count).enumerate() {
             out[0] = 2.0 * alpha[r];
-            out[1] = q_bias[r] + alpha[r];
+            out[1] = q_bias[r] - alpha[r] * ((1 << bits) - 1) as f32;
         }
     }
 }

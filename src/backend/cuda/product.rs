@@ -251,7 +251,7 @@ impl Cuda {
     /// The product's kernel for a matrix, compiled once per shape.
     fn gemv_kernel(&self, format: Format, matrix: &Matrix, launch: GemvLaunch, input: Input) -> Result<Kernel> {
         let tuning = self.options.tuning;
-        let key = (input, tuning, (launch.warps, launch.stages), (launch.dec_warps, launch.dec_staged));
+        let key = (input, tuning, (launch.warps, launch.stages), (launch.dec_warps, launch.dec_staged, launch.digits));
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
@@ -336,12 +336,12 @@ impl Cuda {
                 let launch = Launch { overlap: false, ..Launch::new(rows, 256) };
                 self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument).with(&out))?;
             }
-            Body::Packed { format, codes, aux } => {
+            Body::Packed { format, codes, aux, lut } => {
                 let mut defines = shape_defines(*format, matrix, 8, 2);
                 defines.extend(["INPUT=0".to_owned(), "DEC=0".to_owned()]);
                 let (file, _, dequant) = entries(*format);
-                let argument = PackedArgument { codes: codes.pointer(), aux: aux.pointer(), out };
-                let units = rows.div_ceil(TILE) * k.div_ceil(unit(*format, k).0);
+                let argument = PackedArgument { codes: codes.pointer(), aux: aux.pointer(), lut: lut.pointer(), out };
+                let units = rows.div_ceil(TILE) * k.div_ceil(unit(*format).0);
                 let kernel = self.kernel(file, dequant, &defines)?;
                 let launch = Launch { overlap: false, ..Launch::new(units.div_ceil(8), 256) };
                 self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;

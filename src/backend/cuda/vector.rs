@@ -18,7 +18,6 @@ pub struct Vector {
     pub(super) len: usize,
     places: [OnceCell<Buffer>; 2],
     pending: Option<usize>,
-    largest: f32,
 }
 
 impl Vector {
@@ -29,20 +28,13 @@ impl Vector {
             len,
             places: Default::default(),
             pending: None,
-            largest: 0.0,
         })
     }
 
     /// Overwrites the first numbers.
     pub(super) fn write(&mut self, values: &[f32]) -> Result<()> {
         self.settle();
-        self.largest = values.iter().fold(0.0, |most, value| value.abs().max(most));
         self.data.write(0, values)
-    }
-
-    /// The largest size of a number that the host wrote last.
-    pub(super) fn largest(&self) -> f32 {
-        self.largest
     }
 
     /// Where the numbers are.

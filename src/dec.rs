@@ -12,6 +12,9 @@ use crate::format::threshold;
 /// Channels of a chunk; the last one of a matrix may be shorter.
 pub const CHUNK: usize = 1024;
 
+/// Channels that are looked at together for one to take.
+const RUN: usize = 32;
+
 /// Intervals of `|x|` that bucket selection tells apart.
 pub const BUCKETS: usize = 32;
 
@@ -187,24 +190,30 @@ fn largest(keys: &[u32], k: usize) -> u32 {
 /// The same for keys that are buckets.
 #[inline(always)]
 fn largest_bucket(keys: &[u32], k: usize) -> u32 {
-    let mut counts = [0; BUCKETS + 1];
-    keys.iter().for_each(|&key| counts[key as usize] += 1);
     let mut sum = 0;
-    let reaches = |&bucket: &usize| {
-        sum += counts[bucket];
-        sum >= k
+    // Bucket by bucket, because the compiler makes vectors of that; most are never looked at.
+    let reaches = |&bucket: &u32| {
+        sum += keys.iter().map(|&key| u32::from(key == bucket)).sum::<u32>();
+        sum as usize >= k
     };
-    (0..=BUCKETS).rev().find(reaches).unwrap_or(0) as u32
+    (0..=BUCKETS as u32).rev().find(reaches).unwrap_or(0)
 }
 
 /// Appends the `k` indices (plus `start`) whose keys are above `last` or, lowest first, equal to it; ascending.
 #[inline(always)]
 fn take(keys: &[u32], last: u32, k: usize, start: usize, out: &mut Vec<u32>) {
-    let mut ties = k - keys.iter().filter(|&&key| key > last).count();
-    for (i, &key) in keys.iter().enumerate() {
-        if key >= last && (key > last || ties > 0) {
-            ties -= usize::from(key == last);
-            out.push((start + i) as u32);
+    let above: u32 = keys.iter().map(|&key| u32::from(key > last)).sum();
+    let mut ties = k - above as usize;
+    for (run, keys) in keys.chunks(RUN).enumerate() {
+        // Few runs have one to take, and that none has is seen at once.
+        if !keys.iter().fold(false, |any, &key| any | (key >= last)) {
+            continue;
+        }
+        for (i, &key) in keys.iter().enumerate() {
+            if key >= last && (key > last || ties > 0) {
+                ties -= usize::from(key == last);
+                out.push((start + RUN * run + i) as u32);
+            }
         }
     }
 }

@@ -47,13 +47,13 @@ const BREAKS: [Break; 10] = [
     Break {
         what: "a row of a product",
         file: "staging.cuh",
-        change: ("        put(y + row, v +", "        if (row != 3) put(y + row, v +"),
+        change: ("        put(y + row, bias", "        if (row != 3) put(y + row, bias"),
         ..BASE
     },
     Break {
         what: "a row of a product, and somebody has had enough",
         file: "staging.cuh",
-        change: ("        put(y + row, v +", "        if (row != 3) put(y + row, v +"),
+        change: ("        put(y + row, bias", "        if (row != 3) put(y + row, bias"),
         interrupted: Some(300),
         ..BASE
     },
@@ -103,15 +103,19 @@ const BREAKS: [Break; 10] = [
 fn every_break_changes_one_place() {
     let folder = tempfile::tempdir().unwrap();
     for (i, broken) in BREAKS.iter().enumerate() {
-        broken_kernels(broken, &folder.path().join(i.to_string()));
+        broken_kernels(broken, Path::new("kernels-cuda"), &folder.path().join(i.to_string()));
     }
 }
 
 /// A copy of the kernels with one change.
-fn broken_kernels(broken: &Break, to: &Path) {
+fn broken_kernels(broken: &Break, from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();
-    for file in std::fs::read_dir("kernels-cuda").unwrap().map(|file| file.unwrap().path()) {
+    for file in from.read_dir().unwrap().map(|file| file.unwrap().path()) {
         let name = file.file_name().unwrap();
+        if file.is_dir() {
+            broken_kernels(broken, &file, &to.join(name));
+            continue;
+        }
         let mut text = std::fs::read_to_string(&file).unwrap();
         if name == broken.file {
             let (before, after) = broken.change;
@@ -207,7 +211,7 @@ fn waits_end() {
     let start = Instant::now();
     let child = |(i, broken): (usize, &Break)| -> Child {
         let kernels = folder.path().join(i.to_string());
-        broken_kernels(broken, &kernels);
+        broken_kernels(broken, Path::new("kernels-cuda"), &kernels);
         Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_text_of_broken_kernels", "--ignored", "--nocapture"])
             .env("DECDEC_KERNELS", kernels)

@@ -1,14 +1,19 @@
 //! The table of kernels and their twins against the two folders.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use decdec::backend::kernels::TWINS;
 
+/// Every file of a folder and of those in it.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let inside = folder.read_dir().expect("a folder of kernels").map(|file| file.unwrap().path());
+    inside.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
 /// What `entry` finds in every file of `folder` that ends in one of `endings`: `(stem, entry point)`.
 fn entry_points(folder: &str, endings: &[&str], entry: impl Fn(&str) -> Vec<String>) -> BTreeSet<(String, String)> {
-    let folder = Path::new(folder);
-    let files = folder.read_dir().expect("a folder of kernels").map(|file| file.unwrap().path());
+    let files = files(Path::new(folder)).into_iter();
     let files = files.filter(|file| file.extension().is_some_and(|e| endings.iter().any(|ending| e == *ending)));
     let points = files.flat_map(|file| {
         let stem = file.file_stem().unwrap().to_str().unwrap().to_owned();

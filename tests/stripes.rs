@@ -42,7 +42,7 @@ fn every_word_is_in_one_stripe_and_no_block_has_much_more_than_another() {
 /// The text of `struct Stripe` in the CUDA kernels, compiled for this machine.
 #[test]
 fn the_kernels_divide_rows_alike() {
-    let text = std::fs::read_to_string("kernels-cuda/dec.cuh").unwrap();
+    let text = std::fs::read_to_string("kernels-cuda/compensation/dec.cuh").unwrap();
     let start = text.find("struct Stripe {").expect("the kernels' division of rows");
     let end = start + text[start..].find("\n};").expect("its end") + 3;
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Attention of every layer of a text, and what it remembers (`kernels-cuda/attend.cu`, `attend_prompt.cu`).
+//! Attention of every layer of a text, and what it remembers (`kernels-cuda/attention/attend.cu`, `attend_prompt.cu`).
 
 use anyhow::{Context, Result, ensure};
 

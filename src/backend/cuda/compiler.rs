@@ -12,43 +12,53 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::files;
 
-/// Every kernel, as it stands in `kernels-cuda/`.
-const SOURCES: [(&str, &str); 12] = [
-    ("layers.cu", include_str!("../../../kernels-cuda/layers.cu")),
-    ("gemv_anyprec.cu", include_str!("../../../kernels-cuda/gemv_anyprec.cu")),
-    ("gemv_lutgemm.cu", include_str!("../../../kernels-cuda/gemv_lutgemm.cu")),
-    ("gemv_dense.cu", include_str!("../../../kernels-cuda/gemv_dense.cu")),
-    ("gemv_any.cu", include_str!("../../../kernels-cuda/gemv_any.cu")),
-    ("dec.cu", include_str!("../../../kernels-cuda/dec.cu")),
-    ("rows.cu", include_str!("../../../kernels-cuda/rows.cu")),
-    ("attend.cu", include_str!("../../../kernels-cuda/attend.cu")),
-    ("attend_prompt.cu", include_str!("../../../kernels-cuda/attend_prompt.cu")),
-    ("sample.cu", include_str!("../../../kernels-cuda/sample.cu")),
-    ("occupy.cu", include_str!("../../../kernels-cuda/occupy.cu")),
-    ("read.cu", include_str!("../../../kernels-cuda/read.cu")),
+/// Files of `kernels-cuda/`, each by its path there and its text.
+macro_rules! texts {
+    ($($path:literal),* $(,)?) => { &[$(($path, include_str!(concat!("../../../kernels-cuda/", $path)))),*] };
+}
+
+/// Every kernel.
+const SOURCES: &[(&str, &str)] = texts![
+    "layers/layers.cu",
+    "product/gemv_anyprec.cu",
+    "product/gemv_lutgemm.cu",
+    "product/gemv_dense.cu",
+    "product/gemv_any.cu",
+    "compensation/dec.cu",
+    "token/rows.cu",
+    "attention/attend.cu",
+    "attention/attend_prompt.cu",
+    "token/sample.cu",
+    "device/occupy.cu",
+    "device/read.cu",
 ];
 
-/// What they include.
-const HEADERS: [(&str, &str); 18] = [
-    ("anyprec.cuh", include_str!("../../../kernels-cuda/anyprec.cuh")),
-    ("lutgemm.cuh", include_str!("../../../kernels-cuda/lutgemm.cuh")),
-    ("dense.cuh", include_str!("../../../kernels-cuda/dense.cuh")),
-    ("operand.cuh", include_str!("../../../kernels-cuda/operand.cuh")),
-    ("attend.cuh", include_str!("../../../kernels-cuda/attend.cuh")),
-    ("attend_lanes.cuh", include_str!("../../../kernels-cuda/attend_lanes.cuh")),
-    ("attend_tensor.cuh", include_str!("../../../kernels-cuda/attend_tensor.cuh")),
-    ("stream.cuh", include_str!("../../../kernels-cuda/stream.cuh")),
-    ("unit.cuh", include_str!("../../../kernels-cuda/unit.cuh")),
-    ("common.cuh", include_str!("../../../kernels-cuda/common.cuh")),
-    ("dec.cuh", include_str!("../../../kernels-cuda/dec.cuh")),
-    ("patience.cuh", include_str!("../../../kernels-cuda/patience.cuh")),
-    ("grid.cuh", include_str!("../../../kernels-cuda/grid.cuh")),
-    ("flow.cuh", include_str!("../../../kernels-cuda/flow.cuh")),
-    ("staging.cuh", include_str!("../../../kernels-cuda/staging.cuh")),
-    ("stripe.cuh", include_str!("../../../kernels-cuda/stripe.cuh")),
-    ("gemv.cuh", include_str!("../../../kernels-cuda/gemv.cuh")),
-    ("dequant.cuh", include_str!("../../../kernels-cuda/dequant.cuh")),
+/// What they include, by the name of the file alone.
+const HEADERS: &[(&str, &str)] = texts![
+    "attention/attend.cuh",
+    "attention/attend_lanes.cuh",
+    "attention/attend_tensor.cuh",
+    "common.cuh",
+    "compensation/dec.cuh",
+    "compensation/stripe.cuh",
+    "formats/anyprec.cuh",
+    "formats/dense.cuh",
+    "formats/lutgemm.cuh",
+    "layers/flow.cuh",
+    "layers/grid.cuh",
+    "layers/patience.cuh",
+    "layers/staging.cuh",
+    "layers/stream.cuh",
+    "product/dequant.cuh",
+    "product/gemv.cuh",
+    "product/operand.cuh",
+    "product/unit.cuh",
 ];
+
+/// A path's last part.
+fn name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
 
 /// Marks a cache file; the number changes with its layout.
 const MAGIC: &[u8] = b"decdec02";
@@ -143,16 +153,16 @@ impl Compiler {
     }
 
     fn key(&self, source: &str, defines: &[String]) -> Result<blake3::Hash> {
-        let headers = HEADERS.iter().map(|(name, _)| text(name)).collect::<Result<Vec<_>>>()?;
+        let headers = HEADERS.iter().map(|(path, _)| text(name(path))).collect::<Result<Vec<_>>>()?;
         Ok(blake3::hash(format!("{:?}", (&self.architecture, self.version, headers, source, defines)).as_bytes()))
     }
 
     /// Compiled code, and the compiler's log with the resources that each kernel takes.
     fn compile(&self, file: &str, source: &str, defines: &[String]) -> Result<(Vec<u8>, String)> {
         let c = |s: &str| CString::new(s).map_err(anyhow::Error::from);
-        let (name, source) = (c(file)?, c(source)?);
-        let texts = HEADERS.iter().map(|(name, _)| c(&text(name)?)).collect::<Result<Vec<_>>>()?;
-        let names = HEADERS.iter().map(|(name, _)| c(name)).collect::<Result<Vec<_>>>()?;
+        let (file_name, source) = (c(file)?, c(source)?);
+        let texts = HEADERS.iter().map(|(path, _)| c(&text(name(path))?)).collect::<Result<Vec<_>>>()?;
+        let names = HEADERS.iter().map(|(path, _)| c(name(path))).collect::<Result<Vec<_>>>()?;
         let mut options =
             vec![c(&format!("--gpu-architecture={}", self.architecture))?, c("--std=c++17")?, c("--ptxas-options=-v")?];
         for define in defines {
@@ -167,7 +177,7 @@ impl Compiler {
             (self.api.create)(
                 &mut program,
                 source.as_ptr(),
-                name.as_ptr(),
+                file_name.as_ptr(),
                 HEADERS.len() as c_int,
                 texts_at.as_ptr(),
                 names_at.as_ptr(),
@@ -205,14 +215,14 @@ impl Compiler {
 
 /// The text of a kernel file or header; from the folder `DECDEC_KERNELS` if that is set, for work on kernels.
 fn text(file: &str) -> Result<Cow<'static, str>> {
-    if let Some(folder) = env::var_os("DECDEC_KERNELS") {
-        let path = PathBuf::from(folder).join(file);
-        return Ok(fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?.into());
-    }
-    let Some((_, text)) = SOURCES.iter().chain(&HEADERS).find(|(name, _)| *name == file) else {
+    let Some((path, text)) = SOURCES.iter().chain(HEADERS).find(|(path, _)| name(path) == file) else {
         bail!("cuda: there is no kernel file {file}");
     };
-    Ok(Cow::Borrowed(text))
+    let Some(folder) = env::var_os("DECDEC_KERNELS") else {
+        return Ok(Cow::Borrowed(text));
+    };
+    let path = PathBuf::from(folder).join(path);
+    Ok(fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?.into())
 }
 
 /// What one of NVRTC's pairs of functions gives: a size, then as many bytes.

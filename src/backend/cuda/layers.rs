@@ -1,4 +1,4 @@
-//! Whole decoder layers of one token in one launch (`kernels-cuda/layers.cu`): which layers can be, and how.
+//! Whole decoder layers of one token in one launch (`kernels-cuda/layers/layers.cu`): which layers can be, and how.
 
 use std::rc::Rc;
 

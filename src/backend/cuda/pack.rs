@@ -1,6 +1,6 @@
 //! From the stored formats to what the kernels read: tiles of 16 rows, units of channels, 16 bytes per lane.
 //!
-//! The layouts are described where they are read, at the top of `kernels-cuda/gemv_*.cu`. Pure; the bytes of
+//! The layouts are described where they are read, in `kernels-cuda/formats`. Pure; the bytes of
 //! weights stay the same but for padding to whole tiles and units. A tile is packed by itself, straight into the
 //! memory that it is sent from, so that all cores pack while earlier tiles are on their way.
 

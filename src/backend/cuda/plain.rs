@@ -1,4 +1,4 @@
-//! From the stored formats to what `kernels-cuda/gemv_any.cu` reads: a byte per code, row by row, and f32.
+//! From the stored formats to what `kernels-cuda/product/gemv_any.cu` reads: a byte per code, row by row, and f32.
 
 use half::{bf16, f16};
 use rayon::prelude::*;

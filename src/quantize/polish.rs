@@ -3,7 +3,8 @@
 //! Layer by layer, every error counts alike; what it does to the predictions does not. So, with codes as they are,
 //! codebooks follow the gradient of the Kullback-Leibler divergence from the full-precision model's predictions over
 //! the calibration text (EfficientQAT trains steps end to end, Chen et al. 2024, §3.3), one window a step, by Adam
-//! (Kingma and Ba, 2015). Then the residuals are made anew.
+//! (Kingma and Ba, 2015). In the end codebooks are rounded to what is stored, bytes of a row's range, and the residuals
+//! made anew.
 //!
 //! One layer is in memory at a time, beside what one window leaves in each of them on the way up.
 //! Only AnyPrec: of LUT-GEMM's layers the originals that AWQ scaled are not kept.
@@ -25,7 +26,7 @@ use super::job::Job;
 use super::refine::{Codebook, Grid};
 use crate::checkpoint::LayerFile;
 use crate::config::Projection;
-use crate::format::{AnyPrec, Storage};
+use crate::format::{AnyPrec, Storage, bytes};
 use crate::sampling;
 use crate::weights::{Linear, Weight};
 
@@ -299,10 +300,10 @@ fn codes(weight: &AnyPrec<'_>) -> Vec<u8> {
     codes
 }
 
-/// Codebooks as they are stored.
-fn in_store(grid: &Codebook, codebooks: &[f32]) -> Vec<f16> {
+/// Codebooks `[out_features, levels]` as they are stored.
+fn stored_codebooks(codebooks: &[f32], levels: usize) -> Vec<f16> {
     let mut codebooks = codebooks.to_vec();
-    codebooks.chunks_exact_mut(grid.parameters()).for_each(|codebook| grid.store(codebook));
+    codebooks.par_chunks_exact_mut(levels).for_each(bytes::round);
     codebooks.into_iter().map(f16::from_f32).collect()
 }
 
@@ -313,7 +314,7 @@ fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resu
         let learned = &learned[projection.index()];
         let (original, stored) = pair(job, &file, index, projection)?;
         let weight = anyprec(&stored)?;
-        let codebook = in_store(&Codebook { bits: bits as usize }, &learned.codebook);
+        let codebook = stored_codebooks(&learned.codebook, 1 << bits);
         let (n, m, planes) = (weight.in_features(), weight.out_features(), weight.planes().to_vec());
         let weight = Weight::AnyPrec(AnyPrec::new(n, m, bits as usize, planes.into(), codebook.into())?);
         let residual = super::residual(&original, &weight, &fit::weigh(&learned.taken, &learned.all))?;

@@ -29,7 +29,11 @@ pub(crate) fn quantize(linear: &Affine, bits: usize, importance: &[f32]) -> Resu
     let mut codes = vec![0; inputs * outputs];
     let mut lut = vec![0.0; outputs << bits];
     let rows = codes.par_chunks_exact_mut(inputs).zip(lut.par_chunks_exact_mut(1 << bits)).enumerate();
-    rows.for_each(|(row, (codes, lut))| quantize_row(linear.row(row), importance, usize::MAX, codes, lut));
+    rows.for_each(|(row, (codes, lut))| {
+        cluster(linear.row(row), importance, usize::MAX, lut);
+        bytes::round(lut);
+        nearest(linear.row(row), lut, codes);
+    });
     pack(linear, bits, &codes, &lut)
 }
 
@@ -40,7 +44,10 @@ pub(crate) fn refined(linear: &Affine, bits: usize, hessian: &Hessian, effort: E
     let mut codes = vec![0; inputs * outputs];
     let mut lut = vec![0.0; outputs << bits];
     let rows = codes.par_chunks_exact_mut(inputs).zip(lut.par_chunks_exact_mut(1 << bits)).enumerate();
-    rows.for_each(|(row, (codes, lut))| quantize_row(linear.row(row), &importance, PLACES << bits, codes, lut));
+    rows.for_each(|(row, (codes, lut))| {
+        cluster(linear.row(row), &importance, PLACES << bits, lut);
+        nearest(linear.row(row), lut, codes);
+    });
     refine::refine(&Codebook { bits }, hessian, &linear.weight, &mut codes, &mut lut, effort);
     pack(linear, bits, &codes, &lut)
 }
@@ -51,12 +58,15 @@ fn pack(linear: &Affine, bits: usize, codes: &[u8], lut: &[f32]) -> Result<Weigh
     Ok(Weight::AnyPrec(AnyPrec::pack(linear.in_features, linear.out_features, bits, codes, lut.into())?))
 }
 
-/// Overwrites `codes` and `lut` (`2^bits`, ascending) with the clustering of one row; clusters begin at one of `places`.
-fn quantize_row(row: &[f32], importance: &[f32], places: usize, codes: &mut [u8], lut: &mut [f32]) {
+/// Overwrites `lut` (`2^bits`, ascending) with the clusters' centroids of one row, in half precision; clusters begin at
+/// one of `places`.
+fn cluster(row: &[f32], importance: &[f32], places: usize, lut: &mut [f32]) {
     let centroids = Sorted::new(row, importance).thinned(places).centroids(lut.len());
-    lut.iter_mut().zip(centroids).for_each(|(c, centroid)| *c = centroid as f32);
-    bytes::round(lut);
-    // Codes belong to the codebook as it is stored.
+    lut.iter_mut().zip(centroids).for_each(|(c, centroid)| *c = f16::from_f64(centroid).to_f32());
+}
+
+/// Overwrites `codes` with the nearest of `lut` for each weight.
+fn nearest(row: &[f32], lut: &[f32], codes: &mut [u8]) {
     let boundaries: Vec<f32> = lut.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
     for (code, w) in codes.iter_mut().zip(row) {
         *code = boundaries.iter().filter(|&&b| *w > b).count() as u8;
@@ -296,12 +306,9 @@ mod tests {
     /// Those that are on a grid, where codebooks are bytes.
     #[test]
     fn few_distinct_weights_are_kept_as_they_are() {
-        let quantized = |bits: usize, row: &[f32]| -> Vec<f32> {
-            let (mut codes, mut lut) = (vec![0; 64], vec![0.0; 1 << bits]);
-            quantize_row(row, &[1.0; 64], usize::MAX, &mut codes, &mut lut);
-            codes.iter().map(|&code| lut[usize::from(code)]).collect()
-        };
+        let quantized = |bits: usize, row: &[f32]| dequantized(&quantize(&rows(row), bits, &[1.0; 64]).unwrap());
         let row = |values: [f32; 3]| -> Vec<f32> { (0..64).map(|i| values[i % 3]).collect() };
+        let halved = |x: f32| f16::from_f32(x).to_f32();
         let (bytes, others) = (row([-64.0, 3.0, 61.0].map(|n| n / 256.0)), row([-0.25, 0.1, 2.0].map(halved)));
         for bits in [3, 4, 6] {
             assert_eq!(quantized(bits, &bytes), bytes, "{bits} bits");
@@ -313,33 +320,31 @@ mod tests {
         assert!(near != others && near.iter().zip(&others).all(|(a, b)| (a - b).abs() <= 0.5 * step));
     }
 
-    fn halved(x: f32) -> f32 {
-        f16::from_f32(x).to_f32()
+    /// Eight rows of these weights.
+    fn rows(row: &[f32]) -> Affine {
+        Affine { in_features: row.len(), out_features: 8, weight: row.repeat(8), bias: None }
     }
 
-    /// Whatever the clustering, 3 and 4 bits are stored as codebooks that one byte says.
-    #[test]
-    fn codebooks_are_bytes() {
-        let (row, importance) = row(11, 512);
-        for bits in [2, 3, 4, 5] {
-            let (mut codes, mut lut) = (vec![0; 512], vec![0.0; 1 << bits]);
-            quantize_row(&row, &importance, usize::MAX, &mut codes, &mut lut);
-            assert_eq!(bytes::one_plane_is_exact(&lut, 1 << bits), bits < 5, "{bits} bits");
-            let clusters = Sorted::new(&row, &importance).centroids(1 << bits);
-            let before: Vec<f32> = clusters.iter().map(|&c| halved(c as f32)).collect();
-            assert!(!bytes::one_plane_is_exact(&before, 1 << bits), "the comparison can fail");
-        }
+    /// The first of the rows, as it is stored.
+    fn dequantized(weight: &Weight<'_>) -> Vec<f32> {
+        let mut row = vec![0.0; weight.in_features()];
+        weight.row(0, &mut row);
+        row
     }
 
     #[test]
     fn every_weight_takes_its_nearest_stored_centroid() {
         let (row, importance) = row(5, 512);
-        let (mut codes, mut lut) = (vec![0; 512], vec![0.0; 8]);
-        quantize_row(&row, &importance, usize::MAX, &mut codes, &mut lut);
-        for (w, &code) in row.iter().zip(&codes) {
-            let distance = |c: &f32| (c - w).abs();
-            let nearest = lut.iter().map(distance).fold(f32::INFINITY, f32::min);
-            assert!(distance(&lut[usize::from(code)]) <= nearest + f32::EPSILON * w.abs());
+        for bits in [3, 4, 5] {
+            let weight = quantize(&rows(&row), bits, &importance).unwrap();
+            let Weight::AnyPrec(stored) = &weight else { panic!("AnyPrec is made") };
+            let lut = stored.lut().to_f32();
+            assert_eq!(bytes::one_plane_is_exact(&lut, 1 << bits), bits < 5, "{bits} bits are bytes");
+            for (w, stored) in row.iter().zip(dequantized(&weight)) {
+                let distance = |c: &f32| (c - w).abs();
+                let nearest = lut[..1 << bits].iter().map(distance).fold(f32::INFINITY, f32::min);
+                assert!(distance(&stored) <= nearest + f32::EPSILON * w.abs());
+            }
         }
     }
 }

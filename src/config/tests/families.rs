@@ -25,6 +25,18 @@ fn computed(changes: Value) -> ModelConfig {
     ModelConfig { json: Value::Null, ..config(changes) }
 }
 
+/// Unfinished work is gone on with if the configuration prints alike: nothing in it may differ from run to run.
+#[test]
+fn a_configuration_prints_no_addresses() {
+    let is_fixed = |printed: &str| !printed.contains("0x");
+    for model_type in types_of_models() {
+        let printed = format!("{:?}", computed(of(model_type, json!({}))));
+        assert!(printed.contains("family: ") && is_fixed(&printed), "{printed}");
+    }
+    let function: fn() -> Vec<&'static str> = types_of_models;
+    assert!(!is_fixed(&format!("{function:?}")), "the comparison can fail");
+}
+
 #[test]
 fn what_classes_assume() {
     let absent = || json!({ "head_dim": "absent", "num_key_value_heads": "absent", "num_attention_heads": 128 });

@@ -3,7 +3,6 @@
 use half::f16;
 
 use super::Grid;
-use crate::format::bytes;
 
 /// One codebook of `2^bits` weights for each row; ascending.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +49,7 @@ impl Grid for Codebook {
     }
 
     fn store(&self, parameters: &mut [f32]) {
-        bytes::round(parameters);
+        parameters.iter_mut().for_each(|c| *c = f16::from_f32(*c).to_f32());
     }
 }
 

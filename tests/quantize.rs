@@ -12,6 +12,7 @@ use decdec::backend::cpu::Cpu;
 use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::engine::Engine;
 use decdec::eval;
 use decdec::format::{Format, bytes};
 use decdec::model::{Compensation, LayerCompensation, Model};
@@ -125,13 +126,14 @@ fn awq_scales_what_it_stores() {
 /// Mean divergence from the model of what was quantized, over windows that calibration did not see.
 fn divergence(model: &SmallModel, checkpoint: &Path, k_chunk: usize) -> f64 {
     let cpu = Cpu::new();
-    let source = Model::load(&cpu, model, |_| ()).unwrap();
+    let source = Engine::of(Model::load(&cpu, model, |_| ()).unwrap(), 24);
     let mut quantized = Model::load(&cpu, &Checkpoint::open(checkpoint).unwrap(), |_| ()).unwrap();
     let own = LayerCompensation { n_tb: 1, k_chunks: [k_chunk; 4] };
     let compensation = Compensation { by_bits: vec![own], selection: Selection::Exact };
     quantized.compensate(Some(&compensation)).unwrap();
     let tokens: Vec<u32> = draws(2, 16 * 24).iter().map(|x| (x * 96.0) as u32).collect();
     let windows = eval::windows(&tokens, 24, 0..16).unwrap();
+    let quantized = Engine::of(quantized, 24);
     eval::perplexity(&quantized, Some(&source), &windows, |_| Ok(())).unwrap().kl_divergence.unwrap()
 }
 

@@ -7,7 +7,7 @@ use decdec::config::ModelConfig;
 use decdec::quantize::{Calibration, Options, Refine, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
-use decdec::tune::Tuned;
+use decdec::tuned::Tuned;
 use decdec::weights::ModelWeights;
 
 use super::interrupt::stop_flag;

@@ -10,6 +10,7 @@ use anyhow::Result;
 use decdec::backend::cpu::Cpu;
 use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{LayerNorm, Projection};
+use decdec::engine::Engine;
 use decdec::eval;
 use decdec::format::Format;
 use decdec::model::Model;
@@ -311,7 +312,7 @@ fn overflow_on_the_way() {
         let source = model.open().expect("it opens");
         let backend = Cpu::new();
         let model = Model::load(&backend, &source, |_| ()).expect("loaded");
-        eval::perplexity(&model, None, &windows, |_| Ok(()))
+        eval::perplexity(&Engine::of(model, tokens.len()), None, &windows, |_| Ok(()))
     };
     assert!(evaluate(&model).expect("finite").perplexity.is_finite());
     // Norms of 1e20 in front of weights of up to 16, three times over: beyond 1e38.

@@ -41,7 +41,8 @@
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
-//! The program (`main.rs`, `cli.rs`, `commands/`) parses, calls one of these for each command, and prints.
+//! The program (`main.rs`, `cli.rs`, `commands/`) parses, calls one of these for each command, and prints. It is the
+//! feature `cli`, with the profiler, the tuner and all plots: a library without it has fewer crates to build.
 
 #![deny(clippy::print_stdout)]
 #![cfg_attr(not(test), deny(clippy::print_stderr))]
@@ -56,14 +57,17 @@ pub mod engine;
 pub mod eval;
 pub mod files;
 mod fingerprint;
+#[cfg(feature = "cli")]
 mod fonts;
 pub mod format;
 pub mod host;
 mod interrupted;
 pub mod mapped;
 pub mod model;
+#[cfg(feature = "cli")]
 pub mod nsys;
 pub mod open;
+#[cfg(feature = "cli")]
 pub mod profile;
 pub mod progress;
 pub mod quantize;
@@ -73,6 +77,7 @@ pub mod source;
 pub mod tensors;
 pub mod timeline;
 pub mod tokenizer;
+#[cfg(feature = "cli")]
 pub mod tune;
 pub mod tuned;
 pub mod weights;

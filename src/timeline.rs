@@ -4,6 +4,7 @@
 //! with all layers as one. Where layers are one launch, its own stamps tell the parts apart. What takes times slows a
 //! token a little; whole tokens are measured apart from this.
 
+#[cfg(feature = "cli")]
 mod plot;
 
 use anyhow::{Result, ensure};
@@ -15,6 +16,7 @@ use crate::model::{Compensation, Model, Operation, State};
 use crate::sampling::Sampling;
 use crate::weights::ModelWeights;
 
+#[cfg(feature = "cli")]
 pub use plot::draw;
 
 /// Tokens that a text needs room for beyond its context.

@@ -5,6 +5,7 @@ use decdec::device;
 use decdec::engine::{Compensate, Options};
 use decdec::eval::{self, Evaluation};
 use decdec::open::Opened;
+use decdec::progress::Progress;
 
 use crate::cli::PerplexityArgs;
 use crate::output;
@@ -60,11 +61,9 @@ fn measure(
     let plain =
         Options { max_seq_len: Some(args.seq_len), compensate: Compensate::Off, text: false, ..Options::default() };
     let source = source.map(|source| super::load(&device, source, &plain)).transpose()?;
-    let bar = super::progress(windows.len(), "reading");
-    let evaluation = eval::perplexity(&engine, source.as_ref(), windows, |done| {
-        bar.set_position(done as u64);
+    let bar = super::Bar::new(windows.len(), "reading");
+    eval::perplexity(&engine, source.as_ref(), windows, |_| {
+        bar.inc(1);
         Ok(())
-    })?;
-    bar.finish_and_clear();
-    Ok(evaluation)
+    })
 }

@@ -41,27 +41,42 @@ pub(crate) fn resumable<T>(result: Result<T>) -> Result<T> {
     })
 }
 
-/// A bar on stderr that knows the time left; hidden off a terminal.
-pub(crate) fn progress(len: usize, what: &'static str) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}").expect("a valid template");
-    ProgressBar::new(len as u64).with_style(style).with_message(what)
+/// A bar on stderr that knows the time left; hidden off a terminal. It goes when it is dropped.
+pub(crate) struct Bar(ProgressBar);
+
+impl Bar {
+    pub(crate) fn new(steps: usize, what: &'static str) -> Self {
+        let style = ProgressStyle::with_template("{msg:<24} {wide_bar} {percent:>3} %, {eta} left");
+        Self(ProgressBar::new(steps as u64).with_style(style.expect("a valid template")).with_message(what))
+    }
 }
 
-/// Hears how far the library is.
-struct Bar(ProgressBar);
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
 
 impl Progress for Bar {
     fn set_length(&self, steps: u64) {
         self.0.set_length(steps);
     }
 
+    fn set_message(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+    }
+
     fn inc(&self, steps: u64) {
         self.0.inc(steps);
     }
+
+    fn reset_eta(&self) {
+        self.0.reset_eta();
+    }
 }
 
-/// The engine of a run, for texts of at most `max_seq_len` tokens, loaded layer by layer with a bar; `text` says whether
-/// tokens are to become text.
+/// The engine of a run, for texts of at most `max_seq_len` tokens, loaded layer by layer with a bar; `text` says
+/// whether tokens are to become text.
 ///
 /// # Errors
 /// Those of [`Engine::load`] and [`asked`].
@@ -87,16 +102,14 @@ pub(crate) fn engine<'d>(
 /// # Errors
 /// Those of [`Engine::load`].
 pub(crate) fn load<'d>(device: &'d Device, opened: &Opened, options: &engine::Options) -> Result<Engine<'d>> {
-    let bar = Bar(progress(0, "loading"));
-    let engine = Engine::load(device, opened, options, &bar);
-    bar.0.finish_and_clear();
-    Ok(engine?)
+    Ok(Engine::load(device, opened, options, &Bar::new(0, "loading"))?)
 }
 
 /// How the flags say that a model is compensated: a set for all layers, or one for each bit width.
 ///
 /// # Errors
-/// Counts that do not fit the model's bit widths, `n_tb` above what the device holds, anything for a full-precision model.
+/// Counts that do not fit the model's bit widths, `n_tb` above what the device holds, anything for a full-precision
+/// model.
 fn asked(opened: &Opened, device: &DeviceInfo, args: &RunArgs) -> Result<Compensate> {
     let weights = opened.weights();
     let widths = decdec::model::widths((0..weights.config().layers.len()).map(|layer| weights.bits(layer)));

@@ -1,7 +1,7 @@
 //! A model that is ready to make texts, on whatever device: what programs, chats and servers stand on.
 //!
-//! An [`Engine`] is a model on a device, compensated as it was tuned there. A [`Session`] is one text that goes on: it is
-//! given the whole text each time, keeps what it has read already of it, and reads the rest. Several sessions of one
+//! An [`Engine`] is a model on a device, compensated as it was tuned there. A [`Session`] is one text that goes on: it
+//! is given the whole text each time, keeps what it has read already of it, and reads the rest. Several sessions of one
 //! engine may make their texts in turn.
 //!
 //! ```no_run
@@ -20,6 +20,7 @@
 
 mod answer;
 mod error;
+mod made;
 mod runner;
 mod session;
 
@@ -43,7 +44,8 @@ use crate::tuned::Tuned;
 use crate::weights::{ModelWeights, Weight};
 
 pub use error::{Error, ErrorKind};
-pub use session::{Finish, Generated, Piece, Session, Settings, per_second};
+pub use made::{Finish, Generated, Piece, Settings, per_second};
+pub use session::Session;
 
 use runner::{OneByOne, Runner};
 
@@ -80,8 +82,8 @@ pub struct Options {
     pub selection: Selection,
     /// Bits of the head: 16 as it is stored, 8 or 4 rounded while loading, which moves fewer bytes for each token.
     pub head_bits: usize,
-    /// Tokens become text, and those that the model's files name end one. Otherwise there are tokens only, and a text ends
-    /// where it is full.
+    /// Tokens become text, and those that the model's files name end one. Otherwise there are tokens only, and a text
+    /// ends where it is full.
     pub text: bool,
 }
 

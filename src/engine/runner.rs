@@ -9,8 +9,8 @@ use crate::sampling::Sampling;
 use crate::timeline::{self, Timeline};
 use crate::weights::ModelWeights;
 
-/// A model on a device, and the texts that it makes. All that sessions do goes through here: a runner that makes several
-/// texts in one pass takes the place of this one, and sessions stay as they are.
+/// A model on a device, and the texts that it makes. All that sessions do goes through here: a runner that makes
+/// several texts in one pass takes the place of this one, and sessions stay as they are.
 pub(super) trait Runner {
     /// An empty slot.
     fn open(&mut self) -> Result<usize>;
@@ -20,6 +20,8 @@ pub(super) trait Runner {
     fn prepare(&mut self, slot: usize, prompt: usize, compensated: bool) -> Result<()>;
     /// [`State::keeps`]
     fn keeps(&self, slot: usize, tokens: usize) -> bool;
+    /// How many tokens are worth asking for before the first of them has come.
+    fn lookahead(&self, slot: usize) -> usize;
     /// [`Model::resume`]
     fn resume(&mut self, slot: usize, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()>;
     /// [`Model::extend`]
@@ -91,6 +93,13 @@ impl<B: DecodeBackend> Runner for OneByOne<'_, B> {
 
     fn keeps(&self, slot: usize, tokens: usize) -> bool {
         self.slots[slot].as_ref().is_some_and(|state| state.keeps(tokens))
+    }
+
+    fn lookahead(&self, slot: usize) -> usize {
+        let most = self.model.backend().device().lookahead;
+        // What a text is read past its end, a layer with a window pays with what the next prompt could go on from.
+        let forgets = self.slots[slot].as_ref().is_some_and(State::forgets);
+        if forgets { most.min(1) } else { most }
     }
 
     fn resume(&mut self, slot: usize, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {

@@ -117,8 +117,8 @@ fn compensated(k_chunk: usize) -> Options {
 }
 
 /// On every device, with passes of many tokens and compensated answers behind prompts that are not: a session in which
-/// texts were cut goes on like one in which the same was said and nothing was ever cut, bit for bit. Where what is kept was
-/// read in another way, logits are near.
+/// texts were cut goes on like one in which the same was said and nothing was ever cut, bit for bit. Where what is kept
+/// was read in another way, logits are near.
 #[test]
 fn conversations_on_every_device() {
     for name in named_devices() {

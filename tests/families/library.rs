@@ -18,11 +18,11 @@ use decdec::format::{Dense, Format};
 use decdec::model::{Compensation, Model};
 use decdec::nsys::{Identity, Precision, trace};
 use decdec::profile::{self, ByClock};
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, Options, Refine, ResidualOptions, quantize, residuals};
 use decdec::sampling::{Sampling, argmax, draws};
 use decdec::source::Source;
 use decdec::weights::{Linear, ModelWeights, Weight};
-use indicatif::ProgressBar;
 use serde_json::json;
 
 use crate::made::made;
@@ -136,14 +136,14 @@ impl Tiny<'_> {
             source: "tiny".into(),
             overwrite: false,
         };
-        let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+        let (stop, bar) = (AtomicBool::new(false), Silent);
         quantize(self, self.source.texts(), &options, out, &stop, &bar).unwrap();
         Checkpoint::open(out).unwrap()
     }
 
     fn residuals(&self, quantized: &Checkpoint, out: &Path) -> Result<()> {
         let options = ResidualOptions { calibration: self.calibration(), source: "tiny".into(), overwrite: false };
-        let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+        let (stop, bar) = (AtomicBool::new(false), Silent);
         residuals(self, quantized, self.source.texts(), &options, out, &stop, &bar).map(drop)
     }
 

@@ -14,11 +14,11 @@ use decdec::engine::Engine;
 use decdec::eval;
 use decdec::format::Format;
 use decdec::model::Model;
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, Options, Refine, quantize};
 use decdec::tokenizer::TextFiles;
 use decdec::weights::ModelWeights;
 use half::{bf16, f16};
-use indicatif::ProgressBar;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::SafeTensors;
@@ -186,7 +186,7 @@ fn options(backend: Format, refine: Refine) -> Options {
 }
 
 fn quantized(source: &dyn ModelWeights, texts: &TextFiles, options: &Options, out: &Path) -> Result<()> {
-    quantize(source, texts, options, out, &AtomicBool::new(false), &ProgressBar::hidden()).map(drop)
+    quantize(source, texts, options, out, &AtomicBool::new(false), &Silent).map(drop)
 }
 
 /// Every tensor of our own checkpoint but codes, which cannot be broken in this way.

@@ -3,7 +3,6 @@
 //! `cargo bench --bench generate -- [--model NAME] [--bits 3] [--format ap|lutgemm] [--k-chunk 0,4,8] [--n-tb 8,16]
 //! [--tokens 300] [--prompt 1] [--residuals host|device] [--compile 2] [--dtype float16]`
 
-use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -12,8 +11,8 @@ use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
+use decdec::engine::{Engine, Settings};
 use decdec::format::Storage;
-use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, LayerCompensation, Model, Operation, State};
 use decdec::random::RandomWeights;
 use decdec::sampling::Sampling;
@@ -98,7 +97,7 @@ fn main() -> Result<()> {
     let weights = RandomWeights::new(config, format, args.bits, 1)?;
     let drawn = start.elapsed();
     let start = Instant::now();
-    let mut model = Model::load(&cuda, &weights, |_| ())?;
+    let model = Model::load(&cuda, &weights, |_| ())?;
     if let Some(position) = args.ops {
         return operations(&model, position);
     }
@@ -108,31 +107,29 @@ fn main() -> Result<()> {
         drawn.as_secs_f64(),
         start.elapsed().as_secs_f64()
     );
+    let layers = model.config().layers.len();
+    let engine = Engine::of(model, args.prompt.iter().max().context("--prompt")? + args.tokens);
     println!("k_chunk,n_tb,prompt,prompt_ms,tokens,tokens/s,ms/token");
     for k_chunk in &args.k_chunk {
         let ks: Vec<usize> = k_chunk.split('/').map(|k| k.parse().context("--k-chunk")).collect::<Result<_>>()?;
         let k_chunks: [usize; 4] = if ks.len() == 4 { [ks[0], ks[1], ks[2], ks[3]] } else { [ks[0]; 4] };
         for &n_tb in if k_chunks == [0; 4] { &args.n_tb[..1] } else { &args.n_tb[..] } {
             let by_bits = vec![LayerCompensation { n_tb, k_chunks }];
-            model.compensate(Some(&Compensation { by_bits, selection: Selection::Bucket }))?;
+            engine.compensate(Some(&Compensation { by_bits, selection: Selection::Bucket }))?;
             for &prompt in &args.prompt {
                 let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 7919 % 30_000).collect();
-                let mut state = model.state(prompt.len() + args.tokens)?;
+                let sampling = Sampling { temperature: args.temperature, ..Sampling::GREEDY };
+                let mut session = engine.session(Settings { sampling, seed: 1, ..Settings::default() })?;
                 let start = Instant::now();
-                model.prepare(&mut state, prompt.len(), false)?;
+                session.prepare(prompt.len())?;
                 println!("# kernels ready in {:.2} s", start.elapsed().as_secs_f64());
                 // The first run records, the second is measured.
                 for warm in [true, false] {
-                    let request = Request {
-                        prompt: &prompt,
-                        max_new_tokens: if warm { 8.min(args.tokens) } else { args.tokens },
-                        sampling: Sampling { temperature: args.temperature, ..Sampling::GREEDY },
-                        seed: 1,
-                        stop_ids: &[],
-                        compensate_prompt: false,
-                    };
+                    session.settings.max_new_tokens = if warm { 8.min(args.tokens) } else { args.tokens };
+                    session.clear();
+                    session.prompt(&prompt)?;
                     let start = Instant::now();
-                    let made = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(())))?;
+                    let made = session.rest()?;
                     if warm {
                         println!("# first run {:.2} s: {:?}", start.elapsed().as_secs_f64(), made.tokens);
                         continue;
@@ -146,7 +143,7 @@ fn main() -> Result<()> {
                         1e3 / made.decode_per_second()
                     );
                     if args.timeline {
-                        timeline(&cuda, model.config().layers.len())?;
+                        timeline(&cuda, layers)?;
                     }
                 }
             }

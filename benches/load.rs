@@ -7,7 +7,6 @@
 //! is made, 9 GB afterwards), then loads it several times. `weights_s` ends when the last byte is on the device;
 //! `RUST_LOG=decdec=debug` tells what it was spent on.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -18,12 +17,11 @@ use decdec::backend::cuda::{Cuda, Options, Residuals};
 use decdec::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::engine::{Engine, Settings};
 use decdec::format::{Format, Storage};
-use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
 use decdec::open::Opened;
 use decdec::random::RandomWeights;
-use decdec::sampling::Sampling;
 use decdec::tokenizer::TextFiles;
 use decdec::weights::ModelWeights;
 use serde_json::json;
@@ -72,23 +70,16 @@ fn main() -> Result<()> {
         times.push(Instant::now());
         let opened = Opened::open(&path, None, false)?;
         times.push(Instant::now());
-        let mut model = Model::load(&cuda, opened.weights(), |_| ())?;
-        model.compensate(Some(&Compensation::uniform(16, 8, Selection::Bucket)))?;
-        let mut state = model.state(512)?;
+        let engine = Engine::of(Model::load(&cuda, opened.weights(), |_| ())?, 512);
+        engine.compensate(Some(&Compensation::uniform(16, 8, Selection::Bucket)))?;
+        let mut session = engine.session(Settings { max_new_tokens: 1, ..Settings::default() })?;
         // The device's own clock waits for everything before it.
         cuda.time(&mut || Ok(()))?;
         times.push(Instant::now());
-        model.prepare(&mut state, 1, false)?;
+        session.prepare(1)?;
         times.push(Instant::now());
-        let request = Request {
-            prompt: &[1],
-            max_new_tokens: 1,
-            sampling: Sampling::GREEDY,
-            seed: 0,
-            stop_ids: &[],
-            compensate_prompt: false,
-        };
-        generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(())))?;
+        session.prompt(&[1])?;
+        session.rest()?;
         times.push(Instant::now());
         let parts: Vec<_> = times.windows(2).map(|t| format!("{:.2}", (t[1] - t[0]).as_secs_f64())).collect();
         println!("{run},{},{:.2}", parts.join(","), (times[times.len() - 1] - times[0]).as_secs_f64());

@@ -4,7 +4,6 @@
 //! `cargo bench --features reference-wgpu --bench token -- CHECKPOINT [--device cpu|wgpu] [--k-chunk 0,8]
 //! [--n-tb 8] [--tokens 64] [--repeat 15]`
 
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,10 +13,9 @@ use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
 use decdec::config::Projection;
 use decdec::dec::{DecPlan, Selection};
-use decdec::generate::{Request, generate};
+use decdec::engine::{Engine, Settings};
 use decdec::model::{Compensation, Model};
 use decdec::open::Opened;
-use decdec::sampling::Sampling;
 use decdec::weights::{Linear, Weight};
 
 #[derive(Parser)]
@@ -119,19 +117,13 @@ fn head<B: DecodeBackend>(backend: &B, args: &Args, opened: &Opened) -> Result<(
 }
 
 fn tokens<B: DecodeBackend>(backend: &B, args: &Args, opened: &Opened) -> Result<()> {
-    let mut model = Model::load(backend, opened.weights(), |_| ())?;
-    let mut state = model.state(args.tokens + 1)?;
+    let engine = Engine::of(Model::load(backend, opened.weights(), |_| ())?, args.tokens + 1);
+    let mut session = engine.session(Settings { max_new_tokens: args.tokens, ..Settings::default() })?;
     for &k in &args.k_chunk {
-        model.compensate(Some(&Compensation::uniform(args.n_tb, k, Selection::Bucket)))?;
-        let request = Request {
-            prompt: &[opened.weights().config().bos_token_id.unwrap_or(0)],
-            max_new_tokens: args.tokens,
-            sampling: Sampling::GREEDY,
-            seed: 0,
-            stop_ids: &[],
-            compensate_prompt: false,
-        };
-        let made = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(())))?;
+        engine.compensate(Some(&Compensation::uniform(args.n_tb, k, Selection::Bucket)))?;
+        session.clear();
+        session.prompt(&[opened.weights().config().bos_token_id.unwrap_or(0)])?;
+        let made = session.rest()?;
         let us = made.decode_time.as_secs_f64() * 1e6 / made.decoded as f64;
         println!("{:<10} {k:>8} {us:>12.1} {:>10} tokens/s {:.2}", "token", "", made.decode_per_second());
     }

@@ -16,6 +16,7 @@ for status in "$dir"/*.status; do
     # What cargo and libtest say: tests passed, failed, programs without a result; then the ignored, as skips.
     awk '
         /^ *Running .*\(.*\)$/ { started++; program = $NF; sub(/.*\//, "", program); sub(/-[0-9a-f]*\)$/, "", program) }
+        /^ *Doc-tests / { started++; program = "doctests" }
         /^test .* \.\.\. ignored/ { test = $2; sub(/.*ignored(, )?/, ""); print program, test ": " ($0 ? $0 : "ignored") }
         /^test result: / { ended++; passed += $4; failed += $6 }
         END { print "#", started + 0, passed + 0, failed + 0, started - ended }' "$dir/$name.log" >"$all.step"

@@ -46,11 +46,14 @@ trap 'kill $fetching 2>/dev/null' EXIT
 
 step format cargo fmt --check
 step lints cargo clippy "${build[@]}" --all-targets -- -D warnings
+# A library for other programs, without what only this one needs.
+step library cargo clippy --release --no-default-features --lib -- -D warnings
 step docs env RUSTDOCFLAGS="-D warnings" cargo doc "${build[@]}" --no-deps
 step build cargo test "${build[@]}" --no-run
 wait $fetching || cat "$out/downloads.log"
 step tests env DECDEC_CUDA_LIBRARIES="${DECDEC_CUDA_LIBRARIES:-.cache/cuda/lib}" \
     cargo test "${build[@]}" --no-fail-fast
+step examples scripts/examples.sh
 # The oldest series whose NVRTC knows sm_120, too; of the architectures, the newest two.
 step cuda-12 env DECDEC_CUDA_LIBRARIES=.cache/cuda-12.8/lib DECDEC_TEST_ARCHITECTURES=sm_90,sm_120 \
     cargo test "${build[@]}" --lib backend::cuda::compiler

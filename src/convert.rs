@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
-use indicatif::ProgressBar;
 
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::Projection;
@@ -12,6 +11,7 @@ use crate::fingerprint::Fingerprint;
 use crate::format::Storage;
 use crate::interrupted::ensure_running;
 use crate::open::Opened;
+use crate::progress::Progress;
 use crate::weights::Linear;
 
 /// Writes a checkpoint at `out` that holds the numbers of `opened`, each in the type that it has there. Norms and
@@ -29,7 +29,7 @@ pub fn convert(
     out: &Path,
     overwrite: bool,
     stop: &AtomicBool,
-    progress: &ProgressBar,
+    progress: &dyn Progress,
 ) -> Result<Manifest> {
     let weights = opened.weights();
     let config = weights.config();

@@ -6,10 +6,9 @@ use std::ops::Range;
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
-use crate::backend::DecodeBackend;
+use crate::engine::{Engine, Session, Settings};
 use crate::format::Floats;
-use crate::model::{Model, State};
-use crate::sampling::{Sampling, argmax};
+use crate::sampling::argmax;
 
 /// What to make of a logit that is no number: weights are finite, so something was too large on the way.
 const OVERFLOW: &str = "the logits are not finite numbers, try --dtype bfloat16 or --dtype float32; if they stay so, \
@@ -63,11 +62,11 @@ pub fn windows(tokens: &[u32], seq_len: usize, windows: Range<usize>) -> Result<
 /// which the windows are read once more without it). `done` hears of every window and may end it all.
 ///
 /// # Errors
-/// No windows, windows of different lengths or of fewer than two tokens, an id outside the vocabulary, a source of
+/// Windows longer than a session's text, no windows, windows of different lengths or of fewer than two tokens, an id outside the vocabulary, a source of
 /// another vocabulary, logits that are not finite numbers, what `done` says, or what the device says.
-pub fn perplexity<B: DecodeBackend>(
-    model: &Model<'_, B>,
-    source: Option<&Model<'_, B>>,
+pub fn perplexity(
+    model: &Engine<'_>,
+    source: Option<&Engine<'_>>,
     windows: &[&[u32]],
     mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Evaluation> {
@@ -76,50 +75,44 @@ pub fn perplexity<B: DecodeBackend>(
     if let Some(theirs) = source.map(|source| source.config().vocab_size) {
         ensure!(theirs == vocab, "a source of {theirs} tokens for a model of {vocab}, give the model's own source");
     }
-    let mut reader = Reader::new(model, seq_len, true)?;
-    let mut source = source.map(|source| Reader::new(source, seq_len, true)).transpose()?;
-    let mut base = match source.is_some() && model.is_compensated() {
-        true => Some(Reader::new(model, seq_len, false)?),
-        false => None,
-    };
+    let mut ours = session(model, true)?;
+    let mut source = source.map(|source| session(source, true)).transpose()?;
+    let mut base = (source.is_some() && model.is_compensated()).then(|| session(model, false)).transpose()?;
+    let step = model.max_tokens();
     let (mut sums, mut source_sums, mut base_sums) = (Sums::default(), Sums::default(), Sums::default());
     for (w, window) in windows.iter().enumerate() {
-        for reader in [Some(&mut reader), base.as_mut()].into_iter().flatten() {
-            reader.begin()?;
-        }
-        if let Some(source) = &mut source {
-            source.begin()?;
-        }
-        let step = reader.state.max_tokens();
+        ours.clear();
+        base.iter_mut().for_each(Session::clear);
+        source.iter_mut().for_each(Session::clear);
         for first in (0..seq_len).step_by(step) {
             let tokens = &window[first..(first + step).min(seq_len)];
             // The last token of a window has nothing to predict.
             let targets = &window[first + 1..(first + step + 1).min(seq_len)];
             let place = || format!("window {w} of the text, tokens from {first} on");
-            let logits = reader.read(tokens).with_context(place)?;
-            let source_logits = source.as_mut().map(|source| source.read(tokens)).transpose();
+            let logits = read(&mut ours, tokens).with_context(place)?;
+            let source_logits = source.as_mut().map(|source| read(source, tokens)).transpose();
             let source_logits = source_logits.context("the source").with_context(place)?;
             if let Some(logits) = source_logits {
                 source_sums.add(logits, None, targets, vocab);
             }
             sums.add(logits, source_logits, targets, vocab);
             if let Some(base) = &mut base {
-                base_sums.add(base.read(tokens).with_context(place)?, None, targets, vocab);
+                base_sums.add(read(base, tokens).with_context(place)?, None, targets, vocab);
             }
         }
         done(w + 1)?;
     }
     let n = sums.predictions as f64;
-    let (ours, theirs, alone) = (sums.nll / n, source_sums.nll / n, base_sums.nll / n);
+    let (own, theirs, alone) = (sums.nll / n, source_sums.nll / n, base_sums.nll / n);
     let compared = source.is_some();
     Ok(Evaluation {
-        perplexity: ours.exp(),
+        perplexity: own.exp(),
         predictions: sums.predictions,
         kl_divergence: compared.then_some(sums.kl / n),
         top1_agreement: compared.then_some(sums.agree / n),
         source_perplexity: compared.then_some(theirs.exp()),
         base_perplexity: base.is_some().then_some(alone.exp()),
-        recovered: (base.is_some() && alone != theirs).then(|| (alone - ours) / (alone - theirs)),
+        recovered: (base.is_some() && alone != theirs).then(|| (alone - own) / (alone - theirs)),
     })
 }
 
@@ -136,35 +129,17 @@ fn check(windows: &[&[u32]], vocab: usize) -> Result<usize> {
     Ok(seq_len)
 }
 
-/// A model that reads windows and hands out logits in host memory.
-struct Reader<'m, 'b, B: DecodeBackend> {
-    model: &'m Model<'b, B>,
-    state: State<B>,
-    logits: B::Vector, // [max_tokens, vocab_size]
-    host: Vec<f32>,    // likewise
-    compensated: bool,
+/// A session that reads windows, every token of them compensated if `compensated`.
+fn session<'e, 'd>(engine: &'e Engine<'d>, compensated: bool) -> Result<Session<'e, 'd>> {
+    Ok(engine.session(Settings { compensate_prompt: compensated, ..Settings::default() })?)
 }
 
-impl<'m, 'b, B: DecodeBackend> Reader<'m, 'b, B> {
-    fn new(model: &'m Model<'b, B>, seq_len: usize, compensated: bool) -> Result<Self> {
-        let state = model.state(seq_len)?;
-        let len = state.max_tokens() * model.config().vocab_size;
-        Ok(Self { model, state, logits: model.backend().vector(len)?, host: vec![0.0; len], compensated })
-    }
-
-    fn begin(&mut self) -> Result<()> {
-        self.model.begin(&mut self.state, &Sampling::GREEDY, &[])
-    }
-
-    fn read(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        self.model.logits(&mut self.state, tokens, self.compensated, &mut self.logits)?;
-        let host = &mut self.host[..tokens.len() * self.model.config().vocab_size];
-        self.model.backend().read(&self.logits, host)?;
-        let logits: &[f32] = host;
-        // A sum with one of them would be no number either, and say nothing of the model.
-        Floats::F32(Cow::Borrowed(logits)).ensure_finite("logit").context(OVERFLOW)?;
-        Ok(logits)
-    }
+/// The logits of what follows each of `tokens`.
+fn read<'s>(session: &'s mut Session<'_, '_>, tokens: &[u32]) -> Result<&'s [f32]> {
+    let logits = session.read(tokens)?;
+    // A sum with one of them would be no number either, and say nothing of the model.
+    Floats::F32(Cow::Borrowed(logits)).ensure_finite("logit").context(OVERFLOW)?;
+    Ok(logits)
 }
 
 #[derive(Default)]

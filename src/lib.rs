@@ -11,7 +11,7 @@
 //! foreign files ── source ──┐                   ┌── backend::cpu
 //!                           ├─ weights ─ model ─┼── backend::wgsl   the slow, obvious twin
 //! quantize ── checkpoint ───┘              │    └── backend::cuda
-//!                                          ├─ generate              text
+//!                                          ├─ engine                text
 //!                                          ├─ eval                  perplexity
 //!                                          └─ profile ─ nsys ─ tune n_tb and k_chunk
 //! ```
@@ -32,15 +32,17 @@
 //! | [`dec`] | which channels are compensated, and the plan that says how; pure |
 //! | [`backend`] | the contract with devices, and its implementations |
 //! | [`model`] | a decoder on a device: weights, state, forward |
-//! | [`sampling`], [`mod@generate`], [`eval`] | from logits to a token, to a text, to a number |
-//! | [`mod@profile`], [`nsys`], [`tune`] | the sweep, its two files, the search and its report |
+//! | [`device`], [`engine`], [`progress`] | a device by its name; a model on it that makes texts, and how far it is |
+//! | [`sampling`], [`eval`] | from logits to a token, to a number |
+//! | [`mod@profile`], [`nsys`], [`tune`], [`tuned`] | the sweep, its two files, the search and its report; what was found |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
 //! | `fingerprint`, `interrupted` | what tells one model from another; how a long job hears that it is to stop |
 //! | [`host`] | the memory that this process may take |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
-//! The program (`main.rs`, `cli.rs`, `commands/`) parses, calls one of these for each command, and prints.
+//! The program (`main.rs`, `cli.rs`, `commands/`) parses, calls one of these for each command, and prints. It is the
+//! feature `cli`, with the profiler, the tuner and all plots: a library without it has fewer crates to build.
 
 #![deny(clippy::print_stdout)]
 #![cfg_attr(not(test), deny(clippy::print_stderr))]
@@ -50,18 +52,24 @@ pub mod checkpoint;
 pub mod config;
 pub mod convert;
 pub mod dec;
+pub mod device;
+pub mod engine;
 pub mod eval;
 pub mod files;
 mod fingerprint;
+#[cfg(feature = "cli")]
+mod fonts;
 pub mod format;
-pub mod generate;
 pub mod host;
 mod interrupted;
 pub mod mapped;
 pub mod model;
+#[cfg(feature = "cli")]
 pub mod nsys;
 pub mod open;
+#[cfg(feature = "cli")]
 pub mod profile;
+pub mod progress;
 pub mod quantize;
 pub mod random;
 pub mod sampling;
@@ -69,7 +77,9 @@ pub mod source;
 pub mod tensors;
 pub mod timeline;
 pub mod tokenizer;
+#[cfg(feature = "cli")]
 pub mod tune;
+pub mod tuned;
 pub mod weights;
 
 #[cfg(test)]

@@ -10,7 +10,8 @@ mod output;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use decdec::backend::cuda::DeviceLost;
+use decdec::backend::DeviceLost;
+use decdec::engine::{self, ErrorKind};
 
 use crate::cli::{Cli, Command, EvalCommand};
 use crate::commands::interrupt::{self, Interrupted};
@@ -45,14 +46,15 @@ fn run(cli: &Cli) -> Result<()> {
 
 /// Says what went wrong, unless nobody is there to hear it or the user knows.
 fn end(error: &anyhow::Error) -> ExitCode {
-    if error.is::<Interrupted>() {
+    let kind = error.downcast_ref::<engine::Error>().map(engine::Error::kind);
+    if error.is::<Interrupted>() || kind == Some(ErrorKind::Stopped) {
         return interrupt::EXIT_CODE.into();
     }
     if let Some(code) = error.downcast_ref::<output::Unwritable>().and_then(output::Unwritable::quiet_end) {
         return code;
     }
     output::aside(format_args!("error: {error:#}"));
-    if error.is::<DeviceLost>() {
+    if error.is::<DeviceLost>() || kind == Some(ErrorKind::DeviceLost) {
         // The driver's exit handlers would wait for what may never end.
         decdec::backend::exit_at_once(1);
     }

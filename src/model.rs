@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::backend::{DecodeBackend, Feed, Input, LayerOperands, Norm, Product};
+use crate::backend::{DecodeBackend, DeviceInfo, Feed, Input, LayerOperands, Norm, Product};
 use crate::config::{ModelConfig, Op, Projection};
 use crate::dec::{DecPlan, Selection};
 use crate::format::Dense;
@@ -24,6 +24,19 @@ pub struct LayerCompensation {
     pub n_tb: usize,
     /// Channels per chunk of 1024, for `qkv`, `o`, `gu`, `d`.
     pub k_chunks: [usize; 4],
+}
+
+impl LayerCompensation {
+    /// What is tried where nobody has tuned.
+    pub fn by_default(device: &DeviceInfo) -> Self {
+        Self { n_tb: device.max_n_tb.min(8), k_chunks: [8; 4] }
+    }
+
+    /// Several sets in one line, for a note.
+    pub fn spelled(sets: &[Self]) -> String {
+        let spell = |set: &Self| format!("n_tb {}, k_chunk {:?}", set.n_tb, set.k_chunks);
+        sets.iter().map(spell).collect::<Vec<_>>().join("; ")
+    }
 }
 
 /// How a model is compensated.
@@ -56,6 +69,14 @@ pub struct Model<'b, B: DecodeBackend> {
     id: u64,
     /// Another number whenever plans change: recorded tokens point to those of their time.
     planned: u64,
+}
+
+/// The different widths among `layers`, fewest bits first; empty for full precision.
+pub fn widths(layers: impl Iterator<Item = Option<u32>>) -> Vec<u32> {
+    let mut widths: Vec<u32> = layers.flatten().collect();
+    widths.sort_unstable();
+    widths.dedup();
+    widths
 }
 
 /// A number that was not given before.
@@ -153,10 +174,7 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
 
     /// Bit widths of the layers, fewest first; empty for full precision.
     pub fn bit_widths(&self) -> Vec<u32> {
-        let mut widths: Vec<u32> = self.layer_bits().flatten().collect();
-        widths.sort_unstable();
-        widths.dedup();
-        widths
+        widths(self.layer_bits())
     }
 
     /// True if there is something to compensate with.
@@ -224,6 +242,19 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
                 }
                 self.token(state)
             })
+        })
+    }
+
+    /// Reads `tokens` behind the text, and chooses none after them.
+    ///
+    /// # Errors
+    /// A state of another model or one on which an operation has failed, no tokens, an id outside the vocabulary, or no
+    /// room: nothing was read then. Or what the device says.
+    pub fn extend(&self, state: &mut State<B>, tokens: &[u32], compensated: bool) -> Result<()> {
+        self.admit(state, tokens)?;
+        state.grow(tokens.len(), 0, |state| {
+            let mut passes = tokens.chunks(state.max_tokens);
+            passes.try_for_each(|tokens| self.layers(state, Input::Prompt(tokens), tokens.len(), compensated))
         })
     }
 

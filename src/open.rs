@@ -2,7 +2,8 @@
 //! that other programs made, a full-precision source.
 
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, ensure};
 
@@ -22,6 +23,8 @@ use crate::weights::ModelWeights;
 pub struct Opened {
     weights: Box<dyn ModelWeights>,
     texts: Option<TextFiles>,
+    tokenizer: OnceLock<Arc<Tokenizer>>,
+    path: Option<PathBuf>,
     quantization: Option<(Format, BitWidth)>,
     /// What a checkpoint of ours says of itself.
     manifest: Option<Manifest>,
@@ -36,6 +39,11 @@ impl Opened {
     /// # Errors
     /// Nothing there, or what [`Checkpoint::open`], [`Reference::open`] and [`Source::open`] refuse.
     pub fn open(path: &Path, bits: Option<BitWidth>, compat_scale_order: bool) -> Result<Self> {
+        let opened = Self::open_at(path, bits, compat_scale_order)?;
+        Ok(Self { path: Some(path.to_owned()), ..opened })
+    }
+
+    fn open_at(path: &Path, bits: Option<BitWidth>, compat_scale_order: bool) -> Result<Self> {
         let place = std::fs::canonicalize(path).with_context(|| format!("cannot open the model {}", path.display()))?;
         let mut names = vec![place.file_name().unwrap_or_default().to_string_lossy().into_owned()];
         if Checkpoint::is_at(path) {
@@ -59,7 +67,15 @@ impl Opened {
     fn stored(model: impl Deref<Target = StoredModel> + Sync + 'static, names: Vec<String>) -> Result<Self> {
         let bits = |format| Ok::<_, anyhow::Error>((format, BitWidth::of_layers(model.layer_bits())?));
         let quantization = model.format().map(bits).transpose()?;
-        Ok(Self { texts: Some(model.texts().clone()), names, quantization, manifest: None, weights: Box::new(model) })
+        Ok(Self {
+            texts: Some(model.texts().clone()),
+            tokenizer: OnceLock::new(),
+            path: None,
+            names,
+            quantization,
+            manifest: None,
+            weights: Box::new(model),
+        })
     }
 
     /// The same model; a full-precision one as the quantized model that it stands for, where its quantization was only
@@ -97,7 +113,8 @@ impl Opened {
     pub fn random(weights: RandomWeights, format: Format, bits: BitWidth, name: &str) -> Self {
         let names = vec![name.to_owned()];
         let quantization = Some((format, bits));
-        Self { weights: Box::new(weights), texts: None, quantization, manifest: None, names }
+        let (texts, tokenizer, path, manifest) = (None, OnceLock::new(), None, None);
+        Self { weights: Box::new(weights), texts, tokenizer, path, quantization, manifest, names }
     }
 
     /// Tokenizer, chat template, special tokens; `None` for random numbers.
@@ -105,13 +122,22 @@ impl Opened {
         self.texts.as_ref()
     }
 
-    /// The model's tokenizer.
+    /// The model's tokenizer, made once.
     ///
     /// # Errors
     /// A random model has none; a damaged one.
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
+    pub fn tokenizer(&self) -> Result<Arc<Tokenizer>> {
+        if let Some(tokenizer) = self.tokenizer.get() {
+            return Ok(Arc::clone(tokenizer));
+        }
         let texts = self.texts.as_ref().context("random weights have no tokenizer, give a checkpoint")?;
-        Tokenizer::new(texts, self.weights.config())
+        let tokenizer = Arc::new(Tokenizer::new(texts, self.weights.config())?);
+        Ok(Arc::clone(self.tokenizer.get_or_init(|| tokenizer)))
+    }
+
+    /// Where it was opened; none for random numbers.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// How its weights are stored and in how many bits; `None` for full precision.

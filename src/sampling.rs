@@ -50,6 +50,15 @@ impl Sampling {
 
     /// The token that `draw`, uniform in `[0, 1)`, chooses; `None` where [`argmax`] finds none. Tokens follow each
     /// other as their logits do, largest first, equal ones by their ids.
+    ///
+    /// ```
+    /// use decdec::sampling::Sampling;
+    ///
+    /// let rules = Sampling { temperature: 1.0, top_k: 2, ..Sampling::GREEDY };
+    /// let logits = [0.5, 2.0, 1.9, 0.1];
+    /// assert_eq!([0.0, 0.9].map(|draw| rules.choose(&logits, draw)), [Some(1), Some(2)]);
+    /// assert_eq!(Sampling::GREEDY.choose(&logits, 0.9), Some(1));
+    /// ```
     pub fn choose(&self, logits: &[f32], draw: f32) -> Option<u32> {
         let best = argmax(logits)?;
         if self.temperature == 0.0 {

@@ -4,17 +4,19 @@
 //! with all layers as one. Where layers are one launch, its own stamps tell the parts apart. What takes times slows a
 //! token a little; whole tokens are measured apart from this.
 
+#[cfg(feature = "cli")]
 mod plot;
 
 use anyhow::{Result, ensure};
 
 use crate::backend::DecodeBackend;
-use crate::backend::record::{Bandwidths, Launch, Recorder};
+use crate::backend::record::{Bandwidths, Launch, Recorder, median};
 use crate::config::{LayerConfig, LayerNorm, Op, Projection};
 use crate::model::{Compensation, Model, Operation, State};
 use crate::sampling::Sampling;
-use crate::weights::{ModelWeights, Weight};
+use crate::weights::ModelWeights;
 
+#[cfg(feature = "cli")]
 pub use plot::draw;
 
 /// Tokens that a text needs room for beyond its context.
@@ -90,15 +92,15 @@ fn of_projection(projection: Projection) -> usize {
     [1, 3, 4, 5][projection.index()]
 }
 
-/// Measures a token of `model`, which was loaded from `weights` (with `head` in place of its own, if any) and is
-/// compensated as `compensation` says, behind a text of `context` tokens.
+/// Measures a token of `model`, which was loaded from `weights` (with a head of so many bytes in place of its own, if any)
+/// and is compensated as `compensation` says, behind a text of `context` tokens.
 ///
 /// # Errors
 /// No context, one that the model was not trained for, what the device says.
 pub fn measure<B: DecodeBackend>(
     model: &Model<'_, B>,
     recorder: &mut dyn Recorder<B>,
-    (weights, head): (&dyn ModelWeights, Option<&Weight<'_>>),
+    (weights, head): (&dyn ModelWeights, Option<usize>),
     compensation: Option<&Compensation>,
     context: usize,
 ) -> Result<Timeline> {
@@ -161,7 +163,7 @@ fn times<B: DecodeBackend>(
             before = end;
         }
     }
-    Ok(all.iter_mut().map(|times| crate::tune::search::median(times)).collect())
+    Ok(all.iter_mut().map(|times| median(times)).collect())
 }
 
 /// What `qkv`, `attend`, `o`, `gu` and `d` took inside one launch, all layers together, µs: means over the layers
@@ -182,7 +184,7 @@ fn inside(stamps: &[u64], layers: usize) -> Option<[f64; 5]> {
 /// Every part with its bytes, and without times.
 fn bytes(
     weights: &dyn ModelWeights,
-    head: Option<&Weight<'_>>,
+    head: Option<usize>,
     compensation: Option<&Compensation>,
     widths: &[u32],
     context: usize,
@@ -210,7 +212,7 @@ fn bytes(
     parts[2].bytes = c.layers.iter().map(cached).sum();
     parts[0].bytes = c.hidden_size * 2;
     parts[7].bytes = match head {
-        Some(head) => head.bytes(),
+        Some(bytes) => bytes,
         None => weights.head()?.map_or_else(|| weights.embedding(), Ok)?.values.bytes(),
     };
     Ok(parts)

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Crate, and the only files of `src` that may name it.
-const DOORS: [(&str, &[&str]); 15] = [
+const DOORS: [(&str, &[&str]); 19] = [
     ("cudarc", &["backend/cuda", "cupti"]),
     ("wgpu", &["backend/wgsl"]),
     ("pollster", &["backend/wgsl"]),
@@ -13,12 +13,16 @@ const DOORS: [(&str, &[&str]); 15] = [
     ("chrono", &["tokenizer"]),
     ("clap", &["cli", "main.rs"]),
     ("clap_complete", &["cli"]),
+    ("indicatif", &["commands/mod.rs", "profile/sweep.rs"]),
+    ("comfy_table", &["commands/mod.rs", "tune"]),
+    ("csv", &["tune"]),
+    ("dejavu", &["fonts.rs"]),
     ("ctrlc", &["commands/interrupt.rs"]),
     ("tracing_subscriber", &["main.rs"]),
     ("blake3", &["fingerprint.rs", "backend/cuda/compiler.rs"]),
     ("libc", &["mapped.rs"]),
     ("memmap2", &["mapped.rs", "backend/cuda/host.rs"]),
-    ("plotters", &["tune", "timeline/plot.rs"]),
+    ("plotters", &["tune", "timeline/plot.rs", "fonts.rs"]),
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
@@ -55,11 +59,13 @@ fn each_outside_crate_has_one_door() {
 }
 
 /// The modules of `src`, lowest first: none names one that comes after it.
-const FLOORS: [&str; 31] = [
+const FLOORS: [&str; 35] = [
     "interrupted",
     "files",
     "mapped",
     "host",
+    "progress",
+    "fonts",
     "format",
     "config",
     "weights",
@@ -76,12 +82,14 @@ const FLOORS: [&str; 31] = [
     "convert",
     "backend",
     "model",
-    "generate",
+    "tuned",
+    "timeline",
+    "device",
+    "engine",
     "eval",
     "nsys",
     "profile",
     "tune",
-    "timeline",
     "output",
     "cli",
     "commands",
@@ -142,10 +150,50 @@ fn backends_meet_nowhere() {
                 .lines()
                 .any(|line| !line.trim_start().starts_with("//") && of_it.iter().any(|name| line.contains(name)));
             let may = relative.starts_with(&format!("backend/{backend}"))
-                || ["commands/", "main.rs"].iter().any(|door| relative.starts_with(door));
+                || ["commands/doctor.rs", "device.rs"].iter().any(|door| relative.starts_with(door));
             assert!(!names_it || may, "{relative} names the backend {backend}");
         }
     }
+}
+
+/// The crates that only the program needs, and the modules that only it has, come with the feature `cli`; a library
+/// without it has none of them, nor has what they need.
+#[test]
+fn a_library_needs_no_command_line() {
+    let manifest = std::fs::read_to_string("Cargo.toml").expect("text");
+    let library = std::fs::read_to_string("src/lib.rs").expect("text");
+    let timeline = std::fs::read_to_string("src/timeline.rs").expect("text");
+    for module in ["mod fonts;", "pub mod nsys;", "pub mod profile;", "pub mod tune;"] {
+        assert!(library.contains(&format!("\n#[cfg(feature = \"cli\")]\n{module}\n")), "{module}");
+    }
+    assert!(timeline.contains("\n#[cfg(feature = \"cli\")]\nmod plot;\n"));
+    let inside =
+        ["cli", "commands", "main.rs", "output.rs", "fonts.rs", "nsys", "profile", "tune/", "timeline/plot.rs"];
+    let feature = manifest.split("\ncli = [").nth(1).and_then(|rest| rest.split(']').next()).expect("the feature");
+    let crates: Vec<_> = feature.split('"').filter_map(|part| part.strip_prefix("dep:")).collect();
+    assert!(crates.len() >= 10, "{crates:?}");
+    for (name, doors) in
+        DOORS.iter().filter(|(name, _)| crates.contains(&name.replace('_', "-").as_str()) || crates.contains(name))
+    {
+        for door in *doors {
+            assert!(inside.iter().any(|place| place.starts_with(door) || door.starts_with(place)), "{name}: {door}");
+        }
+    }
+    let tree = |features: &[&str]| {
+        let mut cargo = std::process::Command::new(env!("CARGO"));
+        cargo.args(["tree", "--offline", "--locked", "--edges", "normal,build", "--prefix", "none"]).args(features);
+        let output = cargo.output().expect("cargo");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).expect("text");
+        text.lines()
+            .filter_map(|line| line.split(' ').next().map(str::to_owned))
+            .collect::<std::collections::BTreeSet<_>>()
+    };
+    let (without, with) = (tree(&["--no-default-features"]), tree(&[]));
+    let found: Vec<_> = crates.iter().filter(|name| without.contains(**name)).collect();
+    assert!(found.is_empty(), "a library has {found:?}");
+    assert!(crates.iter().all(|name| with.contains(*name)), "the program lacks some of {crates:?}");
+    assert!(with.len() > without.len() + crates.len(), "{} crates with, {} without", with.len(), without.len());
 }
 
 /// Who writes to stdout or stderr by other ways than `output.rs` panics, or says nothing, where nobody reads.

@@ -3,10 +3,9 @@
 //! Runs where `DECDEC_TEST_DEVICES` names `cuda`; then a missing device fails.
 
 mod cuda_common;
+mod made;
 #[path = "texts/mod.rs"]
 mod texts;
-
-use std::ops::ControlFlow;
 
 use cuda_common::{Noise, cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
@@ -16,7 +15,6 @@ use decdec::backend::{DecodeBackend, GemvBackend, Input};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::format::Storage;
-use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
 use decdec::random::RandomWeights;
 use decdec::sampling::{NO_TOKEN, Sampling};
@@ -35,24 +33,15 @@ fn tokens<B: DecodeBackend>(
     let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 1000).collect();
     // Without effect on what follows: the texts below are those of a model that was not prepared.
     model.prepare(&mut state, prompt.len(), true).unwrap();
-    let request = Request {
-        prompt: &prompt,
-        max_new_tokens: 60,
-        sampling: Sampling::GREEDY,
-        seed: 0,
-        stop_ids: &[],
-        compensate_prompt: true,
-    };
-    let made = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap();
+    let made = made::made(&model, &mut state, &prompt, 60, true);
     // Twice: a state is used again, with a graph recorded anew.
-    let again = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap();
-    assert_eq!(made.tokens, again.tokens, "the same request gave another text");
+    assert_eq!(made, made::made(&model, &mut state, &prompt, 60, true), "the same request gave another text");
     model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
     let mut logits = backend.vector(prompt.len() * 1000).unwrap();
     model.logits(&mut state, &prompt, true, &mut logits).unwrap();
     let mut values = vec![0f32; prompt.len() * 1000];
     backend.read(&logits, &mut values).unwrap();
-    (made.tokens, values)
+    (made, values)
 }
 
 fn against_cpu(dtype: Dtype, compile: u8, most: f64) {

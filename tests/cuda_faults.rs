@@ -5,8 +5,8 @@
 
 mod changed;
 mod cuda_common;
+mod made;
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Result, bail};
@@ -17,10 +17,8 @@ use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::Storage;
-use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
 use decdec::random::RandomWeights;
-use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights};
 use serde_json::json;
 
@@ -79,15 +77,7 @@ fn nothing_is_compiled_after_preparing(cuda: &Cuda, cache: &Path) {
         model.prepare(&mut state, prompt, false).unwrap();
         let prepared = kept();
         assert!(prepared > before, "k_chunk {k_chunk}, prompt of {prompt}: nothing was compiled");
-        let request = Request {
-            prompt: &vec![1; prompt],
-            max_new_tokens: 5,
-            sampling: Sampling::GREEDY,
-            seed: 0,
-            stop_ids: &[],
-            compensate_prompt: false,
-        };
-        generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap();
+        made::made(&model, &mut state, &vec![1; prompt], 5, false);
         assert_eq!(kept(), prepared, "k_chunk {k_chunk}, prompt of {prompt}: kernels were compiled afterwards");
     }
 }

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use cuda_common::{cuda, options, small};
-use decdec::backend::cuda::{Cuda, DeviceLost, Dtype, Options, Tuning};
+use decdec::backend::DeviceLost;
+use decdec::backend::cuda::{Cuda, Dtype, Options, Tuning};
 use decdec::backend::{GemvBackend, Interrupted};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;

@@ -169,7 +169,7 @@ fn tunes(options: &Options, dir: &Path) {
     }
     let to = tune::Directories { csv: dir.join("csv"), plots: dir.join("plots"), tuned: dir.join("tuned") };
     let written = outcome.write(&to).unwrap();
-    let tuned = tune::Tuned::read(written.last().unwrap()).unwrap().remove(0);
+    let tuned = decdec::tuned::Tuned::read(written.last().unwrap()).unwrap().remove(0);
     tuned.check(Cpu::new().device(), tiny().shapes(0), 3).unwrap();
     assert!(tuned.check(Cpu::new().device(), [(64, 64); 4], 3).is_err());
 }
@@ -187,9 +187,10 @@ fn what_is_verified_holds() {
     let mut outcome = tune::run(&tuning).unwrap();
     let weights = RandomWeights::new(tiny(), Storage::ANYPREC, 3, 7).unwrap();
     let cpu = Cpu::new();
-    let mut model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
+    let model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
+    let engine = decdec::engine::Engine::of(model, 64);
     let how = tune::Verification { tokens: 40, rounds: 3, selection: Selection::Bucket };
-    tune::verify(&mut outcome, &mut model, &how).unwrap();
+    tune::verify(&mut outcome, &engine, &how).unwrap();
     for tuning in &outcome.tunings {
         let verified = tuning.verified.as_ref().unwrap();
         assert!(verified.slowdown <= tuning.target && verified.base_ms > 0.0, "{verified:?}");
@@ -199,7 +200,7 @@ fn what_is_verified_holds() {
     assert_eq!(outcome.tunings[2].found.fine.k_chunks(), [1024; 4]);
     assert!(outcome.to_string().contains("Real slowdown of a token : "), "{outcome}");
     let longer = tune::Verification { tokens: 64, ..how };
-    let error = tune::verify(&mut outcome, &mut model, &longer).unwrap_err().to_string();
+    let error = tune::verify(&mut outcome, &engine, &longer).unwrap_err().to_string();
     assert!(error.contains("context is 64"), "{error}");
 }
 

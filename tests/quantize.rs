@@ -12,14 +12,15 @@ use decdec::backend::cpu::Cpu;
 use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::engine::Engine;
 use decdec::eval;
 use decdec::format::{Format, bytes};
 use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, Options, Refine, Report, ResidualOptions, estimate, quantize, residuals};
 use decdec::sampling::draws;
 use decdec::source::simulated::Simulated;
 use decdec::weights::{Linear, ModelWeights, Weight};
-use indicatif::ProgressBar;
 use small_model::{SmallModel, texts};
 
 fn options(backend: Format, bits: f64) -> Options {
@@ -42,7 +43,7 @@ fn text(samples: usize) -> Calibration {
 }
 
 fn make(model: &dyn ModelWeights, options: &Options, out: &Path) -> Result<Report> {
-    quantize(model, &texts(), options, out, &AtomicBool::new(false), &ProgressBar::hidden())
+    quantize(model, &texts(), options, out, &AtomicBool::new(false), &Silent)
 }
 
 /// What all files of a directory hold.
@@ -125,13 +126,14 @@ fn awq_scales_what_it_stores() {
 /// Mean divergence from the model of what was quantized, over windows that calibration did not see.
 fn divergence(model: &SmallModel, checkpoint: &Path, k_chunk: usize) -> f64 {
     let cpu = Cpu::new();
-    let source = Model::load(&cpu, model, |_| ()).unwrap();
+    let source = Engine::of(Model::load(&cpu, model, |_| ()).unwrap(), 24);
     let mut quantized = Model::load(&cpu, &Checkpoint::open(checkpoint).unwrap(), |_| ()).unwrap();
     let own = LayerCompensation { n_tb: 1, k_chunks: [k_chunk; 4] };
     let compensation = Compensation { by_bits: vec![own], selection: Selection::Exact };
     quantized.compensate(Some(&compensation)).unwrap();
     let tokens: Vec<u32> = draws(2, 16 * 24).iter().map(|x| (x * 96.0) as u32).collect();
     let windows = eval::windows(&tokens, 24, 0..16).unwrap();
+    let quantized = Engine::of(quantized, 24);
     eval::perplexity(&quantized, Some(&source), &windows, |_| Ok(())).unwrap().kl_divergence.unwrap()
 }
 
@@ -228,7 +230,7 @@ fn sampled_text_follows_the_seed() {
 fn complete(model: &dyn ModelWeights, quantized: &Path, options: &Options, out: &Path) -> Result<Report> {
     let options =
         ResidualOptions { calibration: options.calibration.clone(), source: options.source.clone(), overwrite: false };
-    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    let (stop, bar) = (AtomicBool::new(false), Silent);
     residuals(model, &Checkpoint::open(quantized)?, &texts(), &options, out, &stop, &bar)
 }
 
@@ -290,7 +292,7 @@ fn a_quantization_that_was_simulated_is_recovered() {
     let checkpoint = Checkpoint::open(&whole).unwrap();
     let recovered = Simulated::recover(Box::new(simulated(&model, &checkpoint))).unwrap();
     let wanted = ResidualOptions { calibration: options.calibration, source: options.source, overwrite: false };
-    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    let (stop, bar) = (AtomicBool::new(false), Silent);
     residuals(&model, &recovered, &texts(), &wanted, &pair, &stop, &bar).unwrap();
     let pair = Checkpoint::open(&pair).unwrap();
     for (layer, projection) in (0..2).flat_map(|layer| Projection::ALL.map(|p| (layer, p))) {

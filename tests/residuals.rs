@@ -9,10 +9,10 @@ use anyhow::Result;
 use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::Projection;
 use decdec::format::Format;
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, Options, Refine, ResidualOptions, quantize, residuals};
 use decdec::source::simulated::Simulated;
 use decdec::weights::ModelWeights;
-use indicatif::ProgressBar;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use small_model::{SmallModel, random, texts};
@@ -36,13 +36,13 @@ fn quantized(model: &SmallModel, backend: Format, bits: f64, awq: bool, refine: 
         source: "random".into(),
         overwrite: true,
     };
-    quantize(model, &texts(), &options, out, &AtomicBool::new(false), &ProgressBar::hidden()).expect("quantized");
+    quantize(model, &texts(), &options, out, &AtomicBool::new(false), &Silent).expect("quantized");
     Checkpoint::open(out).expect("it opens")
 }
 
 fn complete(original: &SmallModel, quantized: &dyn ModelWeights, out: &Path) -> Result<()> {
     let options = ResidualOptions { calibration: calibration(), source: "random".into(), overwrite: true };
-    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    let (stop, bar) = (AtomicBool::new(false), Silent);
     residuals(original, quantized, &texts(), &options, out, &stop, &bar).map(drop)
 }
 

@@ -13,10 +13,10 @@ use changed::{Change, Changed};
 use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::Projection;
 use decdec::format::Format;
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, Interrupted, Options, Refine, Report, ResidualOptions, quantize, residuals};
 use decdec::tokenizer::TextFiles;
 use decdec::weights::{Linear, ModelWeights};
-use indicatif::ProgressBar;
 use serde_json::json;
 use small_model::{SmallModel, texts};
 
@@ -35,7 +35,7 @@ fn options(backend: Format, bits: f64) -> Options {
 }
 
 fn make(model: &dyn ModelWeights, options: &Options, out: &Path) -> Result<Report> {
-    quantize(model, &texts(), options, out, &AtomicBool::new(false), &ProgressBar::hidden())
+    quantize(model, &texts(), options, out, &AtomicBool::new(false), &Silent)
 }
 
 /// What all files of a directory hold.
@@ -86,7 +86,7 @@ fn an_interrupted_job_ends_in_the_same_files() {
         let overwriting = Options { overwrite: true, ..options(backend, bits) };
         for &at in reads {
             let model = Interrupting::new(&model, at);
-            let error = quantize(&model, &texts(), &overwriting, &out, &model.0.stop, &ProgressBar::hidden());
+            let error = quantize(&model, &texts(), &overwriting, &out, &model.0.stop, &Silent);
             assert!(error.unwrap_err().is::<Interrupted>());
             assert_eq!(out.exists().then(|| contents(&out)), before, "what was there is left alone");
         }
@@ -109,13 +109,13 @@ fn interrupted_residuals_end_in_the_same_files() {
     let wanted = ResidualOptions { calibration: options.calibration, source: options.source, overwrite: false };
     for at in [1, 3] {
         let model = Interrupting::new(&model, at);
-        let bar = ProgressBar::hidden();
+        let bar = Silent;
         let error = residuals(&model, &quantized, &texts(), &wanted, &out, &model.0.stop, &bar);
         assert!(error.unwrap_err().is::<Interrupted>() && !out.exists());
         assert!(dir.path().join("out.partial/layer-000-3bit.safetensors").exists(), "finished layers are kept");
     }
     let running = AtomicBool::new(false);
-    residuals(&model, &quantized, &texts(), &wanted, &out, &running, &ProgressBar::hidden()).unwrap();
+    residuals(&model, &quantized, &texts(), &wanted, &out, &running, &Silent).unwrap();
     assert_eq!(contents(&out), contents(&whole));
     assert!(!dir.path().join("out.partial").exists());
 }
@@ -153,7 +153,7 @@ fn nothing_of_another_model_survives_an_interruption() {
     let (model, wanted) = (untied(), Options { refine: Refine::Output, ..options(Format::AnyPrec, 3.0) });
     let interrupted = |out: &Path| {
         let model = Interrupting::new(&model, 2);
-        let error = quantize(&model, &texts(), &wanted, out, &model.0.stop, &ProgressBar::hidden());
+        let error = quantize(&model, &texts(), &wanted, out, &model.0.stop, &Silent);
         assert!(error.unwrap_err().is::<Interrupted>());
         assert!(out.with_extension("partial").join("layer-001-3bit.safetensors").exists(), "two layers are kept");
     };
@@ -161,7 +161,7 @@ fn nothing_of_another_model_survives_an_interruption() {
         let [out, fresh] = ["out", "fresh"].map(|what| dir.path().join(format!("{what} {name}").replace(' ', "-")));
         interrupted(&out);
         for out in [&out, &fresh] {
-            quantize(model, texts, options, out, &AtomicBool::new(false), &ProgressBar::hidden()).unwrap();
+            quantize(model, texts, options, out, &AtomicBool::new(false), &Silent).unwrap();
         }
         assert_eq!(contents(&out), contents(&fresh), "{name}");
         contents(&out)
@@ -196,7 +196,7 @@ fn residuals_of_another_pair_are_made_anew() {
     let options = Options { awq: false, refine: Refine::None, ..options(Format::LutGemm, 3.0) };
     make(&model, &options, &quantized).unwrap();
     let wanted = ResidualOptions { calibration: options.calibration.clone(), source: "s".into(), overwrite: false };
-    let bar = ProgressBar::hidden();
+    let bar = Silent;
     for (name, change) in [CHANGES[5], CHANGES[9]] {
         let mut other = untied();
         change(&mut other);

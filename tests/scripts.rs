@@ -44,11 +44,13 @@ fn every_test_is_counted_once() {
     step(dir.path(), "format", 0, "", "");
     step(dir.path(), "lints", 0, "    Finished `release` profile\n", "");
     // One test said so twice; another step skips the test of the same name.
-    step(dir.path(), "tests", 0, &[log("golden", [8, 0, 0]), log("fuzz", [7, 0, 1])].concat(), &CUDA.repeat(2));
+    let doctests = log("", [2, 0, 0]).split_once("\n\n").map(|(_, rest)| format!("   Doc-tests decdec\n\n{rest}"));
+    let logs = [log("golden", [8, 0, 0]), log("fuzz", [7, 0, 1]), doctests.expect("two parts")].concat();
+    step(dir.path(), "tests", 0, &logs, &CUDA.repeat(2));
     step(dir.path(), "again", 0, &log("golden", [3, 0, 0]), CUDA);
     let (last, all, passes) = tally(dir.path(), false);
     assert!(passes, "{all}");
-    assert_eq!(last, "18 passed, 0 failed, 3 skipped", "two lints, eighteen tests, two of them skipped, one ignored");
+    assert_eq!(last, "20 passed, 0 failed, 3 skipped", "two lints, twenty tests, two of them skipped, one ignored");
     assert!(all.contains("skipped: 3 cuda not in DECDEC_TEST_DEVICES\n"), "{all}");
     assert!(all.contains("skipped: 1 writes files\n"), "{all}");
 }

@@ -2,13 +2,12 @@
 
 mod answers;
 mod devices;
-
-use std::ops::ControlFlow;
+mod made;
 
 use decdec::backend::DecodeBackend;
 use decdec::backend::cpu::Cpu;
+use decdec::engine::Engine;
 use decdec::eval;
-use decdec::generate::{Finish, Request, generate};
 use decdec::model::Model;
 use decdec::sampling::Sampling;
 use decdec::source::Source;
@@ -110,7 +109,7 @@ fn smollm2_reads_as_well_in_float16_on_cuda() {
     let perplexity = |dtype| {
         let cuda = Cuda::new(0, Options { dtype, ..Options::default() }).expect("a CUDA device");
         let model = Model::load(&cuda, &source, |_| ()).expect("loads");
-        eval::perplexity(&model, None, &windows, |_| Ok(())).expect("runs").perplexity
+        eval::perplexity(&Engine::of(model, 512), None, &windows, |_| Ok(())).expect("runs").perplexity
     };
     let (single, half) = (perplexity(Dtype::Float32), perplexity(Dtype::Float16));
     println!("perplexity {single:.4} in float32, {half:.4} in float16");
@@ -152,20 +151,13 @@ fn ids_logits_and_texts_agree<B: DecodeBackend>(backend: &B) {
         previous = Some(got.to_vec());
 
         for (prompt, greedy) in [(&case.ids, &case.greedy), (&case.chat_ids, &case.chat_greedy)] {
-            let request = Request {
-                prompt,
-                max_new_tokens: greedy.len(),
-                sampling: Sampling::GREEDY,
-                seed: 0,
-                stop_ids: tokenizer.stop_ids(),
-                compensate_prompt: false,
-            };
             let mut state = model.state(prompt.len() + greedy.len()).expect("room");
-            let made = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).expect("runs");
-            let ended = made.finish == Finish::Stop;
-            let texts = greedy.split_at(made.tokens.len());
-            assert_eq!(made.tokens, texts.0, "prompt {i}");
-            assert_eq!(texts.1.len(), usize::from(ended), "prompt {i}: only the end of text may be missing");
+            let mut made = made::made(&model, &mut state, prompt, greedy.len(), false);
+            let end = made.iter().position(|id| tokenizer.stop_ids().contains(id));
+            made.truncate(end.unwrap_or(made.len()));
+            let texts = greedy.split_at(made.len());
+            assert_eq!(made, texts.0, "prompt {i}");
+            assert_eq!(texts.1.len(), usize::from(end.is_some()), "prompt {i}: only the end of text may be missing");
         }
     }
 }

@@ -45,6 +45,19 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
+/// The device answers this process nothing any more: a kernel failed or does not end. Whatever is tried on it from now
+/// on fails as well; another process may have better luck.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceLost(pub(crate) String);
+
+impl fmt::Display for DeviceLost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; the device is lost to this process, start it again", self.0)
+    }
+}
+
+impl std::error::Error for DeviceLost {}
+
 /// What a device says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -217,6 +230,10 @@ pub trait DecodeBackend: GemvBackend {
     /// Starts over with an empty text. `draws[i]`, uniform in `[0, 1)`, decides the `i`-th sampled token; where there is
     /// none, 0 does.
     fn begin(&self, sequence: &mut Self::Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()>;
+
+    /// A text that has just begun starts with the first `tokens` of the one that the sequence held before. The caller
+    /// guarantees that no layer's cache has written over what the next token sees of them.
+    fn recall(&self, sequence: &mut Self::Sequence, tokens: usize) -> Result<()>;
 
     /// `h = scale · table[token]` for every input token; NaN, and nothing is read, where the table has no such row.
     fn embed(

@@ -144,3 +144,10 @@ impl<B: GemvBackend> Recorder<B> for ByClock {
         Ok(None)
     }
 }
+
+/// The middle value, or the mean of the two middle ones; 0 of none. Sorts `values`.
+pub(crate) fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let n = values.len();
+    if n == 0 { 0.0 } else { (values[(n - 1) / 2] + values[n / 2]) / 2.0 }
+}

@@ -6,6 +6,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use decdec::checkpoint::BitWidth;
 use decdec::dec::{CHUNK, Selection};
+use decdec::device::{Dtype, Residuals};
 use decdec::format::Format;
 
 use super::numbers::{head_bits, seed, whole};
@@ -28,6 +29,16 @@ pub(crate) enum DtypeArg {
     /// IEEE single precision
     #[value(alias = "fp32")]
     Float32,
+}
+
+impl From<DtypeArg> for Dtype {
+    fn from(dtype: DtypeArg) -> Self {
+        match dtype {
+            DtypeArg::Float16 => Self::Float16,
+            DtypeArg::Bfloat16 => Self::Bfloat16,
+            DtypeArg::Float32 => Self::Float32,
+        }
+    }
 }
 
 /// How salient channels are found.
@@ -56,6 +67,15 @@ pub(crate) enum ResidualsArg {
     Host,
     /// In device memory, for cards with room
     Device,
+}
+
+impl From<ResidualsArg> for Residuals {
+    fn from(residuals: ResidualsArg) -> Self {
+        match residuals {
+            ResidualsArg::Host => Self::Host,
+            ResidualsArg::Device => Self::Device,
+        }
+    }
 }
 
 /// Which model.

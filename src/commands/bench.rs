@@ -1,18 +1,10 @@
 //! `decdec bench`
 
-use std::ops::ControlFlow;
-
 use anyhow::{Result, ensure};
-use decdec::backend::DecodeBackend;
-use decdec::generate::{Generated, Request, generate};
-use decdec::model::Model;
-use decdec::open::Opened;
-use decdec::profile::Clock;
-use decdec::sampling::Sampling;
+use decdec::device;
+use decdec::engine::{Engine, Generated, Settings};
 use decdec::timeline::{self, Timeline};
-use decdec::weights::ModelWeights;
 
-use super::devices::{Job, Target, on_device};
 use crate::cli::BenchArgs;
 use crate::output;
 
@@ -24,7 +16,25 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         longest <= max,
         "a text of {longest} tokens is to be made, the model's context is {max}: give less --context or --tokens"
     );
-    on_device(&Target { watch: args.timeline, ..Target::of(&args.run) }, Bench { args, opened: &opened })
+    let device = super::devices::open(&args.run, device::Options { watch: args.timeline, ..Default::default() })?;
+    let engine = super::engine(&device, &opened, &args.run, longest, false)?;
+    let info = engine.device();
+    let bits = args.run.head_bits;
+    let title = format!("{}, {} ({}), context {}, head {bits} bits", opened.name(), info.name, info.id, args.context);
+    output::line(&title)?;
+    let made = whole_tokens(&engine, args)?;
+    let (rate, us) = (made.decode_per_second(), made.decode_time.as_secs_f64() * 1e6 / made.decoded.max(1) as f64);
+    output::line(format_args!("whole tokens: {rate:.1} tokens/s, {us:.1} us each"))?;
+    if !args.timeline {
+        return Ok(());
+    }
+    let timeline = engine.timeline(opened.weights(), args.context)?;
+    print(&timeline)?;
+    if let Some(picture) = &args.picture {
+        timeline::draw(&timeline, &format!("{title}: {rate:.1} tokens/s"), picture)?;
+        tracing::info!("wrote {}", picture.display());
+    }
+    Ok(())
 }
 
 /// Tokens of the longest text that is made.
@@ -32,70 +42,17 @@ fn longest(args: &BenchArgs) -> usize {
     args.context.saturating_add(args.tokens.max(if args.timeline { timeline::ROOM } else { 0 }))
 }
 
-struct Bench<'a> {
-    args: &'a BenchArgs,
-    opened: &'a Opened,
-}
-
-impl Job for Bench<'_> {
-    type Output = ();
-
-    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
-        Some((self.opened.weights(), longest(self.args)))
-    }
-
-    fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
-        let (args, weights) = (self.args, self.opened.weights());
-        let bits = args.run.head_bits;
-        let head = (bits < 16).then(|| decdec::quantize::head(weights, bits)).transpose()?;
-        let mut model = Model::load_with_head(backend, weights, head.clone(), |_| ())?;
-        let compensation = super::compensation(&model, &args.model.named.checkpoint_path, &args.run)?;
-        model.compensate(compensation.as_ref())?;
-        let device = backend.device();
-        let title = format!(
-            "{}, {} ({}), context {}, head {bits} bits",
-            self.opened.name(),
-            device.name,
-            device.id,
-            args.context
-        );
-        output::line(&title)?;
-        let made = whole_tokens(&model, args)?;
-        let (rate, us) = (made.decode_per_second(), made.decode_time.as_secs_f64() * 1e6 / made.decoded.max(1) as f64);
-        output::line(format_args!("whole tokens: {rate:.1} tokens/s, {us:.1} us each"))?;
-        if !args.timeline {
-            return Ok(());
-        }
-        let mut recorder = backend.recorder(Clock::Auto)?;
-        let sources = (weights, head.as_ref());
-        let timeline = timeline::measure(&model, &mut recorder, sources, compensation.as_ref(), args.context)?;
-        print(&timeline)?;
-        if let Some(picture) = &args.picture {
-            timeline::draw(&timeline, &format!("{title}: {rate:.1} tokens/s"), picture)?;
-            tracing::info!("wrote {}", picture.display());
-        }
-        Ok(())
-    }
-}
-
 /// Greedy tokens behind a context; a first, short text compiles and records.
-fn whole_tokens<B: DecodeBackend>(model: &Model<'_, B>, args: &BenchArgs) -> Result<Generated> {
-    let mut state = model.state(args.context + args.tokens)?;
-    let prompt = vec![model.config().bos_token_id.unwrap_or(0); args.context];
-    model.prepare(&mut state, args.context, false)?;
-    let mut text = |max_new_tokens| {
-        let request = Request {
-            prompt: &prompt,
-            max_new_tokens,
-            sampling: Sampling::GREEDY,
-            seed: 0,
-            stop_ids: &[],
-            compensate_prompt: false,
-        };
-        generate(model, &mut state, &request, |_| Ok(ControlFlow::Continue(())))
-    };
-    text(args.tokens.min(8))?;
-    text(args.tokens)
+fn whole_tokens(engine: &Engine<'_>, args: &BenchArgs) -> Result<Generated> {
+    let prompt = vec![engine.config().bos_token_id.unwrap_or(0); args.context];
+    let mut session = engine.session(Settings::default())?;
+    for max_new_tokens in [args.tokens.min(8), args.tokens] {
+        session.clear();
+        session.settings.max_new_tokens = max_new_tokens;
+        session.prompt(&prompt)?;
+        session.rest()?;
+    }
+    Ok(session.made().clone())
 }
 
 fn print(timeline: &Timeline) -> Result<()> {

@@ -21,9 +21,9 @@ pub(crate) fn convert(args: &ConvertArgs) -> Result<()> {
         bail!("--calib is for --original, which makes residuals and thresholds: give both or neither");
     }
     let stop = super::interrupt::stop_flag(quantize::Interrupted);
-    let bar = super::progress(0, "converting");
+    let bar = super::Bar::new(0, "converting");
     let manifest = super::resumable(convert::convert(&opened, &args.to.out, args.to.overwrite, stop, &bar))?;
-    bar.finish_and_clear();
+    drop(bar);
     tracing::info!(
         "converted {} layers ({} {} bits) into {}",
         opened.weights().config().layers.len(),
@@ -61,9 +61,9 @@ fn complete(original: &Path, opened: &Opened, to: &OutArgs, args: &CalibrationAr
         overwrite: to.overwrite,
     };
     let stop = super::interrupt::stop_flag(quantize::Interrupted);
-    let bar = super::progress(0, "");
+    let bar = super::Bar::new(0, "");
     let report = super::resumable(quantize::residuals(&source, weights, texts, &options, &to.out, stop, &bar))?;
-    bar.finish_and_clear();
+    drop(bar);
     tracing::info!(
         "made residuals and thresholds of {} layers in {:.1} s ({} calibration tokens) into {}",
         report.bits.len(),

@@ -10,7 +10,7 @@ use crate::output;
 
 /// Prints what this machine can do. What is missing is a finding, not a failure.
 pub(crate) fn run(args: &JsonArg) -> Result<()> {
-    let (host, cuda, vulkan) = (Host::look(), doctor::examine(), super::devices::vulkan());
+    let (host, cuda, vulkan) = (Host::look(), doctor::examine(), decdec::device::vulkan());
     if args.json {
         let vulkan =
             found(&vulkan, |devices| devices.iter().map(|d| json!({"device": d.id, "name": d.name})).collect());

@@ -1,12 +1,12 @@
 //! `decdec eval perplexity`
 
 use anyhow::{Result, bail, ensure};
-use decdec::backend::DecodeBackend;
+use decdec::device;
+use decdec::engine::{Compensate, Options};
 use decdec::eval::{self, Evaluation};
 use decdec::open::Opened;
-use decdec::weights::ModelWeights;
+use decdec::progress::Progress;
 
-use super::devices::{Job, Target, on_device};
 use crate::cli::PerplexityArgs;
 use crate::output;
 
@@ -22,13 +22,10 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs}, they cannot be compared");
     }
     let wanted = args.windows.as_ref().map_or(usize::MAX, |windows| windows.end.saturating_mul(args.seq_len));
-    let tokens = super::read_tokens(&args.text, &opened.tokenizer()?, wanted)?;
+    let tokens = super::read_tokens(&args.text, &*opened.tokenizer()?, wanted)?;
     let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
     let windows = eval::windows(&tokens, args.seq_len, range)?;
-    let evaluation = on_device(
-        &Target::of(&args.run),
-        Perplexity { args, opened: &opened, source: source.as_ref(), windows: &windows },
-    )?;
+    let evaluation = measure(args, (&opened, source.as_ref()), &windows)?;
     let Evaluation { perplexity, kl_divergence, source_perplexity, base_perplexity, recovered, .. } = evaluation;
     let numbers = [Some(perplexity), kl_divergence, source_perplexity, base_perplexity, recovered];
     if let Some(number) = numbers.into_iter().flatten().find(|number| !number.is_finite()) {
@@ -53,31 +50,20 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     Ok(())
 }
 
-struct Perplexity<'a> {
-    args: &'a PerplexityArgs,
-    opened: &'a Opened,
-    source: Option<&'a Opened>,
-    windows: &'a [&'a [u32]],
-}
-
-impl Job for Perplexity<'_> {
-    type Output = Evaluation;
-
-    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
-        Some((self.opened.weights(), self.args.seq_len))
-    }
-
-    fn run<B: DecodeBackend>(self, backend: &B) -> Result<Evaluation> {
-        let mut model = super::load(backend, self.opened.weights(), self.args.run.head_bits)?;
-        let compensation = super::compensation(&model, &self.args.path, &self.args.run)?;
-        model.compensate(compensation.as_ref())?;
-        let source = self.source.map(|source| super::load(backend, source.weights(), 16)).transpose()?;
-        let bar = super::progress(self.windows.len(), "reading");
-        let evaluation = eval::perplexity(&model, source.as_ref(), self.windows, |done| {
-            bar.set_position(done as u64);
-            Ok(())
-        })?;
-        bar.finish_and_clear();
-        Ok(evaluation)
-    }
+/// Reads the windows, with a bar.
+fn measure(
+    args: &PerplexityArgs,
+    (opened, source): (&Opened, Option<&Opened>),
+    windows: &[&[u32]],
+) -> Result<Evaluation> {
+    let device = super::devices::open(&args.run, device::Options::default())?;
+    let engine = super::engine(&device, opened, &args.run, args.seq_len, false)?;
+    let plain =
+        Options { max_seq_len: Some(args.seq_len), compensate: Compensate::Off, text: false, ..Options::default() };
+    let source = source.map(|source| super::load(&device, source, &plain)).transpose()?;
+    let bar = super::Bar::new(windows.len(), "reading");
+    eval::perplexity(&engine, source.as_ref(), windows, |_| {
+        bar.inc(1);
+        Ok(())
+    })
 }

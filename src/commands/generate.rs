@@ -1,20 +1,14 @@
 //! `decdec generate`
 
 use std::fmt::{self, Display};
-use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use decdec::backend::DecodeBackend;
-use decdec::generate::{Finish, Generated, Request, generate, per_second};
-use decdec::model::{Compensation, Model, State};
-use decdec::open::Opened;
+use decdec::device;
+use decdec::engine::{Engine, ErrorKind, Finish, Generated, Session, Settings, per_second};
 use decdec::sampling::Sampling;
-use decdec::tokenizer::{Message, TextStream, Tokenizer};
-use decdec::weights::ModelWeights;
+use decdec::tokenizer::{Message, Tokenizer};
 
-use super::devices::{Job, Target, on_device};
 use super::interrupt::{Interrupted, stop_flag};
 use crate::cli::GenerateArgs;
 use crate::output;
@@ -41,10 +35,50 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         "the prompt has {} tokens, the context has room for {limit}, shorten the prompt",
         prompt.len()
     );
-    let tokenizer = tokenizer.as_ref();
-    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p };
-    let job = Generation { args, opened: &opened, tokenizer, prompt: &prompt, limit, sampling, started };
-    on_device(&Target { compile: args.compile, ..Target::of(&args.run) }, job)
+    let device =
+        super::devices::open(&args.run, device::Options { compile: args.compile, ..device::Options::default() })?;
+    let loading = Instant::now();
+    let max_seq_len = limit.min(prompt.len().saturating_add(args.max_new_tokens));
+    let engine = super::engine(&device, &opened, &args.run, max_seq_len, true)?;
+    let mut session = engine.session(settings(args))?;
+    let loaded = Instant::now();
+    session.prepare(prompt.len())?;
+    let ready = Instant::now();
+    let seed = args.seed.unwrap_or_else(fresh_seed);
+    if args.seed.is_none() && args.temperature > 0.0 {
+        tracing::info!("--seed {seed}");
+    }
+    stop_flag("");
+    let samples = args.num_samples.unwrap_or(if args.prompt.is_some() { 1 } else { 5 });
+    let (out, mut means) = (Out { args, engine: &engine, limit }, Means::default());
+    for i in 0..samples {
+        session.settings.seed = seed.wrapping_add(i as u64);
+        let sample = out.sample(&mut session, i, &prompt)?;
+        if i == 0 {
+            tracing::info!(
+                "opened in {:.2} s, loaded in {:.2} s, kernels ready in {:.2} s, first token after {:.2} s",
+                (loading - started).as_secs_f64(),
+                (loaded - loading).as_secs_f64(),
+                (ready - loaded).as_secs_f64(),
+                sample.prompt_time.as_secs_f64()
+            );
+        }
+        means.add(&sample, prompt.len());
+    }
+    out.report(means)
+}
+
+/// How the flags say that a text is made.
+fn settings(args: &GenerateArgs) -> Settings {
+    Settings {
+        sampling: Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p },
+        seed: 0,
+        max_new_tokens: args.max_new_tokens,
+        stop: args.stop.clone(),
+        stop_ids: Vec::new(),
+        ignore_eos: args.ignore_eos,
+        compensate_prompt: args.compensate_prompt,
+    }
 }
 
 /// The tokens to go on from.
@@ -64,64 +98,19 @@ fn prompt(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     tokenizer.chat_ids(&messages, true)
 }
 
-struct Generation<'a> {
+/// What is said of texts, and where.
+struct Out<'a, 'd> {
     args: &'a GenerateArgs,
-    opened: &'a Opened,
-    tokenizer: Option<&'a Tokenizer>,
-    prompt: &'a [u32],
+    engine: &'a Engine<'d>,
     limit: usize,
-    sampling: Sampling,
-    started: Instant,
 }
 
-impl Job for Generation<'_> {
-    type Output = ();
-
-    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
-        Some((self.opened.weights(), self.max_seq_len()))
-    }
-
-    fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
-        let args = self.args;
-        let opened = Instant::now();
-        let mut model = super::load(backend, self.opened.weights(), args.run.head_bits)?;
-        let compensation = super::compensation(&model, &args.model.named.checkpoint_path, &args.run)?;
-        model.compensate(compensation.as_ref())?;
-        let mut state = model.state(self.max_seq_len())?;
-        let loaded = Instant::now();
-        model.prepare(&mut state, self.prompt.len(), args.compensate_prompt)?;
-        let ready = Instant::now();
-        let seed = args.seed.unwrap_or_else(fresh_seed);
-        if args.seed.is_none() && self.sampling.temperature > 0.0 {
-            tracing::info!("--seed {seed}");
-        }
-        let samples = args.num_samples.unwrap_or(if args.prompt.is_some() { 1 } else { 5 });
-        let mut means = Means::default();
-        for i in 0..samples {
-            let sample = self.sample(&model, &mut state, i, seed.wrapping_add(i as u64), compensation.as_ref())?;
-            if i == 0 {
-                tracing::info!(
-                    "opened in {:.2} s, loaded in {:.2} s, kernels ready in {:.2} s, first token after {:.2} s",
-                    (opened - self.started).as_secs_f64(),
-                    (loaded - opened).as_secs_f64(),
-                    (ready - loaded).as_secs_f64(),
-                    sample.prompt_time.as_secs_f64()
-                );
-            }
-            means.add(&sample, self.prompt.len());
-        }
-        self.report(means)
-    }
-}
-
-impl Generation<'_> {
-    fn max_seq_len(&self) -> usize {
-        self.limit.min(self.prompt.len().saturating_add(self.args.max_new_tokens))
-    }
-
+impl Out<'_, '_> {
     /// Text goes to stdout when there is a prompt or it was asked for.
     fn prints_text(&self) -> bool {
-        !self.args.output.json && self.tokenizer.is_some() && (self.args.print_result || self.args.prompt.is_some())
+        !self.args.output.json
+            && self.engine.tokenizer().is_ok()
+            && (self.args.print_result || self.args.prompt.is_some())
     }
 
     /// Measurements go to stdout unless text or JSON is there.
@@ -134,51 +123,36 @@ impl Generation<'_> {
         }
     }
 
-    fn sample<B: DecodeBackend>(
-        &self,
-        model: &Model<'_, B>,
-        state: &mut State<B>,
-        index: usize,
-        seed: u64,
-        compensation: Option<&Compensation>,
-    ) -> Result<Generated> {
-        let stop_ids = self.tokenizer.filter(|_| !self.args.ignore_eos).map_or(&[][..], Tokenizer::stop_ids);
-        let request = Request {
-            prompt: self.prompt,
-            max_new_tokens: self.args.max_new_tokens,
-            sampling: self.sampling,
-            seed,
-            stop_ids,
-            compensate_prompt: self.args.compensate_prompt,
-        };
-        let interrupted = stop_flag("");
-        let stream = self.tokenizer.map(|tokenizer| tokenizer.stream_after(self.prompt));
-        let mut writer = Writer::new(stream, &self.args.stop, self.prints_text());
-        let made = generate(model, state, &request, |id| writer.push(id, interrupted))?;
-        let text = writer.finish()?;
-        if self.args.output.json {
-            let run = model.backend().device();
-            let line = serde_json::json!({
-                "sample": index + 1,
-                "text": text,
-                "tokens": made.tokens,
-                "finish": made.finish,
-                "prompt_tokens": self.prompt.len(),
-                "new_tokens": made.tokens.len(),
-                "prompt_seconds": made.prompt_time.as_secs_f64(),
-                "decode_seconds": made.decode_time.as_secs_f64(),
-                "tokens_per_second": made.tokens_per_second(),
-                "decode_tokens_per_second": made.decode_per_second(),
-                "seed": seed,
-                "temperature": self.sampling.temperature,
-                "device": run.id,
-                "n_tbs": compensation.map(|c| c.by_bits.iter().map(|l| l.n_tb).collect::<Vec<_>>()),
-                "k_chunks": compensation.map(|c| c.by_bits.iter().flat_map(|l| l.k_chunks).collect::<Vec<_>>()),
-                "selection": compensation.map(|c| c.selection),
-            });
-            output::line(line)?;
+    /// Makes one text, independent of those before it, and says it as it is made.
+    fn sample(&self, session: &mut Session<'_, '_>, index: usize, prompt: &[u32]) -> Result<Generated> {
+        session.clear();
+        session.prompt(prompt)?;
+        let prints = self.prints_text();
+        let mut interrupted = false;
+        loop {
+            match session.next() {
+                Ok(Some(piece)) if prints => output::text(piece.text)?,
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(error) if error.kind() == ErrorKind::Stopped => {
+                    interrupted = true;
+                    let rest = session.stop()?;
+                    if prints {
+                        output::text(rest)?;
+                    }
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
-        if interrupted.load(Ordering::SeqCst) {
+        if prints {
+            output::line("")?;
+        }
+        let made = session.made().clone();
+        if self.args.output.json {
+            output::line(self.json(&made, index, prompt.len(), session.settings.seed))?;
+        }
+        if interrupted {
             bail!(Interrupted);
         }
         let total = (made.prompt_time + made.decode_time).as_secs_f64();
@@ -187,10 +161,33 @@ impl Generation<'_> {
             index + 1,
             made.tokens_per_second()
         ))?;
-        if made.finish == Finish::Context {
+        if made.finish == Some(Finish::Context) {
             tracing::warn!("the context of {} tokens is full", self.limit);
         }
         Ok(made)
+    }
+
+    fn json(&self, made: &Generated, index: usize, prompt_tokens: usize, seed: u64) -> serde_json::Value {
+        let compensation = self.engine.compensation();
+        let compensation = compensation.as_ref();
+        serde_json::json!({
+            "sample": index + 1,
+            "text": made.text,
+            "tokens": made.tokens,
+            "finish": made.finish,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": made.tokens.len(),
+            "prompt_seconds": made.prompt_time.as_secs_f64(),
+            "decode_seconds": made.decode_time.as_secs_f64(),
+            "tokens_per_second": made.tokens_per_second(),
+            "decode_tokens_per_second": made.decode_per_second(),
+            "seed": seed,
+            "temperature": self.args.temperature,
+            "device": self.engine.device().id,
+            "n_tbs": compensation.map(|c| c.by_bits.iter().map(|l| l.n_tb).collect::<Vec<_>>()),
+            "k_chunks": compensation.map(|c| c.by_bits.iter().flat_map(|l| l.k_chunks).collect::<Vec<_>>()),
+            "selection": compensation.map(|c| c.selection),
+        })
     }
 }
 
@@ -224,74 +221,4 @@ fn fresh_seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     // Short enough to be typed back.
     u64::from(now.subsec_nanos()) ^ (now.as_secs() & 0xffff_ffff)
-}
-
-/// Text as it is made: whole characters only, ending before a stop text.
-struct Writer<'a> {
-    stream: Option<TextStream<'a>>, // none where there is no tokenizer: nothing is written then
-    stops: &'a [String],
-    print: bool,
-    text: String,
-    printed: usize,
-    stopped: bool,
-}
-
-impl<'a> Writer<'a> {
-    fn new(stream: Option<TextStream<'a>>, stops: &'a [String], print: bool) -> Self {
-        Self { stream, stops, print, text: String::new(), printed: 0, stopped: false }
-    }
-
-    fn push(&mut self, id: u32, interrupted: &AtomicBool) -> Result<ControlFlow<()>> {
-        let piece = self.stream.as_mut().map(|stream| stream.push(id)).transpose()?.flatten();
-        if let Some(piece) = piece {
-            self.append(&piece)?;
-        }
-        let end = self.stopped || interrupted.load(Ordering::SeqCst);
-        Ok(if end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-    }
-
-    fn append(&mut self, piece: &str) -> Result<()> {
-        // A stop text may have begun in what is there already.
-        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
-        let mut from = self.text.len().saturating_sub(longest);
-        while !self.text.is_char_boundary(from) {
-            from -= 1;
-        }
-        self.text.push_str(piece);
-        let found = self.stops.iter().filter(|s| !s.is_empty()).filter_map(|s| self.text[from..].find(s.as_str()));
-        if let Some(at) = found.min() {
-            self.text.truncate(from + at);
-            self.stopped = true;
-        }
-        let held = if self.stopped { 0 } else { self.may_become_stop() };
-        self.print_to(self.text.len() - held)
-    }
-
-    /// Bytes at the end of the text with which a stop text may begin.
-    fn may_become_stop(&self) -> usize {
-        let begins = |stop: &String| {
-            (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && self.text.ends_with(&stop[..n])).unwrap_or(0)
-        };
-        self.stops.iter().map(begins).max().unwrap_or(0)
-    }
-
-    fn print_to(&mut self, end: usize) -> Result<()> {
-        if self.print && end > self.printed {
-            output::text(&self.text.as_bytes()[self.printed..end])?;
-        }
-        self.printed = self.printed.max(end);
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<String> {
-        let rest = self.stream.as_mut().map(|stream| stream.flush()).transpose()?.flatten();
-        if let Some(rest) = rest.filter(|_| !self.stopped) {
-            self.append(&rest)?;
-        }
-        self.print_to(self.text.len())?;
-        if self.print {
-            output::line("")?;
-        }
-        Ok(self.text)
-    }
 }

@@ -15,22 +15,19 @@ pub(crate) mod tune;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use decdec::backend::{DecodeBackend, DeviceInfo};
+use decdec::backend::DeviceInfo;
 use decdec::config::{ModelConfig, Projection};
-use decdec::dec::Selection;
+use decdec::device::Device;
+use decdec::engine::{self, Compensate, Engine};
 use decdec::format::{Format, Storage};
-use decdec::model::{Compensation, LayerCompensation, Model};
+use decdec::model::LayerCompensation;
 use decdec::open::Opened;
+use decdec::progress::Progress;
 use decdec::random::RandomWeights;
 use decdec::tokenizer::{TextReader, Tokenizer};
-use decdec::tune::Tuned;
-use decdec::weights::ModelWeights;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::{ModelArgs, RunArgs};
-
-/// `n_tb` and `k_chunk` where neither the user nor a tuned file says otherwise.
-const DEFAULT_COMPENSATION: LayerCompensation = LayerCompensation { n_tb: 8, k_chunks: [8; 4] };
 
 /// The result of a job that goes on where it was interrupted: that it was is said once, as a note, and ends the
 /// program with its own exit code.
@@ -44,102 +41,102 @@ pub(crate) fn resumable<T>(result: Result<T>) -> Result<T> {
     })
 }
 
-/// A bar on stderr that knows the time left; hidden off a terminal.
-pub(crate) fn progress(len: usize, what: &'static str) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}").expect("a valid template");
-    ProgressBar::new(len as u64).with_style(style).with_message(what)
+/// A bar on stderr that knows the time left; hidden off a terminal. It goes when it is dropped.
+pub(crate) struct Bar(ProgressBar);
+
+impl Bar {
+    pub(crate) fn new(steps: usize, what: &'static str) -> Self {
+        let style = ProgressStyle::with_template("{msg:<24} {wide_bar} {percent:>3} %, {eta} left");
+        Self(ProgressBar::new(steps as u64).with_style(style.expect("a valid template")).with_message(what))
+    }
 }
 
-/// Uploads a model layer by layer, with a bar; its head quantized if that is to have less than 16 bits.
-pub(crate) fn load<'b, B: DecodeBackend>(
-    backend: &'b B,
-    weights: &dyn ModelWeights,
-    head_bits: usize,
-) -> Result<Model<'b, B>> {
-    let head = (head_bits < 16).then(|| decdec::quantize::head(weights, head_bits)).transpose()?;
-    let bar = progress(weights.config().layers.len(), "loading");
-    let model = Model::load_with_head(backend, weights, head, |layers| bar.set_position(layers as u64))?;
-    bar.finish_and_clear();
-    Ok(model)
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
 }
 
-/// How the model at `path` is to be compensated: by the flags, else by a tuned file for this device, else by
-/// default; says on stderr which, unless it was the flags.
+impl Progress for Bar {
+    fn set_length(&self, steps: u64) {
+        self.0.set_length(steps);
+    }
+
+    fn set_message(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+    }
+
+    fn inc(&self, steps: u64) {
+        self.0.inc(steps);
+    }
+
+    fn reset_eta(&self) {
+        self.0.reset_eta();
+    }
+}
+
+/// The engine of a run, for texts of at most `max_seq_len` tokens, loaded layer by layer with a bar; `text` says
+/// whether tokens are to become text.
 ///
 /// # Errors
-/// Counts that do not fit the model's bit widths, `k_chunk` above 1024, `n_tb` above what the device holds, a
-/// `--tuned` file of another device or model.
-pub(crate) fn compensation<B: DecodeBackend>(
-    model: &Model<'_, B>,
-    path: &Path,
+/// Those of [`Engine::load`] and [`asked`].
+pub(crate) fn engine<'d>(
+    device: &'d Device,
+    opened: &Opened,
     args: &RunArgs,
-) -> Result<Option<Compensation>> {
-    let widths = model.bit_widths();
+    max_seq_len: usize,
+    text: bool,
+) -> Result<Engine<'d>> {
+    let options = engine::Options {
+        max_seq_len: Some(max_seq_len),
+        compensate: asked(opened, device.info(), args)?,
+        selection: args.on.selection.into(),
+        head_bits: args.head_bits,
+        text,
+    };
+    load(device, opened, &options)
+}
+
+/// An engine, loaded layer by layer with a bar.
+///
+/// # Errors
+/// Those of [`Engine::load`].
+pub(crate) fn load<'d>(device: &'d Device, opened: &Opened, options: &engine::Options) -> Result<Engine<'d>> {
+    Ok(Engine::load(device, opened, options, &Bar::new(0, "loading"))?)
+}
+
+/// How the flags say that a model is compensated: a set for all layers, or one for each bit width.
+///
+/// # Errors
+/// Counts that do not fit the model's bit widths, `n_tb` above what the device holds, anything for a full-precision
+/// model.
+fn asked(opened: &Opened, device: &DeviceInfo, args: &RunArgs) -> Result<Compensate> {
+    let weights = opened.weights();
+    let widths = decdec::model::widths((0..weights.config().layers.len()).map(|layer| weights.bits(layer)));
     if widths.is_empty() {
         let given = args.k_chunks.iter().flatten().any(|&k| k > 0) || args.tuned.is_some();
         ensure!(!given, "a full-precision model has nothing to compensate, leave --k-chunks and --tuned out");
-        return Ok(None);
+        return Ok(Compensate::Off);
     }
-    let selection: Selection = args.on.selection.into();
     if args.n_tbs.is_none() && args.k_chunks.is_none() {
-        if let Some(by_bits) = tuned(model, path, args)? {
-            return Ok(Some(Compensation { by_bits, selection }));
-        }
-        if !model.has_residuals() {
-            tracing::info!("the model has no residuals: nothing is compensated");
-            return Ok(None);
-        }
+        return Ok(args.tuned.clone().map_or(Compensate::Tuned, Compensate::File));
     }
-    let by_bits = by_flags(&widths, model.backend().device(), args)?;
+    let sets = by_flags(&widths, device, args)?;
     if args.n_tbs.is_none() || args.k_chunks.is_none() {
-        tracing::info!("compensating with {} (not tuned for this device)", spelled(&by_bits));
+        tracing::info!("compensating with {} (not tuned for this device)", LayerCompensation::spelled(&sets));
     }
-    Ok(Some(Compensation { by_bits, selection }))
-}
-
-/// What the file of `--tuned` says, or `tuned.json` of the checkpoint if it fits this device: a set for each bit width.
-fn tuned<B: DecodeBackend>(
-    model: &Model<'_, B>,
-    path: &Path,
-    args: &RunArgs,
-) -> Result<Option<Vec<LayerCompensation>>> {
-    let beside = path.join("tuned.json");
-    let file = match &args.tuned {
-        Some(file) => file,
-        None if beside.is_file() => &beside,
-        None => return Ok(None),
-    };
-    let shapes = model.config().shapes(0);
-    let chosen = Tuned::choose(&Tuned::read(file)?, model.backend().device(), shapes, &model.bit_widths());
-    match chosen {
-        Ok(chosen) => {
-            let sets: Vec<_> =
-                chosen.iter().map(|tuned| LayerCompensation { n_tb: tuned.n_tb, k_chunks: tuned.k_chunks }).collect();
-            tracing::info!("compensating with {}, as {} says", spelled(&sets), file.display());
-            Ok(Some(sets))
-        }
-        Err(error) if args.tuned.is_some() => Err(error.context(file.display().to_string())),
-        Err(error) => {
-            tracing::info!("{} is left aside: {error:#}", file.display());
-            Ok(None)
-        }
-    }
-}
-
-/// Sets of `n_tb` and `k_chunk`, for a note.
-fn spelled(sets: &[LayerCompensation]) -> String {
-    let spell = |set: &LayerCompensation| format!("n_tb {}, k_chunk {:?}", set.n_tb, set.k_chunks);
-    sets.iter().map(spell).collect::<Vec<_>>().join("; ")
+    Ok(Compensate::Sets(sets))
 }
 
 /// One set of `n_tb` and `k_chunk` for all layers, or one for each bit width.
 fn by_flags(widths: &[u32], device: &DeviceInfo, args: &RunArgs) -> Result<Vec<LayerCompensation>> {
     let max = device.max_n_tb;
-    let n_tbs = args.n_tbs.clone().unwrap_or_else(|| vec![DEFAULT_COMPENSATION.n_tb.min(max)]);
+    let default = LayerCompensation::by_default(device);
+    let n_tbs = args.n_tbs.clone().unwrap_or_else(|| vec![default.n_tb]);
     if let Some(n_tb) = n_tbs.iter().find(|&&n| n == 0 || n > max) {
         bail!("--n-tbs is {n_tb}, 1 to {max} are allowed on {}", device.id);
     }
-    let k_chunks = args.k_chunks.clone().unwrap_or_else(|| DEFAULT_COMPENSATION.k_chunks.to_vec());
+    let k_chunks = args.k_chunks.clone().unwrap_or_else(|| default.k_chunks.to_vec());
     ensure!(
         k_chunks.len() == 4 || k_chunks.len() == 4 * widths.len(),
         "--k-chunks has {} numbers, {} are expected: one each for qkv, o, gu, d{}",

@@ -7,15 +7,15 @@ use anyhow::{Context, Result, bail, ensure};
 use decdec::backend::DecodeBackend;
 use decdec::checkpoint::BitWidth;
 use decdec::config::ModelConfig;
+use decdec::device::{self, Device, Dtype, Job};
 use decdec::nsys::{self, Identity, Precision};
 use decdec::open::Opened;
 use decdec::profile::{self, Clock, Options, Outcome};
-use decdec::random::RandomWeights;
-use decdec::tune::{self, Tuned};
+use decdec::tune;
+use decdec::tuned::Tuned;
 use decdec::weights::ModelWeights;
 
-use super::devices::{Job, Target, on_device};
-use crate::cli::{DtypeArg, ProfileArgs, ProfileName};
+use crate::cli::{ProfileArgs, ProfileName};
 use crate::output;
 
 /// Runs the command.
@@ -39,9 +39,9 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         let (trace, sqlite) = profile::under_nsight(nsys, &options, own_command_line)?;
         output::line(format_args!("wrote {}\nwrote {}", trace.display(), sqlite.display()))?;
     } else {
-        let sweep =
-            Sweep { weights: named.weights.get(), options: &options, clock: args.clock, tuned: tuned.as_deref() };
-        output::text(on_device(&target(&args.on.device, args.name.fp_dtype), sweep)?.to_string())?;
+        let weights = named.opened.weights();
+        let sweep = Sweep { weights, options: &options, clock: args.clock, tuned: tuned.as_deref() };
+        output::text(device(&args.on.device, args.name.fp_dtype)?.run(sweep)?.to_string())?;
     }
     if let Some(tuned) = &tuned {
         output::line(now(tuned, &options)?)?;
@@ -51,14 +51,15 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
 
 /// The device of `--device` with the type of `--fp-dtype`; backends that compute in one type only are not asked
 /// for another.
-pub(crate) fn target(device: &str, precision: Precision) -> Target<'_> {
+pub(crate) fn device(name: &str, precision: Precision) -> Result<Device> {
     let dtype = match precision {
-        Precision::Fp16 => DtypeArg::Float16,
-        Precision::Bf16 => DtypeArg::Bfloat16,
-        Precision::Fp32 => DtypeArg::Float32,
+        Precision::Fp16 => Dtype::Float16,
+        Precision::Bf16 => Dtype::Bfloat16,
+        Precision::Fp32 => Dtype::Float32,
     };
-    let asked = device.starts_with("cuda") || device == "auto" && precision != Precision::Fp16;
-    Target { device, dtype: asked.then_some(dtype), ..Target::default() }
+    let asked = name.starts_with("cuda") || name == "auto" && precision != Precision::Fp16;
+    let interrupt = Some(super::interrupt::heard());
+    Device::open_with(name, &device::Options { dtype: asked.then_some(dtype), interrupt, ..Default::default() })
 }
 
 /// The results in `file` for this model's algorithm and width, of whatever device.
@@ -128,10 +129,10 @@ struct Sweep<'a> {
     tuned: Option<&'a [Tuned]>,
 }
 
-impl Job for Sweep<'_> {
-    type Output = Outcome;
+impl<'d> Job<'d> for Sweep<'_> {
+    type Output = Result<Outcome>;
 
-    fn run<B: DecodeBackend>(self, backend: &B) -> Result<Outcome> {
+    fn run<B: DecodeBackend + 'd>(self, backend: &'d B) -> Self::Output {
         let mut options = self.options.clone();
         if let Some(tuned) = self.tuned {
             let (shapes, width) = (self.weights.config().shapes(0), [options.identity.bits]);
@@ -140,21 +141,6 @@ impl Job for Sweep<'_> {
             options.k_chunks = Some(measured_k_chunks(tuned));
         }
         profile::run(backend, &mut backend.recorder(self.clock)?, self.weights, &options)
-    }
-}
-
-/// Where the weights come from.
-pub(crate) enum Weights {
-    Random(Box<RandomWeights>),
-    Opened(Box<Opened>),
-}
-
-impl Weights {
-    pub(crate) fn get(&self) -> &dyn ModelWeights {
-        match self {
-            Self::Random(model) => model.as_ref(),
-            Self::Opened(opened) => opened.weights(),
-        }
     }
 }
 
@@ -170,7 +156,7 @@ pub(crate) fn one_width(name: &ProfileName) -> Result<Option<BitWidth>> {
 /// A profile's name and its model, with what the flags leave out filled in.
 pub(crate) struct Named {
     pub(crate) identity: Identity,
-    pub(crate) weights: Weights,
+    pub(crate) opened: Opened,
 }
 
 impl Named {
@@ -194,9 +180,11 @@ impl Named {
                 )
             })?;
             let format = name.algo.context("random weights need --algo sqllm or awq")?;
-            let bits = asked.context("random weights need a --bitwidth, such as 3 or 4")?.low();
-            let weights = Weights::Random(Box::new(super::random(config, format, bits as usize, seed)?));
-            return Ok(Self { identity: identity(model, format, bits), weights });
+            let width = asked.context("random weights need a --bitwidth, such as 3 or 4")?;
+            let bits = width.low();
+            let weights = super::random(config, format, bits as usize, seed)?;
+            let opened = Opened::random(weights, format, width, &model);
+            return Ok(Self { identity: identity(model, format, bits), opened });
         }
         let opened = Opened::open(path, asked, false)?;
         let Some((format, width)) = opened.quantization() else {
@@ -215,6 +203,6 @@ impl Named {
         let file_name = path.canonicalize()?.file_name().map(|name| name.to_string_lossy().into_owned());
         let model = name.named.model_name.clone().or(file_name).context("give a --model-name")?;
         let bits = asked.unwrap_or(width).low();
-        Ok(Self { identity: identity(model, format, bits), weights: Weights::Opened(Box::new(opened)) })
+        Ok(Self { identity: identity(model, format, bits), opened })
     }
 }

@@ -7,7 +7,7 @@ use decdec::config::ModelConfig;
 use decdec::quantize::{Calibration, Options, Refine, estimate, quantize};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
-use decdec::tune::Tuned;
+use decdec::tuned::Tuned;
 use decdec::weights::ModelWeights;
 
 use super::interrupt::stop_flag;
@@ -31,9 +31,9 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         return dry_run(&source, &options);
     }
     let stop = stop_flag(decdec::quantize::Interrupted);
-    let bar = super::progress(0, "");
+    let bar = super::Bar::new(0, "");
     let report = super::resumable(quantize(&source, source.texts(), &options, &args.to.out, stop, &bar))?;
-    bar.finish_and_clear();
+    drop(bar);
     tracing::info!(
         "quantized {} layers in {:.1} s ({} calibration tokens) into {}",
         report.bits.len(),

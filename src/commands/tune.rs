@@ -1,13 +1,11 @@
 //! `decdec tune`
 
 use anyhow::{Result, bail, ensure};
-use decdec::backend::DecodeBackend;
 use decdec::config::{ModelConfig, Projection};
-use decdec::tune::{self, Directories, Options, Outcome, Verification};
-use decdec::weights::ModelWeights;
+use decdec::engine::{self, Compensate};
+use decdec::tune::{self, Directories, Options, Verification};
 
-use super::devices::{Job, on_device};
-use super::profile::{Named, one_width, target};
+use super::profile::{Named, device, one_width};
 use crate::cli::TuneArgs;
 use crate::output;
 
@@ -57,11 +55,17 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
         outcome.write(&to)?;
         output::line(format_args!("found, to be verified:\n{}", outcome.summary()))?;
         let named = Named::resolve(name)?;
-        let context = named.weights.get().config().max_position_embeddings;
+        let context = named.opened.weights().config().max_position_embeddings;
         let tokens = args.verify_tokens.min(context.saturating_sub(Verification::OVERHEAD));
         let how = Verification { tokens, rounds: ROUNDS, selection: args.on.selection.into() };
-        let target = target(&args.on.device, name.fp_dtype);
-        on_device(&target, Verify { weights: named.weights.get(), outcome: &mut outcome, how })?;
+        let device = device(&args.on.device, name.fp_dtype)?;
+        let options = engine::Options {
+            max_seq_len: Some(how.max_seq_len()),
+            compensate: Compensate::Off,
+            text: false,
+            ..engine::Options::default()
+        };
+        tune::verify(&mut outcome, &super::load(&device, &named.opened, &options)?, &how)?;
     }
     let written = outcome.write(&to)?;
     for path in written {
@@ -78,22 +82,3 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
 
 /// Texts that a choice is measured with.
 const ROUNDS: usize = 3;
-
-struct Verify<'a> {
-    weights: &'a dyn ModelWeights,
-    outcome: &'a mut Outcome,
-    how: Verification,
-}
-
-impl Job for Verify<'_> {
-    type Output = ();
-
-    fn needs(&self) -> Option<(&dyn ModelWeights, usize)> {
-        Some((self.weights, self.how.max_seq_len()))
-    }
-
-    fn run<B: DecodeBackend>(self, backend: &B) -> Result<()> {
-        let mut model = super::load(backend, self.weights, 16)?;
-        tune::verify(self.outcome, &mut model, &self.how)
-    }
-}

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 
 use super::Model;
-use crate::backend::{Activations, DecodeBackend, ensure_room};
-use crate::config::{NormPlacement, Projection};
+use crate::backend::{Activations, DecodeBackend, cached_positions, ensure_room};
+use crate::config::{Attention, ModelConfig, NormPlacement, Projection};
 use crate::sampling::Sampling;
 
 /// One text in the making, and the activations of the tokens at hand.
@@ -20,6 +20,10 @@ pub struct State<B: DecodeBackend> {
     model: u64,
     max_seq_len: usize,
     len: usize,
+    /// The most tokens that there were since the text last began empty: what is written over older tokens.
+    reached: usize,
+    /// Tokens that each layer sees and has room for, where that is not a whole text; each pair once.
+    rings: Vec<(usize, usize)>,
     chosen: usize,
     /// Tokens that may be chosen since the text began: as many as there are draws, or any number where none decides.
     draws: Option<usize>,
@@ -56,6 +60,8 @@ impl<B: DecodeBackend> Model<'_, B> {
             model: self.id,
             max_seq_len,
             len: 0,
+            reached: 0,
+            rings: rings(c, max_seq_len),
             chosen: 0,
             draws: None,
             whole: true,
@@ -78,9 +84,30 @@ impl<B: DecodeBackend> Model<'_, B> {
         state.graph = None;
         state.whole = false;
         self.backend.begin(&mut state.sequence, sampling, draws)?;
-        (state.len, state.chosen) = (0, 0);
+        (state.len, state.reached, state.chosen) = (0, 0, 0);
         state.draws = (sampling.temperature > 0.0).then_some(draws.len());
         state.whole = true;
+        Ok(())
+    }
+
+    /// Starts over with the first `kept` tokens of the text that `state` holds, where [`State::keeps`] says that they
+    /// are still there; the rest as [`Model::begin`].
+    ///
+    /// # Errors
+    /// Those of [`Model::begin`], and tokens that are not there: the text is as it was then.
+    pub fn resume(&self, state: &mut State<B>, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        self.own(state)?;
+        ensure!(
+            state.keeps(kept),
+            "the first {kept} tokens of a text of {} are asked for, they are not all there, begin it anew",
+            state.len
+        );
+        let reached = state.reached;
+        self.begin(state, sampling, draws)?;
+        if kept > 0 {
+            state.grow(kept, 0, |state| self.backend.recall(&mut state.sequence, kept))?;
+            state.reached = reached;
+        }
         Ok(())
     }
 
@@ -126,9 +153,23 @@ impl<B: DecodeBackend> State<B> {
         self.max_seq_len
     }
 
+    /// Whether the first `tokens` of the text are there to go on from. A layer with a window forgets tokens that are
+    /// far behind the latest one, even if the text is cut to them later.
+    pub fn keeps(&self, tokens: usize) -> bool {
+        let seen = |&(window, capacity): &(usize, usize)| {
+            (tokens + 1).saturating_sub(window) >= self.reached.saturating_sub(capacity)
+        };
+        tokens == 0 || self.whole && tokens <= self.len && self.rings.iter().all(seen)
+    }
+
     /// The most tokens that one pass takes.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
+    }
+
+    /// Whether a layer forgets what is far behind: then the text cannot be cut by more than a token once it is longer.
+    pub fn forgets(&self) -> bool {
+        !self.rings.is_empty()
     }
 
     /// Fails if `tokens` more cannot be read: nothing is ever written behind the end of the cache.
@@ -162,7 +203,71 @@ impl<B: DecodeBackend> State<B> {
         work(self)?;
         self.whole = true;
         self.len += read;
+        self.reached = self.reached.max(self.len);
         self.chosen += chosen;
         Ok(())
+    }
+}
+
+/// Window and room of the layers whose cache has no room for a text of `max_seq_len` tokens.
+fn rings(config: &ModelConfig, max_seq_len: usize) -> Vec<(usize, usize)> {
+    let attentions = config.layers.iter().map(|layer| layer.attention());
+    let of = |attention: &Attention| Some((attention.window?, cached_positions(attention, max_seq_len)));
+    let mut rings: Vec<_> = attentions.filter_map(of).filter(|&(_, capacity)| capacity < max_seq_len).collect();
+    rings.sort_unstable();
+    rings.dedup();
+    rings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::GemvBackend;
+    use crate::backend::cpu::Cpu;
+    use crate::format::Storage;
+    use crate::random::RandomWeights;
+
+    /// What [`State::keeps`] says of each cut of a text with a window is what its next logits say: those of the text
+    /// read from its beginning where it says yes, bit for bit, and others where it says no.
+    #[test]
+    fn a_cut_text_is_there_or_not() {
+        let config = ModelConfig::from_json(&serde_json::json!({
+            "model_type": "mistral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 32, "rms_norm_eps": 1e-5,
+            "sliding_window": 5, "max_position_embeddings": 64, "tie_word_embeddings": true,
+        }));
+        let weights = RandomWeights::new(config.unwrap(), Storage::ANYPREC, 3, 1).unwrap();
+        let text: Vec<u32> = (0..30).map(|i| i * 7 % 32).collect();
+        for passes in [1, 4] {
+            let cpu = Cpu::that_takes(passes, 0);
+            let model = Model::load(&cpu, &weights, |_| ()).unwrap();
+            let mut logits = cpu.vector(32).unwrap();
+            // Token by token: a row does not depend on the rows that it is read with.
+            let mut read = |state: &mut State<Cpu>, tokens: &[u32]| {
+                let each = |token: &u32| {
+                    model.logits(state, &[*token], false, &mut logits).unwrap();
+                    logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+                };
+                tokens.iter().map(each).last().unwrap()
+            };
+            let mut kept = 0;
+            for cut in 1..=text.len() {
+                let mut state = model.state(64).unwrap();
+                read(&mut state, &text);
+                let keeps = state.keeps(cut);
+                kept += usize::from(keeps);
+                let resumed = model.resume(&mut state, cut, &Sampling::GREEDY, &[]);
+                assert_eq!(resumed.is_ok(), keeps, "{cut}");
+                if !keeps {
+                    assert_eq!(state.len(), text.len(), "a refused cut changes nothing");
+                    cpu.recall(&mut state.sequence, cut).unwrap();
+                    state.len = cut;
+                }
+                let mut fresh = model.state(64).unwrap();
+                read(&mut fresh, &text[..cut]);
+                assert_eq!(read(&mut state, &[31]) == read(&mut fresh, &[31]), keeps, "cut to {cut}");
+            }
+            assert_eq!(kept, 2, "a window's cache has room for what the next token sees, and that is all but one");
+        }
     }
 }

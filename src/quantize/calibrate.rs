@@ -4,12 +4,12 @@ use std::borrow::Cow;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, ensure};
-use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::forward::{Inputs, KvCache, Layer, Ropes, forward};
 use crate::config::ModelConfig;
 use crate::format::{Dense, Floats};
+use crate::progress::Progress;
 
 /// Tokens that go through a layer at once: enough to keep the products busy.
 pub(super) const BATCH_TOKENS: usize = 2048;
@@ -64,7 +64,7 @@ impl Activations {
         ropes: &Ropes,
         collect: bool,
         stop: &AtomicBool,
-        progress: &ProgressBar,
+        progress: &dyn Progress,
     ) -> Result<Inputs> {
         let mut all = Inputs::default();
         if collect {

@@ -3,7 +3,6 @@
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
-use indicatif::ProgressBar;
 
 use super::calibrate::Activations;
 use super::forward::{Inputs, Layer, Ropes};
@@ -11,6 +10,7 @@ use super::storable::ensure_storable;
 use super::{Calibration, Norms, Options, Refine, mixed, polish, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
 use crate::fingerprint::Fingerprint;
+use crate::progress::Progress;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights};
 
@@ -32,7 +32,7 @@ pub(super) struct Job<'a> {
     pub(super) manifest: &'a Manifest,
     pub(super) writer: &'a CheckpointWriter,
     pub(super) stop: &'a AtomicBool,
-    pub(super) progress: &'a ProgressBar,
+    pub(super) progress: &'a dyn Progress,
 }
 
 /// A layer as it is stored: norms, and projections in the order of [`Projection::ALL`].
@@ -120,7 +120,7 @@ impl Job<'_> {
         self.progress.reset_eta();
         for index in first..config.layers.len() {
             let of_layer = || format!("layer {index}");
-            self.progress.set_message(format!("layer {} of {}", index + 1, config.layers.len()));
+            self.progress.set_message(&format!("layer {} of {}", index + 1, config.layers.len()));
             let layer = Layer::read(self.source, index).with_context(of_layer)?;
             let mut missing = widths(index, &layer)?;
             missing.retain(|&bits| !self.writer.has_layer(index, bits));

@@ -37,7 +37,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 
 use crate::checkpoint::{BitWidth, CheckpointWriter, FORMAT_VERSION, Manifest, Unquantized};
@@ -46,6 +45,7 @@ use crate::dec::CHUNK;
 use crate::format::lutgemm::ensure_group_size;
 use crate::format::{Dense, Floats, Format, Residual};
 use crate::interrupted::ensure_running;
+use crate::progress::Progress;
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
@@ -232,7 +232,7 @@ pub fn quantize(
     options: &Options,
     out: &Path,
     stop: &AtomicBool,
-    progress: &ProgressBar,
+    progress: &dyn Progress,
 ) -> Result<Report> {
     let start = Instant::now();
     let config = source.config();
@@ -243,7 +243,6 @@ pub fn quantize(
     progress.set_message("reading the model");
     let key = job::key(source, texts, &manifest, options, stop)?;
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
-    progress.set_style(style()?);
     let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };
     progress.set_length(job.work());
     let ids = job.calibration()?;
@@ -258,13 +257,7 @@ pub fn quantize(
     progress.set_message("writing");
     let rest = unquantized(source)?;
     writer.finish(config, &manifest, &bits, &rest, texts)?;
-    progress.finish_and_clear();
     Ok(Report { manifest, bits, divergences, tokens: ids.len(), elapsed: start.elapsed() })
-}
-
-/// How progress is shown: what is done now, and the time left.
-fn style() -> Result<ProgressStyle> {
-    ProgressStyle::with_template("{msg:<24} {bar:32} {percent:>3} %, {eta} left").context("progress bar")
 }
 
 /// Checks the options against the model and settles what they leave open.

@@ -13,7 +13,6 @@ use std::borrow::Cow;
 
 use anyhow::{Context, Result, bail};
 use half::f16;
-use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::backward::Compensated;
@@ -27,6 +26,7 @@ use super::refine::{Codebook, Grid};
 use crate::checkpoint::LayerFile;
 use crate::config::Projection;
 use crate::format::{AnyPrec, Storage, bytes};
+use crate::progress::Silent;
 use crate::sampling;
 use crate::weights::{Linear, Weight};
 
@@ -207,7 +207,7 @@ fn truth(job: &Job<'_>, ids: &[u32]) -> Result<Vec<f32>> {
     let (first, mut truth) = job.activations(ids)?;
     let ropes = Ropes::new(config, truth.tokens);
     for index in first..config.layers.len() {
-        truth.advance(config, &Layer::read(job.source, index)?, &ropes, false, job.stop, &ProgressBar::hidden())?;
+        truth.advance(config, &Layer::read(job.source, index)?, &ropes, false, job.stop, &Silent)?;
     }
     Ok(truth.h)
 }

@@ -17,15 +17,15 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::forward::{Affine, Inputs, Layer, Norms};
 use super::job::{self, Job, Made};
-use super::{Calibration, Options, Refine, Report, awq, ensure_running, estimate, finish, style};
+use super::{Calibration, Options, Refine, Report, awq, ensure_running, estimate, finish};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
 use crate::config::{Attention, ModelConfig, Projection};
 use crate::fingerprint::Fingerprint;
+use crate::progress::Progress;
 use crate::tensors::{norm_name, stored_modules};
 use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
@@ -72,7 +72,7 @@ pub fn residuals(
     options: &ResidualOptions,
     out: &Path,
     stop: &AtomicBool,
-    progress: &ProgressBar,
+    progress: &dyn Progress,
 ) -> Result<Report> {
     let start = Instant::now();
     ensure_pair(original, quantized)?;
@@ -101,7 +101,6 @@ pub fn residuals(
     let key = format!("residuals of {}\n{key}", fingerprint.digits());
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
     let job = Job { source: original, options: &job_options, manifest: &manifest, writer: &writer, stop, progress };
-    progress.set_style(style()?);
     progress.set_length(job.work_once());
     let ids = job.calibration()?;
     let bits: Vec<u32> = (0..config.layers.len()).filter_map(|layer| quantized.bits(layer)).collect();
@@ -110,7 +109,6 @@ pub fn residuals(
     // Embedding and head are the quantized model's own.
     let rest = Unquantized::of(quantized)?;
     writer.finish(config, &manifest, &bits, &rest, texts)?;
-    progress.finish_and_clear();
     Ok(Report { manifest, bits, divergences: Vec::new(), tokens: ids.len(), elapsed: start.elapsed() })
 }
 

@@ -4,7 +4,6 @@
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, ensure};
-use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::calibrate::Activations;
@@ -12,6 +11,7 @@ use super::exponential::{exp, largest};
 use super::forward::{KvCache, Layer, Ropes, forward};
 use super::head::LmHead;
 use crate::config::{ModelConfig, Projection};
+use crate::progress::Progress;
 use crate::sampling;
 use crate::weights::ModelWeights;
 
@@ -34,7 +34,7 @@ pub(crate) fn sample(
     tokens: usize,
     seed: u64,
     stop: &AtomicBool,
-    progress: &ProgressBar,
+    progress: &dyn Progress,
 ) -> Result<Vec<u32>> {
     let config = weights.config();
     let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);

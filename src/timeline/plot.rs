@@ -23,7 +23,7 @@ pub fn draw(timeline: &Timeline, title: &str, path: &Path) -> Result<()> {
 }
 
 fn bars(timeline: &Timeline, title: &str, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
-    crate::tune::use_bundled_font();
+    crate::fonts::use_bundled();
     let count = timeline.parts.len();
     let root = BitMapBackend::new(path, (1100, 90 + 44 * count as u32 + 60)).into_drawing_area();
     root.fill(&WHITE)?;

@@ -4,14 +4,13 @@
 //! - [`Table`]: medians of a profile's kernel times;
 //! - [`Outcome`]: its `Display` is the report, [`Outcome::write`] leaves CSV, plots and the tuned files;
 //! - [`verify`]: real tokens at the chosen values, and another search where they are too slow;
-//! - [`Tuned`]: the file that `generate --tuned` takes.
+//! - [`Tuned`]: the file that `generate --tuned` takes, and where it is read.
 
 pub mod search;
 
 mod plot;
 mod report;
 mod table;
-mod tuned;
 mod verify;
 
 use std::fs;
@@ -22,12 +21,11 @@ use anyhow::{Context, Result, ensure};
 use crate::config::Projection;
 use crate::files;
 use crate::nsys::{self, Capture, Identity};
+use crate::tuned::{self, Device, Tuned};
 
 use search::{Choice, Found, Timings};
 
-pub(crate) use plot::use_bundled_font;
 pub use table::{Sample, Table};
-pub use tuned::{Device, Tuned};
 pub use verify::{Verification, Verified, hold, verify};
 
 /// What to tune.

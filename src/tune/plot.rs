@@ -1,13 +1,12 @@
 //! Pictures: one per module with a panel for every `n_tb`, and one of all four modules.
 
 use std::path::Path;
-use std::sync::Once;
 
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
+use plotters::style::FontStyle;
 
 use super::report::per_cent;
 use super::search::{Chosen, Curve, Module};
@@ -50,7 +49,7 @@ fn picture(
     draw: impl FnOnce(&Area<'_>) -> Drawn,
 ) -> Result<()> {
     let all = || -> Drawn {
-        use_bundled_font();
+        crate::fonts::use_bundled();
         let root = BitMapBackend::new(path, size).into_drawing_area();
         root.fill(&WHITE)?;
         let body = titled(&root, outcome, title)?;
@@ -251,14 +250,4 @@ fn below(curve: &Curve, unit: f64, top: f64) -> Vec<(f64, f64)> {
 
 fn last_k(curve: &Curve) -> f64 {
     curve.last().map_or(1.0, |&(k, _)| k.max(1) as f64)
-}
-
-/// The font comes with the program: servers often have none.
-pub(crate) fn use_bundled_font() {
-    static REGISTER: Once = Once::new();
-    REGISTER.call_once(|| {
-        let regular = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
-        let bold = register_font("sans-serif", FontStyle::Bold, dejavu::sans::bold());
-        assert!(regular.is_ok() && bold.is_ok(), "the bundled font is sound");
-    });
 }

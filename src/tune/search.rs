@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::backend::record::median;
 use crate::config::Projection;
 
 /// The times of one module at one `n_tb`: `(k_chunk, µs)`, both ascending, starting with the base at 0.
@@ -92,13 +93,6 @@ fn isotonic(values: impl Iterator<Item = f64>) -> Vec<f64> {
         pools.push(pool);
     }
     pools.iter().flat_map(|(median, values)| std::iter::repeat_n(*median, values.len())).collect()
-}
-
-/// The middle value, or the mean of the two middle ones; 0 of none. Sorts `values`.
-pub(crate) fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    if n == 0 { 0.0 } else { (values[(n - 1) / 2] + values[n / 2]) / 2.0 }
 }
 
 impl Choice {

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
 
-use super::search::{Module, Timings, median};
+use super::search::{Module, Timings};
+use crate::backend::record::median;
 use crate::config::Projection;
 use crate::nsys::trace::{Kernel, Role};
 use crate::nsys::{KernelRecord, Profile};

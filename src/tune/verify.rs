@@ -4,19 +4,17 @@
 //! compensation does not slow down, and sums that a compensated layer passes on, which it does. Only whole tokens
 //! say what comes of it.
 
-use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
 use super::report::per_cent;
-use super::search::{Choice, Timings, median};
+use super::search::{Choice, Timings};
 use super::{Outcome, Tuning};
-use crate::backend::DecodeBackend;
+use crate::backend::record::median;
 use crate::dec::Selection;
-use crate::generate::{Request, generate};
-use crate::model::{Compensation, LayerCompensation, Model, State};
-use crate::sampling::Sampling;
+use crate::engine::{Engine, Session, Settings};
+use crate::model::{Compensation, LayerCompensation};
 
 /// Tokens that are not counted: the first ones compile, allocate and record.
 const WARM: usize = 12;
@@ -58,7 +56,7 @@ impl Verification {
     }
 }
 
-/// Measures whole tokens of `model` at every target's values; where they are slower than the target, searches
+/// Measures whole tokens of `engine` at every target's values; where they are slower than the target, searches
 /// again with a target that is lower by as much, until one holds.
 ///
 /// Of a model with two bit widths, the layers of the profile's width are compensated and the others not. What that adds
@@ -67,20 +65,27 @@ impl Verification {
 ///
 /// # Errors
 /// No tokens or rounds, another device or model than the one profiled, what the device says.
-pub fn verify<B: DecodeBackend>(outcome: &mut Outcome, model: &mut Model<'_, B>, how: &Verification) -> Result<()> {
+pub fn verify(outcome: &mut Outcome, engine: &Engine<'_>, how: &Verification) -> Result<()> {
     ensure!(how.tokens > 0 && how.rounds > 0, "0 tokens or rounds were to be measured, at least 1 is needed");
-    let (widths, bits) = (model.bit_widths(), outcome.identity.bits);
+    let (widths, bits) = (engine.bit_widths(), outcome.identity.bits);
     ensure!(!widths.is_empty(), "a full-precision model has nothing to compensate");
     ensure!(
         widths.contains(&bits),
         "the profile is of {bits}-bit layers, the model has {}-bit ones: give the --bitwidth of one of these",
         widths.iter().map(u32::to_string).collect::<Vec<_>>().join("- and ")
     );
-    let share = share(model.layer_bits(), bits);
+    let share = share(engine.layer_bits().into_iter(), bits);
     for tuning in &outcome.tunings {
-        outcome.tuned(tuning).check(model.backend().device(), outcome.shapes, bits)?;
+        outcome.tuned(tuning).check(engine.device(), outcome.shapes, bits)?;
     }
-    let mut state = model.state(how.max_seq_len())?;
+    ensure!(
+        how.max_seq_len() <= engine.max_seq_len(),
+        "{} tokens are to be made, a session's context is {}",
+        how.max_seq_len(),
+        engine.max_seq_len()
+    );
+    let (max_new_tokens, ignore_eos) = (WARM + how.tokens, true);
+    let mut session = engine.session(Settings { max_new_tokens, ignore_eos, ..Settings::default() })?;
     let timings = &outcome.timings;
     // Targets near each other arrive at the same values.
     let mut measured: Vec<(Choice, (f64, f64))> = Vec::new();
@@ -92,7 +97,7 @@ pub fn verify<B: DecodeBackend>(outcome: &mut Outcome, model: &mut Model<'_, B>,
         let none = LayerCompensation { k_chunks: [0; 4], ..own };
         let by_bits = widths.iter().map(|&width| if width == bits { own } else { none }).collect();
         let compensation = (choice.sum_k() > 0).then_some(Compensation { by_bits, selection: how.selection });
-        let (base, tuned) = measure(model, &mut state, how, compensation.as_ref())?;
+        let (base, tuned) = measure(engine, &mut session, how, compensation.as_ref())?;
         let times = (base, base + (tuned - base) / share);
         measured.push((choice.clone(), times));
         Ok(times)
@@ -147,9 +152,9 @@ pub fn hold(
 }
 
 /// Milliseconds of a token without and with compensation, if there is one: medians over the rounds.
-fn measure<B: DecodeBackend>(
-    model: &mut Model<'_, B>,
-    state: &mut State<B>,
+fn measure(
+    engine: &Engine<'_>,
+    session: &mut Session<'_, '_>,
     how: &Verification,
     compensation: Option<&Compensation>,
 ) -> Result<(f64, f64)> {
@@ -157,8 +162,8 @@ fn measure<B: DecodeBackend>(
     for _ in 0..how.rounds {
         for (times, own) in times.iter_mut().zip([Some(None), compensation.map(Some)]) {
             if let Some(own) = own {
-                model.compensate(own)?;
-                times.push(token_ms(model, state, how.tokens)?);
+                engine.compensate(own)?;
+                times.push(token_ms(engine, session, how.tokens)?);
             }
         }
     }
@@ -170,21 +175,13 @@ fn measure<B: DecodeBackend>(
 }
 
 /// The mean time of `tokens` tokens of a text, after it has got under way.
-fn token_ms<B: DecodeBackend>(model: &Model<'_, B>, state: &mut State<B>, tokens: usize) -> Result<f64> {
-    let prompt = [model.config().bos_token_id.unwrap_or(0)];
-    let request = Request {
-        prompt: &prompt,
-        max_new_tokens: WARM + tokens,
-        sampling: Sampling::GREEDY,
-        seed: 0,
-        stop_ids: &[],
-        compensate_prompt: false,
-    };
-    let mut arrived = Vec::with_capacity(request.max_new_tokens);
-    generate(model, state, &request, |_| {
+fn token_ms(engine: &Engine<'_>, session: &mut Session<'_, '_>, tokens: usize) -> Result<f64> {
+    session.clear();
+    session.prompt(&[engine.config().bos_token_id.unwrap_or(0)])?;
+    let mut arrived = Vec::with_capacity(WARM + tokens);
+    while session.next()?.is_some() {
         arrived.push(Instant::now());
-        Ok(ControlFlow::Continue(()))
-    })?;
+    }
     ensure!(arrived.len() == WARM + tokens, "the text ended after {} of {} tokens", arrived.len(), WARM + tokens);
     Ok((arrived[WARM + tokens - 1] - arrived[WARM - 1]).as_secs_f64() * 1e3 / tokens as f64)
 }

@@ -9,6 +9,8 @@ mod common;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../reference_read/decoder.rs"]
 mod decoder;
+#[path = "../made/mod.rs"]
+mod made;
 #[path = "../noise/mod.rs"]
 mod noise;
 #[allow(dead_code, reason = "other tests use the rest")]

@@ -1,13 +1,11 @@
 //! Calls in any order and with anything: an error that says what is wrong, and texts go on as if nothing had happened.
 
-use std::ops::ControlFlow;
-
 use anyhow::Result;
 use decdec::backend::cpu::Cpu;
 use decdec::config::Op;
 use decdec::dec::Selection;
+use decdec::engine::{Engine, ErrorKind, Settings};
 use decdec::eval;
-use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model, Operation, State};
 use decdec::sampling::Sampling;
 use decdec::weights::ModelWeights;
@@ -162,7 +160,8 @@ pub(crate) fn arguments<B: UnderTest>(backend: &B) {
     assert_eq!(chosen, 40);
 
     let window = |tokens: &'static [u32]| tokens;
-    let evaluated = |windows: &[&[u32]]| eval::perplexity(&model, None, windows, |_| Ok(()));
+    let engine = Engine::of(model, 40);
+    let evaluated = |windows: &[&[u32]]| eval::perplexity(&engine, None, windows, |_| Ok(()));
     refused(evaluated(&[]), &["at least 2"]);
     refused(evaluated(&[window(&[1])]), &["windows of 1 tokens", "at least 2"]);
     refused(evaluated(&[window(&[1, 2, 3]), window(&[1, 2])]), &["window 1 has 2 tokens", "3"]);
@@ -170,8 +169,8 @@ pub(crate) fn arguments<B: UnderTest>(backend: &B) {
     let mut other = SmallModel::new(5, 1, false);
     other.config.vocab_size = 32;
     other.embedding.truncate(32 * 64);
-    let other = Model::load(backend, &other, |_| ()).unwrap();
-    refused(eval::perplexity(&model, Some(&other), &[&[1, 2]], |_| Ok(())), &["32 tokens", "96"]);
+    let other = Engine::of(Model::load(backend, &other, |_| ()).unwrap(), 40);
+    refused(eval::perplexity(&engine, Some(&other), &[&[1, 2]], |_| Ok(())), &["32 tokens", "96"]);
 }
 
 /// A model whose last norm has `gamma` everywhere.
@@ -190,26 +189,23 @@ impl Change for Damaged {
 /// Numbers that overflow, or were none to begin with, end a text and an evaluation.
 pub(crate) fn logits_that_are_no_numbers<B: UnderTest>(backend: &B) {
     for gamma in [f32::NAN, f32::INFINITY, f32::MAX] {
-        let model = model(backend, &Changed(Damaged(weights(), gamma)));
-        let mut state = model.state(40).unwrap();
+        let engine = Engine::of(model(backend, &Changed(Damaged(weights(), gamma))), 40);
         for temperature in [0.0, 0.8] {
-            let request = Request {
-                prompt: &[5, 42, 79],
-                max_new_tokens: 20,
-                sampling: Sampling { temperature, ..Sampling::GREEDY },
-                seed: 3,
-                stop_ids: &[],
-                compensate_prompt: false,
-            };
-            let mut heard = 0;
-            let made = generate(&model, &mut state, &request, |_| {
-                heard += 1;
-                Ok(ControlFlow::Continue(()))
-            });
-            refused(made.map(|_| ()), &["token 0", "not a finite number", "--dtype bfloat16", "decdec eval"]);
-            assert_eq!(heard, 0, "a token that nobody chose");
+            let sampling = Sampling { temperature, ..Sampling::GREEDY };
+            let mut session = engine.session(Settings { sampling, seed: 3, ..Settings::default() }).unwrap();
+            // Again and again, and never a token that nobody chose.
+            for _ in 0..2 {
+                session.prompt(&[5, 42, 79]).unwrap();
+                let error = session.next().unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Other);
+                refused(
+                    Err::<(), _>(error.into()),
+                    &["token 0", "not a finite number", "--dtype bfloat16", "decdec eval"],
+                );
+                assert_eq!(session.next().unwrap(), None);
+            }
         }
-        refused(eval::perplexity(&model, None, &[&[1, 2, 3]], |_| Ok(())), &["window 0", "not finite", "--dtype"]);
+        refused(eval::perplexity(&engine, None, &[&[1, 2, 3]], |_| Ok(())), &["window 0", "not finite", "--dtype"]);
     }
 }
 

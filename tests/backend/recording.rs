@@ -127,6 +127,10 @@ impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
         self.inner.begin(sequence, sampling, draws)
     }
 
+    fn recall(&self, sequence: &mut B::Sequence, tokens: usize) -> Result<()> {
+        self.inner.recall(sequence, tokens)
+    }
+
     fn embed(
         &self,
         sequence: &B::Sequence,

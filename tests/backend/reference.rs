@@ -1,11 +1,9 @@
 //! The reference's own directories, `tiny-*` of the known answers, through the whole program.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use decdec::checkpoint::BitWidth;
 use decdec::dec::Selection;
-use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::open::Opened;
 use decdec::sampling::Sampling;
@@ -15,6 +13,7 @@ use safetensors::SafeTensors;
 use crate::UnderTest;
 use crate::answers::tiny_directories;
 use crate::decoder::{Model as Oracle, Rounded};
+use crate::made::made;
 
 /// What the oracle says of a directory.
 struct Expected {
@@ -169,23 +168,14 @@ pub(crate) fn reference_directories<B: UnderTest>(backend: &B) {
 
 /// The text that the model makes is the oracle's, up to a choice between two tokens that roundings decide.
 fn greedy<B: UnderTest>(model: &Model<'_, B>, want: &Expected, exact: &Exact, name: &str) {
-    let request = Request {
-        prompt: &want.input,
-        max_new_tokens: want.greedy.len(),
-        sampling: Sampling::GREEDY,
-        seed: 0,
-        stop_ids: &[],
-        compensate_prompt: false,
-    };
     let mut state = model.state(want.input.len() + want.greedy.len()).expect("room");
-    let made = generate(model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).expect("runs");
-    assert_eq!(made.tokens.len(), want.greedy.len(), "{name}");
-    if let Some(i) = made.tokens.iter().zip(&want.greedy).position(|(made, want)| made != want) {
+    let made = made(model, &mut state, &want.input, want.greedy.len(), false);
+    if let Some(i) = made.iter().zip(&want.greedy).position(|(made, want)| made != want) {
         let text = [&want.input[..], &want.greedy[..i]].concat();
         let logits = exact.base.logits(&ids(&text));
         let last = &logits[logits.len() - model.config().vocab_size..];
-        let gap = (last[made.tokens[i] as usize] - last[want.greedy[i] as usize]).abs();
-        let (made, want) = (made.tokens[i], want.greedy[i]);
+        let gap = (last[made[i] as usize] - last[want.greedy[i] as usize]).abs();
+        let (made, want) = (made[i], want.greedy[i]);
         assert!(gap <= 2.0 * exact.tolerance, "{name}: token {i} is {made}, {want} is expected, {gap} apart");
         eprintln!("{name}: token {i} is {made}, not {want}: {gap} apart, which roundings decide");
     }

@@ -1,7 +1,7 @@
 //! What a product is to be, in f64, how far off it may be, and matrices of every kind to try it on.
 
-use decdec::backend::cuda::{Cuda, Dtype};
 use decdec::backend::GemvBackend;
+use decdec::backend::cuda::{Cuda, Dtype};
 use decdec::format::{AnyPrec, Dense, Storage, bytes};
 use decdec::random::RandomWeights;
 use decdec::weights::{Linear, Weight};

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -13,19 +12,20 @@ use decdec::backend::cpu::Cpu;
 use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{LayerNorm, Mixer, ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::engine::Engine;
 use decdec::eval;
 use decdec::format::{Dense, Format};
-use decdec::generate::{Request, generate};
 use decdec::model::{Compensation, Model};
 use decdec::nsys::{Identity, Precision, trace};
 use decdec::profile::{self, ByClock};
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, Options, Refine, ResidualOptions, quantize, residuals};
 use decdec::sampling::{Sampling, argmax, draws};
 use decdec::source::Source;
 use decdec::weights::{Linear, ModelWeights, Weight};
-use indicatif::ProgressBar;
 use serde_json::json;
 
+use crate::made::made;
 use crate::models::{self, config, open};
 
 /// Tokens of a window: more than windows of attention hold, and than YaRN's and longrope's first training had.
@@ -136,14 +136,14 @@ impl Tiny<'_> {
             source: "tiny".into(),
             overwrite: false,
         };
-        let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+        let (stop, bar) = (AtomicBool::new(false), Silent);
         quantize(self, self.source.texts(), &options, out, &stop, &bar).unwrap();
         Checkpoint::open(out).unwrap()
     }
 
     fn residuals(&self, quantized: &Checkpoint, out: &Path) -> Result<()> {
         let options = ResidualOptions { calibration: self.calibration(), source: "tiny".into(), overwrite: false };
-        let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+        let (stop, bar) = (AtomicBool::new(false), Silent);
         residuals(self, quantized, self.source.texts(), &options, out, &stop, &bar).map(drop)
     }
 
@@ -151,11 +151,12 @@ impl Tiny<'_> {
     /// of 1024 compensated.
     fn divergence(&self, checkpoint: &Checkpoint, k_chunk: usize) -> f64 {
         let cpu = Cpu::new();
-        let source = Model::load(&cpu, self, |_| ()).unwrap();
+        let source = Engine::of(Model::load(&cpu, self, |_| ()).unwrap(), SEQ_LEN);
         let mut quantized = Model::load(&cpu, checkpoint, |_| ()).unwrap();
         quantized.compensate(Some(&Compensation::uniform(1, k_chunk, Selection::Exact))).unwrap();
         let tokens = tokens(&self.config, 2, 8);
         let windows = eval::windows(&tokens, SEQ_LEN, 0..8).unwrap();
+        let quantized = Engine::of(quantized, SEQ_LEN);
         eval::perplexity(&quantized, Some(&source), &windows, |_| Ok(())).unwrap().kl_divergence.unwrap()
     }
 
@@ -250,16 +251,7 @@ fn speaks(checkpoint: &Checkpoint) {
     model.compensate(Some(&Compensation::uniform(1, 64, Selection::Exact))).unwrap();
     let (prompt, vocab) = (tokens(model.config(), 3, 1)[..9].to_vec(), model.config().vocab_size);
     let mut state = model.state(SEQ_LEN).unwrap();
-    let request = Request {
-        prompt: &prompt,
-        max_new_tokens: SEQ_LEN - prompt.len(),
-        sampling: Sampling::GREEDY,
-        seed: 0,
-        stop_ids: &[],
-        compensate_prompt: true,
-    };
-    let made = generate(&model, &mut state, &request, |_| Ok(ControlFlow::Continue(()))).unwrap().tokens;
-    assert_eq!(made.len(), SEQ_LEN - prompt.len());
+    let made = made(&model, &mut state, &prompt, SEQ_LEN - prompt.len(), true);
     let text = [&prompt[..], &made].concat();
     model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
     let mut read = Vec::new();

@@ -4,6 +4,8 @@
 
 #[path = "../devices/mod.rs"]
 mod devices;
+#[path = "../made/mod.rs"]
+mod made;
 
 mod asks;
 mod chat;

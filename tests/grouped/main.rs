@@ -9,12 +9,12 @@ use decdec::checkpoint::Checkpoint;
 use decdec::config::{LayerNorm, Projection};
 use decdec::convert::convert;
 use decdec::open::Opened;
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, ResidualOptions, residuals};
 use decdec::source::Source;
 use decdec::source::grouped::Grouped;
 use decdec::weights::ModelWeights;
 use half::f16;
-use indicatif::ProgressBar;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::Dtype;
@@ -39,7 +39,7 @@ fn awq_weights_are_exact() {
     for name in ["once", "twice"] {
         let out = dir.path().join(name);
         let opened = Opened::open(&from, None, false).unwrap();
-        convert(&opened, &out, false, &AtomicBool::new(false), &ProgressBar::hidden()).unwrap();
+        convert(&opened, &out, false, &AtomicBool::new(false), &Silent).unwrap();
         let checkpoint = Checkpoint::open(&out).unwrap();
         assert_exact(&checkpoint, &modules);
         assert!(
@@ -433,7 +433,7 @@ fn awq_residuals_are_against_the_scaled_original() {
     let tokens = (0..96).map(|i| i * 5 % 8).collect();
     let calibration = Calibration::Text { tokens, seq_len: 24, samples: 4, name: "nonsense".into() };
     let options = ResidualOptions { calibration, source: "awq".into(), overwrite: false };
-    let (stop, bar) = (AtomicBool::new(false), ProgressBar::hidden());
+    let (stop, bar) = (AtomicBool::new(false), Silent);
     residuals(&source, &awq, awq.texts(), &options, &out, &stop, &bar).unwrap();
     let checkpoint = Checkpoint::open(&out).unwrap();
     assert_exact(&checkpoint, &modules);

@@ -9,14 +9,14 @@ use decdec::convert::convert;
 use decdec::format::Floats;
 use decdec::model::Model;
 use decdec::open::Opened;
+use decdec::progress::Silent;
 use decdec::sampling::Sampling;
 use decdec::weights::Linear;
-use indicatif::ProgressBar;
 
 use super::*;
 
 fn to(opened: &Opened, out: &Path) -> anyhow::Result<()> {
-    convert(opened, out, false, &AtomicBool::new(false), &ProgressBar::hidden()).map(drop)
+    convert(opened, out, false, &AtomicBool::new(false), &Silent).map(drop)
 }
 
 /// What all files of a directory hold.

@@ -10,14 +10,15 @@ use anyhow::Result;
 use decdec::backend::cpu::Cpu;
 use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::{LayerNorm, Projection};
+use decdec::engine::Engine;
 use decdec::eval;
 use decdec::format::Format;
 use decdec::model::Model;
+use decdec::progress::Silent;
 use decdec::quantize::{Calibration, Options, Refine, quantize};
 use decdec::tokenizer::TextFiles;
 use decdec::weights::ModelWeights;
 use half::{bf16, f16};
-use indicatif::ProgressBar;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::SafeTensors;
@@ -185,7 +186,7 @@ fn options(backend: Format, refine: Refine) -> Options {
 }
 
 fn quantized(source: &dyn ModelWeights, texts: &TextFiles, options: &Options, out: &Path) -> Result<()> {
-    quantize(source, texts, options, out, &AtomicBool::new(false), &ProgressBar::hidden()).map(drop)
+    quantize(source, texts, options, out, &AtomicBool::new(false), &Silent).map(drop)
 }
 
 /// Every tensor of our own checkpoint but codes, which cannot be broken in this way.
@@ -311,7 +312,7 @@ fn overflow_on_the_way() {
         let source = model.open().expect("it opens");
         let backend = Cpu::new();
         let model = Model::load(&backend, &source, |_| ()).expect("loaded");
-        eval::perplexity(&model, None, &windows, |_| Ok(()))
+        eval::perplexity(&Engine::of(model, tokens.len()), None, &windows, |_| Ok(()))
     };
     assert!(evaluate(&model).expect("finite").perplexity.is_finite());
     // Norms of 1e20 in front of weights of up to 16, three times over: beyond 1e38.

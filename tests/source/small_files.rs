@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use decdec::open::Opened;
-use decdec::tune::Tuned;
+use decdec::tuned::Tuned;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 

@@ -3,7 +3,8 @@
 use std::fs;
 
 use decdec::backend::DeviceInfo;
-use decdec::tune::{self, Directories, Options, Tuned};
+use decdec::tune::{self, Directories, Options};
+use decdec::tuned::Tuned;
 
 use crate::{LLAMA, Synthetic, options, tuned, write};
 

@@ -116,7 +116,8 @@ impl Change for Mixed {
 fn each_width_of_a_mixed_model_is_verified() {
     let dir = tempfile::tempdir().unwrap();
     let (weights, cpu) = (Changed(Mixed::new()), Cpu::new());
-    let mut model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
+    let model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
+    let engine = decdec::engine::Engine::of(model, 64);
     let how = tune::Verification { tokens: 20, rounds: 1, selection: Selection::Bucket };
     for bits in [3, 4] {
         let identity = Identity { bits, ..crate::identity() };
@@ -137,11 +138,11 @@ fn each_width_of_a_mixed_model_is_verified() {
         let (dir, targets) = (options.dir, vec![1e6]);
         let tuning = tune::Options { identity, dir, shapes: [None; 4], targets, exhaustive: false };
         let mut outcome = tune::run(&tuning).unwrap();
-        tune::verify(&mut outcome, &mut model, &how).unwrap();
+        tune::verify(&mut outcome, &engine, &how).unwrap();
         assert_eq!(outcome.tunings[0].found.fine.k_chunks(), [1024; 4]);
         assert!(outcome.tunings[0].verified.is_some());
         outcome.identity.bits = 5;
-        let error = tune::verify(&mut outcome, &mut model, &how).unwrap_err().to_string();
+        let error = tune::verify(&mut outcome, &engine, &how).unwrap_err().to_string();
         assert!(error.contains("of 5-bit layers, the model has 3- and 4-bit ones"), "{error}");
     }
 }

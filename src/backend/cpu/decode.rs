@@ -62,6 +62,11 @@ impl DecodeBackend for Cpu {
         Ok(())
     }
 
+    fn recall(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        sequence.len = tokens;
+        Ok(())
+    }
+
     fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vec<f32>) -> Result<()> {
         let tokens = match input {
             Input::Prompt(tokens) => tokens,

@@ -79,6 +79,14 @@ impl Cpu {
         Self { info, path, team }
     }
 
+    /// The processor as a device that takes `max_tokens` in one operation and gets `lookahead` tokens ahead: for tests of
+    /// what is above it.
+    #[doc(hidden)]
+    pub fn that_takes(max_tokens: usize, lookahead: usize) -> Self {
+        let Self { info, path, team } = Self::new();
+        Self { info: DeviceInfo { max_tokens, lookahead, ..info }, path, team }
+    }
+
     /// `y[tokens, out] = x[tokens, in] · Wᵀ + bias`, compensated if there is a plan; added to `y` if `add`.
     fn product(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], tokens: usize, add: bool) {
         let (x, y) = (&x[..tokens * matrix.in_features], &mut y[..tokens * matrix.out_features]);

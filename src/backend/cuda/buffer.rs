@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow};
 use cudarc::driver::{result, sys};
 
 use super::driver::{Driver, failed};
-use super::failure::DeviceLost;
+use crate::backend::DeviceLost;
 
 /// Device memory.
 pub(super) struct Buffer {

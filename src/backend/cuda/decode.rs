@@ -37,6 +37,10 @@ impl DecodeBackend for Cuda {
         sequence.begin(self, sampling, draws)
     }
 
+    fn recall(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        sequence.recall(tokens)
+    }
+
     fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
         let (at, kind) = match &table.body {
             Body::Packed { format: Format::Dense, codes, .. } => (codes.pointer(), 0i32),

@@ -10,20 +10,7 @@ use anyhow::{Result, anyhow};
 use cudarc::driver::result::DriverError;
 use cudarc::driver::sys::{self, CUresult as Code};
 
-use crate::backend::Interrupted;
-
-/// The device answers this process nothing any more: a kernel failed or does not end. Whatever is tried with any
-/// [`Cuda`](super::Cuda) on it from now on fails as well; another process may have better luck.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceLost(String);
-
-impl fmt::Display for DeviceLost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; the device is lost to this process, start it again", self.0)
-    }
-}
-
-impl std::error::Error for DeviceLost {}
+use crate::backend::{DeviceLost, Interrupted};
 
 /// A launch whose blocks the device will not hold at once.
 #[derive(Debug)]

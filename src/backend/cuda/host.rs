@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::driver::{Context, Driver, failed};
-use super::failure::DeviceLost;
+use crate::backend::DeviceLost;
 
 /// Bytes of one of the two buffers that copies to the device start from.
 const STAGE: usize = 32 << 20;

@@ -46,7 +46,6 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 pub use decode::Graph;
-pub use failure::DeviceLost;
 pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
 pub use memory::MemoryTable;

@@ -90,6 +90,11 @@ impl Sequence {
         Ok(())
     }
 
+    /// Nothing is queued for a text that has just begun: its length can be written.
+    pub(super) fn recall(&self, tokens: usize) -> Result<()> {
+        self.state.write(0, &[tokens as u32])
+    }
+
     pub(super) fn advance(&self, cuda: &Cuda, tokens: usize) -> Result<()> {
         self.longest_pass.set(self.longest_pass.get().max(tokens));
         // A single token is progress itself.

@@ -83,6 +83,11 @@ impl DecodeBackend for Wgpu {
         Ok(())
     }
 
+    fn recall(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        sequence.len = tokens;
+        Ok(())
+    }
+
     fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
         match input {
             Input::Prompt(tokens) => {

@@ -41,6 +41,7 @@ pub enum Floats<'a> {
     F32(Cow<'a, [f32]>),
 }
 
+#[allow(clippy::useless_conversion, reason = "one text for three types")]
 impl<'a> Floats<'a> {
     /// How many numbers there are.
     pub fn len(&self) -> usize {
@@ -54,7 +55,7 @@ impl<'a> Floats<'a> {
 
     /// Number `i` as f32; panics when out of range, as a slice does.
     pub fn get(&self, i: usize) -> f32 {
-        whichever!(self, v => v[i].into())
+        whichever!(self, v => f32::from(v[i]))
     }
 
     /// Checks that every number is finite: one NaN in a scale spoils every token.
@@ -95,7 +96,7 @@ impl<'a> Floats<'a> {
     pub fn to_f32(&self) -> Cow<'_, [f32]> {
         match self {
             Self::F32(v) => Cow::Borrowed(v),
-            other => whichever!(other, v => v.iter().map(|&x| x.into()).collect()),
+            other => whichever!(other, v => v.iter().copied().map(f32::from).collect()),
         }
     }
 
@@ -103,14 +104,14 @@ impl<'a> Floats<'a> {
     pub fn to_f16(&self) -> Cow<'_, [f16]> {
         match self {
             Self::F16(v) => Cow::Borrowed(v),
-            other => whichever!(other, v => v.iter().map(|&x| f16::from_f32(x.into())).collect()),
+            other => whichever!(other, v => v.iter().copied().map(f32::from).map(f16::from_f32).collect()),
         }
     }
 
     /// The numbers `range`, as f32, written over `out` (same length).
     pub fn read_f32(&self, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
-        whichever!(self, v => out.iter_mut().zip(&v[range]).for_each(|(o, &x)| *o = x.into()));
+        whichever!(self, v => out.iter_mut().zip(&v[range]).for_each(|(o, &x)| *o = f32::from(x)));
     }
 
     /// The same numbers, owned.

@@ -129,7 +129,7 @@ impl Tokenizer {
     ///
     /// Tokens depend on what is near only. So tokens around the cut are compared with those of its two sides.
     fn cut(&self, text: &str, length: usize) -> Result<Option<(usize, usize)>> {
-        let near = |at: usize| text.floor_char_boundary(at);
+        let near = |at: usize| (0..=at.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
         let (low, high) = (near(length / 2), near(length));
         let is_place = |&(at, c): &(usize, char)| {
             let (mut before, mut after) = (text[..at].chars(), text[at + c.len_utf8()..].chars());

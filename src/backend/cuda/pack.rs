@@ -115,12 +115,11 @@ impl Book {
             }
             Planes::Two => {
                 let plane = TwoPlanes::new(&book[..size])?;
-                for i in 0..size {
-                    let q = plane.q(i);
-                    let high = (q + 128).div_euclid(radix(w.bits()));
-                    bytes[0][i] = high as i8;
-                    bytes[1][i] = (q - radix(w.bits()) * high) as i8;
-                }
+                let digits = |i: usize| {
+                    let high = (plane.q(i) + 128).div_euclid(radix(w.bits()));
+                    [high, plane.q(i) - radix(w.bits()) * high].map(|digit| digit as i8)
+                };
+                (0..size).for_each(|i| [bytes[0][i], bytes[1][i]] = digits(i));
                 (plane.scale, plane.offset)
             }
         };
@@ -262,7 +261,7 @@ impl<'a> Packing<'a> {
 
 /// Bytes of a tile's codebooks, scales and offsets.
 pub(super) fn book_bytes(bits: usize, planes: usize) -> usize {
-    (planes * TILE << bits) + TILE * 8
+    ((planes * TILE) << bits) + TILE * 8
 }
 
 /// The words that `weight` is sent to the device as, tile by tile; for measuring how long packing takes, without a device.

@@ -63,7 +63,7 @@ fn groups(outlier: std::ops::Range<f32>) -> impl Strategy<Value = (Vec<f32>, Vec
 
 fn root_mean_square(errors: impl Iterator<Item = f64>) -> f64 {
     let (sum, count) = errors.fold((0.0, 0.0), |(sum, count), e| (sum + e * e, count + 1.0));
-    (sum / count as f64).sqrt()
+    (sum / count).sqrt()
 }
 
 /// What half precision and fixed point of two and of three digits are off, the root mean square over rows.

@@ -215,7 +215,6 @@ fn bytes_lose_little_beside_quantization() {
             moved += power(&rounded(&row));
             in_half += power(&row.iter().map(|&c| f16::from_f32(c).to_f32()).collect::<Vec<_>>());
         }
-        println!("{bits} bits: power {:.6} of quantization, rms {:.4}", moved / lost, (moved / lost).sqrt());
         assert!(moved < most * lost, "{bits} bits: {} of what quantization loses", moved / lost);
         // What the measure says of half precision alone, and of a quarter of the steps.
         assert!(

@@ -17,6 +17,9 @@ use crate::source::torch::{DType, Id, Tensor, TorchFile, Value};
 use crate::tensors::{Expected, HEAD, Module, TensorSet};
 use crate::weights::tensors_of;
 
+/// Parts of a module, by name.
+type Named<'a> = Vec<(&'a str, Value<'a>)>;
+
 /// Names in a message about keys; the rest are counted.
 const NAMED: usize = 6;
 
@@ -62,7 +65,7 @@ impl Tensors {
     }
 
     /// Adds a list of layers, each with the tensors that `parts` finds at a module.
-    fn add_layers(&mut self, path: &Path, parts: fn(Value<'_>) -> Result<Vec<(&str, Value<'_>)>>) -> Result<()> {
+    fn add_layers(&mut self, path: &Path, parts: fn(Value<'_>) -> Result<Named<'_>>) -> Result<()> {
         self.add(path, |root| {
             let mut tensors = Vec::new();
             for (layer, modules) in root.items()?.enumerate() {

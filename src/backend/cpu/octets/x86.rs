@@ -50,8 +50,8 @@ pub(super) mod wide {
             let bytes = [bytes(0), bytes(1)];
             for (d, x) in x.iter().enumerate().take(digits(KIND)) {
                 let x = four(x);
-                for q in 0..2 {
-                    self.0[q][d] = _mm512_dpbusd_epi32(self.0[q][d], bytes[q], x);
+                for (sums, bytes) in self.0.iter_mut().zip(bytes) {
+                    sums[d] = _mm512_dpbusd_epi32(sums[d], bytes, x);
                 }
             }
         }

@@ -63,7 +63,7 @@ pub struct Tuned {
 }
 
 impl Tuned {
-    /// Reads a file of one result, as [`super::Outcome::write`] wrote it, or of several, as [`Tuned::save`] did.
+    /// Reads a file of one result, as the tuner wrote it, or of several, as [`Tuned::save`] did.
     ///
     /// # Errors
     /// A file that is missing, empty, of another version, or whose values are out of range.

@@ -1,6 +1,6 @@
 //! The CPU backend: all cores, the default where there is no GPU.
 //!
-//! Quantized weights and activations are multiplied as whole numbers, exactly ([`octets`]); full precision, and prompts,
+//! Quantized weights and activations are multiplied as whole numbers, exactly (`octets`); full precision, and prompts,
 //! in f32. Operations run when they are called, so "queued" and "done" are the same here.
 
 mod attention;

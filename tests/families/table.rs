@@ -86,8 +86,8 @@ const NOTES: &str = "\
 ## Good to know
 
 - **Windows.** A layer whose attention sees only the last N tokens keeps those alone in its cache, however long the \
-text is and however many of its tokens are read at once (on CUDA in sixteens). Gemma, OLMo 3, Mistral 7B v0.1 and Phi-3-mini-4k and medium-4k have \
-such layers.
+text is and however many of its tokens are read at once (on CUDA in sixteens). Gemma, OLMo 3, Mistral 7B v0.1 and \
+Phi-3-mini-4k and medium-4k have such layers.
 - **LongRoPE** (Phi-3 128k, Phi-4-mini) has two lists of frequencies. Which one counts is decided once, when a text \
 begins: the long list if the session's context (`--max-seq-len`, the model's own where it is left out) is longer than \
 the model's original one, the short list otherwise. The same short text has other logits under another `--max-seq-len`.

@@ -107,14 +107,6 @@ struct Sum {
         if (first && !is_there(v.b)) v.b = ask4(first + i);
         if (second && !is_there(v.c)) v.c = ask4(second + i);
     }
-
-    __device__ __forceinline__ float await(int i) const {
-        Asked v;
-        Patience patience;
-        do v = ask(i);
-        while (patience.goes_on(v.there()));
-        return v.sum();
-    }
 };
 
 // Eight consecutive channels of a vector.

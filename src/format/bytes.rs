@@ -12,8 +12,8 @@
 //! whole number of them is one of half precision. A row that reaches as far below 0 as above has 2^11 to 2^12 units, so
 //! that its step is 9 to 17 of them.
 //!
-//! Of 16 centroids an even number has a negative `q` (with two planes, a negative high byte): a GPU that looks bytes up
-//! eight at a time pairs entries of one sign. So the zero point is not always where it makes offsets smallest, and where
+//! Of 16 centroids an even number has a negative `q` (with two planes, a negative high byte), so that a look-up of eight
+//! bytes at a time may pair entries of one sign. So the zero point is not always where it makes offsets smallest, and where
 //! it is far from the middle of the range, steps are up to twice as long.
 
 use half::f16;

@@ -10,7 +10,7 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use decdec::backend::cuda::{Cuda, Matrix, Options, Residuals};
-use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::backend::{DecodeBackend, GemvBackend, Rows};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::Storage;
@@ -131,14 +131,15 @@ impl<'a> Bench<'a> {
             }
             Ok(())
         };
-        let mut graph = None;
+        let (mut graphs, rows) = (Default::default(), [Rows { slot: 0, position: 0, count: 1 }]);
         for _ in 0..5 {
-            cuda.replay(&mut graph, &mut rotation)?;
+            cuda.replay(&mut graphs, &rows, &mut rotation)?;
         }
         let mut times = Vec::new();
         for _ in 0..9 {
             let repeats = 10;
-            let time = cuda.time(&mut || (0..repeats).try_for_each(|_| cuda.replay(&mut graph, &mut rotation)))?;
+            let time =
+                cuda.time(&mut || (0..repeats).try_for_each(|_| cuda.replay(&mut graphs, &rows, &mut rotation)))?;
             times.push(time.as_secs_f64() * 1e6 / (repeats * matrices.len()) as f64);
         }
         times.sort_by(f64::total_cmp);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 use decdec::backend::cuda::{Cuda, Matrix, Occupied, Options, Residuals, Tuning};
-use decdec::backend::{DecodeBackend, Feed, GemvBackend, Norm, Product};
+use decdec::backend::{DecodeBackend, Feed, GemvBackend, Norm, Product, Rows};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::Storage;
@@ -163,7 +163,7 @@ impl Io {
                 let plan = plans.as_ref().map(|p| &p[i]);
                 match (norm, plan) {
                     (true, plan) => {
-                        let product = Product { feed: Feed::Norm(gamma), matrix, plan, add: false };
+                        let product = Product { feed: Feed::Norm(gamma), matrix, plan, compensated: 1, add: false };
                         cuda.project(&product, x, y, 1)?
                     }
                     (false, Some(plan)) => cuda.dec_gemv(matrix, plan, x, y)?,
@@ -172,9 +172,9 @@ impl Io {
             }
             Ok(())
         };
-        let mut graph = None;
+        let (mut graphs, rows) = (Default::default(), [Rows { slot: 0, position: 0, count: 1 }]);
         for _ in 0..5 {
-            cuda.replay(&mut graph, &mut rotation)?;
+            cuda.replay(&mut graphs, &rows, &mut rotation)?;
         }
         // From here on nothing is allocated: that would wait for the blocks that hold the rest.
         let occupied = cuda.occupy_rest(Duration::from_secs(5))?;
@@ -183,7 +183,7 @@ impl Io {
         for _ in 0..9 {
             let time: Duration = cuda.time(&mut || {
                 for _ in 0..repeats {
-                    cuda.replay(&mut graph, &mut rotation)?;
+                    cuda.replay(&mut graphs, &rows, &mut rotation)?;
                 }
                 Ok(())
             })?;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Parser;
 use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
-use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::backend::{DecodeBackend, GemvBackend, Rows};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::engine::{Engine, Settings};
@@ -166,17 +166,17 @@ fn timeline(cuda: &Cuda, layers: usize) -> Result<()> {
 
 /// Each operation of a token by itself: that of every layer in a graph, and all of a layer's behind each other.
 fn operations(model: &Model<'_, Cuda>, position: usize) -> Result<()> {
-    let mut state = model.state(position + 1024)?;
-    model.begin(&mut state, &Sampling::GREEDY, &[])?;
-    model.prompt(&mut state, &vec![1; position.max(1)], false)?;
+    let mut state = model.state(1, position + 1024)?;
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[])?;
+    model.prompt(&mut state, 0, &vec![1; position.max(1)], false)?;
     let all = model.operations();
     let (end, layers) = (&all[all.len() - 3..], model.config().layers.len());
     let of_layer = |l: usize| all.iter().copied().filter(move |op| matches!(op, Operation::Layer(own, _) if *own == l));
     println!("operation,us (position {position})");
     // As many in a graph as there are layers: their matrices are others every time.
     let mut time = |name: &str, work: &[Operation]| -> Result<()> {
-        let mut graph = None;
-        let mut run = || model.backend().replay(&mut graph, &mut || each(model, &mut state, work));
+        let (mut graphs, rows) = (Default::default(), [Rows { slot: 0, position, count: 1 }]);
+        let mut run = || model.backend().replay(&mut graphs, &rows, &mut || each(model, &mut state, work));
         for _ in 0..4 {
             run()?;
         }
@@ -203,5 +203,5 @@ fn operations(model: &Model<'_, Cuda>, position: usize) -> Result<()> {
 }
 
 fn each(model: &Model<'_, Cuda>, state: &mut State<Cuda>, work: &[Operation]) -> Result<()> {
-    work.iter().try_for_each(|&operation| model.operate(state, operation))
+    work.iter().try_for_each(|&operation| model.operate(state, 0, operation))
 }

@@ -1,20 +1,21 @@
-//! A decoder on a device: weights, the state of one text, and the forward pass. Generic over the backend.
+//! A decoder on a device: weights, the texts in the making, and the passes over their rows. Generic over the backend.
 
 mod operations;
+mod pass;
 mod state;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::backend::{DecodeBackend, DeviceInfo, Feed, Input, LayerOperands, Norm, Product};
+use crate::backend::{DecodeBackend, DeviceInfo, LayerOperands, Norm};
 use crate::config::{ModelConfig, Op, Projection};
 use crate::dec::{DecPlan, Selection};
 use crate::format::Dense;
-use crate::sampling::Sampling;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use operations::Operation;
+pub use pass::Part;
 pub use state::State;
 
 /// How the layers of one bit width are compensated.
@@ -221,147 +222,6 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
     /// True if any projection is compensated.
     pub fn is_compensated(&self) -> bool {
         self.layers.iter().any(|layer| layer.projections.iter().any(|p| p.plan.is_some()))
-    }
-
-    /// Makes ready what a prompt of `prompt` tokens and the tokens after it need; what `state` holds is lost.
-    ///
-    /// # Errors
-    /// A state of another model, a prompt that it has no room for, or a device that cannot, for instance because a
-    /// kernel does not compile.
-    pub fn prepare(&self, state: &mut State<B>, prompt: usize, compensated: bool) -> Result<()> {
-        self.begin(state, &Sampling::GREEDY, &[])?;
-        state.takes(prompt)?;
-        let most = state.max_tokens;
-        // The passes of a long prompt are alike but for the last.
-        let passes = if prompt > most { [most, prompt % most] } else { [prompt, 0] };
-        // Without effect on the device: the text stays empty.
-        state.grow(0, 0, |state| {
-            self.backend.prepare(&mut || {
-                for tokens in passes.into_iter().filter(|&tokens| tokens > 0) {
-                    self.read(state, &vec![0; tokens], compensated)?;
-                }
-                self.token(state)
-            })
-        })
-    }
-
-    /// Reads `tokens` behind the text, and chooses none after them.
-    ///
-    /// # Errors
-    /// A state of another model or one on which an operation has failed, no tokens, an id outside the vocabulary, or no
-    /// room: nothing was read then. Or what the device says.
-    pub fn extend(&self, state: &mut State<B>, tokens: &[u32], compensated: bool) -> Result<()> {
-        self.admit(state, tokens)?;
-        state.grow(tokens.len(), 0, |state| {
-            let mut passes = tokens.chunks(state.max_tokens);
-            passes.try_for_each(|tokens| self.layers(state, Input::Prompt(tokens), tokens.len(), compensated))
-        })
-    }
-
-    /// Reads `tokens`, and chooses the first token after them.
-    ///
-    /// # Errors
-    /// A state of another model or one on which an operation has failed, no tokens, an id outside the vocabulary, no
-    /// room, no draw for the choice: nothing was read then. Or what the device says.
-    pub fn prompt(&self, state: &mut State<B>, tokens: &[u32], compensated: bool) -> Result<()> {
-        self.admit(state, tokens)?;
-        state.chooses()?;
-        state.grow(tokens.len(), 1, |state| self.read(state, tokens, compensated))
-    }
-
-    /// Reads the token chosen last, and chooses the next one.
-    ///
-    /// # Errors
-    /// A state of another model or one on which an operation has failed, a text that no token was chosen for yet, no
-    /// room, no draw for the choice: nothing was read then. Or what the device says.
-    pub fn step(&self, state: &mut State<B>) -> Result<()> {
-        self.own(state)?;
-        state.goes_on()?;
-        state.takes(1)?;
-        state.chooses()?;
-        // A token recorded with other plans points to what is no longer there.
-        let recorded = state.graph.take().filter(|(planned, _)| *planned == self.planned);
-        let mut graph = recorded.map(|(_, graph)| graph);
-        // Recorded tokens run nothing of this again: whatever has to be checked was checked above.
-        state.grow(1, 1, |state| self.backend.replay(&mut graph, &mut || self.token(state)))?;
-        state.graph = graph.map(|graph| (self.planned, graph));
-        Ok(())
-    }
-
-    /// Reads `tokens` behind the text and overwrites `logits` `[tokens, vocab_size]` with what follows each.
-    ///
-    /// # Errors
-    /// A state of another model or one on which an operation has failed, no tokens, more than [`State::max_tokens`], an
-    /// id outside the vocabulary, no room, or too small a vector: nothing was read then. Or what the device says.
-    pub fn logits(
-        &self,
-        state: &mut State<B>,
-        tokens: &[u32],
-        compensated: bool,
-        logits: &mut B::Vector,
-    ) -> Result<()> {
-        self.admit(state, tokens)?;
-        let (count, most) = (tokens.len(), state.max_tokens);
-        ensure!(count <= most, "{count} tokens at once, 1 to {most} are allowed, read them in parts");
-        let (room, needed) = (self.backend.room(logits), count * self.config.vocab_size);
-        ensure!(room >= needed, "a vector of {room} numbers for the logits of {count} tokens, {needed} are needed");
-        state.grow(count, 0, |state| {
-            self.layers(state, Input::Prompt(tokens), count, compensated)?;
-            self.say(&state.activations.h, logits, count)
-        })
-    }
-
-    /// Fails if `tokens` cannot be read behind the text.
-    fn admit(&self, state: &State<B>, tokens: &[u32]) -> Result<()> {
-        self.own(state)?;
-        ensure!(!tokens.is_empty(), "the prompt is empty, give at least one token");
-        state.takes(tokens.len())?;
-        let vocab = self.config.vocab_size;
-        if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab) {
-            bail!("token id {id}, the vocabulary ends at {}", vocab - 1);
-        }
-        Ok(())
-    }
-
-    /// The operations of a prompt.
-    fn read(&self, state: &mut State<B>, tokens: &[u32], compensated: bool) -> Result<()> {
-        let b = self.backend;
-        let mut count = 0;
-        for tokens in tokens.chunks(state.max_tokens) {
-            count = tokens.len();
-            self.layers(state, Input::Prompt(tokens), count, compensated)?;
-        }
-        b.last_row(&state.activations.h, self.config.hidden_size, count, &mut state.last)?;
-        self.say(&state.last, &mut state.logits, 1)?;
-        b.sample(&mut state.sequence, &state.logits)
-    }
-
-    /// The operations of one token.
-    fn token(&self, state: &mut State<B>) -> Result<()> {
-        let b = self.backend;
-        self.layers(state, Input::Sampled, 1, true)?;
-        self.say(&state.activations.h, &mut state.logits, 1)?;
-        b.sample(&mut state.sequence, &state.logits)
-    }
-
-    /// The last norm and the head: `logits` `[tokens, vocab_size]` of `h` `[tokens, hidden_size]`.
-    fn say(&self, h: &B::Vector, logits: &mut B::Vector, tokens: usize) -> Result<()> {
-        let matrix = self.head.as_ref().unwrap_or(&self.embedding);
-        let product = Product { feed: Feed::Norm(&self.final_norm), matrix, plan: None, add: false };
-        self.backend.project(&product, h, logits, tokens)?;
-        match self.config.logit_softcap {
-            Some(cap) => self.backend.softcap(cap as f32, logits, tokens * self.config.vocab_size),
-            None => Ok(()),
-        }
-    }
-
-    /// Embeds and runs all layers over `tokens` more.
-    fn layers(&self, state: &mut State<B>, input: Input<'_>, tokens: usize, compensated: bool) -> Result<()> {
-        let b = self.backend;
-        b.embed(&state.sequence, &self.embedding, self.embedding_scale, input, &mut state.activations.h)?;
-        let layers: Vec<_> = self.layers.iter().map(|layer| layer.operands(compensated)).collect();
-        b.layers(&mut state.sequence, 0, &layers, &mut state.activations, tokens)?;
-        b.advance(&mut state.sequence, tokens)
     }
 }
 

@@ -105,7 +105,7 @@ pub fn measure<B: DecodeBackend>(
     context: usize,
 ) -> Result<Timeline> {
     ensure!(context > 0, "a context of 0 tokens, at least 1 is needed");
-    let mut state = model.state(context + ROOM)?;
+    let mut state = model.state(1, context + ROOM)?;
     let apart = model.operations();
     let fused: Vec<_> =
         [Operation::Embed, Operation::Layers].into_iter().chain(apart[apart.len() - 3..].iter().copied()).collect();
@@ -151,9 +151,9 @@ fn times<B: DecodeBackend>(
     let mut all = vec![Vec::with_capacity(ROUNDS); operations.len()];
     for _ in 0..ROUNDS {
         // Also empties the list of sampled tokens, which every repetition adds to.
-        model.begin(state, &Sampling::GREEDY, &[])?;
-        model.prompt(state, &prompt, false)?;
-        let mut launch = |i: usize| model.operate(state, operations[i]);
+        model.begin(state, 0, &Sampling::GREEDY, &[])?;
+        model.prompt(state, 0, &prompt, false)?;
+        let mut launch = |i: usize| model.operate(state, 0, operations[i]);
         let launches = recorder.record(model.backend(), &kinds, &mut launch)?;
         let mut before = 0;
         for (times, Launch { gemv, dec }) in all.iter_mut().zip(&launches) {

@@ -8,7 +8,7 @@ mod cuda_common;
 use cuda_common::{Noise, cuda, options};
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::Dtype;
-use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::backend::{DecodeBackend, GemvBackend, Rows};
 use decdec::config::{Attention, Mixer, ModelConfig, Pairing, QueryScaling, Rope, RopeScaling};
 use decdec::sampling::Sampling;
 use half::{bf16, f16};
@@ -285,11 +285,12 @@ impl<'a> Text<'a> {
 
 /// All layers of a model over one text: what each put out for every token, `[tokens, num_heads · head_dim]`.
 fn run<B: DecodeBackend>(backend: &B, config: &ModelConfig, texts: &[Vec<f32>], passes: &[usize]) -> Vec<Vec<f32>> {
-    let mut sequence = backend.sequence(config, MAX_SEQ_LEN).unwrap();
-    backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+    let mut cache = backend.cache(config, 1, MAX_SEQ_LEN).unwrap();
+    backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut all = vec![Vec::new(); texts.len()];
     let mut start = 0;
     for &tokens in passes {
+        let pass = [Rows { slot: 0, position: start, count: tokens }];
         for (layer, text) in texts.iter().enumerate() {
             let attention = config.layers[layer].attention();
             let (rows, width) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
@@ -299,7 +300,7 @@ fn run<B: DecodeBackend>(backend: &B, config: &ModelConfig, texts: &[Vec<f32>], 
                 let mut out = backend.vector(tokens * width).unwrap();
                 // Every number must be overwritten.
                 backend.write(&vec![f32::NAN; tokens * width], &mut out).unwrap();
-                backend.attend(&mut sequence, layer, &qkv, &mut out, tokens).unwrap();
+                backend.attend(&mut cache, layer, &pass, &qkv, &mut out).unwrap();
                 let mut got = vec![0f32; tokens * width];
                 backend.read(&out, &mut got).unwrap();
                 got
@@ -310,7 +311,7 @@ fn run<B: DecodeBackend>(backend: &B, config: &ModelConfig, texts: &[Vec<f32>], 
             }
             all[layer].extend(got);
         }
-        backend.advance(&mut sequence, tokens).unwrap();
+        backend.advance(&mut cache, &pass).unwrap();
         start += tokens;
     }
     all
@@ -367,9 +368,12 @@ fn on_cuda(dtype: Dtype) {
     let every_kernel = &mut || -> anyhow::Result<()> {
         for shape in SHAPES {
             let attentions = layers(shape, &mut Noise::new(1));
-            let mut sequence = cuda.sequence(&model(&attentions), 16)?;
+            let mut cache = cuda.cache(&model(&attentions), 1, 16)?;
+            cuda.begin(&mut cache, 0, &Sampling::GREEDY, &[])?;
             let (qkv, mut out) = (cuda.vector(2 * attentions[0].qkv_rows())?, cuda.vector(2 * shape.0 * shape.2)?);
-            [1, 2].into_iter().try_for_each(|tokens| cuda.attend(&mut sequence, 0, &qkv, &mut out, tokens))?;
+            [1, 2].into_iter().try_for_each(|count| {
+                cuda.attend(&mut cache, 0, &[Rows { slot: 0, position: 0, count }], &qkv, &mut out)
+            })?;
         }
         Ok(())
     };

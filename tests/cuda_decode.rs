@@ -11,7 +11,7 @@ use cuda_common::{Noise, cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::record::{Clock, Recorder};
-use decdec::backend::{DecodeBackend, GemvBackend, Input};
+use decdec::backend::{DecodeBackend, GemvBackend, Input, Rows};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::format::Storage;
@@ -29,16 +29,16 @@ fn tokens<B: DecodeBackend>(
     let mut model = Model::load(backend, weights, |_| ()).unwrap();
     let most = backend.device().max_n_tb.min(5);
     model.compensate(Some(&Compensation::uniform(most, k_chunk, Selection::Bucket))).unwrap();
-    let mut state = model.state(200).unwrap();
+    let mut state = model.state(1, 200).unwrap();
     let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 1000).collect();
     // Without effect on what follows: the texts below are those of a model that was not prepared.
-    model.prepare(&mut state, prompt.len(), true).unwrap();
+    model.prepare(&mut state, 0, prompt.len(), true).unwrap();
     let made = made::made(&model, &mut state, &prompt, 60, true);
     // Twice: a state is used again, with a graph recorded anew.
     assert_eq!(made, made::made(&model, &mut state, &prompt, 60, true), "the same request gave another text");
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut logits = backend.vector(prompt.len() * 1000).unwrap();
-    model.logits(&mut state, &prompt, true, &mut logits).unwrap();
+    model.logits(&mut state, 0, &prompt, true, &mut logits).unwrap();
     let mut values = vec![0f32; prompt.len() * 1000];
     backend.read(&logits, &mut values).unwrap();
     (made, values)
@@ -142,10 +142,10 @@ fn graphs_are_recorded_beside_other_work() {
     let (mut x, mut y) = (cuda.vector(1024).unwrap(), cuda.vector(512).unwrap());
     cuda.write(&[1.0; 1024], &mut x).unwrap();
     let mut round = || -> anyhow::Result<()> {
-        let mut graph = None;
+        let (mut graphs, rows) = (Default::default(), [Rows { slot: 0, position: 0, count: 1 }]);
         for _ in 0..3 {
             // Long enough to be met by whatever the other thread does.
-            cuda.replay(&mut graph, &mut || (0..500).try_for_each(|_| cuda.gemv(&matrix, &x, &mut y)))?;
+            cuda.replay(&mut graphs, &rows, &mut || (0..500).try_for_each(|_| cuda.gemv(&matrix, &x, &mut y)))?;
         }
         let mut got = vec![0f32; 512];
         cuda.read(&y, &mut got)?;
@@ -229,23 +229,24 @@ fn nothing_is_touched_behind_the_end() {
         let Some(cuda) = cuda(options(dtype, 2)) else { return };
         let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
         let config = weights.config();
-        let mut sequence = cuda.sequence(config, 8).unwrap();
-        cuda.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+        let mut cache = cuda.cache(config, 1, 8).unwrap();
+        let of = |count| [Rows { slot: 0, position: 0, count }];
+        cuda.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
         let attention = config.layers[0].attention();
         let (width, attended) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
         let (qkv, mut out) = (cuda.vector(3 * width).unwrap(), cuda.vector(3 * attended).unwrap());
         for tokens in [1, 3] {
-            cuda.advance(&mut sequence, 1 << 30).unwrap();
-            cuda.attend(&mut sequence, config.layers.len() - 1, &qkv, &mut out, tokens).unwrap();
+            cuda.advance(&mut cache, &of(1 << 30)).unwrap();
+            cuda.attend(&mut cache, config.layers.len() - 1, &of(tokens), &qkv, &mut out).unwrap();
         }
         let logits = cuda.vector(config.vocab_size).unwrap();
-        (0..50).for_each(|_| cuda.sample(&mut sequence, &logits).unwrap());
-        assert_eq!((cuda.sampled(&sequence, 8).unwrap(), cuda.sampled(&sequence, 9).is_err()), (0, true), "{dtype:?}");
+        (0..50).for_each(|_| cuda.sample(&mut cache, &[0], &logits).unwrap());
+        assert_eq!((cuda.sampled(&cache, 0, 8).unwrap(), cuda.sampled(&cache, 0, 9).is_err()), (0, true), "{dtype:?}");
 
         let table = cuda.matrix(&Linear::plain(Weight::Dense(weights.embedding().unwrap()))).unwrap();
         let mut h = cuda.vector(5 * config.hidden_size).unwrap();
         let ids = [999, 1000, 1007, NO_TOKEN, u32::MAX];
-        cuda.embed(&sequence, &table, 1.0, Input::Prompt(&ids), &mut h).unwrap();
+        cuda.embed(&cache, &of(5), (&table, 1.0), Input::Tokens(&ids), &mut h).unwrap();
         let mut values = vec![0f32; 5 * config.hidden_size];
         cuda.read(&h, &mut values).unwrap();
         let (there, not) = values.split_at(config.hidden_size);
@@ -258,7 +259,7 @@ fn sampling_follows_the_rules() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
     let mut noise = Noise::new(3);
     let config = ModelConfig { vocab_size: 5003, ..small(None, 2) };
-    let mut sequence = cuda.sequence(&config, 64).unwrap();
+    let mut cache = cuda.cache(&config, 1, 64).unwrap();
     let mut logits = cuda.vector(config.vocab_size).unwrap();
     let mut different = 0;
     for case in 0..200 {
@@ -274,10 +275,10 @@ fn sampling_follows_the_rules() {
         }
         let draws: Vec<f32> = (0..4).map(|_| noise.uniform()).collect();
         cuda.write(&values, &mut logits).unwrap();
-        cuda.begin(&mut sequence, &rules, &draws).unwrap();
+        cuda.begin(&mut cache, 0, &rules, &draws).unwrap();
         for (i, &draw) in draws.iter().enumerate() {
-            cuda.sample(&mut sequence, &logits).unwrap();
-            let (got, want) = (cuda.sampled(&sequence, i).unwrap(), rules.choose(&values, draw));
+            cuda.sample(&mut cache, &[0], &logits).unwrap();
+            let (got, want) = (cuda.sampled(&cache, 0, i).unwrap(), rules.choose(&values, draw));
             assert_eq!(Some(got), want, "case {case}, {rules:?}, draw {draw}");
             different += usize::from(want != rules.choose(&values, 0.0));
         }

@@ -158,12 +158,12 @@ fn logits<B: DecodeBackend>(backend: &B, config: &ModelConfig, overlooked: Overl
     let by_bits = vec![LayerCompensation { n_tb: 2.min(backend.device().max_n_tb), k_chunks: [k_chunk; 4] }];
     model.compensate(Some(&Compensation { by_bits, selection: Selection::Bucket })).unwrap();
     let text = text(config);
-    let mut state = model.state(text.len()).unwrap();
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+    let mut state = model.state(1, text.len()).unwrap();
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut logits = backend.vector(config.vocab_size).unwrap();
     let mut all = Vec::new();
     for token in text {
-        model.logits(&mut state, &[token], true, &mut logits).unwrap();
+        model.logits(&mut state, 0, &[token], true, &mut logits).unwrap();
         let mut values = vec![0f32; config.vocab_size];
         backend.read(&logits, &mut values).unwrap();
         all.extend(values);

@@ -19,6 +19,7 @@ use decdec::dec::{DecPlan, Selection};
 use decdec::format::Storage;
 use decdec::model::{Compensation, Model};
 use decdec::random::RandomWeights;
+use decdec::sampling::Sampling;
 use decdec::weights::{Linear, ModelWeights};
 use serde_json::json;
 
@@ -72,9 +73,9 @@ fn nothing_is_compiled_after_preparing(cuda: &Cuda, cache: &Path) {
     for (k_chunk, prompt) in [(0, 1), (8, 1), (8, 40)] {
         let mut model = Model::load(cuda, &weights, |_| ()).unwrap();
         model.compensate(Some(&Compensation::uniform(8, k_chunk, Selection::Bucket))).unwrap();
-        let mut state = model.state(64).unwrap();
+        let mut state = model.state(1, 64).unwrap();
         let before = kept();
-        model.prepare(&mut state, prompt, false).unwrap();
+        model.prepare(&mut state, 0, prompt, false).unwrap();
         let prepared = kept();
         assert!(prepared > before, "k_chunk {k_chunk}, prompt of {prompt}: nothing was compiled");
         made::made(&model, &mut state, &vec![1; prompt], 5, false);
@@ -103,7 +104,8 @@ fn faults_end_cleanly() {
         let model = Model::load(&cuda, &weights, |_| ()).unwrap();
         let fields = json!({ "num_hidden_layers": 4000, "max_position_embeddings": 1 << 20 });
         let config = model.config().with(fields).unwrap();
-        let error = format!("{:#}", cuda.sequence(&config, 1 << 20).err().unwrap());
+        let mut cache = cuda.cache(&config, 1, 1 << 20).unwrap();
+        let error = format!("{:#}", cuda.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap_err());
         for part in ["MiB wanted", "MiB free", "--max-seq-len", "--residuals host"] {
             assert!(error.contains(part), "{error}");
         }

@@ -37,12 +37,12 @@ fn compensated<'b, B: DecodeBackend>(
 /// Logits behind each of `tokens` that are read one at a time, as when decoding.
 fn logits_behind<B: DecodeBackend>(backend: &B, model: &Model<'_, B>, tokens: impl Iterator<Item = u32>) -> Vec<f32> {
     let tokens: Vec<u32> = tokens.collect();
-    let mut state = model.state(tokens.len()).unwrap();
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+    let mut state = model.state(1, tokens.len()).unwrap();
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut logits = backend.vector(1000).unwrap();
     let mut all = Vec::new();
     for token in tokens {
-        model.logits(&mut state, &[token], true, &mut logits).unwrap();
+        model.logits(&mut state, 0, &[token], true, &mut logits).unwrap();
         let mut values = vec![0f32; 1000];
         backend.read(&logits, &mut values).unwrap();
         all.extend(values);
@@ -168,15 +168,15 @@ fn a_refused_launch_is_done_without() {
     let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
     let text = |cuda: &Cuda, refused_from: Option<usize>| {
         let model = compensated(cuda, &weights, [32; 4], 5, Selection::Bucket);
-        let mut state = model.state(40).unwrap();
+        let mut state = model.state(1, 40).unwrap();
         cuda.overfill(refused_from == Some(0));
-        model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
-        model.prompt(&mut state, &[5], true).unwrap();
+        model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
+        model.prompt(&mut state, 0, &[5], true).unwrap();
         for i in 1..20 {
             cuda.overfill(refused_from.is_some_and(|from| i >= from));
-            model.step(&mut state).unwrap();
+            model.step(&mut state, &[0]).unwrap();
         }
-        (0..20).map(|i| model.sampled(&state, i).unwrap()).collect::<Vec<_>>()
+        (0..20).map(|i| model.sampled(&state, 0, i).unwrap()).collect::<Vec<_>>()
     };
     let device = |one_launch| {
         let tuning = Tuning { one_launch: Some(one_launch), ..Tuning::default() };
@@ -234,10 +234,10 @@ fn activations_beyond_float16_do_not_become_nan() {
         assert!(one_by_one.iter().all(|logit| logit.is_finite()), "{what}");
         assert_eq!(cuda.went_beyond(), alone, "{what}");
         // Many at once go through other kernels.
-        let mut state = model.state(64).unwrap();
-        model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+        let mut state = model.state(1, 64).unwrap();
+        model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
         let mut logits = cuda.vector(40 * 1000).unwrap();
-        model.logits(&mut state, &[7; 40], true, &mut logits).unwrap();
+        model.logits(&mut state, 0, &[7; 40], true, &mut logits).unwrap();
         let mut values = vec![0f32; 40 * 1000];
         cuda.read(&logits, &mut values).unwrap();
         assert!(values.iter().all(|logit| logit.is_finite()), "{what}, 40 tokens at once");

@@ -134,13 +134,13 @@ fn text(cuda: &Cuda, broken: &Break) -> Result<()> {
     let mut model = Model::load(cuda, &weights, |_| ())?;
     let by_bits = vec![LayerCompensation { n_tb: 5, k_chunks: broken.k_chunks }];
     model.compensate(Some(&Compensation { by_bits, selection: Selection::Bucket }))?;
-    let mut state = model.state(64)?;
-    model.prepare(&mut state, 1, true)?;
-    model.begin(&mut state, &Sampling::GREEDY, &[])?;
-    model.prompt(&mut state, &[7], true)?;
+    let mut state = model.state(1, 64)?;
+    model.prepare(&mut state, 0, 1, true)?;
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[])?;
+    model.prompt(&mut state, 0, &[7], true)?;
     for i in 0..40 {
-        model.step(&mut state)?;
-        model.sampled(&state, i)?;
+        model.step(&mut state, &[0])?;
+        model.sampled(&state, 0, i)?;
     }
     Ok(())
 }

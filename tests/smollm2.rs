@@ -130,10 +130,10 @@ fn ids_logits_and_texts_agree<B: DecodeBackend>(backend: &B) {
     for (i, case) in cases.iter().enumerate() {
         assert_eq!(tokenizer.encode(&case.prompt).expect("encodes"), case.ids, "{}", case.prompt);
 
-        let mut state = model.state(case.ids.len()).expect("room");
+        let mut state = model.state(1, case.ids.len()).expect("room");
         let mut all = backend.vector(case.ids.len() * vocab).expect("room");
-        model.begin(&mut state, &Sampling::GREEDY, &[]).expect("begins");
-        model.logits(&mut state, &case.ids, false, &mut all).expect("runs");
+        model.begin(&mut state, 0, &Sampling::GREEDY, &[]).expect("begins");
+        model.logits(&mut state, 0, &case.ids, false, &mut all).expect("runs");
         let mut got = vec![0.0; case.ids.len() * vocab];
         backend.read(&all, &mut got).expect("reads");
         let next = case.ids[1..].iter().zip(got.chunks_exact(vocab));
@@ -151,7 +151,7 @@ fn ids_logits_and_texts_agree<B: DecodeBackend>(backend: &B) {
         previous = Some(got.to_vec());
 
         for (prompt, greedy) in [(&case.ids, &case.greedy), (&case.chat_ids, &case.chat_greedy)] {
-            let mut state = model.state(prompt.len() + greedy.len()).expect("room");
+            let mut state = model.state(1, prompt.len() + greedy.len()).expect("room");
             let mut made = made::made(&model, &mut state, prompt, greedy.len(), false);
             let end = made.iter().position(|id| tokenizer.stop_ids().contains(id));
             made.truncate(end.unwrap_or(made.len()));

@@ -9,13 +9,15 @@
 //! - handles come from the same backend, and lengths fit the matrix (`x` holds at least `tokens ·
 //!   in_features` numbers, `y` at least `tokens · out_features`);
 //! - a plan was made for the matrix that it is used with;
-//! - a sequence is never written past the `max_seq_len` it was made with.
+//! - rows are of slots that hold a text, each from the position where that text ends, no slot twice in a pass;
+//! - a text is never written past the `max_seq_len` that its cache was made with.
 
 pub mod cpu;
 pub mod cuda;
 mod exit;
 pub mod kernels;
 pub mod record;
+mod rows;
 #[cfg(feature = "reference-wgpu")]
 pub mod wgsl;
 
@@ -25,6 +27,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 pub use self::exit::exit_at_once;
+pub use self::rows::{DECODE_ROWS, Input, Pass, Rows, count, numbered};
 
 use self::record::{Clock, Recorder};
 use crate::config::{Activation, Attention, LayerNorm, ModelConfig, Op, Reads, Writes};
@@ -142,15 +145,6 @@ pub struct Norm<V> {
     pub eps: f32,
 }
 
-/// What enters the model.
-#[derive(Debug, Clone, Copy)]
-pub enum Input<'a> {
-    /// These tokens, one after the other.
-    Prompt(&'a [u32]),
-    /// The token that [`DecodeBackend::sample`] chose last.
-    Sampled,
-}
-
 /// What enters a product.
 pub enum Feed<'a, V> {
     /// The activations as they are.
@@ -177,6 +171,8 @@ pub struct Product<'a, B: GemvBackend> {
     pub matrix: &'a B::Matrix,
     /// How it is compensated.
     pub plan: Option<&'a B::Plan>,
+    /// So many rows, the first ones, are: at least one with a plan.
+    pub compensated: usize,
     /// Its output is added to what is there.
     pub add: bool,
 }
@@ -200,7 +196,7 @@ impl<'a, B: GemvBackend> LayerOperands<'a, B> {
     }
 }
 
-/// Activations of the tokens at hand, `[tokens, features]` each.
+/// Activations of the rows at hand, `[rows, features]` each.
 pub struct Activations<B: GemvBackend> {
     /// `[max_tokens, hidden_size]`, what layers add to.
     pub h: B::Vector,
@@ -214,51 +210,60 @@ pub struct Activations<B: GemvBackend> {
     pub branch: B::Vector,
 }
 
-/// A whole token, operation by operation, each as large as a backend may want to fuse it.
+/// A whole pass, operation by operation, each as large as a backend may want to fuse it.
 ///
-/// All take `tokens` consecutive tokens at once (at most [`DeviceInfo::max_tokens`]), stored one after the
-/// other: `[tokens, features]`. With a plan, every one of them is compensated.
+/// A pass has rows of one or several texts, at most [`DeviceInfo::max_tokens`] together, stored one after the other:
+/// `[rows, features]`. What comes of a row depends on its text alone: not on the rows beside it, nor on how the text was
+/// cut into passes.
 pub trait DecodeBackend: GemvBackend {
-    /// One text in the making: its key-value cache, its length, its sampled tokens, all on the device.
-    type Sequence;
-    /// The recorded operations of one token.
-    type Graph;
+    /// Slots, each of which holds one text: keys and values, length, sampled tokens and draws, all on the device.
+    type Cache;
+    /// Recorded passes.
+    type Graphs: Default;
 
-    /// Room for one text of at most `max_seq_len` tokens.
-    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Self::Sequence>;
+    /// Slots for as many texts of at most `max_seq_len` tokens each. A slot takes memory when its first text begins.
+    ///
+    /// # Errors
+    /// A model that the backend has no kernels for.
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Self::Cache>;
 
-    /// Starts over with an empty text. `draws[i]`, uniform in `[0, 1)`, decides the `i`-th sampled token; where there is
-    /// none, 0 does.
-    fn begin(&self, sequence: &mut Self::Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()>;
+    /// The slot holds an empty text from now on. `draws[i]`, uniform in `[0, 1)`, decides the `i`-th token sampled in it;
+    /// where there is none, 0 does.
+    ///
+    /// # Errors
+    /// No such slot, or no memory for another text.
+    fn begin(&self, cache: &mut Self::Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()>;
 
-    /// A text that has just begun starts with the first `tokens` of the one that the sequence held before. The caller
-    /// guarantees that no layer's cache has written over what the next token sees of them.
-    fn recall(&self, sequence: &mut Self::Sequence, tokens: usize) -> Result<()>;
+    /// The text goes on from the first `tokens` that the slot held since it was last longer, and from the first `sampled`
+    /// tokens that were chosen in it. The caller guarantees that no layer has written over what the next token sees of
+    /// them, and has read all tokens that were chosen.
+    fn cut(&self, cache: &mut Self::Cache, slot: usize, tokens: usize, sampled: usize) -> Result<()>;
 
-    /// `h = scale · table[token]` for every input token; NaN, and nothing is read, where the table has no such row.
+    /// `h = scale · row[token]` of `table`, its rows and the scale, for every input token; NaN, and nothing is read, where
+    /// the table has no such row.
     fn embed(
         &self,
-        sequence: &Self::Sequence,
-        table: &Self::Matrix,
-        scale: f32,
+        cache: &Self::Cache,
+        rows: &[Rows],
+        table: (&Self::Matrix, f32),
         input: Input<'_>,
         h: &mut Self::Vector,
     ) -> Result<()>;
 
     /// `y = W·f(x) + bias`, or `y += …`, compensated if there is a plan.
-    fn project(&self, product: &Product<'_, Self>, x: &Self::Vector, y: &mut Self::Vector, tokens: usize) -> Result<()>
+    fn project(&self, product: &Product<'_, Self>, x: &Self::Vector, y: &mut Self::Vector, rows: usize) -> Result<()>
     where
         Self: Sized;
 
-    /// RMSNorm of the queries and of the keys in `qkv` `[tokens, queries, keys, values]`, in place, as the attention of
+    /// RMSNorm of the queries and of the keys in `qkv` `[rows, queries, keys, values]`, in place, as the attention of
     /// `layer` asks.
     fn norm_qk(
         &self,
-        sequence: &Self::Sequence,
+        cache: &Self::Cache,
         layer: usize,
         norms: [&Norm<Self::Vector>; 2],
         qkv: &mut Self::Vector,
-        tokens: usize,
+        rows: usize,
     ) -> Result<()>;
 
     /// `h += norm(branch) · γ`
@@ -267,38 +272,38 @@ pub trait DecodeBackend: GemvBackend {
         norm: &Norm<Self::Vector>,
         branch: &Self::Vector,
         h: &mut Self::Vector,
-        tokens: usize,
+        rows: usize,
     ) -> Result<()>;
 
     /// `logits[i] = cap · tanh(logits[i] / cap)` for the first `count` of them.
     fn softcap(&self, cap: f32, logits: &mut Self::Vector, count: usize) -> Result<()>;
 
-    /// Rotates the queries and keys of `qkv`, overwrites `out` `[tokens, num_heads · head_dim]` with causal attention of
-    /// these tokens to each other and to what `layer` remembers, and has it remember their keys and values: those that the
-    /// next token sees, the same numbers however many tokens came at once. The text does not grow yet.
+    /// Rotates the queries and keys of `qkv`, overwrites `out` `[rows, num_heads · head_dim]` with causal attention of each
+    /// text's rows to each other and to what `layer` remembers of that text, and has it remember their keys and values:
+    /// those that the next token sees. The texts do not grow yet.
     fn attend(
         &self,
-        sequence: &mut Self::Sequence,
+        cache: &mut Self::Cache,
         layer: usize,
+        rows: &[Rows],
         qkv: &Self::Vector,
         out: &mut Self::Vector,
-        tokens: usize,
     ) -> Result<()>;
 
-    /// Runs `layers`, the first of which is layer `first` of the model, over the `tokens` in `activations.h`. What is
-    /// in the other activations afterwards is the backend's own.
+    /// Runs `layers`, the first of which is layer `first` of the model, over the rows in `activations.h`. What is in the
+    /// other activations afterwards is the backend's own.
     fn layers(
         &self,
-        sequence: &mut Self::Sequence,
+        cache: &mut Self::Cache,
+        pass: Pass<'_>,
         first: usize,
         layers: &[LayerOperands<'_, Self>],
         activations: &mut Activations<Self>,
-        tokens: usize,
     ) -> Result<()>
     where
         Self: Sized,
     {
-        one_by_one(self, sequence, first, layers, activations, tokens)
+        one_by_one(self, cache, pass, first, layers, activations)
     }
 
     /// When the last fused launch of layers, if this backend has one and watches it, began and went on from one part of
@@ -307,29 +312,42 @@ pub trait DecodeBackend: GemvBackend {
         Ok(Vec::new())
     }
 
-    /// The text grows by the `tokens` that all layers have attended to.
-    fn advance(&self, sequence: &mut Self::Sequence, tokens: usize) -> Result<()>;
+    /// The texts grow by the rows that all layers have attended to.
+    fn advance(&self, cache: &mut Self::Cache, rows: &[Rows]) -> Result<()>;
 
-    /// Overwrites `last` with the last of the `tokens` rows of `h`, each `len` long.
-    fn last_row(&self, h: &Self::Vector, len: usize, tokens: usize, last: &mut Self::Vector) -> Result<()>;
+    /// Overwrites `to` `[which.len(), len]` with these rows of `from`, each `len` long.
+    fn gather(&self, from: &Self::Vector, len: usize, which: &[usize], to: &mut Self::Vector) -> Result<()>;
 
-    /// Chooses the next token from `logits` `[vocab_size]`, by the rules and draws of [`DecodeBackend::begin`]: what
-    /// [`Sampling::choose`] does, or [`NO_TOKEN`](crate::sampling::NO_TOKEN) where that finds none.
-    fn sample(&self, sequence: &mut Self::Sequence, logits: &Self::Vector) -> Result<()>;
+    /// Chooses the next token of each of `slots` from its row of `logits` `[slots, vocab_size]`, by the rules and draws of
+    /// [`DecodeBackend::begin`]: what [`Sampling::choose`] does, or [`NO_TOKEN`](crate::sampling::NO_TOKEN) where that finds
+    /// none. A slot that comes several times in a row gets as many tokens, one after the other.
+    fn sample(&self, cache: &mut Self::Cache, slots: &[usize], logits: &Self::Vector) -> Result<()>;
 
-    /// Waits for the `i`-th token sampled since [`DecodeBackend::begin`] and returns it.
+    /// Waits for the `i`-th token sampled in the slot since [`DecodeBackend::begin`] and returns it.
     ///
     /// # Errors
     /// There was none to choose, since the largest logit was not a finite number; or it was not sampled yet.
-    fn sampled(&self, sequence: &Self::Sequence, i: usize) -> Result<u32>;
+    fn sampled(&self, cache: &Self::Cache, slot: usize, i: usize) -> Result<u32>;
 
     /// Makes ready whatever the operations that `work` queues will need, such as compiled kernels, so that the first
     /// token does not wait for one after the other. `work` may be run without effect on the device, or not at all.
     fn prepare(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 
-    /// Issues the operations of one token: runs `token`, or replays what it queued the first time, kept in
-    /// `graph`. The caller empties `graph` whenever `token` would queue something else.
-    fn replay(&self, graph: &mut Option<Self::Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    /// Issues the operations of a pass in which every one of `rows` is the token chosen last in its slot: runs `work`, or
+    /// replays what it queued before for rows of that kind, kept in `graphs`. The caller empties `graphs` whenever `work`
+    /// would queue something else for the same rows.
+    fn replay(&self, graphs: &mut Self::Graphs, rows: &[Rows], work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+}
+
+/// Fails if there is no slot of that number.
+pub(crate) fn ensure_slot(slot: usize, slots: usize) -> Result<()> {
+    ensure!(slot < slots, "slot {slot} is asked for, there are {slots}, make the cache with more");
+    Ok(())
+}
+
+/// What to say of a slot that no text has begun in.
+pub(crate) fn holds_no_text(slot: usize) -> String {
+    format!("slot {slot} holds no text, begin one")
 }
 
 /// Fails if `tokens` behind `len` would go past the end of a text of `max_seq_len`.
@@ -347,15 +365,15 @@ pub(crate) fn cached_positions(attention: &Attention, max_seq_len: usize) -> usi
 /// [`DecodeBackend::layers`], operation by operation.
 fn one_by_one<B: DecodeBackend>(
     backend: &B,
-    sequence: &mut B::Sequence,
+    cache: &mut B::Cache,
+    pass: Pass<'_>,
     first: usize,
     layers: &[LayerOperands<'_, B>],
     activations: &mut Activations<B>,
-    tokens: usize,
 ) -> Result<()> {
     for (l, layer) in layers.iter().enumerate() {
         for &op in layer.program {
-            perform(backend, sequence, (first + l, layer), op, activations, tokens)?;
+            perform(backend, cache, pass, (first + l, layer), op, activations)?;
         }
     }
     Ok(())
@@ -364,12 +382,13 @@ fn one_by_one<B: DecodeBackend>(
 /// One operation of a layer, which is the model's layer of that number.
 pub(crate) fn perform<B: DecodeBackend>(
     backend: &B,
-    sequence: &mut B::Sequence,
+    cache: &mut B::Cache,
+    pass: Pass<'_>,
     (number, layer): (usize, &LayerOperands<'_, B>),
     op: Op,
     activations: &mut Activations<B>,
-    tokens: usize,
 ) -> Result<()> {
+    let rows = pass.count();
     let Activations { h, qkv, attended, gu, branch } = activations;
     match op {
         Op::Project { projection, reads, writes } => {
@@ -379,7 +398,8 @@ pub(crate) fn perform<B: DecodeBackend>(
                 Reads::Gated(activation) => Feed::Gated(activation),
             };
             let (matrix, plan) = (layer.matrices[projection.index()], layer.plans[projection.index()]);
-            let product = Product { feed, matrix, plan, add: writes == Writes::Stream };
+            let plan = plan.filter(|_| pass.compensated > 0);
+            let product = Product { feed, matrix, plan, compensated: pass.compensated, add: writes == Writes::Stream };
             let (x, y) = match (reads, writes) {
                 (Reads::Stream(_), Writes::Qkv) => (&*h, qkv),
                 (Reads::Stream(_), Writes::GateUp) => (&*h, gu),
@@ -390,12 +410,12 @@ pub(crate) fn perform<B: DecodeBackend>(
                 (Reads::Gated(_), _) => (&*gu, branch),
                 (Reads::Stream(_), Writes::Stream) => anyhow::bail!("{projection} cannot add to what it reads"),
             };
-            backend.project(&product, x, y, tokens)
+            backend.project(&product, x, y, rows)
         }
         Op::NormQk(_) => {
-            backend.norm_qk(sequence, number, [LayerNorm::Query, LayerNorm::Key].map(|n| layer.norm(n)), qkv, tokens)
+            backend.norm_qk(cache, number, [LayerNorm::Query, LayerNorm::Key].map(|n| layer.norm(n)), qkv, rows)
         }
-        Op::Attend => backend.attend(sequence, number, qkv, attended, tokens),
-        Op::AddNormed(norm) => backend.add_norm(layer.norm(norm), branch, h, tokens),
+        Op::Attend => backend.attend(cache, number, pass.rows, qkv, attended),
+        Op::AddNormed(norm) => backend.add_norm(layer.norm(norm), branch, h, rows),
     }
 }

@@ -93,6 +93,7 @@ pub(crate) fn engine<'d>(
         selection: args.on.selection.into(),
         head_bits: args.head_bits,
         text,
+        ..engine::Options::default()
     };
     load(device, opened, &options)
 }

@@ -10,6 +10,8 @@ use crate::backend::{DeviceLost, Interrupted};
 pub enum ErrorKind {
     /// The text is longer than the context: shorten it, or open the engine with a larger `max_seq_len`.
     ContextFull,
+    /// The engine makes as many texts already as it was opened for: end one, or open it with more `slots`.
+    NoSlot,
     /// The interruption came that the device was opened with. What was read is kept.
     Stopped,
     /// The device answers this process no more: end it.
@@ -19,6 +21,18 @@ pub enum ErrorKind {
     /// Anything else, such as too little memory. The session begins its next text anew.
     Other,
 }
+
+/// All slots, so many, have a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct NoSlot(pub(super) usize);
+
+impl fmt::Display for NoSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} texts are in the making, which is all that the engine has slots for, end one first", self.0)
+    }
+}
+
+impl std::error::Error for NoSlot {}
 
 /// What went wrong: what to do about it, and what to say.
 #[derive(Debug)]
@@ -45,7 +59,9 @@ impl Error {
 /// What a model or a device says.
 impl From<anyhow::Error> for Error {
     fn from(cause: anyhow::Error) -> Self {
-        let kind = if cause.is::<DeviceLost>() {
+        let kind = if cause.is::<NoSlot>() {
+            ErrorKind::NoSlot
+        } else if cause.is::<DeviceLost>() {
             ErrorKind::DeviceLost
         } else if cause.is::<Interrupted>() {
             ErrorKind::Stopped

@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result as Anyhow, anyhow, ensure};
 
-use crate::backend::{DecodeBackend, DeviceInfo};
+use crate::backend::{DECODE_ROWS, DecodeBackend, DeviceInfo};
 use crate::config::ModelConfig;
 use crate::dec::Selection;
 use crate::device::{Device, Job};
@@ -47,7 +47,7 @@ pub use error::{Error, ErrorKind};
 pub use made::{Finish, Generated, Piece, Settings, per_second};
 pub use session::Session;
 
-use runner::{OneByOne, Runner};
+use runner::{OnDevice, Runner};
 
 /// What may go wrong in an engine.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -76,6 +76,8 @@ pub struct Options {
     /// Tokens of the longest text of a session, what it is given and what it makes together; `None` is the model's
     /// context, 8192 at most. Longer ones take more memory.
     pub max_seq_len: Option<usize>,
+    /// The most texts at once. Each takes memory from when it begins.
+    pub slots: usize,
     /// How the model is compensated.
     pub compensate: Compensate,
     /// How channels are found.
@@ -90,7 +92,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let (compensate, selection) = (Compensate::default(), Selection::Bucket);
-        Self { max_seq_len: None, compensate, selection, head_bits: 16, text: true }
+        Self { max_seq_len: None, slots: DECODE_ROWS, compensate, selection, head_bits: 16, text: true }
     }
 }
 
@@ -130,6 +132,10 @@ impl<'d> Engine<'d> {
                 format!("the longest text is to have {max_seq_len} tokens, the model's context has 1 to {context}");
             return Err(Error::new(ErrorKind::Input, said));
         }
+        if options.slots == 0 {
+            let said = "slots is 0, a session needs one, give at least 1".to_owned();
+            return Err(Error::new(ErrorKind::Input, said));
+        }
         let has_text = options.text && opened.texts().is_some();
         let tokenizer = has_text.then(|| opened.tokenizer()).transpose().map_err(Error::input)?;
         device.ensure_memory(opened.weights(), max_seq_len)?;
@@ -139,6 +145,10 @@ impl<'d> Engine<'d> {
 
     /// An engine of a model that was loaded already, without a tokenizer; it is compensated as `model` is.
     pub fn of<B: DecodeBackend>(model: Model<'d, B>, max_seq_len: usize) -> Self {
+        Self::with_slots(model, DECODE_ROWS, max_seq_len)
+    }
+
+    fn with_slots<B: DecodeBackend>(model: Model<'d, B>, slots: usize, max_seq_len: usize) -> Self {
         Self {
             config: model.config().clone(),
             device: model.backend().device().clone(),
@@ -147,14 +157,14 @@ impl<'d> Engine<'d> {
             interrupt: None,
             compensation: RefCell::new(None),
             head_bytes: None,
-            runner: RefCell::new(Box::new(OneByOne::new(model, max_seq_len))),
+            runner: RefCell::new(Box::new(OnDevice::new(model, slots, max_seq_len))),
         }
     }
 
     /// A session without a text.
     ///
     /// # Errors
-    /// No memory for another one.
+    /// [`ErrorKind::NoSlot`], or no memory for another one.
     pub fn session(&self, settings: Settings) -> Result<Session<'_, 'd>> {
         let slot = self.runner.borrow_mut().open()?;
         Ok(Session::new(self, slot, settings))
@@ -259,7 +269,11 @@ impl<'d> Job<'d> for Load<'_> {
         let by_bits = settled(&model, opened.path(), &options.compensate).map_err(Error::input)?;
         let compensation = by_bits.map(|by_bits| Compensation { by_bits, selection: options.selection });
         model.compensate(compensation.as_ref()).map_err(Error::input)?;
-        Ok(Engine { head_bytes, compensation: RefCell::new(compensation), ..Engine::of(model, max_seq_len) })
+        Ok(Engine {
+            head_bytes,
+            compensation: RefCell::new(compensation),
+            ..Engine::with_slots(model, options.slots, max_seq_len)
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 
+use super::error::NoSlot;
 use crate::backend::DecodeBackend;
 use crate::backend::record::Clock;
 use crate::model::{Compensation, Model, State};
@@ -9,10 +10,12 @@ use crate::sampling::Sampling;
 use crate::timeline::{self, Timeline};
 use crate::weights::ModelWeights;
 
-/// A model on a device, and the texts that it makes. All that sessions do goes through here: a runner that makes
-/// several texts in one pass takes the place of this one, and sessions stay as they are.
+/// A model on a device, and the texts that it makes, whatever the backend.
 pub(super) trait Runner {
-    /// An empty slot.
+    /// A slot with an empty text.
+    ///
+    /// # Errors
+    /// [`NoSlot`], or no memory for another text.
     fn open(&mut self) -> Result<usize>;
     /// The slot is free again.
     fn close(&mut self, slot: usize);
@@ -21,7 +24,7 @@ pub(super) trait Runner {
     /// [`State::keeps`]
     fn keeps(&self, slot: usize, tokens: usize) -> bool;
     /// How many tokens are worth asking for before the first of them has come.
-    fn lookahead(&self, slot: usize) -> usize;
+    fn lookahead(&self) -> usize;
     /// [`Model::resume`]
     fn resume(&mut self, slot: usize, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()>;
     /// [`Model::extend`]
@@ -50,80 +53,84 @@ pub(super) trait Runner {
     fn compensate(&mut self, compensation: Option<&Compensation>) -> Result<()>;
 }
 
-/// One text a slot, one pass a text.
-pub(super) struct OneByOne<'b, B: DecodeBackend> {
+/// A model and its texts.
+pub(super) struct OnDevice<'b, B: DecodeBackend> {
     model: Model<'b, B>,
     max_seq_len: usize,
-    slots: Vec<Option<State<B>>>,
+    /// Made when the first slot opens.
+    state: Option<State<B>>,
+    is_open: Vec<bool>, // [slots]
     logits: Option<B::Vector>,
 }
 
-impl<'b, B: DecodeBackend> OneByOne<'b, B> {
-    pub(super) fn new(model: Model<'b, B>, max_seq_len: usize) -> Self {
-        Self { model, max_seq_len, slots: Vec::new(), logits: None }
+impl<'b, B: DecodeBackend> OnDevice<'b, B> {
+    pub(super) fn new(model: Model<'b, B>, slots: usize, max_seq_len: usize) -> Self {
+        Self { model, max_seq_len, state: None, is_open: vec![false; slots], logits: None }
     }
 
-    fn parts(&mut self, slot: usize) -> Result<(&Model<'b, B>, &mut State<B>)> {
-        Ok((&self.model, self.slots[slot].as_mut().context(CLOSED)?))
+    fn parts(&mut self) -> Result<(&Model<'b, B>, &mut State<B>)> {
+        Ok((&self.model, self.state.as_mut().context(NO_STATE)?))
     }
 }
 
-/// A session closes its slot when it goes, and not before.
-const CLOSED: &str = "the slot is closed";
+/// Whoever has a slot has opened it.
+const NO_STATE: &str = "no slot is open";
 
-impl<B: DecodeBackend> Runner for OneByOne<'_, B> {
+impl<B: DecodeBackend> Runner for OnDevice<'_, B> {
     fn open(&mut self) -> Result<usize> {
-        let state = self.model.state(self.max_seq_len)?;
-        let slot = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
-        if slot == self.slots.len() {
-            self.slots.push(None);
+        let slots = self.is_open.len();
+        let slot = self.is_open.iter().position(|open| !open).ok_or(NoSlot(slots))?;
+        if self.state.is_none() {
+            self.state = Some(self.model.state(slots, self.max_seq_len)?);
         }
-        self.slots[slot] = Some(state);
+        let (model, state) = self.parts()?;
+        model.begin(state, slot, &Sampling::GREEDY, &[])?;
+        self.is_open[slot] = true;
         Ok(slot)
     }
 
     fn close(&mut self, slot: usize) {
-        self.slots[slot] = None;
+        self.is_open[slot] = false;
     }
 
     fn prepare(&mut self, slot: usize, prompt: usize, compensated: bool) -> Result<()> {
-        let (model, state) = self.parts(slot)?;
-        model.prepare(state, prompt, compensated)
+        let (model, state) = self.parts()?;
+        model.prepare(state, slot, prompt, compensated)
     }
 
     fn keeps(&self, slot: usize, tokens: usize) -> bool {
-        self.slots[slot].as_ref().is_some_and(|state| state.keeps(tokens))
+        self.state.as_ref().is_some_and(|state| state.keeps(slot, tokens))
     }
 
-    fn lookahead(&self, slot: usize) -> usize {
+    fn lookahead(&self) -> usize {
         let most = self.model.backend().device().lookahead;
         // What a text is read past its end, a layer with a window pays with what the next prompt could go on from.
-        let forgets = self.slots[slot].as_ref().is_some_and(State::forgets);
+        let forgets = self.state.as_ref().is_some_and(State::forgets);
         if forgets { most.min(1) } else { most }
     }
 
     fn resume(&mut self, slot: usize, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
-        let (model, state) = self.parts(slot)?;
-        model.resume(state, kept, sampling, draws)
+        let (model, state) = self.parts()?;
+        model.resume(state, slot, kept, sampling, draws)
     }
 
     fn extend(&mut self, slot: usize, tokens: &[u32], compensated: bool) -> Result<()> {
-        let (model, state) = self.parts(slot)?;
-        model.extend(state, tokens, compensated)
+        let (model, state) = self.parts()?;
+        model.extend(state, slot, tokens, compensated)
     }
 
     fn prompt(&mut self, slot: usize, tokens: &[u32], compensated: bool) -> Result<()> {
-        let (model, state) = self.parts(slot)?;
-        model.prompt(state, tokens, compensated)
+        let (model, state) = self.parts()?;
+        model.prompt(state, slot, tokens, compensated)
     }
 
     fn step(&mut self, slot: usize) -> Result<()> {
-        let (model, state) = self.parts(slot)?;
-        model.step(state)
+        let (model, state) = self.parts()?;
+        model.step(state, &[slot])
     }
 
     fn sampled(&self, slot: usize, i: usize) -> Result<u32> {
-        self.model.sampled(self.slots[slot].as_ref().context(CLOSED)?, i)
+        self.model.sampled(self.state.as_ref().context(NO_STATE)?, slot, i)
     }
 
     fn logits(&mut self, slot: usize, tokens: &[u32], compensated: bool, out: &mut Vec<f32>) -> Result<()> {
@@ -133,8 +140,8 @@ impl<B: DecodeBackend> Runner for OneByOne<'_, B> {
             _ => backend.vector(len)?,
         };
         let vector = self.logits.insert(vector);
-        let state = self.slots[slot].as_mut().context(CLOSED)?;
-        self.model.logits(state, tokens, compensated, vector)?;
+        let state = self.state.as_mut().context(NO_STATE)?;
+        self.model.logits(state, slot, tokens, compensated, vector)?;
         out.resize(len, 0.0);
         backend.read(vector, out)
     }

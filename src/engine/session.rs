@@ -326,7 +326,7 @@ impl<'e, 'd> Session<'e, 'd> {
         let i = making.taken;
         let mut runner = self.engine.runner.borrow_mut();
         // Devices that run on their own get the next tokens before this one is waited for.
-        let ahead = if i == 0 { 0 } else { runner.lookahead(self.slot) };
+        let ahead = if i == 0 { 0 } else { runner.lookahead() };
         while making.queued < (i + 1 + ahead).min(making.most) {
             runner.step(self.slot)?;
             (making.queued, self.rows) = (making.queued + 1, self.rows + 1);

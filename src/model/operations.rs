@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::{Model, State};
-use crate::backend::{DecodeBackend, Input, perform};
+use crate::backend::{DecodeBackend, Input, Pass, Rows, perform};
 use crate::config::Op;
 
 /// One operation of a token.
@@ -39,34 +39,35 @@ impl<B: DecodeBackend> Model<'_, B> {
     /// # Errors
     /// A state of another model or one on which an operation has failed, a layer that the model does not have, a text
     /// that no token was chosen for yet or that has no room for one more. Or what the device says.
-    pub fn operate(&self, state: &mut State<B>, operation: Operation) -> Result<()> {
+    pub fn operate(&self, state: &mut State<B>, slot: usize, operation: Operation) -> Result<()> {
         self.own(state)?;
-        state.goes_on()?;
-        state.takes(1)?;
+        state.goes_on(slot)?;
+        state.takes(slot, 1)?;
         let layers = self.layers.len();
         if let Operation::Layer(l, _) = operation {
             ensure!(l < layers, "layer {l}, the model has {layers}");
         }
         let chosen = usize::from(operation == Operation::Sample);
-        if chosen > 0 {
-            state.chooses()?;
-        }
-        state.grow(0, chosen, |state| self.queue(state, operation))
+        state.chooses(slot, chosen)?;
+        state.grow(&[(slot, 0, chosen)], |state| self.queue(state, slot, operation))
     }
 
-    fn queue(&self, state: &mut State<B>, operation: Operation) -> Result<()> {
-        let b = self.backend;
-        let State { sequence, activations: a, logits, .. } = state;
+    fn queue(&self, state: &mut State<B>, slot: usize, operation: Operation) -> Result<()> {
+        let (b, position) = (self.backend, state.len(slot));
+        let rows = |count| [Rows { slot, position, count }];
+        let one = rows(1);
+        let pass = Pass { rows: &one, compensated: 1 };
+        let State { cache, activations: a, logits, .. } = state;
         match operation {
-            Operation::Embed => b.embed(sequence, &self.embedding, self.embedding_scale, Input::Sampled, &mut a.h),
-            Operation::Layer(l, op) => perform(b, sequence, (l, &self.layers[l].operands(true)), op, a, 1),
+            Operation::Embed => b.embed(cache, &one, (&self.embedding, self.embedding_scale), Input::Sampled, &mut a.h),
+            Operation::Layer(l, op) => perform(b, cache, pass, (l, &self.layers[l].operands(true)), op, a),
             Operation::Layers => {
                 let layers: Vec<_> = self.layers.iter().map(|layer| layer.operands(true)).collect();
-                b.layers(sequence, 0, &layers, a, 1)
+                b.layers(cache, pass, 0, &layers, a)
             }
-            Operation::Advance => b.advance(sequence, 0),
+            Operation::Advance => b.advance(cache, &rows(0)),
             Operation::Head => self.say(&a.h, logits, 1),
-            Operation::Sample => b.sample(sequence, logits),
+            Operation::Sample => b.sample(cache, &[slot], logits),
         }
     }
 }

@@ -1,51 +1,60 @@
-//! One text in the making: what a model may do with it, and when.
+//! Texts in the making: what a model may do with each, and when.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::Model;
-use crate::backend::{Activations, DecodeBackend, cached_positions, ensure_room};
+use crate::backend::{Activations, DECODE_ROWS, DecodeBackend, cached_positions, ensure_room, holds_no_text};
 use crate::config::{Attention, ModelConfig, NormPlacement, Projection};
 use crate::sampling::Sampling;
 
-/// One text in the making, and the activations of the tokens at hand.
+/// Texts in the making, each in a slot of its own, and the activations of the rows at hand.
 pub struct State<B: DecodeBackend> {
-    /// Key-value cache, length, sampled tokens.
-    pub(super) sequence: B::Sequence,
+    /// Keys and values, lengths, sampled tokens.
+    pub(super) cache: B::Cache,
     pub(super) activations: Activations<B>,
-    pub(super) last: B::Vector,   // [hidden_size]
-    pub(super) logits: B::Vector, // [vocab_size]
-    /// A recorded token, and which plans of the model it points to.
-    pub(super) graph: Option<(u64, B::Graph)>,
+    pub(super) last: B::Vector,   // [DECODE_ROWS, hidden_size]
+    pub(super) logits: B::Vector, // [DECODE_ROWS, vocab_size]
+    /// Recorded passes, and which plans of the model they point to.
+    pub(super) graphs: Option<(u64, B::Graphs)>,
     pub(super) max_tokens: usize,
     model: u64,
     max_seq_len: usize,
+    texts: Vec<Text>, // [slots]
+    /// Tokens that each layer sees and has room for, where that is not a whole text; each pair once.
+    rings: Vec<(usize, usize)>,
+}
+
+/// What is known of the text in a slot.
+#[derive(Debug, Clone, Default)]
+struct Text {
     len: usize,
     /// The most tokens that there were since the text last began empty: what is written over older tokens.
     reached: usize,
-    /// Tokens that each layer sees and has room for, where that is not a whole text; each pair once.
-    rings: Vec<(usize, usize)>,
     chosen: usize,
     /// Tokens that may be chosen since the text began: as many as there are draws, or any number where none decides.
     draws: Option<usize>,
+    begun: bool,
     /// False from when an operation begins until it has ended well.
     whole: bool,
 }
 
 impl<B: DecodeBackend> Model<'_, B> {
-    /// Room for one text of 1 to `max_seq_len` tokens, which begins empty and is made by greedy choices.
+    /// Room for `slots` texts of 1 to `max_seq_len` tokens each. The first begins empty and is made by greedy choices; the
+    /// others take memory when they begin.
     ///
     /// # Errors
-    /// No tokens, a context the model was not trained for, or no memory.
-    pub fn state(&self, max_seq_len: usize) -> Result<State<B>> {
+    /// No slots, no tokens, a context the model was not trained for, or no memory.
+    pub fn state(&self, slots: usize, max_seq_len: usize) -> Result<State<B>> {
         let (c, b) = (&self.config, self.backend);
         let max = c.max_position_embeddings;
+        ensure!(slots > 0, "a state without slots, at least 1 is needed");
         ensure!(max_seq_len > 0, "a text of 0 tokens is asked for, 1 to {max} are allowed");
         ensure!(max_seq_len <= max, "{max_seq_len} tokens are asked for, the model's context is {max}");
-        let max_tokens = b.device().max_tokens.clamp(1, max_seq_len);
+        let max_tokens = b.device().max_tokens.clamp(1, max_seq_len.max(slots));
         let attended = c.layers.iter().map(|l| l.attention().num_heads * l.attention().head_dim).max().unwrap_or(0);
         let branches = c.layers.iter().any(|layer| layer.norms != NormPlacement::Before);
         let mut state = State {
-            sequence: b.sequence(c, max_seq_len)?,
+            cache: b.cache(c, slots, max_seq_len)?,
             activations: Activations {
                 h: b.vector(max_tokens * c.hidden_size)?,
                 qkv: b.vector(max_tokens * c.widest(Projection::Qkv))?,
@@ -53,60 +62,62 @@ impl<B: DecodeBackend> Model<'_, B> {
                 gu: b.vector(max_tokens * c.widest(Projection::GateUp))?,
                 branch: b.vector(if branches { max_tokens * c.hidden_size } else { 1 })?,
             },
-            last: b.vector(c.hidden_size)?,
-            logits: b.vector(c.vocab_size)?,
-            graph: None,
+            last: b.vector(DECODE_ROWS.min(max_tokens) * c.hidden_size)?,
+            logits: b.vector(DECODE_ROWS.min(max_tokens) * c.vocab_size)?,
+            graphs: None,
             max_tokens,
             model: self.id,
             max_seq_len,
-            len: 0,
-            reached: 0,
+            texts: vec![Text::default(); slots],
             rings: rings(c, max_seq_len),
-            chosen: 0,
-            draws: None,
-            whole: true,
         };
-        self.begin(&mut state, &Sampling::GREEDY, &[])?;
+        self.begin(&mut state, 0, &Sampling::GREEDY, &[])?;
         Ok(state)
     }
 
-    /// Starts over with an empty text; `draws[i]` decides the `i`-th sampled token.
+    /// Starts over with an empty text in `slot`; `draws[i]` decides the `i`-th sampled token.
     ///
     /// # Errors
-    /// A state of another model, rules that say nothing ([`Sampling::validate`]), a draw outside `[0, 1)`, or what the
-    /// device says.
-    pub fn begin(&self, state: &mut State<B>, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+    /// A state of another model, no such slot, rules that say nothing ([`Sampling::validate`]), a draw outside `[0, 1)`,
+    /// no memory for another text, or what the device says.
+    pub fn begin(&self, state: &mut State<B>, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
         self.own(state)?;
         sampling.validate()?;
         if let Some((i, draw)) = draws.iter().enumerate().find(|(_, draw)| !(0.0..1.0).contains(*draw)) {
             anyhow::bail!("draw {i} is {draw}, 0 to 1 without 1 is allowed");
         }
-        state.graph = None;
-        state.whole = false;
-        self.backend.begin(&mut state.sequence, sampling, draws)?;
-        (state.len, state.reached, state.chosen) = (0, 0, 0);
-        state.draws = (sampling.temperature > 0.0).then_some(draws.len());
-        state.whole = true;
+        crate::backend::ensure_slot(slot, state.texts.len())?;
+        state.texts[slot].whole = false;
+        self.backend.begin(&mut state.cache, slot, sampling, draws)?;
+        let draws = (sampling.temperature > 0.0).then_some(draws.len());
+        state.texts[slot] = Text { draws, begun: true, whole: true, ..Text::default() };
         Ok(())
     }
 
-    /// Starts over with the first `kept` tokens of the text that `state` holds, where [`State::keeps`] says that they
+    /// Starts over with the first `kept` tokens of the text that `slot` holds, where [`State::keeps`] says that they
     /// are still there; the rest as [`Model::begin`].
     ///
     /// # Errors
     /// Those of [`Model::begin`], and tokens that are not there: the text is as it was then.
-    pub fn resume(&self, state: &mut State<B>, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+    pub fn resume(
+        &self,
+        state: &mut State<B>,
+        slot: usize,
+        kept: usize,
+        sampling: &Sampling,
+        draws: &[f32],
+    ) -> Result<()> {
         self.own(state)?;
         ensure!(
-            state.keeps(kept),
+            state.keeps(slot, kept),
             "the first {kept} tokens of a text of {} are asked for, they are not all there, begin it anew",
-            state.len
+            state.len(slot)
         );
-        let reached = state.reached;
-        self.begin(state, sampling, draws)?;
+        let reached = state.texts.get(slot).map_or(0, |text| text.reached);
+        self.begin(state, slot, sampling, draws)?;
         if kept > 0 {
-            state.grow(kept, 0, |state| self.backend.recall(&mut state.sequence, kept))?;
-            state.reached = reached;
+            state.grow(&[(slot, kept, 0)], |state| self.backend.cut(&mut state.cache, slot, kept, 0))?;
+            state.texts[slot].reached = reached;
         }
         Ok(())
     }
@@ -116,10 +127,11 @@ impl<B: DecodeBackend> Model<'_, B> {
     /// # Errors
     /// A state of another model; a token that was not asked for yet; one that there is none to choose for, because the
     /// largest logit is not a finite number; a failing device.
-    pub fn sampled(&self, state: &State<B>, i: usize) -> Result<u32> {
+    pub fn sampled(&self, state: &State<B>, slot: usize, i: usize) -> Result<u32> {
         self.own(state)?;
-        ensure!(i < state.chosen, "token {i} is asked for, {} were chosen so far", state.chosen);
-        self.backend.sampled(&state.sequence, i)
+        let chosen = state.chosen(slot);
+        ensure!(i < chosen, "token {i} is asked for, {chosen} were chosen so far");
+        self.backend.sampled(&state.cache, slot, i)
     }
 
     /// Fails for what another model has made: its buffers have other sizes, or lie on another device.
@@ -133,19 +145,24 @@ impl<B: DecodeBackend> Model<'_, B> {
 }
 
 impl<B: DecodeBackend> State<B> {
-    /// Tokens read so far.
-    pub fn len(&self) -> usize {
-        self.len
+    /// How many texts there is room for.
+    pub fn slots(&self) -> usize {
+        self.texts.len()
+    }
+
+    /// Tokens read so far of the text in `slot`; none where there is no such slot.
+    pub fn len(&self, slot: usize) -> usize {
+        self.texts.get(slot).map_or(0, |text| text.len)
     }
 
     /// True before the first token.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
+    pub fn is_empty(&self, slot: usize) -> bool {
+        self.len(slot) == 0
     }
 
     /// Tokens that there is still room for.
-    pub fn room(&self) -> usize {
-        self.max_seq_len - self.len
+    pub fn room(&self, slot: usize) -> usize {
+        self.max_seq_len - self.len(slot)
     }
 
     /// Tokens of the longest text.
@@ -155,56 +172,75 @@ impl<B: DecodeBackend> State<B> {
 
     /// Whether the first `tokens` of the text are there to go on from. A layer with a window forgets tokens that are
     /// far behind the latest one, even if the text is cut to them later.
-    pub fn keeps(&self, tokens: usize) -> bool {
+    pub fn keeps(&self, slot: usize, tokens: usize) -> bool {
+        let Some(text) = self.texts.get(slot) else { return false };
         let seen = |&(window, capacity): &(usize, usize)| {
-            (tokens + 1).saturating_sub(window) >= self.reached.saturating_sub(capacity)
+            (tokens + 1).saturating_sub(window) >= text.reached.saturating_sub(capacity)
         };
-        tokens == 0 || self.whole && tokens <= self.len && self.rings.iter().all(seen)
+        tokens == 0 || text.whole && tokens <= text.len && self.rings.iter().all(seen)
     }
 
-    /// The most tokens that one pass takes.
+    /// The most tokens that one pass takes, of all texts together.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
     }
 
-    /// Whether a layer forgets what is far behind: then the text cannot be cut by more than a token once it is longer.
+    /// Whether a layer forgets what is far behind: then a text cannot be cut by more than a token once it is longer.
     pub fn forgets(&self) -> bool {
         !self.rings.is_empty()
     }
 
-    /// Fails if `tokens` more cannot be read: nothing is ever written behind the end of the cache.
-    pub(super) fn takes(&self, tokens: usize) -> Result<()> {
-        ensure!(self.whole, "an operation on this text has failed, begin it anew");
-        ensure_room(self.len, tokens, self.max_seq_len)
+    /// Tokens chosen since the text began.
+    pub fn chosen(&self, slot: usize) -> usize {
+        self.texts.get(slot).map_or(0, |text| text.chosen)
     }
 
-    /// Fails if another token cannot be chosen.
-    pub(super) fn chooses(&self) -> Result<()> {
+    fn text(&self, slot: usize) -> Result<&Text> {
+        crate::backend::ensure_slot(slot, self.texts.len())?;
+        Some(&self.texts[slot]).filter(|text| text.begun).with_context(|| holds_no_text(slot))
+    }
+
+    /// Fails if `tokens` more cannot be read: nothing is ever written behind the end of the cache.
+    pub(super) fn takes(&self, slot: usize, tokens: usize) -> Result<()> {
+        let text = self.text(slot)?;
+        ensure!(text.whole, "an operation on this text has failed, begin it anew");
+        ensure_room(text.len, tokens, self.max_seq_len)
+    }
+
+    /// Fails if `more` tokens cannot be chosen.
+    pub(super) fn chooses(&self, slot: usize, more: usize) -> Result<()> {
+        let text = self.text(slot)?;
         // One place for each token that was read, and one more.
-        let most = self.draws.unwrap_or(usize::MAX).min(self.max_seq_len + 1);
-        ensure!(self.chosen < most, "{} tokens were chosen, there is no draw or no room for another", self.chosen);
+        let most = text.draws.unwrap_or(usize::MAX).min(self.max_seq_len + 1);
+        ensure!(
+            more == 0 || text.chosen + more <= most,
+            "{} tokens were chosen, there is no draw or no room for another",
+            text.chosen
+        );
         Ok(())
     }
 
     /// Fails if there is no token that was chosen last.
-    pub(super) fn goes_on(&self) -> Result<()> {
-        ensure!(self.chosen > 0, "no token was chosen yet, give the text a prompt first");
+    pub(super) fn goes_on(&self, slot: usize) -> Result<()> {
+        ensure!(self.chosen(slot) > 0, "no token was chosen yet, give the text a prompt first");
         Ok(())
     }
 
-    /// Runs `work`, after which so many more tokens are read and chosen.
+    /// Runs `work`, after which each of these slots has so many more tokens read and chosen.
     pub(super) fn grow(
         &mut self,
-        read: usize,
-        chosen: usize,
+        grown: &[(usize, usize, usize)],
         work: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        self.whole = false;
+        grown.iter().for_each(|&(slot, ..)| self.texts[slot].whole = false);
         work(self)?;
-        self.whole = true;
-        self.len += read;
-        self.reached = self.reached.max(self.len);
-        self.chosen += chosen;
+        for &(slot, read, chosen) in grown {
+            let text = &mut self.texts[slot];
+            text.whole = true;
+            text.len += read;
+            text.reached = text.reached.max(text.len);
+            text.chosen += chosen;
+        }
         Ok(())
     }
 }
@@ -245,25 +281,25 @@ mod tests {
             // Token by token: a row does not depend on the rows that it is read with.
             let mut read = |state: &mut State<Cpu>, tokens: &[u32]| {
                 let each = |token: &u32| {
-                    model.logits(state, &[*token], false, &mut logits).unwrap();
+                    model.logits(state, 0, &[*token], false, &mut logits).unwrap();
                     logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
                 };
                 tokens.iter().map(each).last().unwrap()
             };
             let mut kept = 0;
             for cut in 1..=text.len() {
-                let mut state = model.state(64).unwrap();
+                let mut state = model.state(1, 64).unwrap();
                 read(&mut state, &text);
-                let keeps = state.keeps(cut);
+                let keeps = state.keeps(0, cut);
                 kept += usize::from(keeps);
-                let resumed = model.resume(&mut state, cut, &Sampling::GREEDY, &[]);
+                let resumed = model.resume(&mut state, 0, cut, &Sampling::GREEDY, &[]);
                 assert_eq!(resumed.is_ok(), keeps, "{cut}");
                 if !keeps {
-                    assert_eq!(state.len(), text.len(), "a refused cut changes nothing");
-                    cpu.recall(&mut state.sequence, cut).unwrap();
-                    state.len = cut;
+                    assert_eq!(state.len(0), text.len(), "a refused cut changes nothing");
+                    cpu.cut(&mut state.cache, 0, cut, 0).unwrap();
+                    state.texts[0].len = cut;
                 }
-                let mut fresh = model.state(64).unwrap();
+                let mut fresh = model.state(1, 64).unwrap();
                 read(&mut fresh, &text[..cut]);
                 assert_eq!(read(&mut state, &[31]) == read(&mut fresh, &[31]), keeps, "cut to {cut}");
             }

@@ -1,5 +1,6 @@
 //! Attention as families have it: by layer its own heads, rotation, window, scale, cap and growth of queries.
 
+use decdec::backend::Rows;
 use decdec::config::{Attention, Pairing, QueryScaling, Rope, RopeScaling};
 use decdec::sampling::Sampling;
 
@@ -22,19 +23,20 @@ fn read<B: UnderTest>(
     parts: &[usize],
 ) -> Vec<Vec<f32>> {
     let len: usize = parts.iter().sum();
-    let mut sequence = backend.sequence(&model(attentions, ropes.to_vec()), len).unwrap();
-    backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+    let mut cache = backend.cache(&model(attentions, ropes.to_vec()), 1, len).unwrap();
+    backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut got = vec![Vec::new(); attentions.len()];
     let mut start = 0;
     for &tokens in parts {
+        let rows = [Rows { slot: 0, position: start, count: tokens }];
         for (l, attention) in attentions.iter().enumerate() {
             let (width, out_width) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
             let qkv = upload(backend, &texts[l][start * width..(start + tokens) * width]);
             let mut out = backend.vector(tokens * out_width).unwrap();
-            backend.attend(&mut sequence, l, &qkv, &mut out, tokens).unwrap();
+            backend.attend(&mut cache, l, &rows, &qkv, &mut out).unwrap();
             got[l].extend(download(backend, &out, tokens * out_width));
         }
-        backend.advance(&mut sequence, tokens).unwrap();
+        backend.advance(&mut cache, &rows).unwrap();
         start += tokens;
     }
     got

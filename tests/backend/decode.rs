@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use decdec::backend::{Feed, Input, Norm, Product};
+use decdec::backend::{Feed, Input, Norm, Product, Rows};
 use decdec::config::{Activation, ModelConfig};
 use decdec::sampling::Sampling;
 use decdec::weights::{Linear, Weight};
@@ -18,7 +18,7 @@ pub(crate) fn config() -> ModelConfig {
 
 /// A product that is added to what is there.
 pub(crate) fn added<'a, B: UnderTest>(matrix: &'a B::Matrix, feed: Feed<'a, B::Vector>) -> Product<'a, B> {
-    Product { feed, matrix, plan: None, add: true }
+    Product { feed, matrix, plan: None, compensated: 0, add: true }
 }
 
 pub(crate) fn upload<B: UnderTest>(backend: &B, values: &[f32]) -> B::Vector {
@@ -37,38 +37,39 @@ pub(crate) fn exact(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&v| f64::from(v)).collect()
 }
 
-pub(crate) fn embed_and_last_row<B: UnderTest>(backend: &B) {
+pub(crate) fn embed_and_gather<B: UnderTest>(backend: &B) {
     for stored in Stored::ALL {
         let weight = common::dense(3, 72, 50, stored);
         let Weight::Dense(table) = &weight else { unreachable!() };
         let rows = table.values.to_f32().into_owned();
         let row = |id: u32| rows[72 * id as usize..][..72].to_vec();
         let matrix = backend.matrix(&Linear::plain(weight.clone())).unwrap();
-        let mut sequence = backend.sequence(&config(), 16).unwrap();
-        backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+        let mut cache = backend.cache(&config(), 1, 16).unwrap();
+        let of = |count| [Rows { slot: 0, position: 0, count }];
+        backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
         let mut h = backend.vector(3 * 72).unwrap();
-        backend.embed(&sequence, &matrix, 1.0, Input::Prompt(&[49, 0, 17]), &mut h).unwrap();
+        backend.embed(&cache, &of(3), (&matrix, 1.0), Input::Tokens(&[49, 0, 17]), &mut h).unwrap();
         assert_eq!(download(backend, &h, 3 * 72), [row(49), row(0), row(17)].concat());
 
-        let mut last = backend.vector(72).unwrap();
-        backend.last_row(&h, 72, 3, &mut last).unwrap();
-        assert_eq!(download(backend, &last, 72), row(17));
-        backend.last_row(&h, 72, 2, &mut last).unwrap();
-        assert_eq!(download(backend, &last, 72), row(0));
+        let mut some = backend.vector(2 * 72).unwrap();
+        backend.gather(&h, 72, &[2, 1], &mut some).unwrap();
+        assert_eq!(download(backend, &some, 2 * 72), [row(17), row(0)].concat());
+        backend.gather(&h, 72, &[0], &mut some).unwrap();
+        assert_eq!(download(backend, &some, 2 * 72), [row(49), row(0)].concat());
 
         // Ids that the table does not have, such as those of a text that has no next token: nothing is read.
-        backend.embed(&sequence, &matrix, 1.0, Input::Prompt(&[50, 3, u32::MAX]), &mut h).unwrap();
+        backend.embed(&cache, &of(3), (&matrix, 1.0), Input::Tokens(&[50, 3, u32::MAX]), &mut h).unwrap();
         let got = download(backend, &h, 3 * 72);
         assert!(got[..72].iter().chain(&got[144..]).all(|h| h.is_nan()), "{got:?}");
         assert_eq!(got[72..144], row(3));
 
         let mut logits = vec![0.0; 96];
         logits[31] = 1.0;
-        backend.sample(&mut sequence, &upload(backend, &logits)).unwrap();
-        backend.embed(&sequence, &matrix, 1.0, Input::Sampled, &mut h).unwrap();
+        backend.sample(&mut cache, &[0], &upload(backend, &logits)).unwrap();
+        backend.embed(&cache, &of(1), (&matrix, 1.0), Input::Sampled, &mut h).unwrap();
         assert_eq!(download(backend, &h, 72), row(31));
-        backend.sample(&mut sequence, &upload(backend, &[f32::NAN; 96])).unwrap();
-        backend.embed(&sequence, &matrix, 1.0, Input::Sampled, &mut h).unwrap();
+        backend.sample(&mut cache, &[0], &upload(backend, &[f32::NAN; 96])).unwrap();
+        backend.embed(&cache, &of(1), (&matrix, 1.0), Input::Sampled, &mut h).unwrap();
         assert!(download(backend, &h, 72).iter().all(|h| h.is_nan()), "no token has a row");
     }
 }
@@ -130,20 +131,21 @@ fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usi
     let (dim, width) = (attention.head_dim, attention.qkv_rows());
     let q_width = attention.num_heads * dim;
     let texts: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, len * width));
-    let mut sequence = backend.sequence(config, len).unwrap();
+    let mut cache = backend.cache(config, 1, len).unwrap();
     // The second round shows that beginning again forgets the first.
     for _ in 0..2 {
-        backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+        backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
         let mut got = [Vec::new(), Vec::new()];
         let mut start = 0;
         for &tokens in parts {
+            let rows = [Rows { slot: 0, position: start, count: tokens }];
             for layer in 0..2 {
                 let qkv = upload(backend, &texts[layer][start * width..(start + tokens) * width]);
                 let mut out = backend.vector(tokens * q_width).unwrap();
-                backend.attend(&mut sequence, layer, &qkv, &mut out, tokens).unwrap();
+                backend.attend(&mut cache, layer, &rows, &qkv, &mut out).unwrap();
                 got[layer].extend(download(backend, &out, tokens * q_width));
             }
-            backend.advance(&mut sequence, tokens).unwrap();
+            backend.advance(&mut cache, &rows).unwrap();
             start += tokens;
         }
         for (text, got) in texts.iter().zip(&got) {
@@ -203,13 +205,14 @@ pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
         let width = (num_heads + 2 * num_kv_heads) * head_dim;
         // Scores of about 1: shares that an error of an angle moves.
         let tokens: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, width).iter().map(|x| 2.0 * x).collect());
-        let mut sequence = backend.sequence(&config, LAST + 1).unwrap();
-        backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
-        backend.advance(&mut sequence, LAST - 1).unwrap();
+        let mut cache = backend.cache(&config, 1, LAST + 1).unwrap();
+        backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
+        backend.advance(&mut cache, &[Rows { slot: 0, position: 0, count: LAST - 1 }]).unwrap();
         let mut out = backend.vector(num_heads * head_dim).unwrap();
-        for qkv in &tokens {
-            backend.attend(&mut sequence, 0, &upload(backend, qkv), &mut out, 1).unwrap();
-            backend.advance(&mut sequence, 1).unwrap();
+        for (t, qkv) in tokens.iter().enumerate() {
+            let rows = [Rows { slot: 0, position: LAST - 1 + t, count: 1 }];
+            backend.attend(&mut cache, 0, &rows, &upload(backend, qkv), &mut out).unwrap();
+            backend.advance(&mut cache, &rows).unwrap();
         }
         let got = download(backend, &out, num_heads * head_dim);
         let head = |t: usize, i: usize| exact(&tokens[t][i * head_dim..][..head_dim]);
@@ -246,10 +249,10 @@ pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
         );
     }
     // Nothing is attended to, or advanced over, behind the end.
-    let mut sequence = backend.sequence(&config(), 3).unwrap();
-    backend.begin(&mut sequence, &Sampling::GREEDY, &[]).unwrap();
+    let mut cache = backend.cache(&config(), 1, 3).unwrap();
+    backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     if !backend.device().id.starts_with("cuda") {
-        let error = backend.advance(&mut sequence, 4).unwrap_err().to_string();
+        let error = backend.advance(&mut cache, &[Rows { slot: 0, position: 0, count: 4 }]).unwrap_err().to_string();
         assert!(error.contains("4 more tokens") && error.contains("room for 3"), "{error}");
     }
 }

@@ -120,7 +120,7 @@ on_every_backend! {
     dec::too_large_n_tb,
     dec::nan_comes_out,
     cases::random_cases,
-    decode::embed_and_last_row,
+    decode::embed_and_gather,
     decode::norm,
     decode::swiglu,
     decode::attention,

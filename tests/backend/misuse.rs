@@ -33,14 +33,14 @@ fn refused<T>(result: Result<T>, parts: &[&str]) {
 
 /// A text of a prompt and `steps` steps.
 fn text<B: UnderTest>(model: &Model<'_, B>, max_seq_len: usize, prompt: &[u32], steps: usize) -> State<B> {
-    let mut state = model.state(max_seq_len).unwrap();
-    model.prompt(&mut state, prompt, false).unwrap();
-    (0..steps).for_each(|_| model.step(&mut state).unwrap());
+    let mut state = model.state(1, max_seq_len).unwrap();
+    model.prompt(&mut state, 0, prompt, false).unwrap();
+    (0..steps).for_each(|_| model.step(&mut state, &[0]).unwrap());
     state
 }
 
 fn tokens<B: UnderTest>(model: &Model<'_, B>, state: &State<B>, count: usize) -> Vec<u32> {
-    (0..count).map(|i| model.sampled(state, i).unwrap()).collect()
+    (0..count).map(|i| model.sampled(state, 0, i).unwrap()).collect()
 }
 
 /// Nothing is read or written behind the end, also by a token that was recorded before.
@@ -52,31 +52,31 @@ pub(crate) fn past_the_end<B: UnderTest>(backend: &B) {
     let mut logits = backend.vector(96).unwrap();
     let full = ["1 more tokens", "context of 12 has room for 0"];
     for _ in 0..3 {
-        refused(model.step(&mut state), &full);
-        refused(model.prompt(&mut state, &[1], false), &full);
-        refused(model.logits(&mut state, &[1], false, &mut logits), &full);
+        refused(model.step(&mut state, &[0]), &full);
+        refused(model.prompt(&mut state, 0, &[1], false), &full);
+        refused(model.logits(&mut state, 0, &[1], false, &mut logits), &full);
         for operation in model.operations().into_iter().chain([Operation::Layers]) {
-            refused(model.operate(&mut state, operation), &full);
+            refused(model.operate(&mut state, 0, operation), &full);
         }
     }
-    assert_eq!((state.len(), state.room()), (12, 0));
+    assert_eq!((state.len(0), state.room(0)), (12, 0));
     assert_eq!(tokens(&model, &state, 9), want);
-    refused(model.sampled(&state, 9), &["token 9", "9 were chosen"]);
+    refused(model.sampled(&state, 0, 9), &["token 9", "9 were chosen"]);
 
     // A prompt that does not fit, or that is wrong at its end, is not read at all.
     let long: Vec<u32> = (0..50).map(|i| i * 7 % 96).collect();
     let mut state = text(&model, 49, &prompt, 1);
     for _ in 0..2 {
-        refused(model.prompt(&mut state, &long, false), &["50 more tokens", "context of 49 has room for 44"]);
+        refused(model.prompt(&mut state, 0, &long, false), &["50 more tokens", "context of 49 has room for 44"]);
         let wrong: Vec<u32> = long[..43].iter().copied().chain([96]).collect();
-        refused(model.prompt(&mut state, &wrong, false), &["token id 96", "ends at 95"]);
-        assert_eq!(state.len(), 5);
+        refused(model.prompt(&mut state, 0, &wrong, false), &["token id 96", "ends at 95"]);
+        assert_eq!(state.len(0), 5);
     }
-    (0..7).for_each(|_| model.step(&mut state).unwrap());
+    (0..7).for_each(|_| model.step(&mut state, &[0]).unwrap());
     assert_eq!(tokens(&model, &state, 9), want);
-    refused(model.prepare(&mut state, 50, false), &["50 more tokens", "context of 49"]);
-    model.prepare(&mut state, 49, false).unwrap();
-    assert!(state.is_empty());
+    refused(model.prepare(&mut state, 0, 50, false), &["50 more tokens", "context of 49"]);
+    model.prepare(&mut state, 0, 49, false).unwrap();
+    assert!(state.is_empty(0));
 }
 
 /// Plans change under texts in the making.
@@ -106,57 +106,60 @@ pub(crate) fn a_state_of_another_model<B: UnderTest>(backend: &B) {
     let mut state = text(&theirs, 12, &[5, 42], 3);
     let mut logits = backend.vector(96).unwrap();
     let other = ["made by another model", "state()"];
-    refused(ours.step(&mut state), &other);
-    refused(ours.prompt(&mut state, &[1], false), &other);
-    refused(ours.logits(&mut state, &[1], false, &mut logits), &other);
-    refused(ours.begin(&mut state, &Sampling::GREEDY, &[]), &other);
-    refused(ours.prepare(&mut state, 1, false), &other);
-    refused(ours.operate(&mut state, Operation::Embed), &other);
-    refused(ours.sampled(&state, 0), &other);
-    theirs.step(&mut state).unwrap();
+    refused(ours.step(&mut state, &[0]), &other);
+    refused(ours.prompt(&mut state, 0, &[1], false), &other);
+    refused(ours.logits(&mut state, 0, &[1], false, &mut logits), &other);
+    refused(ours.begin(&mut state, 0, &Sampling::GREEDY, &[]), &other);
+    refused(ours.prepare(&mut state, 0, 1, false), &other);
+    refused(ours.operate(&mut state, 0, Operation::Embed), &other);
+    refused(ours.sampled(&state, 0, 0), &other);
+    theirs.step(&mut state, &[0]).unwrap();
     assert_eq!(tokens(&theirs, &state, 5), tokens(&ours, &text(&ours, 12, &[5, 42], 4), 5));
 }
 
 /// Arguments that make no sense, and calls before there is anything to go on from.
 pub(crate) fn arguments<B: UnderTest>(backend: &B) {
     let model = model(backend, &weights());
-    refused(model.state(0).map(|_| ()), &["0 tokens", "1 to 128"]);
-    refused(model.state(129).map(|_| ()), &["129 tokens", "128"]);
-    let mut state = model.state(40).unwrap();
+    refused(model.state(1, 0).map(|_| ()), &["0 tokens", "1 to 128"]);
+    refused(model.state(1, 129).map(|_| ()), &["129 tokens", "128"]);
+    let mut state = model.state(1, 40).unwrap();
     let mut logits = backend.vector(40 * 96).unwrap();
     let begin = ["no token was chosen yet", "prompt"];
-    refused(model.step(&mut state), &begin);
-    refused(model.operate(&mut state, Operation::Embed), &begin);
-    refused(model.sampled(&state, 0), &["token 0", "0 were chosen"]);
-    refused(model.prompt(&mut state, &[], false), &["empty"]);
-    refused(model.logits(&mut state, &[], false, &mut logits), &["empty"]);
-    refused(model.logits(&mut state, &[96], false, &mut logits), &["token id 96", "95"]);
+    refused(model.step(&mut state, &[0]), &begin);
+    refused(model.operate(&mut state, 0, Operation::Embed), &begin);
+    refused(model.sampled(&state, 0, 0), &["token 0", "0 were chosen"]);
+    refused(model.prompt(&mut state, 0, &[], false), &["empty"]);
+    refused(model.logits(&mut state, 0, &[], false, &mut logits), &["empty"]);
+    refused(model.logits(&mut state, 0, &[96], false, &mut logits), &["token id 96", "95"]);
     let most = state.max_tokens();
-    let mut longer = model.state(128).unwrap();
+    let mut longer = model.state(1, 128).unwrap();
     if longer.max_tokens() < 128 {
         let tokens = vec![1; longer.max_tokens() + 1];
-        refused(model.logits(&mut longer, &tokens, false, &mut logits), &[&format!("1 to {most}"), "in parts"]);
+        refused(model.logits(&mut longer, 0, &tokens, false, &mut logits), &[&format!("1 to {most}"), "in parts"]);
     }
     let mut small = backend.vector(2 * 96 - 8).unwrap();
-    refused(model.logits(&mut state, &[1, 2], false, &mut small), &["2 tokens", "192 are needed"]);
+    refused(model.logits(&mut state, 0, &[1, 2], false, &mut small), &["2 tokens", "192 are needed"]);
     // Logits choose nothing.
-    model.logits(&mut state, &[5], false, &mut logits).unwrap();
-    refused(model.step(&mut state), &begin);
-    refused(model.begin(&mut state, &Sampling { temperature: -1.0, ..Sampling::GREEDY }, &[]), &["temperature is -1"]);
+    model.logits(&mut state, 0, &[5], false, &mut logits).unwrap();
+    refused(model.step(&mut state, &[0]), &begin);
+    refused(
+        model.begin(&mut state, 0, &Sampling { temperature: -1.0, ..Sampling::GREEDY }, &[]),
+        &["temperature is -1"],
+    );
     for draw in [1.0, -0.1, f32::NAN] {
-        refused(model.begin(&mut state, &Sampling::GREEDY, &[0.5, draw]), &["draw 1 is", "0 to 1"]);
+        refused(model.begin(&mut state, 0, &Sampling::GREEDY, &[0.5, draw]), &["draw 1 is", "0 to 1"]);
     }
     let sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
-    model.begin(&mut state, &sampling, &[0.5, 0.25]).unwrap();
-    model.prompt(&mut state, &[5, 42], false).unwrap();
-    model.step(&mut state).unwrap();
-    refused(model.step(&mut state), &["2 tokens were chosen", "no draw"]);
-    refused(model.operate(&mut state, Operation::Layer(2, Op::Attend)), &["layer 2", "model has 2"]);
-    refused(model.operate(&mut state, Operation::Layer(7, Op::Attend)), &["layer 7"]);
+    model.begin(&mut state, 0, &sampling, &[0.5, 0.25]).unwrap();
+    model.prompt(&mut state, 0, &[5, 42], false).unwrap();
+    model.step(&mut state, &[0]).unwrap();
+    refused(model.step(&mut state, &[0]), &["2 tokens were chosen", "no draw"]);
+    refused(model.operate(&mut state, 0, Operation::Layer(2, Op::Attend)), &["layer 2", "model has 2"]);
+    refused(model.operate(&mut state, 0, Operation::Layer(7, Op::Attend)), &["layer 7"]);
     // A choice is made again and again, until there is no room for more.
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
-    model.prompt(&mut state, &[5, 42], false).unwrap();
-    let chosen = (0..50).take_while(|_| model.operate(&mut state, Operation::Sample).is_ok()).count();
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
+    model.prompt(&mut state, 0, &[5, 42], false).unwrap();
+    let chosen = (0..50).take_while(|_| model.operate(&mut state, 0, Operation::Sample).is_ok()).count();
     assert_eq!(chosen, 40);
 
     let window = |tokens: &'static [u32]| tokens;
@@ -218,15 +221,15 @@ fn a_failed_operation_ends_the_text() {
     let want = tokens(&model, &text(&model, 40, &[5, 42], 5), 6);
     let mut state = text(&model, 40, &[5, 42], 1);
     recording.fails.set(true);
-    refused(model.step(&mut state), &["the device fails"]);
+    refused(model.step(&mut state, &[0]), &["the device fails"]);
     let again = ["has failed", "begin it anew"];
-    refused(model.step(&mut state), &again);
-    refused(model.prompt(&mut state, &[1], false), &again);
-    refused(model.operate(&mut state, Operation::Sample), &again);
+    refused(model.step(&mut state, &[0]), &again);
+    refused(model.prompt(&mut state, 0, &[1], false), &again);
+    refused(model.operate(&mut state, 0, Operation::Sample), &again);
     assert_eq!(tokens(&model, &state, 2), want[..2]);
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
-    model.prompt(&mut state, &[5, 42], false).unwrap();
-    (0..5).for_each(|_| model.step(&mut state).unwrap());
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
+    model.prompt(&mut state, 0, &[5, 42], false).unwrap();
+    (0..5).for_each(|_| model.step(&mut state, &[0]).unwrap());
     assert_eq!(tokens(&model, &state, 6), want);
 }
 

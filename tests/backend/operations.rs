@@ -1,10 +1,11 @@
 //! What families add to Llama's layer, operation by operation: a scaled embedding, other gates, norms of queries and keys
 //! and behind a branch, caps.
 
-use decdec::backend::{Feed, Input, Norm, Product};
+use decdec::backend::{Feed, Input, Norm, Product, Rows};
 use decdec::config::{Activation, Attention, FeedForward, LayerConfig, Mixer, ModelConfig, NormPlacement};
 use decdec::config::{QkNorm, Rope};
 use decdec::dec::{DecPlan, Selection};
+use decdec::sampling::Sampling;
 use decdec::weights::{Linear, Weight};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -64,18 +65,20 @@ pub(crate) fn any<S: Strategy>(cases: u32, strategy: &S, body: impl Fn(S::Value)
 }
 
 pub(crate) fn embedding_scale<B: UnderTest>(backend: &B) {
-    let sequence = backend.sequence(&model(&[attention(4, 2, 16)], Vec::new()), 16).unwrap();
+    let mut cache = backend.cache(&model(&[attention(4, 2, 16)], Vec::new()), 1, 16).unwrap();
+    backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
+    let rows = [Rows { slot: 0, position: 0, count: 2 }];
     for stored in Stored::ALL {
         let weight = common::dense(3, 72, 50, stored);
         let Weight::Dense(table) = &weight else { unreachable!() };
-        let rows = table.values.to_f32().into_owned();
+        let values = table.values.to_f32().into_owned();
         let matrix = backend.matrix(&Linear::plain(weight.clone())).unwrap();
         let mut h = backend.vector(2 * 72).unwrap();
         for scale in [1.0, 72f32.sqrt(), 12.0 / 0.22] {
-            backend.embed(&sequence, &matrix, scale, Input::Prompt(&[49, 50]), &mut h).unwrap();
+            backend.embed(&cache, &rows, (&matrix, scale), Input::Tokens(&[49, 50]), &mut h).unwrap();
             let got = download(backend, &h, 2 * 72);
             // One product, rounded once.
-            let want: Vec<f32> = rows[49 * 72..].iter().map(|x| scale * x).collect();
+            let want: Vec<f32> = values[49 * 72..].iter().map(|x| scale * x).collect();
             assert_eq!(got[..72], want, "{stored:?} times {scale}");
             assert!(got[72..].iter().all(|h| h.is_nan()), "there is no row 50");
         }
@@ -88,7 +91,8 @@ fn check_gates<B: UnderTest>(backend: &B, activation: Activation, gu: &[f32], to
     let matrix = backend.matrix(&Linear::plain(common::identity(width))).unwrap();
     let x = upload(backend, gu);
     let mut y = upload(backend, &vec![f32::NAN; tokens * width]);
-    let mut product = Product { feed: Feed::Gated(activation), matrix: &matrix, plan: None, add: false };
+    let mut product =
+        Product { feed: Feed::Gated(activation), matrix: &matrix, plan: None, compensated: 0, add: false };
     backend.project(&product, &x, &mut y, tokens).unwrap();
     let once = download(backend, &y, tokens * width);
     product.add = true;
@@ -168,11 +172,18 @@ pub(crate) fn compensated_gates_within<B: UnderTest>(backend: &B, rounding: f64)
         {
             let x = upload(backend, &common::uniform(6, tokens * width));
             let mut gu = upload(backend, &vec![f32::NAN; 2 * tokens * width]);
-            let product = Product { feed: Feed::Plain, matrix: &matrix_before, plan: plan_before, add: false };
+            let product = Product {
+                feed: Feed::Plain,
+                matrix: &matrix_before,
+                plan: plan_before,
+                compensated: tokens,
+                add: false,
+            };
             backend.project(&product, &x, &mut gu, tokens).unwrap();
             let on_host = download(backend, &gu, 2 * tokens * width);
             let mut y = upload(backend, &vec![f32::NAN; tokens * width]);
-            let product = Product { feed: Feed::Gated(activation), matrix: &matrix, plan, add: false };
+            let product =
+                Product { feed: Feed::Gated(activation), matrix: &matrix, plan, compensated: tokens, add: false };
             backend.project(&product, &gu, &mut y, tokens).unwrap();
             let got = download(backend, &y, tokens * width);
             for (gu, got) in on_host.chunks_exact(2 * width).zip(got.chunks_exact(width)) {
@@ -202,8 +213,8 @@ pub(crate) fn after_a_compensated_product<B: UnderTest>(backend: &B) {
     let linear = common::compensable(7, common::anyprec(8, width, rows, 3, Stored::F16));
     let matrix = backend.matrix(&linear).unwrap();
     let plan = backend.plan(&matrix, &plan_of_all(&linear)).unwrap();
-    let sequence = backend.sequence(&model(std::slice::from_ref(&attention), Vec::new()), 8).unwrap();
-    let product = |add| Product { feed: Feed::Plain, matrix: &matrix, plan: Some(&plan), add };
+    let cache = backend.cache(&model(std::slice::from_ref(&attention), Vec::new()), 1, 8).unwrap();
+    let product = |add| Product { feed: Feed::Plain, matrix: &matrix, plan: Some(&plan), compensated: 1, add };
     let (mut y, x) = (backend.vector(rows).unwrap(), upload(backend, &common::uniform(9, width)));
     let gamma = common::uniform(10, 16);
     let norm = norm_of(backend, &gamma, 0.25);
@@ -211,7 +222,7 @@ pub(crate) fn after_a_compensated_product<B: UnderTest>(backend: &B) {
     for _ in 0..2 {
         backend.project(&product(false), &x, &mut y, 1).unwrap();
         let before = download(backend, &y, rows);
-        backend.norm_qk(&sequence, 0, [&norm, &norm], &mut y, 1).unwrap();
+        backend.norm_qk(&cache, 0, [&norm, &norm], &mut y, 1).unwrap();
         let got = download(backend, &y, rows);
         assert_eq!(got[96..], before[96..], "values stay, with their compensation");
         let want = stretches(&before[..96], &gamma, 0.25);
@@ -253,14 +264,14 @@ fn check_norm_qk<B: UnderTest>(backend: &B, attention: &Attention, whole: bool, 
     let other = crate::operations::attention(2, 1, 8);
     // Not the first layer: another's shape would show.
     let config = model(&[other, Attention { qk_norm, ..attention.clone() }], Vec::new());
-    let sequence = backend.sequence(&config, 32).unwrap();
+    let cache = backend.cache(&config, 1, 32).unwrap();
     let qkv: Vec<f32> = common::heavy_tailed(7, tokens * width);
     let [query, key] = [(8, lens[0]), (9, lens[1])].map(|(seed, len)| common::uniform(seed, len));
     // A large ε, so that it shows, and another one for keys.
     let norms = [(&query, 0.25), (&key, 0.5)];
     let [q, k] = norms.map(|(gamma, eps)| norm_of(backend, gamma, eps));
     let mut vector = upload(backend, &qkv);
-    backend.norm_qk(&sequence, 1, [&q, &k], &mut vector, tokens).unwrap();
+    backend.norm_qk(&cache, 1, [&q, &k], &mut vector, tokens).unwrap();
     let got = download(backend, &vector, tokens * width);
     let want = |x: &[f32], norms: [(&Vec<f32>, f32); 2]| -> Vec<f64> {
         let (x, values) = x.split_at(queries + keys);

@@ -2,11 +2,12 @@
 //! model would queue now, and it notes where that is not the same any more.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use decdec::backend::record::{ByClock, Clock};
-use decdec::backend::{DecodeBackend, DeviceInfo, Feed, GemvBackend, Input, Norm, Product};
+use decdec::backend::{DecodeBackend, DeviceInfo, Feed, GemvBackend, Input, Norm, Product, Rows, count};
 use decdec::config::ModelConfig;
 use decdec::dec::DecPlan;
 use decdec::sampling::Sampling;
@@ -116,54 +117,55 @@ impl<B: GemvBackend> GemvBackend for Recording<'_, B> {
 }
 
 impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
-    type Sequence = B::Sequence;
-    type Graph = Option<Vec<Queued>>;
+    type Cache = B::Cache;
+    type Graphs = HashMap<Vec<usize>, Option<Vec<Queued>>>;
 
-    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<B::Sequence> {
-        self.inner.sequence(config, max_seq_len)
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<B::Cache> {
+        self.inner.cache(config, slots, max_seq_len)
     }
 
-    fn begin(&self, sequence: &mut B::Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()> {
-        self.inner.begin(sequence, sampling, draws)
+    fn begin(&self, cache: &mut B::Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        self.inner.begin(cache, slot, sampling, draws)
     }
 
-    fn recall(&self, sequence: &mut B::Sequence, tokens: usize) -> Result<()> {
-        self.inner.recall(sequence, tokens)
+    fn cut(&self, cache: &mut B::Cache, slot: usize, tokens: usize, sampled: usize) -> Result<()> {
+        self.inner.cut(cache, slot, tokens, sampled)
     }
 
     fn embed(
         &self,
-        sequence: &B::Sequence,
-        table: &B::Matrix,
-        scale: f32,
+        cache: &B::Cache,
+        rows: &[Rows],
+        table: (&B::Matrix, f32),
         input: Input<'_>,
         h: &mut B::Vector,
     ) -> Result<()> {
-        self.queue::<B::Plan>("embed", 0, None)?;
-        self.inner.embed(sequence, table, scale, input, h)
+        self.queue::<B::Plan>("embed", count(rows), None)?;
+        self.inner.embed(cache, rows, table, input, h)
     }
 
     fn project(&self, product: &Product<'_, Self>, x: &B::Vector, y: &mut B::Vector, tokens: usize) -> Result<()> {
-        let Product { feed, matrix, plan, add } = *product;
+        let Product { feed, matrix, plan, compensated, add } = *product;
         let what = match feed {
             Feed::Plain => "project",
             Feed::Norm(_) => "project what is normalized",
             Feed::Gated(_) => "project what is gated",
         };
         self.queue(what, tokens, plan)?;
-        self.inner.project(&Product { feed, matrix, plan: plan.map(|plan| &plan.inner), add }, x, y, tokens)
+        let plan = plan.map(|plan| &plan.inner);
+        self.inner.project(&Product { feed, matrix, plan, compensated, add }, x, y, tokens)
     }
 
     fn norm_qk(
         &self,
-        sequence: &B::Sequence,
+        cache: &B::Cache,
         layer: usize,
         norms: [&Norm<B::Vector>; 2],
         qkv: &mut B::Vector,
         tokens: usize,
     ) -> Result<()> {
         self.queue::<B::Plan>("norm_qk", tokens, None)?;
-        self.inner.norm_qk(sequence, layer, norms, qkv, tokens)
+        self.inner.norm_qk(cache, layer, norms, qkv, tokens)
     }
 
     fn add_norm(&self, norm: &Norm<B::Vector>, branch: &B::Vector, h: &mut B::Vector, tokens: usize) -> Result<()> {
@@ -178,32 +180,33 @@ impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
 
     fn attend(
         &self,
-        sequence: &mut B::Sequence,
+        cache: &mut B::Cache,
         layer: usize,
+        rows: &[Rows],
         qkv: &B::Vector,
         out: &mut B::Vector,
-        tokens: usize,
     ) -> Result<()> {
-        self.queue::<B::Plan>("attend", tokens, None)?;
-        self.inner.attend(sequence, layer, qkv, out, tokens)
+        self.queue::<B::Plan>("attend", count(rows), None)?;
+        self.inner.attend(cache, layer, rows, qkv, out)
     }
 
-    fn advance(&self, sequence: &mut B::Sequence, tokens: usize) -> Result<()> {
-        self.queue::<B::Plan>("advance", tokens, None)?;
-        self.inner.advance(sequence, tokens)
+    fn advance(&self, cache: &mut B::Cache, rows: &[Rows]) -> Result<()> {
+        self.queue::<B::Plan>("advance", count(rows), None)?;
+        self.inner.advance(cache, rows)
     }
 
-    fn last_row(&self, h: &B::Vector, len: usize, tokens: usize, last: &mut B::Vector) -> Result<()> {
-        self.inner.last_row(h, len, tokens, last)
+    fn gather(&self, from: &B::Vector, len: usize, which: &[usize], to: &mut B::Vector) -> Result<()> {
+        self.queue::<B::Plan>("gather", which.len(), None)?;
+        self.inner.gather(from, len, which, to)
     }
 
-    fn sample(&self, sequence: &mut B::Sequence, logits: &B::Vector) -> Result<()> {
-        self.queue::<B::Plan>("sample", 1, None)?;
-        self.inner.sample(sequence, logits)
+    fn sample(&self, cache: &mut B::Cache, slots: &[usize], logits: &B::Vector) -> Result<()> {
+        self.queue::<B::Plan>("sample", slots.len(), None)?;
+        self.inner.sample(cache, slots, logits)
     }
 
-    fn sampled(&self, sequence: &B::Sequence, i: usize) -> Result<u32> {
-        self.inner.sampled(sequence, i)
+    fn sampled(&self, cache: &B::Cache, slot: usize, i: usize) -> Result<u32> {
+        self.inner.sampled(cache, slot, i)
     }
 
     fn prepare(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
@@ -211,12 +214,15 @@ impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
     }
 
     /// First runs, then records, then replays: as on a GPU, nothing that is wrong with a replayed token stops it.
-    fn replay(&self, graph: &mut Option<Self::Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    fn replay(&self, graphs: &mut Self::Graphs, rows: &[Rows], work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         self.queued.borrow_mut().clear();
-        let done = token();
+        let done = work();
         let queued = self.queued.take();
-        match graph {
-            None => *graph = Some(None),
+        let slots = rows.iter().map(|rows| rows.slot).collect();
+        match graphs.get_mut(&slots) {
+            None => {
+                graphs.insert(slots, None);
+            }
             Some(recorded @ None) => *recorded = Some(queued),
             Some(Some(recorded)) => {
                 self.replayed.set(self.replayed.get() + 1);

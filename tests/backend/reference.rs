@@ -43,14 +43,14 @@ fn expected(dir: &Path) -> Expected {
 }
 
 fn logits<B: UnderTest>(model: &Model<'_, B>, tokens: &[u32], compensated: bool) -> Vec<f32> {
-    let mut state = model.state(tokens.len()).expect("room");
-    model.begin(&mut state, &Sampling::GREEDY, &[]).expect("begins");
+    let mut state = model.state(1, tokens.len()).expect("room");
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).expect("begins");
     let vocab = model.config().vocab_size;
     let step = state.max_tokens();
     let mut on_device = model.backend().vector(step * vocab).expect("room");
     let mut all = Vec::new();
     for tokens in tokens.chunks(step) {
-        model.logits(&mut state, tokens, compensated, &mut on_device).expect("runs");
+        model.logits(&mut state, 0, tokens, compensated, &mut on_device).expect("runs");
         let mut host = vec![0.0; tokens.len() * vocab];
         model.backend().read(&on_device, &mut host).expect("reads");
         all.extend(host);
@@ -168,7 +168,7 @@ pub(crate) fn reference_directories<B: UnderTest>(backend: &B) {
 
 /// The text that the model makes is the oracle's, up to a choice between two tokens that roundings decide.
 fn greedy<B: UnderTest>(model: &Model<'_, B>, want: &Expected, exact: &Exact, name: &str) {
-    let mut state = model.state(want.input.len() + want.greedy.len()).expect("room");
+    let mut state = model.state(1, want.input.len() + want.greedy.len()).expect("room");
     let made = made(model, &mut state, &want.input, want.greedy.len(), false);
     if let Some(i) = made.iter().zip(&want.greedy).position(|(made, want)| made != want) {
         let text = [&want.input[..], &want.greedy[..i]].concat();

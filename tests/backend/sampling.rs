@@ -15,12 +15,12 @@ const BORDER: f64 = 1e-9;
 /// The tokens that are sampled from `texts`, one after the other.
 fn sample<B: UnderTest>(backend: &B, sampling: &Sampling, draws: &[f32], texts: &[Vec<f32>]) -> Vec<Result<u32>> {
     let config = ModelConfig { vocab_size: texts[0].len(), ..config() };
-    let mut sequence = backend.sequence(&config, texts.len()).unwrap();
-    backend.begin(&mut sequence, sampling, draws).unwrap();
+    let mut cache = backend.cache(&config, 1, texts.len()).unwrap();
+    backend.begin(&mut cache, 0, sampling, draws).unwrap();
     for logits in texts {
-        backend.sample(&mut sequence, &upload(backend, logits)).unwrap();
+        backend.sample(&mut cache, &[0], &upload(backend, logits)).unwrap();
     }
-    (0..texts.len()).map(|i| backend.sampled(&sequence, i)).collect()
+    (0..texts.len()).map(|i| backend.sampled(&cache, 0, i)).collect()
 }
 
 /// Fails if `got` is not the error of a text that cannot go on.
@@ -199,19 +199,19 @@ pub(crate) fn awkward_logits<B: UnderTest>(backend: &B) {
 /// A text without a next token has none ever after, and says so for each; one that begins anew has.
 pub(crate) fn after_no_token<B: UnderTest>(backend: &B) {
     let config = ModelConfig { vocab_size: 96, ..config() };
-    let mut sequence = backend.sequence(&config, 8).unwrap();
+    let mut cache = backend.cache(&config, 1, 8).unwrap();
     let bad = upload(backend, &[f32::NAN; 96]);
     let good = upload(backend, &common::uniform(1, 96));
     for sampling in [Sampling::GREEDY, Sampling { temperature: 1.0, ..Sampling::GREEDY }] {
-        backend.begin(&mut sequence, &sampling, &[0.5; 8]).unwrap();
+        backend.begin(&mut cache, 0, &sampling, &[0.5; 8]).unwrap();
         for logits in [&good, &bad, &good] {
-            backend.sample(&mut sequence, logits).unwrap();
+            backend.sample(&mut cache, &[0], logits).unwrap();
         }
-        let tokens: Vec<_> = (0..3).map(|i| backend.sampled(&sequence, i)).collect();
+        let tokens: Vec<_> = (0..3).map(|i| backend.sampled(&cache, 0, i)).collect();
         is_no_token(&tokens[1], "the second");
         let (first, third) = (tokens[0].as_ref().unwrap(), tokens[2].as_ref().unwrap());
         assert!(first == third && *first != NO_TOKEN);
-        let error = backend.sampled(&sequence, 3).unwrap_err().to_string();
+        let error = backend.sampled(&cache, 0, 3).unwrap_err().to_string();
         assert!(error.contains("token 3 was read before it was sampled"), "{error}");
     }
 }

@@ -77,15 +77,15 @@ fn check_with_head<B: UnderTest>(backend: &B, weights: &dyn ModelWeights, head: 
         model.compensate(Some(&Compensation::uniform(4, 1024, Selection::Bucket))).unwrap();
     }
     let mut text: Vec<u32> = (0..21).map(|i| (i * 37 + 5) % 96).collect();
-    let mut state = model.state(64).unwrap();
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+    let mut state = model.state(1, 64).unwrap();
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
 
     let vocab = weights.config().vocab_size;
     let want = oracle::forward(weights, &text, compensated).concat();
     let mut got = Vec::new();
     for part in text.chunks(state.max_tokens().min(9)) {
         let mut logits = backend.vector(part.len() * vocab).unwrap();
-        model.logits(&mut state, part, compensated, &mut logits).unwrap();
+        model.logits(&mut state, 0, part, compensated, &mut logits).unwrap();
         let mut out = vec![0.0; part.len() * vocab];
         backend.read(&logits, &mut out).unwrap();
         got.extend(out);
@@ -99,16 +99,16 @@ fn check_with_head<B: UnderTest>(backend: &B, weights: &dyn ModelWeights, head: 
     assert!(common::misfit(&got[vocab..], &wrong[vocab..], allowed).is_some(), "a wrong first token goes unseen");
 
     // Token by token, from the prompt on: every choice is the oracle's, or as good as it.
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
-    model.prompt(&mut state, &text, compensated).unwrap();
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
+    model.prompt(&mut state, 0, &text, compensated).unwrap();
     for i in 0..8 {
-        let token = model.sampled(&state, i).unwrap();
+        let token = model.sampled(&state, 0, i).unwrap();
         let logits = oracle::forward(weights, &text, compensated).pop().unwrap();
         let best = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let chosen = logits[token as usize];
         assert!(chosen >= best - 2.0 * allowed(0), "token {i} is {token} with logit {chosen}, the largest is {best}");
         text.push(token);
-        model.step(&mut state).unwrap();
+        model.step(&mut state, &[0]).unwrap();
     }
 }
 

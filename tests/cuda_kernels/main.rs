@@ -8,7 +8,7 @@ mod oracle;
 
 use cuda_common::{Noise, cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype, Residuals};
-use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::backend::{DecodeBackend, GemvBackend, Rows};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::{AnyPrec, Dense, LutGemm, Residual, Storage};
 use decdec::random::RandomWeights;
@@ -380,14 +380,16 @@ fn two_devices_take_turns_in_one_thread() {
     let want = column(&first, &linear, &x);
     let on_both = |one: &Cuda, other: &Cuda| {
         let matrices = [one, other].map(|cuda| cuda.matrix(&linear).unwrap());
-        let mut vectors = [one, other].map(|cuda| (cuda.vector(1056).unwrap(), cuda.vector(64).unwrap(), None));
+        let mut vectors =
+            [one, other].map(|cuda| (cuda.vector(1056).unwrap(), cuda.vector(64).unwrap(), Default::default()));
         // Every operation of one between two of the other: what is written, multiplied, recorded, replayed and read.
         for _ in 0..4 {
             for (cuda, (from, _, _)) in [one, other].into_iter().zip(&mut vectors) {
                 cuda.write(&x, from).unwrap();
             }
-            for ((cuda, matrix), (from, to, graph)) in [one, other].into_iter().zip(&matrices).zip(&mut vectors) {
-                cuda.replay(graph, &mut || cuda.gemv(matrix, from, to)).unwrap();
+            for ((cuda, matrix), (from, to, graphs)) in [one, other].into_iter().zip(&matrices).zip(&mut vectors) {
+                cuda.replay(graphs, &[Rows { slot: 0, position: 0, count: 1 }], &mut || cuda.gemv(matrix, from, to))
+                    .unwrap();
             }
             for (cuda, (_, to, _)) in [one, other].into_iter().zip(&vectors) {
                 let mut got = vec![0f32; 64];

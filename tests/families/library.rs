@@ -250,14 +250,14 @@ fn speaks(checkpoint: &Checkpoint) {
     let mut model = Model::load(&cpu, checkpoint, |_| ()).unwrap();
     model.compensate(Some(&Compensation::uniform(1, 64, Selection::Exact))).unwrap();
     let (prompt, vocab) = (tokens(model.config(), 3, 1)[..9].to_vec(), model.config().vocab_size);
-    let mut state = model.state(SEQ_LEN).unwrap();
+    let mut state = model.state(1, SEQ_LEN).unwrap();
     let made = made(&model, &mut state, &prompt, SEQ_LEN - prompt.len(), true);
     let text = [&prompt[..], &made].concat();
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut read = Vec::new();
     for part in text.chunks(state.max_tokens()) {
         let mut on_device = cpu.vector(part.len() * vocab).unwrap();
-        model.logits(&mut state, part, true, &mut on_device).unwrap();
+        model.logits(&mut state, 0, part, true, &mut on_device).unwrap();
         let mut logits = vec![0.0; part.len() * vocab];
         cpu.read(&on_device, &mut logits).unwrap();
         read.extend(logits.chunks_exact(vocab).map(|logits| argmax(logits).unwrap()));

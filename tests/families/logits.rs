@@ -38,12 +38,12 @@ pub(crate) fn known(name: &str) -> Vec<Known> {
 /// The logits of every position, read so many tokens at once (or as many as the device takes).
 pub(crate) fn logits<B: DecodeBackend>(model: &Model<'_, B>, ids: &[u32], at_once: usize) -> Vec<f32> {
     let vocab = model.config().vocab_size;
-    let mut state = model.state(ids.len()).expect("room");
-    model.begin(&mut state, &Sampling::GREEDY, &[]).expect("begins");
+    let mut state = model.state(1, ids.len()).expect("room");
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).expect("begins");
     let mut on_device = model.backend().vector(ids.len() * vocab).expect("room");
     let mut all = Vec::new();
     for ids in ids.chunks(at_once.min(state.max_tokens())) {
-        model.logits(&mut state, ids, false, &mut on_device).expect("runs");
+        model.logits(&mut state, 0, ids, false, &mut on_device).expect("runs");
         let mut host = vec![0.0; ids.len() * vocab];
         model.backend().read(&on_device, &mut host).expect("reads");
         all.extend(host);

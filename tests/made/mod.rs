@@ -12,8 +12,8 @@ pub(crate) fn made<B: DecodeBackend>(
     count: usize,
     compensated: bool,
 ) -> Vec<u32> {
-    model.begin(state, &Sampling::GREEDY, &[]).expect("begins");
-    model.prompt(state, prompt, compensated).expect("reads");
-    (1..count).for_each(|_| model.step(state).expect("steps"));
-    (0..count).map(|i| model.sampled(state, i).expect("a token")).collect()
+    model.begin(state, 0, &Sampling::GREEDY, &[]).expect("begins");
+    model.prompt(state, 0, prompt, compensated).expect("reads");
+    (1..count).for_each(|_| model.step(state, &[0]).expect("steps"));
+    (0..count).map(|i| model.sampled(state, 0, i).expect("a token")).collect()
 }

@@ -72,9 +72,9 @@ fn logits(weights: &dyn ModelWeights, tokens: &[usize]) -> Vec<u32> {
     let model = Model::load(&backend, weights, |_| ()).unwrap();
     let tokens: Vec<u32> = tokens.iter().map(|&id| id as u32).collect();
     let len = tokens.len() * weights.config().vocab_size;
-    let (mut state, mut all) = (model.state(tokens.len()).unwrap(), backend.vector(len).unwrap());
-    model.begin(&mut state, &Sampling::GREEDY, &[]).unwrap();
-    model.logits(&mut state, &tokens, false, &mut all).unwrap();
+    let (mut state, mut all) = (model.state(1, tokens.len()).unwrap(), backend.vector(len).unwrap());
+    model.begin(&mut state, 0, &Sampling::GREEDY, &[]).unwrap();
+    model.logits(&mut state, 0, &tokens, false, &mut all).unwrap();
     let mut host = vec![0.0; len];
     backend.read(&all, &mut host).unwrap();
     host.into_iter().map(f32::to_bits).collect()

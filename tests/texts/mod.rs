@@ -28,32 +28,32 @@ impl Text {
 
     /// Reads the prompt and chooses the first token.
     fn begin<B: DecodeBackend>(&self, model: &Model<'_, B>, state: &mut State<B>) {
-        model.begin(state, &self.sampling, &self.draws).unwrap();
-        model.prompt(state, &self.prompt, true).unwrap();
+        model.begin(state, 0, &self.sampling, &self.draws).unwrap();
+        model.prompt(state, 0, &self.prompt, true).unwrap();
     }
 }
 
 fn tokens<B: DecodeBackend>(model: &Model<'_, B>, state: &State<B>) -> Vec<u32> {
-    (0..TOKENS).map(|i| model.sampled(state, i).unwrap()).collect()
+    (0..TOKENS).map(|i| model.sampled(state, 0, i).unwrap()).collect()
 }
 
 /// Two texts on two states, token by token in turn, and one that begins anew in the middle of the other.
 pub(crate) fn interleaved<B: DecodeBackend>(model: &Model<'_, B>) {
     let texts = Text::two(model.config().vocab_size);
     let alone = texts.each_ref().map(|text| {
-        let mut state = model.state(30).unwrap();
+        let mut state = model.state(1, 30).unwrap();
         text.begin(model, &mut state);
-        (1..TOKENS).for_each(|_| model.step(&mut state).unwrap());
+        (1..TOKENS).for_each(|_| model.step(&mut state, &[0]).unwrap());
         tokens(model, &state)
     });
     assert_ne!(alone[0], alone[1], "the texts do not differ");
 
-    let mut states = [model.state(30).unwrap(), model.state(25).unwrap()];
+    let mut states = [model.state(1, 30).unwrap(), model.state(1, 25).unwrap()];
     for (text, state) in texts.iter().zip(&mut states) {
         text.begin(model, state);
     }
     for _ in 1..TOKENS {
-        states.iter_mut().for_each(|state| model.step(state).unwrap());
+        states.iter_mut().for_each(|state| model.step(state, &[0]).unwrap());
     }
     for (state, want) in states.iter().zip(&alone) {
         assert_eq!(&tokens(model, state), want, "a text in turn with another");
@@ -67,10 +67,10 @@ pub(crate) fn interleaved<B: DecodeBackend>(model: &Model<'_, B>) {
             texts[1].begin(model, second);
             behind = i - 1;
         }
-        model.step(first).unwrap();
-        model.step(second).unwrap();
+        model.step(first, &[0]).unwrap();
+        model.step(second, &[0]).unwrap();
     }
-    (0..behind).for_each(|_| model.step(second).unwrap());
+    (0..behind).for_each(|_| model.step(second, &[0]).unwrap());
     assert_eq!(tokens(model, first), alone[0], "a text while another begins anew");
     assert_eq!(tokens(model, second), alone[1], "a text that began anew beside another");
 }
@@ -81,15 +81,15 @@ pub(crate) fn recompensated<B: DecodeBackend>(model: &mut Model<'_, B>, k_chunk:
     let text = &Text::two(vocab)[0];
     let uniform = |k_chunk| Compensation::uniform(2, k_chunk, Selection::Bucket);
     let phases = [None, Some(uniform(k_chunk)), None, Some(uniform(2 * k_chunk)), Some(uniform(k_chunk))];
-    let mut state = model.state(40).unwrap();
+    let mut state = model.state(1, 40).unwrap();
     text.begin(model, &mut state);
     let mut vector = model.backend().vector(text.prompt.len() * vocab).unwrap();
     // One reads what the text does, the other without compensation.
-    let mut readers = [true, false].map(|compensated| (compensated, model.state(40).unwrap()));
+    let mut readers = [true, false].map(|compensated| (compensated, model.state(1, 40).unwrap()));
     let mut read = |model: &Model<'_, B>, tokens: &[u32]| {
         readers.each_mut().map(|(compensated, reader)| {
             let mut values = vec![0.0; tokens.len() * vocab];
-            model.logits(reader, tokens, *compensated, &mut vector).unwrap();
+            model.logits(reader, 0, tokens, *compensated, &mut vector).unwrap();
             model.backend().read(&vector, &mut values).unwrap();
             values
         })
@@ -100,10 +100,10 @@ pub(crate) fn recompensated<B: DecodeBackend>(model: &mut Model<'_, B>, k_chunk:
         if i % 4 == 0 {
             model.compensate(phase.as_ref()).unwrap();
         }
-        let last = model.sampled(&state, i).unwrap();
+        let last = model.sampled(&state, 0, i).unwrap();
         let [values, plain] = read(model, &[last]);
         assert!(phase.is_none() || values != plain, "token {}: compensation changes nothing", i + 1);
-        model.step(&mut state).unwrap();
-        assert_eq!(Some(model.sampled(&state, i + 1).unwrap()), argmax(&values), "token {}", i + 1);
+        model.step(&mut state, &[0]).unwrap();
+        assert_eq!(Some(model.sampled(&state, 0, i + 1).unwrap()), argmax(&values), "token {}", i + 1);
     }
 }

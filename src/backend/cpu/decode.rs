@@ -1,10 +1,12 @@
 //! A whole token on the CPU: norms, rotary attention, feed-forward, sampling.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::attention::{Cached, cap_all};
 use super::{Cpu, Matrix, kernels};
-use crate::backend::{DecodeBackend, Feed, Input, Norm, Product, ensure_room};
+use crate::backend::{
+    DecodeBackend, Feed, Input, Norm, Product, Rows, ensure_room, ensure_slot, holds_no_text, numbered,
+};
 use crate::config::{Attention, ModelConfig};
 use crate::host;
 use crate::sampling::{self, NO_TOKEN, Sampling};
@@ -12,65 +14,100 @@ use crate::sampling::{self, NO_TOKEN, Sampling};
 /// Numbers that are worth another thread.
 const MIN_NUMBERS: usize = 1 << 13;
 
-/// One text in host memory.
+/// Texts in host memory.
 #[derive(Debug)]
-pub struct Sequence {
+pub struct Cache {
     max_seq_len: usize,
-    layers: Vec<Cached>,
+    vocab_size: usize,
+    attentions: Vec<Attention>, // of each layer
     tables: Vec<Vec<[f32; 2]>>, // of every RoPE: cos and sin, [max_seq_len, head_dim / 2]
+    slots: Vec<Option<Text>>,
+}
+
+/// One text.
+#[derive(Debug)]
+struct Text {
+    layers: Vec<Cached>,
     len: usize,
     sampling: Sampling,
     draws: Vec<f32>,
     sampled: Vec<u32>,
 }
 
-impl Sequence {
-    /// Fails if `tokens` more would go past the end of the cache.
-    fn fits(&self, tokens: usize) -> Result<()> {
-        ensure_room(self.len, tokens, self.max_seq_len)
+impl Cache {
+    /// Fails if the rows would go past the end of their text.
+    fn fits(&self, rows: &[Rows]) -> Result<()> {
+        rows.iter().try_for_each(|rows| ensure_room(self.text(rows.slot)?.len, rows.count, self.max_seq_len))
+    }
+
+    fn text(&self, slot: usize) -> Result<&Text> {
+        self.slots.get(slot).and_then(Option::as_ref).with_context(|| holds_no_text(slot))
+    }
+
+    fn text_mut(&mut self, slot: usize) -> Result<&mut Text> {
+        self.slots.get_mut(slot).and_then(Option::as_mut).with_context(|| holds_no_text(slot))
+    }
+
+    /// Room for another text.
+    fn open(&self) -> Result<Text> {
+        let cached: usize = self.attentions.iter().map(|attention| Cached::numbers(attention, self.max_seq_len)).sum();
+        let what = format!("a context of {} tokens", self.max_seq_len);
+        host::ensure_memory(4 * cached as u64, &what, "make fewer tokens, or set --max-seq-len")?;
+        let layers = self.attentions.iter().map(|attention| Cached::new(attention, self.max_seq_len)).collect();
+        Ok(Text { layers, len: 0, sampling: Sampling::GREEDY, draws: Vec::new(), sampled: Vec::new() })
     }
 }
 
 impl DecodeBackend for Cpu {
-    type Sequence = Sequence;
+    type Cache = Cache;
     /// Operations are not recorded: there is no queue to replay them into.
-    type Graph = ();
+    type Graphs = ();
 
-    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Cache> {
         ensure!(max_seq_len > 0, "the context has no room for a single token");
-        let attentions = || config.layers.iter().map(|layer| layer.attention());
-        let cached: usize = attentions().map(|attention| Cached::numbers(attention, max_seq_len)).sum();
         let tables: usize = config.ropes.iter().map(|rope| max_seq_len * rope.head_dim).sum();
         let what = format!("a context of {max_seq_len} tokens");
-        host::ensure_memory(4 * (cached + tables) as u64, &what, "make fewer tokens, or set --max-seq-len")?;
-        Ok(Sequence {
+        host::ensure_memory(4 * tables as u64, &what, "make fewer tokens, or set --max-seq-len")?;
+        Ok(Cache {
             max_seq_len,
-            layers: attentions().map(|attention| Cached::new(attention, max_seq_len)).collect(),
+            vocab_size: config.vocab_size,
+            attentions: config.layers.iter().map(|layer| layer.attention().clone()).collect(),
             tables: config.ropes.iter().map(|rope| rope.table(max_seq_len)).collect(),
-            len: 0,
-            sampling: Sampling::GREEDY,
-            draws: Vec::new(),
-            sampled: Vec::new(),
+            slots: (0..slots).map(|_| None).collect(),
         })
     }
 
-    fn begin(&self, sequence: &mut Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()> {
-        sequence.len = 0;
-        sequence.sampling = *sampling;
-        sequence.draws = draws.to_vec();
-        sequence.sampled.clear();
+    fn begin(&self, cache: &mut Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        ensure_slot(slot, cache.slots.len())?;
+        let text = match cache.slots[slot].take() {
+            Some(text) => text,
+            None => cache.open()?,
+        };
+        let Text { layers, mut sampled, .. } = text;
+        sampled.clear();
+        cache.slots[slot] = Some(Text { layers, len: 0, sampling: *sampling, draws: draws.to_vec(), sampled });
         Ok(())
     }
 
-    fn recall(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
-        sequence.len = tokens;
+    fn cut(&self, cache: &mut Cache, slot: usize, tokens: usize, sampled: usize) -> Result<()> {
+        let text = cache.text_mut(slot)?;
+        text.len = tokens;
+        text.sampled.truncate(sampled);
         Ok(())
     }
 
-    fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vec<f32>) -> Result<()> {
+    fn embed(
+        &self,
+        cache: &Cache,
+        rows: &[Rows],
+        (table, scale): (&Matrix, f32),
+        input: Input<'_>,
+        h: &mut Vec<f32>,
+    ) -> Result<()> {
+        let last = |rows: &Rows| Ok(cache.text(rows.slot)?.sampled.last().copied().unwrap_or(NO_TOKEN));
         let tokens = match input {
-            Input::Prompt(tokens) => tokens,
-            Input::Sampled => std::slice::from_ref(sequence.sampled.last().unwrap_or(&NO_TOKEN)),
+            Input::Tokens(tokens) => tokens.to_vec(),
+            Input::Sampled => rows.iter().map(last).collect::<Result<_>>()?,
         };
         let mut codes = vec![0; table.in_features];
         for (&token, h) in tokens.iter().zip(h.chunks_exact_mut(table.in_features)) {
@@ -86,7 +123,7 @@ impl DecodeBackend for Cpu {
     }
 
     fn project(&self, product: &Product<'_, Self>, x: &Vec<f32>, y: &mut Vec<f32>, tokens: usize) -> Result<()> {
-        let Product { feed, matrix, plan, add } = *product;
+        let Product { feed, matrix, plan, compensated, add } = *product;
         let width = matrix.in_features;
         let mut made = Vec::new();
         let x = match feed {
@@ -109,19 +146,19 @@ impl DecodeBackend for Cpu {
                 &made
             }
         };
-        self.product(matrix, plan, x, y, tokens, add);
+        self.product(matrix, plan.map(|plan| (plan, compensated)), x, y, tokens, add);
         Ok(())
     }
 
     fn norm_qk(
         &self,
-        sequence: &Sequence,
+        cache: &Cache,
         layer: usize,
         [query, key]: [&Norm<Vec<f32>>; 2],
         qkv: &mut Vec<f32>,
         tokens: usize,
     ) -> Result<()> {
-        let attention = &sequence.layers[layer].attention;
+        let attention = &cache.attentions[layer];
         let Attention { num_heads, num_kv_heads, head_dim, .. } = *attention;
         for qkv in qkv.chunks_exact_mut(attention.qkv_rows()).take(tokens) {
             let (queries, rest) = qkv.split_at_mut(num_heads * head_dim);
@@ -147,41 +184,47 @@ impl DecodeBackend for Cpu {
         Ok(())
     }
 
-    fn attend(
-        &self,
-        sequence: &mut Sequence,
-        layer: usize,
-        qkv: &Vec<f32>,
-        out: &mut Vec<f32>,
-        tokens: usize,
-    ) -> Result<()> {
-        sequence.fits(tokens)?;
-        let Sequence { layers, tables, len, .. } = sequence;
-        let cached = &mut layers[layer];
-        let table = cached.attention.rope.map(|rope| &tables[rope][..]);
-        cached.attend(self, table, *len, &qkv[..tokens * cached.attention.qkv_rows()], out);
+    fn attend(&self, cache: &mut Cache, layer: usize, rows: &[Rows], qkv: &Vec<f32>, out: &mut Vec<f32>) -> Result<()> {
+        cache.fits(rows)?;
+        let Cache { attentions, tables, slots, .. } = cache;
+        let attention = &attentions[layer];
+        let table = attention.rope.map(|rope| &tables[rope][..]);
+        let (width, out_width) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
+        for (first, Rows { slot, count, .. }) in numbered(rows) {
+            let text = slots[slot].as_mut().with_context(|| holds_no_text(slot))?;
+            let (qkv, out) = (&qkv[first * width..][..count * width], &mut out[first * out_width..]);
+            text.layers[layer].attend(self, table, text.len, qkv, out);
+        }
         Ok(())
     }
 
-    fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
-        sequence.fits(tokens)?;
-        sequence.len += tokens;
+    fn advance(&self, cache: &mut Cache, rows: &[Rows]) -> Result<()> {
+        cache.fits(rows)?;
+        rows.iter().try_for_each(|rows| {
+            cache.text_mut(rows.slot)?.len += rows.count;
+            Ok(())
+        })
+    }
+
+    fn gather(&self, from: &Vec<f32>, len: usize, which: &[usize], to: &mut Vec<f32>) -> Result<()> {
+        for (&row, to) in which.iter().zip(to.chunks_exact_mut(len)) {
+            to.copy_from_slice(&from[row * len..][..len]);
+        }
         Ok(())
     }
 
-    fn last_row(&self, h: &Vec<f32>, len: usize, tokens: usize, last: &mut Vec<f32>) -> Result<()> {
-        last[..len].copy_from_slice(&h[(tokens - 1) * len..tokens * len]);
+    fn sample(&self, cache: &mut Cache, slots: &[usize], logits: &Vec<f32>) -> Result<()> {
+        let vocab = cache.vocab_size;
+        for (&slot, logits) in slots.iter().zip(logits.chunks_exact(vocab)) {
+            let text = cache.text_mut(slot)?;
+            let draw = text.draws.get(text.sampled.len()).copied().unwrap_or(0.0);
+            text.sampled.push(text.sampling.choose(logits, draw).unwrap_or(NO_TOKEN));
+        }
         Ok(())
     }
 
-    fn sample(&self, sequence: &mut Sequence, logits: &Vec<f32>) -> Result<()> {
-        let draw = sequence.draws.get(sequence.sampled.len()).copied().unwrap_or(0.0);
-        sequence.sampled.push(sequence.sampling.choose(logits, draw).unwrap_or(NO_TOKEN));
-        Ok(())
-    }
-
-    fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
-        let Some(&token) = sequence.sampled.get(i) else { bail!("token {i} was read before it was sampled") };
+    fn sampled(&self, cache: &Cache, slot: usize, i: usize) -> Result<u32> {
+        let Some(&token) = cache.text(slot)?.sampled.get(i) else { bail!("token {i} was read before it was sampled") };
         sampling::token(i, token)
     }
 
@@ -189,7 +232,7 @@ impl DecodeBackend for Cpu {
         Ok(())
     }
 
-    fn replay(&self, _graph: &mut Option<()>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        token()
+    fn replay(&self, _graphs: &mut (), _rows: &[Rows], work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        work()
     }
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-pub use decode::Sequence;
+pub use decode::Cache;
 
 use self::codes::Codes;
 use self::octets::ROWS;
@@ -87,12 +87,23 @@ impl Cpu {
         Self { info: DeviceInfo { max_tokens, lookahead, ..info }, path, team }
     }
 
-    /// `y[tokens, out] = x[tokens, in] · Wᵀ + bias`, compensated if there is a plan; added to `y` if `add`.
-    fn product(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], tokens: usize, add: bool) {
+    /// `y[tokens, out] = x[tokens, in] · Wᵀ + bias`, the first tokens compensated if there is a plan for so many; added to
+    /// `y` if `add`.
+    fn product(
+        &self,
+        matrix: &Matrix,
+        plan: Option<(&DecPlan, usize)>,
+        x: &[f32],
+        y: &mut [f32],
+        tokens: usize,
+        add: bool,
+    ) {
         let (x, y) = (&x[..tokens * matrix.in_features], &mut y[..tokens * matrix.out_features]);
         let each = x.chunks_exact(matrix.in_features).zip(y.chunks_exact_mut(matrix.out_features));
         if tokens < MANY {
-            each.for_each(|(x, y)| self.product_of_one(matrix, plan, x, y, add));
+            for (t, (x, y)) in each.enumerate() {
+                self.product_of_one(matrix, plan.filter(|plan| t < plan.1).map(|plan| plan.0), x, y, add);
+            }
             return;
         }
         let before = add.then(|| y.to_vec());
@@ -101,13 +112,21 @@ impl Cpu {
     }
 
     /// Bias, compensation and what `y` is added to, token by token.
-    fn finish_many(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], before: Option<&[f32]>) {
+    fn finish_many(
+        &self,
+        matrix: &Matrix,
+        plan: Option<(&DecPlan, usize)>,
+        x: &[f32],
+        y: &mut [f32],
+        before: Option<&[f32]>,
+    ) {
         let (inner, outer) = (matrix.in_features, matrix.out_features);
         if matrix.bias.is_none() && plan.is_none() && before.is_none() {
             return;
         }
         self.team.divide(y, outer, 1, &|first, y| {
             for (t, y) in (first / outer..).zip(y.chunks_exact_mut(outer)) {
+                let plan = plan.filter(|plan| t < plan.1).map(|plan| plan.0);
                 let selected = matrix.selected(self.path, plan, &x[t * inner..][..inner]);
                 matrix.finish(self.path, 0, &selected, y);
                 if let Some(before) = before {
@@ -305,7 +324,7 @@ impl GemvBackend for Cpu {
     }
 
     fn dec_gemv(&self, matrix: &Matrix, plan: &DecPlan, x: &Vec<f32>, y: &mut Vec<f32>) -> Result<()> {
-        self.product(matrix, Some(plan), x, y, 1, false);
+        self.product(matrix, Some((plan, 1)), x, y, 1, false);
         Ok(())
     }
 

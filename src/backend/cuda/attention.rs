@@ -230,20 +230,21 @@ impl Cache {
     }
 
     /// Rotates, appends and attends, as [`DecodeBackend::attend`](crate::backend::DecodeBackend::attend) says; `state` is
-    /// where the text's length is.
+    /// where the text's length is, and `first` the row of `qkv` and `out` that its `tokens` begin at.
     pub(super) fn attend(
         &self,
         cuda: &Cuda,
         layer: usize,
         state: &Buffer,
         (qkv, out): (&Vector, &mut Vector),
-        tokens: usize,
+        (first, tokens): (usize, usize),
     ) -> Result<()> {
         let Attention { num_heads, num_kv_heads, head_dim, .. } = *self.attention(layer);
+        let before = |width: usize| (first * width * 4) as u64;
         let (keys, values) = self.places(layer);
         let arguments = Attend {
             numbers: self.numbers(layer),
-            qkv: qkv.at(),
+            qkv: qkv.at() + before(self.attention(layer).qkv_rows()),
             delta: qkv.delta(),
             keys,
             values,
@@ -251,7 +252,7 @@ impl Cache {
             state: state.pointer(),
             parts: self.parts.pointer(),
             tickets: self.tickets.pointer(),
-            out: out.at(),
+            out: out.at() + before(num_heads * head_dim),
             beyond: cuda.beyond.pointer(),
             max_seq_len: self.max_seq_len as i32,
         };

@@ -1,18 +1,22 @@
 //! A whole token on a GPU: operation by operation, whole layers where they fuse, and recorded for replay.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use anyhow::Result;
 
+use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::failure::Refused;
 use super::graph;
 use super::matrix::{Body, Format, Matrix};
 use super::product::Feed;
-use super::sequence::Sequence;
+use super::sequence::Cache;
 use super::vector::Vector;
 use super::{Cuda, Scratch};
-use crate::backend::{Activations, DecodeBackend, Input, LayerOperands, Norm, Product, one_by_one};
+use crate::backend::{
+    Activations, DecodeBackend, Input, LayerOperands, Norm, Pass, Product, Rows, numbered, one_by_one,
+};
 use crate::config::{Attention, ModelConfig};
 use crate::sampling::Sampling;
 
@@ -26,56 +30,48 @@ enum Recorded {
 }
 
 impl DecodeBackend for Cuda {
-    type Sequence = Sequence;
-    type Graph = Graph;
+    type Cache = Cache;
+    /// By the slots whose tokens they make.
+    type Graphs = HashMap<Vec<usize>, Graph>;
 
-    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
-        Sequence::new(self, config, max_seq_len)
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Cache> {
+        Cache::new(config, slots, max_seq_len)
     }
 
-    fn begin(&self, sequence: &mut Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()> {
-        sequence.begin(self, sampling, draws)
+    fn begin(&self, cache: &mut Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        cache.begin(self, slot, sampling, draws)
     }
 
-    fn recall(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
-        sequence.recall(tokens)
+    fn cut(&self, cache: &mut Cache, slot: usize, tokens: usize, sampled: usize) -> Result<()> {
+        cache.text(slot)?.cut(self, tokens, sampled)
     }
 
-    fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
-        let (at, kind) = match &table.body {
-            Body::Packed { format: Format::Dense, codes, .. } => (codes.pointer(), 0i32),
-            Body::Any { values, kind: 2, .. } => (values.pointer(), 2),
-            _ => anyhow::bail!("cuda: a quantized embedding, only full precision is supported"),
-        };
-        let (ids, tokens) = match input {
-            Input::Sampled => (0, 1),
-            Input::Prompt(tokens) => {
+    fn embed(
+        &self,
+        cache: &Cache,
+        rows: &[Rows],
+        (table, scale): (&Matrix, f32),
+        input: Input<'_>,
+        h: &mut Vector,
+    ) -> Result<()> {
+        h.settle();
+        let first = rows.first().map_or(0, |rows| rows.slot);
+        match input {
+            Input::Tokens(tokens) => {
                 let ids = self.scratch(Scratch::Ids, self.device.max_tokens * 4)?;
                 ids.write(0, tokens)?;
-                (ids.pointer(), tokens.len())
+                self.embed_at((table, scale), ids.pointer(), &cache.text(first)?.state, h.at(), tokens.len())
             }
-        };
-        h.settle();
-        let (features, rows) = (table.in_features as i32, table.out_features as u32);
-        let (state, to) = (sequence.state.pointer(), h.at());
-        let launch = Launch { grid: (table.in_features.div_ceil(256), tokens, 1), ..Launch::new(1, 256) };
-        self.driver.launch(
-            &self.kernel("rows.cu", "embed", &[])?,
-            launch,
-            &mut Arguments::new()
-                .with(&at)
-                .with(&kind)
-                .with(&features)
-                .with(&rows)
-                .with(&scale)
-                .with(&ids)
-                .with(&state)
-                .with(&to),
-        )
+            Input::Sampled => numbered(rows).try_for_each(|(row, Rows { slot, .. })| {
+                let to = h.at() + (row * table.in_features * 4) as u64;
+                self.embed_at((table, scale), 0, &cache.text(slot)?.state, to, 1)
+            }),
+        }
     }
 
     fn project(&self, product: &Product<'_, Self>, x: &Vector, y: &mut Vector, tokens: usize) -> Result<()> {
-        let Product { feed, matrix, plan, add } = *product;
+        let Product { feed, matrix, plan, compensated, add } = *product;
+        let plan = plan.map(|plan| (plan, compensated));
         match feed {
             crate::backend::Feed::Plain => self.product(Feed::Plain, matrix, plan, (x.at(), x.delta()), y, tokens, add),
             crate::backend::Feed::Norm(norm) => {
@@ -87,13 +83,13 @@ impl DecodeBackend for Cuda {
 
     fn norm_qk(
         &self,
-        sequence: &Sequence,
+        cache: &Cache,
         layer: usize,
         [query, key]: [&Norm<Vector>; 2],
         qkv: &mut Vector,
         tokens: usize,
     ) -> Result<()> {
-        let Attention { num_heads, num_kv_heads, head_dim, .. } = *sequence.cache.attention(layer);
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = *cache.attention(layer);
         let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
         let (at, delta) = (qkv.at(), qkv.delta());
         let stretches = queries / query.len + keys / key.len + usize::from(delta != 0);
@@ -148,36 +144,39 @@ impl DecodeBackend for Cuda {
         Ok(())
     }
 
-    fn attend(
-        &self,
-        sequence: &mut Sequence,
-        layer: usize,
-        qkv: &Vector,
-        out: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        sequence.cache.attend(self, layer, &sequence.state, (qkv, out), tokens)
+    fn attend(&self, cache: &mut Cache, layer: usize, rows: &[Rows], qkv: &Vector, out: &mut Vector) -> Result<()> {
+        numbered(rows).try_for_each(|(first, Rows { slot, count, .. })| {
+            let text = cache.text(slot)?;
+            text.cache.attend(self, layer, &text.state, (qkv, out), (first, count))
+        })
     }
 
     fn layers(
         &self,
-        sequence: &mut Sequence,
+        cache: &mut Cache,
+        pass: Pass<'_>,
         first: usize,
         layers: &[LayerOperands<'_, Self>],
         activations: &mut Activations<Self>,
-        tokens: usize,
     ) -> Result<()> {
         let mut done = 0;
         while done < layers.len() {
             let rest = &layers[done..];
-            let run = if tokens == 1 { self.run_of_layers(sequence, first + done, rest) } else { 0 };
-            if run > 0 && self.fused_layers(sequence, first + done, &rest[..run], activations)? {
-                done += run;
-            } else {
-                let run = run.max(1);
-                one_by_one(self, sequence, first + done, &rest[..run], activations, tokens)?;
-                done += run;
-            }
+            let run = match pass.rows {
+                [Rows { slot, count: 1, .. }] => {
+                    let text = cache.text(*slot)?;
+                    let run = self.run_of_layers(text, first + done, rest);
+                    if run > 0 && self.fused_layers(text, first + done, &rest[..run], activations)? {
+                        done += run;
+                        continue;
+                    }
+                    run
+                }
+                _ => 0,
+            };
+            let run = run.max(1);
+            one_by_one(self, cache, pass, first + done, &rest[..run], activations)?;
+            done += run;
         }
         Ok(())
     }
@@ -186,26 +185,29 @@ impl DecodeBackend for Cuda {
         self.timeline()
     }
 
-    fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
-        sequence.advance(self, tokens)
+    fn advance(&self, cache: &mut Cache, rows: &[Rows]) -> Result<()> {
+        rows.iter().try_for_each(|rows| cache.text(rows.slot)?.advance(self, rows.count))
     }
 
-    fn last_row(&self, h: &Vector, len: usize, tokens: usize, last: &mut Vector) -> Result<()> {
-        last.settle();
-        let (from, delta, row, features, to) = (h.at(), h.delta(), tokens as i32 - 1, len as i32, last.at());
-        self.driver.launch(
-            &self.kernel("rows.cu", "copy_row", &[])?,
-            Launch::new(len.div_ceil(256), 256),
-            &mut Arguments::new().with(&from).with(&delta).with(&row).with(&features).with(&to),
-        )
+    fn gather(&self, from: &Vector, len: usize, which: &[usize], to: &mut Vector) -> Result<()> {
+        to.settle();
+        let (at, delta, features) = (from.at(), from.delta(), len as i32);
+        which.iter().enumerate().try_for_each(|(i, &row)| {
+            let (row, to) = (row as i32, to.at() + (i * len * 4) as u64);
+            self.driver.launch(
+                &self.kernel("rows.cu", "copy_row", &[])?,
+                Launch::new(len.div_ceil(256), 256),
+                &mut Arguments::new().with(&at).with(&delta).with(&row).with(&features).with(&to),
+            )
+        })
     }
 
-    fn sample(&self, sequence: &mut Sequence, logits: &Vector) -> Result<()> {
-        sequence.sample(self, logits)
+    fn sample(&self, cache: &mut Cache, slots: &[usize], logits: &Vector) -> Result<()> {
+        slots.iter().enumerate().try_for_each(|(row, &slot)| cache.text(slot)?.sample(self, logits, row))
     }
 
-    fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
-        sequence.sampled(self, i)
+    fn sampled(&self, cache: &Cache, slot: usize, i: usize) -> Result<u32> {
+        cache.text(slot)?.sampled(self, i)
     }
 
     fn prepare(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
@@ -223,25 +225,33 @@ impl DecodeBackend for Cuda {
         Ok(())
     }
 
-    fn replay(&self, graph: &mut Option<Graph>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    fn replay(
+        &self,
+        graphs: &mut HashMap<Vec<usize>, Graph>,
+        rows: &[Rows],
+        work: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
         if self.options.compile < 2 {
-            return token();
+            return work();
         }
-        match graph {
+        let slots: Vec<_> = rows.iter().map(|rows| rows.slot).collect();
+        match graphs.get(&slots) {
             None => {
-                token()?;
-                *graph = Some(Graph(Recorded::Warm));
+                work()?;
+                graphs.insert(slots, Graph(Recorded::Warm));
                 Ok(())
             }
             Some(Graph(Recorded::Warm)) => {
                 let together = self.together.get();
-                let recorded = self.driver.capture(token).and_then(|graph| graph.launch().map(|()| graph));
+                let recorded = self.driver.capture(work).and_then(|graph| graph.launch().map(|()| graph));
                 match recorded {
-                    Ok(recorded) => *graph = Some(Graph(Recorded::Ready(recorded))),
+                    Ok(recorded) => {
+                        graphs.insert(slots, Graph(Recorded::Ready(recorded)));
+                    }
                     // A launch that is refused may end the recording, which is begun again with the next token.
                     Err(error) if together && (error.is::<Refused>() || !self.together.get()) => {
                         self.go_one_by_one(&error);
-                        token()?;
+                        work()?;
                     }
                     Err(error) => return Err(error),
                 }
@@ -250,11 +260,37 @@ impl DecodeBackend for Cuda {
             Some(Graph(Recorded::Ready(recorded))) => match recorded.launch() {
                 Err(error) if error.is::<Refused>() && self.together.get() => {
                     self.go_one_by_one(&error);
-                    *graph = Some(Graph(Recorded::Warm));
-                    token()
+                    graphs.insert(slots, Graph(Recorded::Warm));
+                    work()
                 }
                 launched => launched,
             },
         }
+    }
+}
+
+impl Cuda {
+    /// Embeds `tokens` tokens: those of `ids`, or (0) the one that `state` says was sampled last.
+    fn embed_at(&self, (table, scale): (&Matrix, f32), ids: u64, state: &Buffer, to: u64, tokens: usize) -> Result<()> {
+        let (at, kind) = match &table.body {
+            Body::Packed { format: Format::Dense, codes, .. } => (codes.pointer(), 0i32),
+            Body::Any { values, kind: 2, .. } => (values.pointer(), 2),
+            _ => anyhow::bail!("cuda: a quantized embedding, only full precision is supported"),
+        };
+        let (features, rows, state) = (table.in_features as i32, table.out_features as u32, state.pointer());
+        let launch = Launch { grid: (table.in_features.div_ceil(256), tokens, 1), ..Launch::new(1, 256) };
+        self.driver.launch(
+            &self.kernel("rows.cu", "embed", &[])?,
+            launch,
+            &mut Arguments::new()
+                .with(&at)
+                .with(&kind)
+                .with(&features)
+                .with(&rows)
+                .with(&scale)
+                .with(&ids)
+                .with(&state)
+                .with(&to),
+        )
     }
 }

@@ -53,7 +53,7 @@ pub use occupy::Occupied;
 pub use options::{Dtype, Options, Residuals};
 pub use pack::packed;
 pub use recorder::CudaRecorder;
-pub use sequence::Sequence;
+pub use sequence::Cache;
 pub use vector::Vector;
 
 use self::blas::Blas;
@@ -294,7 +294,7 @@ impl GemvBackend for Cuda {
     }
 
     fn dec_gemv(&self, matrix: &Matrix, plan: &Plan, x: &Vector, y: &mut Vector) -> Result<()> {
-        self.product(Feed::Plain, matrix, Some(plan), (x.at(), x.delta()), y, 1, false)
+        self.product(Feed::Plain, matrix, Some((plan, 1)), (x.at(), x.delta()), y, 1, false)
     }
 
     fn select(&self, plan: &Plan, x: &Vector) -> Result<Vec<u32>> {

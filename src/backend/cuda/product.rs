@@ -103,19 +103,21 @@ impl Cuda {
         self.options.tuning = tuning;
     }
 
-    /// `y (+)= W·x + bias` for `tokens` tokens; `x` is where the activations and what is to be added to them are.
+    /// `y (+)= W·x + bias` for `tokens` tokens, the first ones compensated if there is a plan for so many; `x` is where the
+    /// activations and what is to be added to them are.
     #[allow(clippy::too_many_arguments, reason = "everything that a product can ask for")]
     pub(super) fn product(
         &self,
         feed: Feed<'_>,
         matrix: &Matrix,
-        plan: Option<&Plan>,
+        plan: Option<(&Plan, usize)>,
         x: (u64, u64),
         y: &mut Vector,
         tokens: usize,
         add: bool,
     ) -> Result<()> {
-        let plan = plan.filter(|p| p.k_chunk > 0);
+        let (plan, compensated) = plan.filter(|(p, _)| p.k_chunk > 0).unzip();
+        let compensated = compensated.unwrap_or(0);
         let by_token = tokens == 1 || tokens <= FEW_TOKENS || self.blas.is_none();
         match &matrix.body {
             Body::Packed { format, .. } if tokens == 1 => {
@@ -139,7 +141,7 @@ impl Cuda {
                 if !add {
                     y.settle();
                 }
-                self.compensate(feed, matrix, plan, x.0, y.at(), tokens)
+                self.compensate(feed, matrix, plan, x.0, y.at(), compensated)
             }
             Body::Any { .. } if by_token => {
                 let staged = self.stage(feed, x, matrix.in_features, tokens, Dtype::Float32)?;
@@ -151,14 +153,14 @@ impl Cuda {
                 if !add {
                     y.settle();
                 }
-                self.dec(matrix, plan, staged, y.at(), tokens)
+                self.dec(matrix, plan, staged, y.at(), compensated)
             }
             _ => {
                 self.many(feed, matrix, x.0, y.at(), tokens, add)?;
                 if !add {
                     y.settle();
                 }
-                self.compensate(feed, matrix, plan, x.0, y.at(), tokens)
+                self.compensate(feed, matrix, plan, x.0, y.at(), compensated)
             }
         }
     }
@@ -169,21 +171,21 @@ impl Cuda {
         &self,
         activation: Activation,
         matrix: &Matrix,
-        plan: Option<&Plan>,
+        plan: Option<(&Plan, usize)>,
         gu: &Vector,
         y: &mut Vector,
         tokens: usize,
         add: bool,
     ) -> Result<()> {
         let features = matrix.in_features;
-        let plan = plan.filter(|p| p.k_chunk > 0);
+        let plan = plan.filter(|(p, _)| p.k_chunk > 0);
         // Every block of the product would have to read a compensation beside gate and up: that costs more than
         // a kernel for it. And with a kernel for it, that can select as well, a chunk per block.
         if tokens > 1 || (gu.delta() == 0 && plan.is_none()) || !matches!(matrix.body, Body::Packed { .. }) {
             return self.product(Feed::Gated(activation), matrix, plan, (gu.at(), gu.delta()), y, tokens, add);
         }
         let (at, delta, kind) = (gu.at(), gu.delta(), kernels::activation(activation));
-        if let Some(plan) = plan {
+        if let Some((plan, _)) = plan {
             let x = self.scratch(Scratch::X, features * 4)?.pointer();
             let list = self.scratch(Scratch::List, features * 8)?.pointer();
             let argument = DecArgument::new(matrix, plan)?;
@@ -192,7 +194,7 @@ impl Cuda {
                 Launch::new(features.div_ceil(CHUNK), 256),
                 &mut Arguments::new().with(&argument).with(&at).with(&delta).with(&kind).with(&x).with(&list),
             )?;
-            return self.product(Feed::Listed(list), matrix, Some(plan), (x, 0), y, 1, add);
+            return self.product(Feed::Listed(list), matrix, Some((plan, 1)), (x, 0), y, 1, add);
         }
         let out = self.scratch(Scratch::X, features * 4)?.pointer();
         let count = features as i32;

@@ -1,18 +1,19 @@
-//! A text in the making: caches, position and sampled tokens, all on the device.
+//! Texts in the making: caches, positions and sampled tokens, all on the device.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::Cuda;
-use super::attention::Cache;
+use super::attention;
 use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::host::Mapped;
 use super::vector::Vector;
-use crate::config::ModelConfig;
+use crate::backend::{ensure_slot, holds_no_text};
+use crate::config::{Attention, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// What the host finds where no token has been written yet.
@@ -31,10 +32,49 @@ const PATIENCE_PER_TOKEN: Duration = Duration::from_millis(250);
 /// Blocks that look for the largest logit.
 const SAMPLE_BLOCKS: usize = 64;
 
+/// Slots for texts.
+pub struct Cache {
+    max_seq_len: usize,
+    config: ModelConfig,
+    slots: Vec<Option<Sequence>>,
+}
+
+impl Cache {
+    pub(super) fn new(config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Self> {
+        ensure!(max_seq_len > 0, "a sequence of 0 tokens, at least 1 is expected");
+        attention::check(config)?;
+        ensure!(
+            config.vocab_size < MOST_VOCABULARY,
+            "cuda: a vocabulary of {} tokens, fewer than {MOST_VOCABULARY} are supported, use --device cpu",
+            config.vocab_size
+        );
+        Ok(Self { max_seq_len, config: config.clone(), slots: (0..slots).map(|_| None).collect() })
+    }
+
+    pub(super) fn begin(&mut self, cuda: &Cuda, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        ensure_slot(slot, self.slots.len())?;
+        if self.slots[slot].is_none() {
+            self.slots[slot] = Some(Sequence::new(cuda, &self.config, self.max_seq_len)?);
+        }
+        self.text(slot)?.begin(cuda, sampling, draws)
+    }
+
+    /// The text in a slot.
+    pub(super) fn text(&self, slot: usize) -> Result<&Sequence> {
+        self.slots.get(slot).and_then(Option::as_ref).with_context(|| holds_no_text(slot))
+    }
+
+    /// The attention of a layer.
+    pub(super) fn attention(&self, layer: usize) -> &Attention {
+        self.config.layers[layer].attention()
+    }
+}
+
 /// One text: its key-value cache, its length, its sampled tokens.
-pub struct Sequence {
+pub(super) struct Sequence {
     pub(super) max_seq_len: usize,
-    pub(super) cache: Cache,
+    vocab_size: usize,
+    pub(super) cache: attention::Cache,
     pub(super) state: Buffer,
     rules: Buffer,
     draws: Buffer,  // f32 [max_seq_len + 1]
@@ -48,17 +88,12 @@ pub struct Sequence {
 
 impl Sequence {
     pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
-        ensure!(max_seq_len > 0, "a sequence of 0 tokens, at least 1 is expected");
-        ensure!(
-            config.vocab_size < MOST_VOCABULARY,
-            "cuda: a vocabulary of {} tokens, fewer than {MOST_VOCABULARY} are supported, use --device cpu",
-            config.vocab_size
-        );
         let driver = &cuda.driver;
         let tokens = Mapped::new(driver, (max_seq_len + 2) * 4)?;
         Ok(Self {
             max_seq_len,
-            cache: Cache::new(cuda, config, max_seq_len)?,
+            vocab_size: config.vocab_size,
+            cache: attention::Cache::new(cuda, config, max_seq_len)?,
             state: Buffer::new(driver, 16)?,
             rules: Buffer::new(driver, 16)?,
             draws: Buffer::new(driver, (max_seq_len + 1) * 4)?,
@@ -90,9 +125,14 @@ impl Sequence {
         Ok(())
     }
 
-    /// Nothing is queued for a text that has just begun: its length can be written.
-    pub(super) fn recall(&self, tokens: usize) -> Result<()> {
-        self.state.write(0, &[tokens as u32])
+    /// Cuts the text to its first tokens and choices, of which nothing more is queued when all have been read.
+    pub(super) fn cut(&self, cuda: &Cuda, tokens: usize, sampled: usize) -> Result<()> {
+        cuda.driver.wait()?;
+        let last = sampled.checked_sub(1).map_or(NO_TOKEN, |i| self.word(i).load(Ordering::Acquire));
+        for i in sampled..=self.max_seq_len {
+            self.word(i).store(NONE, Ordering::Release);
+        }
+        self.state.write(0, &[tokens as u32, sampled as u32, last])
     }
 
     pub(super) fn advance(&self, cuda: &Cuda, tokens: usize) -> Result<()> {
@@ -107,8 +147,10 @@ impl Sequence {
         )
     }
 
-    pub(super) fn sample(&self, cuda: &Cuda, logits: &Vector) -> Result<()> {
-        let (at, delta, vocab) = (logits.at(), logits.delta(), logits.len as u32);
+    /// Chooses a token from row `row` of `logits`.
+    pub(super) fn sample(&self, cuda: &Cuda, logits: &Vector, row: usize) -> Result<()> {
+        let at = logits.at() + (row * self.vocab_size * 4) as u64;
+        let (delta, vocab) = (logits.delta(), self.vocab_size as u32);
         let (rules, draws, state) = (self.rules.pointer(), self.draws.pointer(), self.state.pointer());
         let (best, list, tokens) = (self.best.pointer(), self.list.pointer(), self.tokens.pointer());
         let (ticket, most) = (best + (SAMPLE_BLOCKS * 8) as u64, self.max_seq_len as u32 + 1);

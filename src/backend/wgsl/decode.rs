@@ -5,8 +5,11 @@ use anyhow::{Context, Result, ensure};
 use super::kernels::{ADD_NORM, APPEND, ARGMAX, ATTEND, GATED, NORM_QK, RMS_NORM, ROPE, SOFTCAP};
 use super::matrix::{Matrix, ROWS, words};
 use super::{Vector, Wgpu, scratch};
-use crate::backend::{DecodeBackend, Feed, GemvBackend, Input, Norm, Product, cached_positions, ensure_room, kernels};
-use crate::config::{Attention, LayerConfig, ModelConfig};
+use crate::backend::{
+    DecodeBackend, Feed, GemvBackend, Input, Norm, Product, Rows, cached_positions, ensure_room, ensure_slot,
+    holds_no_text, kernels, numbered,
+};
+use crate::config::{Attention, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
 /// The widest head that `attend.wgsl` takes.
@@ -15,58 +18,60 @@ const MAX_HEAD_DIM: usize = 256;
 /// Groups that cap logits, at most: a grid has no more than 65,535 of them, and logits may be more than their threads.
 const MAX_SOFTCAP_GROUPS: usize = 4096;
 
-/// One text in the making.
+/// Texts in the making.
 #[derive(Debug)]
-pub struct Sequence {
+pub struct Cache {
     vocab_size: usize,
     max_seq_len: usize,
-    layers: Vec<Cache>,
-    angles: Vec<wgpu::Buffer>, // of every RoPE: cosine and sine, [max_seq_len, head_dim / 2, 2]
-    tokens: wgpu::Buffer,      // sampled, u32 [max_seq_len + 1]
+    attentions: Vec<Attention>, // of each layer
+    angles: Vec<wgpu::Buffer>,  // of every RoPE: cosine and sine, [max_seq_len, head_dim / 2, 2]
+    slots: Vec<Option<Text>>,
+}
+
+/// One text.
+#[derive(Debug)]
+struct Text {
+    layers: Vec<Cached>,
+    tokens: wgpu::Buffer, // sampled, u32 [max_seq_len + 1]
     len: usize,
     sampled: usize,
     sampling: Sampling,
     draws: Vec<f32>,
 }
 
-/// The attention of one layer and what it remembers: the latest `capacity` tokens, each at its position modulo that.
+/// What one layer remembers: the latest `capacity` tokens, each at its position modulo that.
 #[derive(Debug)]
-struct Cache {
-    attention: Attention,
+struct Cached {
     capacity: usize,
     keys: wgpu::Buffer,   // [capacity, num_kv_heads · head_dim]
     values: wgpu::Buffer, // likewise
 }
 
-impl Wgpu {
-    fn cache(&self, layer: &LayerConfig, max_seq_len: usize) -> Result<Cache> {
-        let attention = layer.attention().clone();
-        let Attention { num_kv_heads, head_dim, .. } = attention;
-        ensure!(
-            head_dim <= MAX_HEAD_DIM,
-            "heads are {head_dim} wide, {} allows {MAX_HEAD_DIM}, use --device cpu",
-            self.gpu.info.id
-        );
-        let capacity = cached_positions(&attention, max_seq_len);
-        let zeros = || self.gpu.zeros(4 * capacity * num_kv_heads * head_dim);
-        let [keys, values] = [zeros(), zeros()]
-            .map(|zeros| zeros.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer")));
-        Ok(Cache { attention, capacity, keys: keys?, values: values? })
+impl Cache {
+    fn text(&self, slot: usize) -> Result<&Text> {
+        self.slots.get(slot).and_then(Option::as_ref).with_context(|| holds_no_text(slot))
+    }
+
+    fn text_mut(&mut self, slot: usize) -> Result<&mut Text> {
+        self.slots.get_mut(slot).and_then(Option::as_mut).with_context(|| holds_no_text(slot))
     }
 }
 
-impl DecodeBackend for Wgpu {
-    type Sequence = Sequence;
-    /// Operations are queued anew for every token.
-    type Graph = ();
+impl Wgpu {
+    fn cached(&self, attention: &Attention, max_seq_len: usize) -> Result<Cached> {
+        let Attention { num_kv_heads, head_dim, .. } = *attention;
+        let capacity = cached_positions(attention, max_seq_len);
+        let zeros = || self.gpu.zeros(4 * capacity * num_kv_heads * head_dim);
+        let [keys, values] = [zeros(), zeros()]
+            .map(|zeros| zeros.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer")));
+        Ok(Cached { capacity, keys: keys?, values: values? })
+    }
 
-    fn sequence(&self, config: &ModelConfig, max_seq_len: usize) -> Result<Sequence> {
-        let angles = config.ropes.iter().map(|rope| self.gpu.upload(bytemuck::cast_slice(&rope.table(max_seq_len))));
-        Ok(Sequence {
-            vocab_size: config.vocab_size,
-            max_seq_len,
-            layers: config.layers.iter().map(|layer| self.cache(layer, max_seq_len)).collect::<Result<_>>()?,
-            angles: angles.collect::<Result<_>>()?,
+    /// Room for another text.
+    fn open_text(&self, cache: &Cache) -> Result<Text> {
+        let max_seq_len = cache.max_seq_len;
+        Ok(Text {
+            layers: cache.attentions.iter().map(|a| self.cached(a, max_seq_len)).collect::<Result<_>>()?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
             len: 0,
             sampled: 0,
@@ -75,35 +80,156 @@ impl DecodeBackend for Wgpu {
         })
     }
 
-    fn begin(&self, sequence: &mut Sequence, sampling: &Sampling, draws: &[f32]) -> Result<()> {
-        sequence.len = 0;
-        sequence.sampled = 0;
-        sequence.sampling = *sampling;
-        sequence.draws = draws.to_vec();
+    /// Attention of one text's rows, which begin at `first` of the pass: what lies further back in `qkv` and `out` is
+    /// brought to the front of work space and back, since kernels count rows from there.
+    fn attend_text(
+        &self,
+        cache: &Cache,
+        layer: usize,
+        (first, Rows { slot, count, .. }): (usize, Rows),
+        (qkv, out): (&wgpu::Buffer, &wgpu::Buffer),
+    ) -> Result<()> {
+        let text = cache.text(slot)?;
+        ensure_room(text.len, count, cache.max_seq_len)?;
+        let attention = &cache.attentions[layer];
+        let (width, out_width) = (attention.qkv_rows(), attention.num_heads * attention.head_dim);
+        if first == 0 {
+            return self.attend_front(cache, text, layer, (qkv, out), count);
+        }
+        let own = scratch(&self.gpu, &self.scratch.own, count * width)?;
+        let attended = scratch(&self.gpu, &self.scratch.attended, count * out_width)?;
+        self.gpu.copy((qkv, 4 * first * width), (&own, 0), 4 * count * width);
+        self.attend_front(cache, text, layer, (&own, &attended), count)?;
+        self.gpu.copy((&attended, 0), (out, 4 * first * out_width), 4 * count * out_width);
         Ok(())
     }
 
-    fn recall(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
-        sequence.len = tokens;
+    fn attend_front(
+        &self,
+        cache: &Cache,
+        text: &Text,
+        layer: usize,
+        (qkv, out): (&wgpu::Buffer, &wgpu::Buffer),
+        tokens: usize,
+    ) -> Result<()> {
+        let (attention, Cached { capacity, keys, values }) = (&cache.attentions[layer], &text.layers[layer]);
+        let Attention { num_heads, num_kv_heads, head_dim, rope, window, .. } = *attention;
+        let rotated = scratch(&self.gpu, &self.scratch.rotated, tokens * attention.qkv_rows())?;
+        // A layer that rotates nothing reads no angles, but a binding needs a buffer.
+        let angles = rope.map_or(&text.tokens, |rope| &cache.angles[rope]);
+        let heads = [num_heads, num_kv_heads, head_dim, text.len];
+        let parameters = words(&[&heads[..], &[usize::from(rope.is_some())]].concat());
+        let groups = (attention.qkv_rows() / 2).div_ceil(ROWS);
+        self.gpu.dispatch(&ROPE, &[], &[qkv, angles, &rotated], &parameters, [groups, tokens]);
+        let mut parameters = words(&[&heads[..], &[window.unwrap_or(cache.max_seq_len), *capacity]].concat());
+        parameters.extend([attention.scale, attention.softcap.unwrap_or(0.0)].map(|x| (x as f32).to_bits()));
+        let (beta, original) = attention.query_scaling.map_or((0.0, 1), |scaling| (scaling.beta, scaling.original));
+        parameters.extend([(beta as f32).to_bits(), original as u32]);
+        self.gpu.dispatch(&ATTEND, &[], &[&rotated, keys, values, out], &parameters, [num_heads, tokens]);
+        // Behind all answers: what these tokens replace is seen by the first of them.
+        let kept = tokens.min(*capacity);
+        let parameters = words(&[&heads[..], &[*capacity, tokens - kept]].concat());
+        let groups = (2 * num_kv_heads * head_dim).div_ceil(ROWS);
+        self.gpu.dispatch(&APPEND, &[], &[&rotated, keys, values], &parameters, [groups, kept]);
         Ok(())
     }
 
-    fn embed(&self, sequence: &Sequence, table: &Matrix, scale: f32, input: Input<'_>, h: &mut Vector) -> Result<()> {
+    /// The next token of a text from row `row` of `logits`.
+    fn sample_one(&self, cache: &mut Cache, slot: usize, logits: &Vector, row: usize) -> Result<()> {
+        let (vocab, most) = (cache.vocab_size, cache.max_seq_len);
+        let text = cache.text_mut(slot)?;
+        let at = text.sampled;
+        ensure!(at <= most, "{at} tokens were sampled, a text of {most} has no more");
+        let own = if row == 0 {
+            logits.0.clone()
+        } else {
+            let own = scratch(&self.gpu, &self.scratch.logits, vocab)?;
+            self.gpu.copy((&logits.0, 4 * row * vocab), (&own, 0), 4 * vocab);
+            own
+        };
+        if text.sampling.temperature == 0.0 {
+            let parameters = words(&[vocab, at]);
+            let overrides = [("NO_TOKEN", NO_TOKEN)];
+            self.gpu.dispatch(&ARGMAX, &overrides, &[&own, &text.tokens], &parameters, [1, 1]);
+        } else {
+            let mut values = vec![0.0; vocab];
+            self.read(&Vector(own), &mut values)?;
+            let draw = text.draws.get(at).copied().unwrap_or(0.0);
+            let token = text.sampling.choose(&values, draw).unwrap_or(NO_TOKEN);
+            self.gpu.write(&[token], &text.tokens, at);
+        }
+        text.sampled += 1;
+        Ok(())
+    }
+}
+
+impl DecodeBackend for Wgpu {
+    type Cache = Cache;
+    /// Operations are queued anew for every token.
+    type Graphs = ();
+
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Cache> {
+        let attentions: Vec<_> = config.layers.iter().map(|layer| layer.attention().clone()).collect();
+        if let Some(Attention { head_dim, .. }) = attentions.iter().find(|a| a.head_dim > MAX_HEAD_DIM) {
+            anyhow::bail!("heads are {head_dim} wide, {} allows {MAX_HEAD_DIM}, use --device cpu", self.gpu.info.id);
+        }
+        let angles = config.ropes.iter().map(|rope| self.gpu.upload(bytemuck::cast_slice(&rope.table(max_seq_len))));
+        Ok(Cache {
+            vocab_size: config.vocab_size,
+            max_seq_len,
+            attentions,
+            angles: angles.collect::<Result<_>>()?,
+            slots: (0..slots).map(|_| None).collect(),
+        })
+    }
+
+    fn begin(&self, cache: &mut Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
+        ensure_slot(slot, cache.slots.len())?;
+        let text = match cache.slots[slot].take() {
+            Some(text) => text,
+            None => self.open_text(cache)?,
+        };
+        let text = Text { len: 0, sampled: 0, sampling: *sampling, draws: draws.to_vec(), ..text };
+        cache.slots[slot] = Some(text);
+        Ok(())
+    }
+
+    fn cut(&self, cache: &mut Cache, slot: usize, tokens: usize, sampled: usize) -> Result<()> {
+        let text = cache.text_mut(slot)?;
+        (text.len, text.sampled) = (tokens, sampled);
+        Ok(())
+    }
+
+    fn embed(
+        &self,
+        cache: &Cache,
+        rows: &[Rows],
+        (table, scale): (&Matrix, f32),
+        input: Input<'_>,
+        h: &mut Vector,
+    ) -> Result<()> {
+        if let (Input::Sampled, [Rows { slot, .. }]) = (input, rows) {
+            let text = cache.text(*slot)?;
+            let last = text.sampled.checked_sub(1).context("a token was read before it was sampled")?;
+            return table.embed(&self.gpu, scale, &text.tokens, last, &h.0, 1);
+        }
+        let count = crate::backend::count(rows);
+        let ids = scratch(&self.gpu, &self.scratch.ids, count)?;
         match input {
-            Input::Prompt(tokens) => {
-                let ids = scratch(&self.gpu, &self.scratch.ids, tokens.len())?;
-                self.gpu.write(tokens, &ids, 0);
-                table.embed(&self.gpu, scale, &ids, 0, &h.0, tokens.len())
-            }
+            Input::Tokens(tokens) => self.gpu.write(tokens, &ids, 0),
             Input::Sampled => {
-                let last = sequence.sampled.checked_sub(1).context("a token was read before it was sampled")?;
-                table.embed(&self.gpu, scale, &sequence.tokens, last, &h.0, 1)
+                for (row, Rows { slot, .. }) in numbered(rows) {
+                    let text = cache.text(slot)?;
+                    let last = text.sampled.checked_sub(1).context("a token was read before it was sampled")?;
+                    self.gpu.copy((&text.tokens, 4 * last), (&ids, 4 * row), 4);
+                }
             }
         }
+        table.embed(&self.gpu, scale, &ids, 0, &h.0, count)
     }
 
     fn project(&self, product: &Product<'_, Self>, x: &Vector, y: &mut Vector, tokens: usize) -> Result<()> {
-        let Product { feed, matrix, plan, add } = *product;
+        let Product { feed, matrix, plan, compensated, add } = *product;
         let made = || scratch(&self.gpu, &self.scratch.x, tokens * matrix.in_features);
         let x = match feed {
             Feed::Plain => x.0.clone(),
@@ -119,18 +245,18 @@ impl DecodeBackend for Wgpu {
                 made
             }
         };
-        self.product(matrix, plan, &x, &y.0, tokens, add)
+        self.product(matrix, plan.map(|plan| (plan, compensated)), &x, &y.0, tokens, add)
     }
 
     fn norm_qk(
         &self,
-        sequence: &Sequence,
+        cache: &Cache,
         layer: usize,
         [query, key]: [&Norm<Vector>; 2],
         qkv: &mut Vector,
         tokens: usize,
     ) -> Result<()> {
-        let Attention { num_heads, num_kv_heads, head_dim, .. } = sequence.layers[layer].attention;
+        let Attention { num_heads, num_kv_heads, head_dim, .. } = cache.attentions[layer];
         let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
         let mut parameters = words(&[queries, keys, query.len, key.len]);
         parameters.extend([query.eps.to_bits(), key.eps.to_bits()]);
@@ -151,70 +277,35 @@ impl DecodeBackend for Wgpu {
         Ok(())
     }
 
-    fn attend(
-        &self,
-        sequence: &mut Sequence,
-        layer: usize,
-        qkv: &Vector,
-        out: &mut Vector,
-        tokens: usize,
-    ) -> Result<()> {
-        ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
-        let Cache { attention, capacity, keys, values } = &sequence.layers[layer];
-        let Attention { num_heads, num_kv_heads, head_dim, rope, window, .. } = *attention;
-        let rotated = scratch(&self.gpu, &self.scratch.rotated, tokens * attention.qkv_rows())?;
-        // A layer that rotates nothing reads no angles, but a binding needs a buffer.
-        let angles = rope.map_or(&sequence.tokens, |rope| &sequence.angles[rope]);
-        let heads = [num_heads, num_kv_heads, head_dim, sequence.len];
-        let parameters = words(&[&heads[..], &[usize::from(rope.is_some())]].concat());
-        let groups = (attention.qkv_rows() / 2).div_ceil(ROWS);
-        self.gpu.dispatch(&ROPE, &[], &[&qkv.0, angles, &rotated], &parameters, [groups, tokens]);
-        let mut parameters = words(&[&heads[..], &[window.unwrap_or(sequence.max_seq_len), *capacity]].concat());
-        parameters.extend([attention.scale, attention.softcap.unwrap_or(0.0)].map(|x| (x as f32).to_bits()));
-        let (beta, original) = attention.query_scaling.map_or((0.0, 1), |scaling| (scaling.beta, scaling.original));
-        parameters.extend([(beta as f32).to_bits(), original as u32]);
-        self.gpu.dispatch(&ATTEND, &[], &[&rotated, keys, values, &out.0], &parameters, [num_heads, tokens]);
-        // Behind all answers: what these tokens replace is seen by the first of them.
-        let kept = tokens.min(*capacity);
-        let parameters = words(&[&heads[..], &[*capacity, tokens - kept]].concat());
-        let groups = (2 * num_kv_heads * head_dim).div_ceil(ROWS);
-        self.gpu.dispatch(&APPEND, &[], &[&rotated, keys, values], &parameters, [groups, kept]);
-        Ok(())
+    fn attend(&self, cache: &mut Cache, layer: usize, rows: &[Rows], qkv: &Vector, out: &mut Vector) -> Result<()> {
+        numbered(rows).try_for_each(|rows| self.attend_text(cache, layer, rows, (&qkv.0, &out.0)))
     }
 
-    fn advance(&self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
-        ensure_room(sequence.len, tokens, sequence.max_seq_len)?;
-        sequence.len += tokens;
-        Ok(())
+    fn advance(&self, cache: &mut Cache, rows: &[Rows]) -> Result<()> {
+        let most = cache.max_seq_len;
+        rows.iter().try_for_each(|rows| ensure_room(cache.text(rows.slot)?.len, rows.count, most))?;
+        rows.iter().try_for_each(|rows| {
+            cache.text_mut(rows.slot)?.len += rows.count;
+            Ok(())
+        })
     }
 
-    fn last_row(&self, h: &Vector, len: usize, tokens: usize, last: &mut Vector) -> Result<()> {
-        self.gpu.copy(&h.0, 4 * (tokens - 1) * len, &last.0, 4 * len);
-        Ok(())
-    }
-
-    fn sample(&self, sequence: &mut Sequence, logits: &Vector) -> Result<()> {
-        let at = sequence.sampled;
-        ensure!(at <= sequence.max_seq_len, "{at} tokens were sampled, a text of {} has no more", sequence.max_seq_len);
-        if sequence.sampling.temperature == 0.0 {
-            let parameters = words(&[sequence.vocab_size, at]);
-            let overrides = [("NO_TOKEN", NO_TOKEN)];
-            self.gpu.dispatch(&ARGMAX, &overrides, &[&logits.0, &sequence.tokens], &parameters, [1, 1]);
-        } else {
-            let mut values = vec![0.0; sequence.vocab_size];
-            self.read(logits, &mut values)?;
-            let draw = sequence.draws.get(at).copied().unwrap_or(0.0);
-            let token = sequence.sampling.choose(&values, draw).unwrap_or(NO_TOKEN);
-            self.gpu.write(&[token], &sequence.tokens, at);
+    fn gather(&self, from: &Vector, len: usize, which: &[usize], to: &mut Vector) -> Result<()> {
+        for (i, &row) in which.iter().enumerate() {
+            self.gpu.copy((&from.0, 4 * row * len), (&to.0, 4 * i * len), 4 * len);
         }
-        sequence.sampled += 1;
         Ok(())
     }
 
-    fn sampled(&self, sequence: &Sequence, i: usize) -> Result<u32> {
-        ensure!(i < sequence.sampled, "token {i} was read before it was sampled");
+    fn sample(&self, cache: &mut Cache, slots: &[usize], logits: &Vector) -> Result<()> {
+        slots.iter().enumerate().try_for_each(|(row, &slot)| self.sample_one(cache, slot, logits, row))
+    }
+
+    fn sampled(&self, cache: &Cache, slot: usize, i: usize) -> Result<u32> {
+        let text = cache.text(slot)?;
+        ensure!(i < text.sampled, "token {i} was read before it was sampled");
         let mut token = [0];
-        self.gpu.read(&sequence.tokens, i, &mut token)?;
+        self.gpu.read(&text.tokens, i, &mut token)?;
         sampling::token(i, token[0])
     }
 
@@ -222,8 +313,8 @@ impl DecodeBackend for Wgpu {
         Ok(())
     }
 
-    fn replay(&self, _graph: &mut Option<()>, token: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        token()
+    fn replay(&self, _graphs: &mut (), _rows: &[Rows], work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        work()
     }
 }
 
@@ -247,8 +338,9 @@ mod tests {
             let mut config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap().with(fields.clone()).unwrap();
             let Mixer::Attention(attention) = &mut config.layers[0].mixer;
             attention.window = window;
-            let sequence = gpu.sequence(&config, 600).unwrap();
-            let Cache { keys, values, .. } = &sequence.layers[0];
+            let mut cache = gpu.cache(&config, 1, 600).unwrap();
+            gpu.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
+            let Cached { keys, values, .. } = &cache.text(0).unwrap().layers[0];
             let bytes = 4 * 2 * 16 * positions;
             assert_eq!((keys.size(), values.size()), (bytes, bytes), "window {window:?}");
         }

@@ -211,9 +211,10 @@ impl Gpu {
         commands(pending.get_or_insert_with(|| self.device.create_command_encoder(&Default::default())));
     }
 
-    /// Queues a copy of `bytes`, a multiple of 4.
-    pub(super) fn copy(&self, from: &wgpu::Buffer, offset: usize, to: &wgpu::Buffer, bytes: usize) {
-        self.record(|encoder| encoder.copy_buffer_to_buffer(from, offset as u64, to, 0, bytes as u64));
+    /// Queues a copy of `bytes` from and to byte offsets, all multiples of 4.
+    pub(super) fn copy(&self, from: (&wgpu::Buffer, usize), to: (&wgpu::Buffer, usize), bytes: usize) {
+        let (at, to_at) = (from.1 as u64, to.1 as u64);
+        self.record(|encoder| encoder.copy_buffer_to_buffer(from.0, at, to.0, to_at, bytes as u64));
     }
 
     /// Overwrites words of `to` from word `start` on, after everything that is queued.
@@ -229,7 +230,7 @@ impl Gpu {
         }
         let bytes = 4 * out.len();
         let staging = self.allocate(bytes, BufferUsages::COPY_DST | BufferUsages::MAP_READ, false)?;
-        self.copy(from, 4 * start, &staging, bytes);
+        self.copy((from, 4 * start), (&staging, 0), bytes);
         self.submit();
         let slice = staging.slice(..);
         let (sender, receiver) = mpsc::channel();

@@ -139,7 +139,8 @@ impl Matrix {
             for first in (0..self.in_features).step_by(channels) {
                 let channels = channels.min(self.in_features - first);
                 let count = step.min(tokens - token);
-                gpu.copy(x, 4 * (token * self.in_features + first), &gpu.window, 4 * count * channels);
+                let from = (x, 4 * (token * self.in_features + first));
+                gpu.copy(from, (&gpu.window, 0), 4 * count * channels);
                 self.gemv_window(gpu, y, accumulate || first > 0, first..first + channels, token..token + count);
             }
         }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-pub use decode::Sequence;
+pub use decode::Cache;
 use gpu::Gpu;
 pub use gpu::adapters;
 pub use matrix::{Matrix, Plan};
@@ -51,7 +51,13 @@ struct Scratch {
     rotated: RefCell<Option<wgpu::Buffer>>,
     /// Selected channels, `[tokens, selected]`.
     list: RefCell<Option<wgpu::Buffer>>,
-    /// Tokens of a prompt, `[tokens]`.
+    /// Queries, keys and values of one text of several, `[tokens, qkv_rows]`.
+    own: RefCell<Option<wgpu::Buffer>>,
+    /// What its queries found, `[tokens, num_heads · head_dim]`.
+    attended: RefCell<Option<wgpu::Buffer>>,
+    /// Logits of one row of several, `[vocab_size]`.
+    logits: RefCell<Option<wgpu::Buffer>>,
+    /// Tokens that enter the model, `[tokens]`.
     ids: RefCell<Option<wgpu::Buffer>>,
 }
 
@@ -74,11 +80,11 @@ impl Wgpu {
         Ok(Self { gpu: Gpu::open(index)?, scratch: Scratch::default() })
     }
 
-    /// Queues `y = W·x` (or `y += W·x`) with its compensation.
+    /// Queues `y = W·x` (or `y += W·x`) with the compensation of the first tokens, if there is a plan for so many.
     fn product(
         &self,
         matrix: &Matrix,
-        plan: Option<&Plan>,
+        plan: Option<(&Plan, usize)>,
         x: &wgpu::Buffer,
         y: &wgpu::Buffer,
         tokens: usize,
@@ -87,10 +93,10 @@ impl Wgpu {
         self.gpu.mark();
         matrix.gemv(&self.gpu, x, y, tokens, accumulate);
         self.gpu.mark();
-        if let Some(plan) = plan.filter(|plan| plan.plan.selected() > 0) {
-            let list = scratch(&self.gpu, &self.scratch.list, tokens * plan.plan.selected())?;
-            plan.select(&self.gpu, x, &list, tokens);
-            matrix.apply(&self.gpu, plan, &list, x, y, tokens);
+        if let Some((plan, count)) = plan.filter(|(plan, _)| plan.plan.selected() > 0) {
+            let list = scratch(&self.gpu, &self.scratch.list, count * plan.plan.selected())?;
+            plan.select(&self.gpu, x, &list, count);
+            matrix.apply(&self.gpu, plan, &list, x, y, count);
             self.gpu.mark();
         }
         Ok(())
@@ -137,7 +143,7 @@ impl GemvBackend for Wgpu {
     }
 
     fn dec_gemv(&self, matrix: &Matrix, plan: &Plan, x: &Vector, y: &mut Vector) -> Result<()> {
-        self.product(matrix, Some(plan), &x.0, &y.0, 1, false)
+        self.product(matrix, Some((plan, 1)), &x.0, &y.0, 1, false)
     }
 
     fn select(&self, plan: &Plan, x: &Vector) -> Result<Vec<u32>> {

@@ -5,12 +5,23 @@
 
 use rayon::prelude::*;
 
+use super::dense::{Row, products_of_row};
 use super::digits::Digits;
-use super::kernels::{dot, look_up};
+use super::kernels::look_up;
 use super::octets::{Octets, ROWS, WholeRow};
 use super::path::{Path, on_every_path};
 use crate::format::{AnyPrec, Floats, LutGemm};
 use crate::weights::Weight;
+
+/// One row of activations, as products take it.
+#[derive(Debug)]
+pub(super) struct Operand<'a> {
+    pub(super) x: &'a [f32],
+    /// Where weights are whole and `x` is finite.
+    pub(super) digits: Option<Digits>,
+    /// The channels that are compensated, and their activations.
+    pub(super) selected: Vec<(usize, f32)>,
+}
 
 /// A quantized matrix in host memory.
 #[derive(Debug)]
@@ -64,16 +75,25 @@ impl Codes {
         }
     }
 
-    /// `y = W·x` for the rows from `first` (a multiple of 8) on that `y` has room for.
-    pub(super) fn product(&self, path: Path, first: usize, x: &[f32], digits: Option<&Digits>, y: &mut [f32]) {
-        if let (Self::Octets(octets), Some(digits)) = (self, digits) {
+    /// `y[t] = W·x[t]` for the rows from `first` (a multiple of 8) on that each of `x` has room for in `y` `[x.len(), rows]`.
+    pub(super) fn product(&self, path: Path, first: usize, x: &[Operand<'_>], y: &mut [f32]) {
+        let rows = y.len() / x.len();
+        let digits: Option<Vec<_>> = x.iter().map(|x| x.digits.as_ref()).collect();
+        if let (Self::Octets(octets), Some(digits)) = (self, &digits) {
             return octets.product(path, first / ROWS, digits, y);
         }
         // Infinity and NaN have no digits: they are multiplied by the weights themselves.
-        let (mut row, mut codes) = (vec![0.0; x.len()], vec![0; x.len()]);
-        for (i, y) in y.iter_mut().enumerate() {
+        if matches!(self, Self::Octets(_)) && x.len() > 1 {
+            for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
+                self.product(path, first, std::slice::from_ref(x), y);
+            }
+            return;
+        }
+        let x: Vec<_> = x.iter().map(|x| x.x).collect();
+        let (mut row, mut codes) = (vec![0.0; x[0].len()], vec![0; x[0].len()]);
+        for i in 0..rows {
             self.dequantize(path, first + i, &mut codes, &mut row);
-            *y = dot(path, &row, x);
+            products_of_row(path, Row::F32(&row), &x, &mut y[i..], rows);
         }
     }
 

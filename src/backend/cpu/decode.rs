@@ -3,16 +3,13 @@
 use anyhow::{Context, Result, bail, ensure};
 
 use super::attention::{Cached, cap_all};
-use super::{Cpu, Matrix, kernels};
+use super::{Cpu, MIN_NUMBERS, Matrix, kernels};
 use crate::backend::{
     DecodeBackend, Feed, Input, Norm, Product, Rows, ensure_room, ensure_slot, holds_no_text, numbered,
 };
 use crate::config::{Attention, ModelConfig};
 use crate::host;
 use crate::sampling::{self, NO_TOKEN, Sampling};
-
-/// Numbers that are worth another thread.
-const MIN_NUMBERS: usize = 1 << 13;
 
 /// Texts in host memory.
 #[derive(Debug)]

@@ -1,11 +1,12 @@
 //! The CPU backend: all cores, the default where there is no GPU.
 //!
-//! Quantized weights and activations are multiplied as whole numbers, exactly (`octets`); full precision, and prompts,
-//! in f32. Operations run when they are called, so "queued" and "done" are the same here.
+//! Quantized weights and activations are multiplied as whole numbers, exactly (`octets`), full precision in f32 (`dense`).
+//! Several rows go through the weights together, and each is what it is alone, bit for bit. Operations run when they are called, so "queued" and "done" are the same here.
 
 mod attention;
 mod codes;
 mod decode;
+mod dense;
 mod digits;
 mod kernels;
 mod octets;
@@ -18,7 +19,7 @@ use anyhow::{Result, ensure};
 
 pub use decode::Cache;
 
-use self::codes::Codes;
+use self::codes::{Codes, Operand};
 use self::octets::ROWS;
 use self::path::Path;
 use self::team::Team;
@@ -52,13 +53,16 @@ enum Values {
     Codes(Codes),
 }
 
+/// Numbers that are worth another thread.
+const MIN_NUMBERS: usize = 1 << 13;
+
 /// Weights that a piece of work has at least: below this, handing it to a thread costs more than it saves.
 const MIN_WEIGHTS: usize = 1 << 16;
 
-/// Tokens from which on a product dequantizes weights once for all of them.
-const MANY: usize = 6;
+/// Rows of activations that a product takes together where there are many: so many are near in the cache.
+const TILE: usize = 16;
 
-/// Rows that are dequantized together before a product with many tokens.
+/// Rows of a matrix that one piece of work has at most, where there are many activations: they stay near too.
 const PANEL: usize = 64;
 
 impl Cpu {
@@ -88,7 +92,7 @@ impl Cpu {
     }
 
     /// `y[tokens, out] = x[tokens, in] · Wᵀ + bias`, the first tokens compensated if there is a plan for so many; added to
-    /// `y` if `add`.
+    /// `y` if `add`. Weights are read once for all tokens, and a token's sums are those of it alone.
     fn product(
         &self,
         matrix: &Matrix,
@@ -98,118 +102,64 @@ impl Cpu {
         tokens: usize,
         add: bool,
     ) {
-        let (x, y) = (&x[..tokens * matrix.in_features], &mut y[..tokens * matrix.out_features]);
-        let each = x.chunks_exact(matrix.in_features).zip(y.chunks_exact_mut(matrix.out_features));
-        if tokens < MANY {
-            for (t, (x, y)) in each.enumerate() {
-                self.product_of_one(matrix, plan.filter(|plan| t < plan.1).map(|plan| plan.0), x, y, add);
-            }
-            return;
-        }
-        let before = add.then(|| y.to_vec());
-        self.product_of_many(matrix, x, y, tokens);
-        self.finish_many(matrix, plan, x, y, before.as_deref());
-    }
-
-    /// Bias, compensation and what `y` is added to, token by token.
-    fn finish_many(
-        &self,
-        matrix: &Matrix,
-        plan: Option<(&DecPlan, usize)>,
-        x: &[f32],
-        y: &mut [f32],
-        before: Option<&[f32]>,
-    ) {
         let (inner, outer) = (matrix.in_features, matrix.out_features);
-        if matrix.bias.is_none() && plan.is_none() && before.is_none() {
-            return;
-        }
-        self.team.divide(y, outer, 1, &|first, y| {
-            for (t, y) in (first / outer..).zip(y.chunks_exact_mut(outer)) {
-                let plan = plan.filter(|plan| t < plan.1).map(|plan| plan.0);
-                let selected = matrix.selected(self.path, plan, &x[t * inner..][..inner]);
-                matrix.finish(self.path, 0, &selected, y);
-                if let Some(before) = before {
-                    kernels::add(self.path, &before[t * outer..][..outer], y);
+        let operands = self.operands(matrix, plan, &x[..tokens * inner]);
+        let least = (MIN_WEIGHTS / (inner * tokens)).max(1);
+        let most = if tokens > TILE { PANEL } else { outer };
+        let rows = outer.div_ceil(4 * self.team.size()).max(least).min(most).next_multiple_of(ROWS);
+        let target = Shared(y[..tokens * outer].as_mut_ptr());
+        self.team.run(outer.div_ceil(rows), &|piece| {
+            let first = piece * rows;
+            let rows = rows.min(outer - first);
+            let mut made = vec![0.0; tokens.min(TILE) * rows];
+            for (i, operands) in operands.chunks(TILE).enumerate() {
+                let made = &mut made[..operands.len() * rows];
+                matrix.multiply(self.path, first, operands, made);
+                for (t, (operand, made)) in operands.iter().zip(made.chunks_exact_mut(rows)).enumerate() {
+                    matrix.finish(self.path, first, &operand.selected, made);
+                    let at = (i * TILE + t) * outer + first;
+                    // SAFETY: these rows of this token belong to this piece alone and lie inside `y`, which is borrowed.
+                    let y = unsafe { std::slice::from_raw_parts_mut(target.get().add(at), rows) };
+                    if add {
+                        kernels::add(self.path, made, y);
+                    } else {
+                        y.copy_from_slice(made);
+                    }
                 }
             }
         });
     }
 
-    fn product_of_one(&self, matrix: &Matrix, plan: Option<&DecPlan>, x: &[f32], y: &mut [f32], add: bool) {
-        let digits = match &matrix.values {
-            Values::Codes(codes) => codes.digits(self.path, x),
-            Values::Dense(_) => None,
-        };
-        let selected = matrix.selected(self.path, plan, x);
-        let least = MIN_WEIGHTS / matrix.in_features;
-        self.team.divide(y, ROWS, least, &|first, y| {
-            let mut made = if add { vec![0.0; y.len()] } else { Vec::new() };
-            let target = if add { &mut made[..] } else { &mut *y };
-            match &matrix.values {
-                Values::Codes(codes) => codes.product(self.path, first, x, digits.as_ref(), target),
-                Values::Dense(w) => multiply_dense(self.path, w, first, x, target),
-            }
-            matrix.finish(self.path, first, &selected, target);
-            if add {
-                kernels::add(self.path, &made, y);
+    /// Every row of `x` as products of `matrix` take it.
+    fn operands<'a>(&self, matrix: &Matrix, plan: Option<(&DecPlan, usize)>, x: &'a [f32]) -> Vec<Operand<'a>> {
+        let inner = matrix.in_features;
+        let plan = |t: usize| plan.filter(|plan| t < plan.1).map(|plan| plan.0);
+        let of = |x| Operand { x, digits: None, selected: Vec::new() };
+        let mut operands: Vec<_> = x.chunks_exact(inner).map(of).collect();
+        self.team.divide(&mut operands, 1, MIN_NUMBERS / inner, &|first, operands| {
+            for (t, operand) in (first..).zip(operands) {
+                if let Values::Codes(codes) = &matrix.values {
+                    operand.digits = codes.digits(self.path, operand.x);
+                }
+                operand.selected = matrix.selected(self.path, plan(t), operand.x);
             }
         });
-    }
-
-    fn product_of_many(&self, matrix: &Matrix, x: &[f32], y: &mut [f32], tokens: usize) {
-        let (inner, outer) = (matrix.in_features, matrix.out_features);
-        let target = SharedRows(y.as_mut_ptr());
-        self.team.run(outer.div_ceil(PANEL), &|p| {
-            let first = p * PANEL;
-            let rows = PANEL.min(outer - first);
-            let (mut panel, mut codes) = (vec![0.0; rows * inner], vec![0; inner]);
-            for (i, row) in panel.chunks_exact_mut(inner).enumerate() {
-                matrix.values.dequantize(self.path, first + i, &mut codes, row);
-            }
-            // SAFETY: y[t, first..first + rows] of all tokens belongs to this panel alone and lies inside `y`; x is
-            // [tokens, inner] and panel [rows, inner], with the strides given.
-            unsafe {
-                gemm::gemm(
-                    tokens,
-                    rows,
-                    inner,
-                    target.get().add(first),
-                    1,
-                    outer as isize,
-                    false,
-                    x.as_ptr(),
-                    1,
-                    inner as isize,
-                    panel.as_ptr(),
-                    inner as isize,
-                    1,
-                    0.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            }
-        });
-    }
-}
-
-/// `y = W·x` for the rows from `first` on that `y` has room for.
-fn multiply_dense(path: Path, w: &Floats<'_>, first: usize, x: &[f32], y: &mut [f32]) {
-    let n = x.len();
-    let rows = first * n..(first + y.len()) * n;
-    match w {
-        Floats::F32(w) => kernels::dots(path, &w[rows], n, x, y),
-        Floats::F16(w) => {
-            y.iter_mut().zip(w[rows].chunks_exact(n)).for_each(|(y, row)| *y = kernels::dot_f16(path, row, x));
-        }
-        Floats::Bf16(_) => unreachable!("made f32 when uploaded"),
+        operands
     }
 }
 
 impl Matrix {
+    /// `y[t] = W·x[t]` for the rows from `first` (a multiple of 8) on that each operand has room for in `y`.
+    fn multiply(&self, path: Path, first: usize, operands: &[Operand<'_>], y: &mut [f32]) {
+        match &self.values {
+            Values::Codes(codes) => codes.product(path, first, operands, y),
+            Values::Dense(w) => {
+                let x: Vec<_> = operands.iter().map(|operand| operand.x).collect();
+                dense::products(path, w, first, &x, y);
+            }
+        }
+    }
+
     /// The channels that are compensated, and their activations.
     fn selected(&self, path: Path, plan: Option<&DecPlan>, x: &[f32]) -> Vec<(usize, f32)> {
         let (Some(plan), Some(_)) = (plan, &self.residual) else { return Vec::new() };
@@ -241,13 +191,13 @@ impl Default for Cpu {
     }
 }
 
-/// Rows of one matrix that pieces write to, each its own columns.
-struct SharedRows(*mut f32);
+/// The start of what pieces of work write to, each its own numbers.
+struct Shared(*mut f32);
 
-// SAFETY: the pieces of `product_of_many` write disjoint columns.
-unsafe impl Sync for SharedRows {}
+// SAFETY: the pieces of a product write disjoint rows.
+unsafe impl Sync for Shared {}
 
-impl SharedRows {
+impl Shared {
     fn get(&self) -> *mut f32 {
         self.0
     }

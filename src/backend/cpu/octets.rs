@@ -250,8 +250,12 @@ impl Octets {
         (sum + f64::from(self.offsets[at][r])) as f32
     }
 
-    /// `y = W·x` of the octets from `first` on that `y` has room for.
-    pub(super) fn product(&self, path: Path, first: usize, x: &Digits, y: &mut [f32]) {
+    /// `y[t] = W·x[t]` of the octets from `first` on that each of `x` has room for in `y` `[x.len(), rows]`. Codes are read
+    /// once for several of `x`, and sums are those of each alone.
+    pub(super) fn product(&self, path: Path, first: usize, x: &[&Digits], y: &mut [f32]) {
+        if x.is_empty() {
+            return;
+        }
         match path.kind() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a path exists only where the processor has its instructions.
@@ -304,8 +308,8 @@ impl<'a> Sums<'a> {
         }
     }
 
-    fn finish(self, y: &mut [f32]) {
-        y.iter_mut().zip(self.y).for_each(|(y, sum)| *y = sum as f32);
+    fn rounded(self) -> [f32; ROWS] {
+        self.y.map(|sum| sum as f32)
     }
 }
 

@@ -2,7 +2,12 @@
 
 use super::{Digits, LANE, Octets, ROWS, Sums};
 
-pub(super) fn product(matrix: &Octets, first: usize, x: &Digits, y: &mut [f32]) {
+pub(super) fn product(matrix: &Octets, first: usize, x: &[&Digits], y: &mut [f32]) {
+    let rows = y.len() / x.len();
+    x.iter().zip(y.chunks_exact_mut(rows)).for_each(|(x, y)| product_of_one(matrix, first, x, y));
+}
+
+fn product_of_one(matrix: &Octets, first: usize, x: &Digits, y: &mut [f32]) {
     let mut codes = vec![0; matrix.in_features];
     for (octet, y) in (first..).zip(y.chunks_exact_mut(ROWS)) {
         let mut sums = Sums::new(matrix, x, octet);
@@ -29,6 +34,6 @@ pub(super) fn product(matrix: &Octets, first: usize, x: &Digits, y: &mut [f32]) 
             let (s, p) = (i / planes.len().max(1), i % planes.len().max(1));
             sums.take(s, (!planes.is_empty()).then(|| planes.start + p), upper, lower);
         }
-        sums.finish(y);
+        y.copy_from_slice(&sums.rounded());
     }
 }

@@ -74,7 +74,7 @@ fn activations(n: usize) -> Vec<f32> {
 fn product(case: &Case, path: Path, x: &[f32]) -> Vec<f32> {
     let digits = Digits::new(path, x, case.matrix.segment).expect("finite");
     let mut y = vec![f32::NAN; case.codes.len() / x.len()];
-    case.matrix.product(path, 0, &digits, &mut y);
+    case.matrix.product(path, 0, &[&digits], &mut y);
     y
 }
 
@@ -114,7 +114,7 @@ fn every_path_makes_the_same_bits_and_the_right_ones() {
             // Octets one by one.
             let digits = Digits::new(path, &x, case.matrix.segment).expect("finite");
             let mut one = vec![0.0; y.len()];
-            one.chunks_exact_mut(ROWS).enumerate().for_each(|(i, y)| case.matrix.product(path, i, &digits, y));
+            one.chunks_exact_mut(ROWS).enumerate().for_each(|(i, y)| case.matrix.product(path, i, &[&digits], y));
             assert_eq!(bits(&one), bits(&y), "{}, {path}", case.what);
         }
     }
@@ -185,6 +185,29 @@ fn products_are_at_least_as_near_as_those_of_f32() {
                     single += (f64::from(kernels::dot(Path::detect(), values, &x)) - want).powi(2);
                 }
                 assert!(whole <= single, "{}: {:e}, {:e} of f32", case.what, whole.sqrt(), single.sqrt());
+            }
+        }
+    }
+}
+
+/// Rows of any number are what each is alone, bit for bit, on every path; and not what another is.
+#[test]
+fn several_rows_are_each_alone() {
+    for case in cases() {
+        let n = case.matrix.in_features;
+        let all: Vec<f32> = draws(11, 17 * n).iter().map(|u| (u - 0.5) / (1.001 - u)).collect();
+        let alone: Vec<_> = all.chunks_exact(n).map(|x| product(&case, Path::SCALAR, x)).collect();
+        for path in Path::all().filter(|&path| path != Path::SCALAR || n < 200) {
+            let digits: Vec<_> =
+                all.chunks_exact(n).map(|x| Digits::new(path, x, case.matrix.segment).expect("finite")).collect();
+            for count in [2, 3, 4, 5, 17] {
+                let x: Vec<_> = digits[..count].iter().collect();
+                let mut y = vec![f32::NAN; count * alone[0].len()];
+                case.matrix.product(path, 0, &x, &mut y);
+                for (t, y) in y.chunks_exact(alone[0].len()).enumerate() {
+                    assert!(y == alone[t], "{}, {path}: row {t} of {count}", case.what);
+                    assert!(y != alone[(t + 1) % 17], "{}: another row goes unseen", case.what);
+                }
             }
         }
     }

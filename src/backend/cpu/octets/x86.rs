@@ -39,18 +39,23 @@ pub(super) mod wide {
     }
 
     /// Sums by digit of both quads.
-    struct Accumulators([[__m512i; 4]; 2]);
+    type Accumulators = [[__m512i; 4]; 2];
 
-    impl Accumulators {
-        /// Adds the products of one code of every row.
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-        #[inline]
-        fn add<const KIND: u8>(&mut self, tables: [__m512i; 2], codes: [__m512i; 2], x: &[[i8; LANE]; 4]) {
-            let bytes = |q: usize| if KIND == CODES { codes[q] } else { _mm512_shuffle_epi8(tables[q], codes[q]) };
-            let bytes = [bytes(0), bytes(1)];
+    /// Adds the products of one code of every row with each of `x`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    #[inline]
+    fn add<const KIND: u8, const T: usize>(
+        sums: &mut [Accumulators; T],
+        tables: [__m512i; 2],
+        codes: [__m512i; 2],
+        x: [&[[i8; LANE]; 4]; T],
+    ) {
+        let bytes = |q: usize| if KIND == CODES { codes[q] } else { _mm512_shuffle_epi8(tables[q], codes[q]) };
+        let bytes = [bytes(0), bytes(1)];
+        for (sums, x) in sums.iter_mut().zip(x) {
             for (d, x) in x.iter().enumerate().take(digits(KIND)) {
                 let x = four(x);
-                for (sums, bytes) in self.0.iter_mut().zip(bytes) {
+                for (sums, bytes) in sums.iter_mut().zip(bytes) {
                     sums[d] = _mm512_dpbusd_epi32(sums[d], bytes, x);
                 }
             }
@@ -65,50 +70,77 @@ pub(super) mod wide {
         unsafe { _mm512_loadu_si512(tables.as_ptr().cast()) }
     }
 
+    /// Two of `x` at a time: their sums are as many as there are registers for.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    pub(in super::super) fn product(matrix: &Octets, first: usize, x: &Digits, y: &mut [f32]) {
-        let octet_lines = matrix.octet_lines();
-        for (octet, y) in (first..).zip(y.chunks_exact_mut(ROWS)) {
-            let mut sums = Sums::new(matrix, x, octet);
-            let mut lines = &matrix.lines[octet * octet_lines..][..octet_lines];
-            for s in 0..x.steps.len() {
-                let channels = (matrix.in_features - s * matrix.segment).min(matrix.segment);
-                let (these, rest) = lines.split_at(2 * matrix.segment_lines(channels));
-                lines = rest;
-                let x_s = &x.digits[s * matrix.segment / LANE..][..channels / LANE];
-                let planes = matrix.planes_of(octet);
-                if planes.is_empty() {
-                    let all = segment::<CODES>(matrix, [_mm512_setzero_si512(); 2], these, x_s);
-                    let (upper, lower) = reduce(all, [0; 2]);
-                    sums.take(s, None, &upper, &lower);
-                }
-                let excess = x.sums[s].map(|sum| -128 * sum);
-                for plane in planes.clone() {
-                    let tables = [table(&matrix.tables[plane]), table(&matrix.tables[plane][4..])];
-                    let (upper, lower) = match plane < planes.start + 2 {
-                        true => reduce(segment::<FIRST>(matrix, tables, these, x_s), excess),
-                        false => reduce(segment::<LATER>(matrix, tables, these, x_s), [excess[0], 0]),
-                    };
-                    sums.take(s, Some(plane), &upper, &lower);
+    pub(in super::super) fn product(matrix: &Octets, first: usize, x: &[&Digits], y: &mut [f32]) {
+        let rows = y.len() / x.len();
+        let (pairs, last) = x.as_chunks::<2>();
+        for octet in 0..rows / ROWS {
+            for (p, &x) in pairs.iter().enumerate() {
+                let made = product_of(matrix, first + octet, x);
+                for (t, made) in made.iter().enumerate() {
+                    y[(2 * p + t) * rows + octet * ROWS..][..ROWS].copy_from_slice(made);
                 }
             }
-            sums.finish(y);
+            if let [x] = last {
+                let [made] = product_of(matrix, first + octet, [x]);
+                y[2 * pairs.len() * rows + octet * ROWS..][..ROWS].copy_from_slice(&made);
+            }
         }
     }
 
+    /// `W·x` of one octet for each of `x`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     #[inline]
-    fn segment<const KIND: u8>(
+    fn product_of<const T: usize>(matrix: &Octets, octet: usize, x: [&Digits; T]) -> [[f32; ROWS]; T] {
+        let octet_lines = matrix.octet_lines();
+        let mut sums = x.map(|x| Sums::new(matrix, x, octet));
+        let mut lines = &matrix.lines[octet * octet_lines..][..octet_lines];
+        let planes = matrix.planes_of(octet);
+        for s in 0..matrix.in_features.div_ceil(matrix.segment) {
+            let channels = (matrix.in_features - s * matrix.segment).min(matrix.segment);
+            let (these, rest) = lines.split_at(2 * matrix.segment_lines(channels));
+            lines = rest;
+            let x_s = x.map(|x| &x.digits[s * matrix.segment / LANE..][..channels / LANE]);
+            if planes.is_empty() {
+                let all = segment::<CODES, T>(matrix, [_mm512_setzero_si512(); 2], these, x_s);
+                for (sums, all) in sums.iter_mut().zip(all) {
+                    let (upper, lower) = reduce(all, [0; 2]);
+                    sums.take(s, None, &upper, &lower);
+                }
+            }
+            for plane in planes.clone() {
+                let tables = [table(&matrix.tables[plane]), table(&matrix.tables[plane][4..])];
+                let is_first = plane < planes.start + 2;
+                let all = match is_first {
+                    true => segment::<FIRST, T>(matrix, tables, these, x_s),
+                    false => segment::<LATER, T>(matrix, tables, these, x_s),
+                };
+                for ((sums, all), x) in sums.iter_mut().zip(all).zip(x) {
+                    let [upper, lower] = x.sums[s].map(|sum| -128 * sum);
+                    let (upper, lower) = reduce(all, [upper, if is_first { lower } else { 0 }]);
+                    sums.take(s, Some(plane), &upper, &lower);
+                }
+            }
+        }
+        sums.map(Sums::rounded)
+    }
+
+    /// The sums of one segment for each of `x`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    #[inline]
+    fn segment<const KIND: u8, const T: usize>(
         matrix: &Octets,
         tables: [__m512i; 2],
         lines: &[Line],
-        x: &[[[i8; LANE]; 4]],
-    ) -> Accumulators {
-        let (blocks, rest) = x.split_at(matrix.packed_channels(LANE * x.len()) / LANE);
+        x: [&[[[i8; LANE]; 4]]; T],
+    ) -> [Accumulators; T] {
+        let packed = matrix.packed_channels(LANE * x[0].len()) / LANE;
         let mut lines = lines.as_chunks::<2>().0.iter();
-        let mut sums = Accumulators([[_mm512_setzero_si512(); 4]; 2]);
+        let mut sums = [[[_mm512_setzero_si512(); 4]; 2]; T];
         let (three, four) = (_mm512_set1_epi8(7), _mm512_set1_epi8(15));
-        for x in blocks.as_chunks::<{ BLOCK / LANE }>().0 {
+        for at in (0..packed).step_by(BLOCK / LANE) {
+            let x: [&[[[i8; LANE]; 4]; BLOCK / LANE]; T] = x.map(|x| x[at..].first_chunk().expect("a block"));
             let mut spare = [_mm512_setzero_si512(); 2];
             for j in 0..3 {
                 let pair = lines.next().expect("three lines to a block");
@@ -124,27 +156,31 @@ pub(super) mod wide {
                     // ones ? shifted : spare
                     spare[q] = _mm512_ternarylogic_epi32::<0xca>(ones, shifted[q], spare[q]);
                 }
-                sums.add::<KIND>(tables, pair.map(|codes| _mm512_and_si512(codes, three)), &x[2 * j]);
+                let lower = pair.map(|codes| _mm512_and_si512(codes, three));
+                add::<KIND, T>(&mut sums, tables, lower, x.map(|x| &x[2 * j]));
                 let upper = pair.map(|codes| _mm512_and_si512(_mm512_srli_epi16::<4>(codes), three));
-                sums.add::<KIND>(tables, upper, &x[2 * j + 1]);
+                add::<KIND, T>(&mut sums, tables, upper, x.map(|x| &x[2 * j + 1]));
             }
-            sums.add::<KIND>(tables, spare.map(|codes| _mm512_and_si512(codes, three)), &x[6]);
+            let lower = spare.map(|codes| _mm512_and_si512(codes, three));
+            add::<KIND, T>(&mut sums, tables, lower, x.map(|x| &x[6]));
             let upper = spare.map(|codes| _mm512_and_si512(_mm512_srli_epi16::<4>(codes), three));
-            sums.add::<KIND>(tables, upper, &x[7]);
+            add::<KIND, T>(&mut sums, tables, upper, x.map(|x| &x[7]));
         }
         if matrix.is_wide() {
-            for x in rest {
+            for at in packed..x[0].len() {
                 let pair = lines.next().expect("a line to 16 channels");
-                sums.add::<KIND>(tables, [load(&pair[0]), load(&pair[1])], x);
+                add::<KIND, T>(&mut sums, tables, [load(&pair[0]), load(&pair[1])], x.map(|x| &x[at]));
             }
             return sums;
         }
-        for x in rest.as_chunks::<2>().0 {
+        for at in (packed..x[0].len()).step_by(2) {
+            let x: [&[[[i8; LANE]; 4]; 2]; T] = x.map(|x| x[at..].first_chunk().expect("32 channels"));
             let pair = lines.next().expect("a line to 32 channels");
             let pair = [load(&pair[0]), load(&pair[1])];
-            sums.add::<KIND>(tables, pair.map(|codes| _mm512_and_si512(codes, four)), &x[0]);
+            let lower = pair.map(|codes| _mm512_and_si512(codes, four));
+            add::<KIND, T>(&mut sums, tables, lower, x.map(|x| &x[0]));
             let upper = pair.map(|codes| _mm512_and_si512(_mm512_srli_epi16::<4>(codes), four));
-            sums.add::<KIND>(tables, upper, &x[1]);
+            add::<KIND, T>(&mut sums, tables, upper, x.map(|x| &x[1]));
         }
         sums
     }
@@ -153,7 +189,7 @@ pub(super) mod wide {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     #[inline]
     fn reduce(sums: Accumulators, excess: [i32; 2]) -> ([i32; ROWS], [i32; ROWS]) {
-        let Accumulators([a, b]) = sums;
+        let [a, b] = sums;
         let upper = |q: [__m512i; 4]| _mm512_add_epi32(_mm512_slli_epi32::<8>(q[0]), q[1]);
         let lower = |q: [__m512i; 4]| _mm512_add_epi32(_mm512_slli_epi32::<7>(q[2]), q[3]);
         let halves = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -193,10 +229,13 @@ macro_rules! narrow {
             #[inline]
             $close
 
+            /// Codes that were read for the first of `x` are near for the others.
             #[target_feature(enable = $features)]
-            pub(in super::super) fn product(matrix: &Octets, first: usize, x: &Digits, y: &mut [f32]) {
+            pub(in super::super) fn product(matrix: &Octets, first: usize, x: &[&Digits], y: &mut [f32]) {
                 let octet_lines = matrix.octet_lines();
-                for (octet, y) in (first..).zip(y.chunks_exact_mut(ROWS)) {
+                let rows = y.len() / x.len();
+                for (octet, at) in (first..).zip((0..rows / ROWS * ROWS).step_by(ROWS)) {
+                    for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
                     let mut sums = Sums::new(matrix, x, octet);
                     let mut lines = &matrix.lines[octet * octet_lines..][..octet_lines];
                     for s in 0..x.steps.len() {
@@ -219,7 +258,8 @@ macro_rules! narrow {
                             sums.take(s, Some(plane), &upper, &lower);
                         }
                     }
-                    sums.finish(y);
+                    y[at..at + ROWS].copy_from_slice(&sums.rounded());
+                    }
                 }
             }
 

@@ -183,7 +183,7 @@ __device__ __forceinline__ u8 nearest(const float* parameters, int k, float targ
 extern "C" __global__ void __launch_bounds__(32) descend(const float* h, const float* parameters, const float* gradient,
                                                          float* q, u8* codes, float* moved, int n, int first, int width,
                                                          int rows) {
-    __shared__ float block[BLOCK][BLOCK + 1];
+    __shared__ float block[BLOCK][BLOCK + 1], local[BLOCK][32];
     for (int i = threadIdx.x; i < BLOCK * BLOCK; i += 32) {
         int a = i / BLOCK, b = i % BLOCK;
         block[a][b] = a < width && b < width ? h[(long long)(first + a) * n + first + b] : 0;
@@ -193,22 +193,18 @@ extern "C" __global__ void __launch_bounds__(32) descend(const float* h, const f
     if (row >= rows) return;
     parameters += row * PARAMETERS(n);
     gradient += row * n + first, q += row * n + first, codes += row * n + first, moved += row * width;
-    float local[BLOCK];
-#pragma unroll
-    for (int k = 0; k < BLOCK; k++) local[k] = k < width ? gradient[k] : 0;
-#pragma unroll
-    for (int k = 0; k < BLOCK; k++) {
-        if (k < width) {
-            float old = q[k];
-            u8 code = nearest(parameters, first + k, old + local[k] / block[k][k]);
-            float value = weight_of(parameters, first + k, code), by = value - old;
-            moved[k] = by != 0 ? -by : 0;
-            if (by != 0) {
-                q[k] = value;
-                codes[k] = code;
-            }
-#pragma unroll
-            for (int j = k + 1; j < BLOCK; j++) local[j] -= by * block[k][j];
+    // Each thread's part of the gradient, beside those of the others.
+    for (int k = 0; k < width; k++) local[k][threadIdx.x] = gradient[k];
+    for (int k = 0; k < width; k++) {
+        float old = q[k];
+        u8 code = nearest(parameters, first + k, old + local[k][threadIdx.x] / block[k][k]);
+        float value = weight_of(parameters, first + k, code), by = value - old;
+        moved[k] = by != 0 ? -by : 0;
+        if (by != 0) {
+            q[k] = value;
+            codes[k] = code;
+#pragma unroll 4
+            for (int j = k + 1; j < width; j++) local[j][threadIdx.x] -= by * block[k][j];
         }
     }
 }

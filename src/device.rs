@@ -1,12 +1,17 @@
 //! From a name to a device: the one place above backends that tells them apart.
 
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, bail};
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
-use crate::backend::{DecodeBackend, DeviceInfo, GemvBackend};
+use crate::backend::{DecodeBackend, DeviceInfo, GemvBackend, Interrupted};
+use crate::progress::Progress;
+use crate::quantize::compute::Compute;
+use crate::quantize::{self, Report, ResidualOptions};
+use crate::tokenizer::TextFiles;
 use crate::weights::ModelWeights;
 
 pub use crate::backend::cuda::{Dtype, Residuals};
@@ -139,6 +144,57 @@ impl Device {
             #[cfg(feature = "reference-wgpu")]
             Backend::Wgpu(wgpu) => job.run(wgpu.as_ref()),
         }
+    }
+
+    /// Makes a checkpoint of `source` at `out` as [`quantize::quantize`] says, computing here: on a GPU of CUDA's, else on the
+    /// cores of this machine.
+    ///
+    /// # Errors
+    /// Those of [`quantize::quantize`]; a GPU that fails or has no room, with the way out: what is finished is kept.
+    pub fn quantize(
+        &self,
+        source: &dyn ModelWeights,
+        texts: &TextFiles,
+        options: &quantize::Options,
+        out: &Path,
+        stop: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<Report> {
+        self.quantizing(source, |on| quantize::quantize_on(on, source, texts, options, out, stop, progress))
+    }
+
+    /// Makes a checkpoint at `out` of `quantized` with residuals against `original`, as [`quantize::residuals`] says,
+    /// computing here: on a GPU of CUDA's, else on the cores of this machine.
+    ///
+    /// # Errors
+    /// Those of [`quantize::residuals`]; a GPU that fails or has no room, with the way out: what is finished is kept.
+    #[allow(clippy::too_many_arguments, reason = "those of `residuals`, and the device")]
+    pub fn residuals(
+        &self,
+        original: &dyn ModelWeights,
+        quantized: &dyn ModelWeights,
+        texts: &TextFiles,
+        options: &ResidualOptions,
+        out: &Path,
+        stop: &AtomicBool,
+        progress: &dyn Progress,
+    ) -> Result<Report> {
+        let work =
+            |on: &dyn Compute| quantize::residuals_on(on, original, quantized, texts, options, out, stop, progress);
+        self.quantizing(original, work)
+    }
+
+    /// Quantization's arithmetic here.
+    fn quantizing<T>(&self, source: &dyn ModelWeights, work: impl FnOnce(&dyn Compute) -> Result<T>) -> Result<T> {
+        let Backend::Cuda(cuda) = &self.backend else {
+            tracing::info!("quantizing on the cores of this machine");
+            return work(&quantize::Host);
+        };
+        let on = cuda.quantizer(source.config(), None)?;
+        let done = work(&on);
+        tracing::info!("peak device memory {} MB", on.peak() / 1_000_000);
+        // A job that keeps what it has finished says so itself.
+        done.map_err(|error| if error.is::<Interrupted>() { quantize::Interrupted.into() } else { error })
     }
 
     /// Says what a model will take with texts of `max_seq_len` tokens, where that is short: in a GPU's memory.

@@ -175,6 +175,9 @@ pub(crate) struct CalibrationArgs {
     /// Decides the calibration text that the model makes
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed)]
     pub(crate) seed: u64,
+    /// Where to compute: auto, cpu or cuda[:N]
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
 }
 
 /// How a result is printed.

@@ -62,7 +62,8 @@ fn complete(original: &Path, opened: &Opened, to: &OutArgs, args: &CalibrationAr
     };
     let stop = super::interrupt::stop_flag(quantize::Interrupted);
     let bar = super::Bar::new(0, "");
-    let report = super::resumable(quantize::residuals(&source, weights, texts, &options, &to.out, stop, &bar))?;
+    let device = super::devices::quantizing(args)?;
+    let report = super::resumable(device.residuals(&source, weights, texts, &options, &to.out, stop, &bar))?;
     drop(bar);
     tracing::info!(
         "made residuals and thresholds of {} layers in {:.1} s ({} calibration tokens) into {}",

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use decdec::device::{self, Device, Found, Options};
 
-use crate::cli::{JsonArg, RunArgs};
+use crate::cli::{CalibrationArgs, JsonArg, RunArgs};
 use crate::output;
 
 /// The device of a run; a job that asked for [`stop_flag`](super::interrupt::stop_flag) ends soon after Ctrl-C.
@@ -13,6 +13,14 @@ use crate::output;
 pub(crate) fn open(args: &RunArgs, options: Options) -> Result<Device> {
     let options = Options { dtype: args.dtype.map(Into::into), residuals: args.residuals.into(), ..options };
     Device::open_with(&args.on.device, &Options { interrupt: Some(super::interrupt::heard()), ..options })
+}
+
+/// The device that a model is quantized on.
+///
+/// # Errors
+/// Those of [`Device::open`].
+pub(crate) fn quantizing(args: &CalibrationArgs) -> Result<Device> {
+    Device::open_with(&args.device, &Options { interrupt: Some(super::interrupt::heard()), ..Options::default() })
 }
 
 /// Prints what can run here, and why not otherwise.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use decdec::config::ModelConfig;
-use decdec::quantize::{Calibration, Options, Refine, estimate, quantize};
+use decdec::quantize::{Calibration, Options, Refine, estimate};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
 use decdec::tuned::Tuned;
@@ -32,7 +32,8 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     }
     let stop = stop_flag(decdec::quantize::Interrupted);
     let bar = super::Bar::new(0, "");
-    let report = super::resumable(quantize(&source, source.texts(), &options, &args.to.out, stop, &bar))?;
+    let device = super::devices::quantizing(&args.calibration)?;
+    let report = super::resumable(device.quantize(&source, source.texts(), &options, &args.to.out, stop, &bar))?;
     drop(bar);
     tracing::info!(
         "quantized {} layers in {:.1} s ({} calibration tokens) into {}",
@@ -56,7 +57,8 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     table.add_row(["residuals and thresholds, on the host".into(), megabytes(estimate.host_bytes)]);
     table.add_row(["disk while it is made".into(), megabytes(estimate.disk_bytes)]);
     table.add_row(["memory while it is made, mapped files aside".into(), megabytes(estimate.memory_bytes)]);
-    table.add_row(["time on this machine".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
+    table.add_row(["memory of a GPU that makes it, at most".into(), megabytes(estimate.gpu_bytes)]);
+    table.add_row(["time on this machine's cores".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
     output::line(&table)
 }
 

@@ -13,10 +13,10 @@ use anyhow::Result;
 use half::f16;
 use rayon::prelude::*;
 
+use super::compute::Curvature;
 use super::forward::{Affine, Inputs, Layer};
-use super::gram::Hessian;
 use super::product::{Strided, multiply, product};
-use super::refine::{self, Effort, Groups};
+use super::refine::{AnyGrid, Effort, Groups};
 use crate::config::{Attention, LayerConfig, Projection, Reads};
 use crate::format::LutGemm;
 use crate::weights::Weight;
@@ -214,20 +214,20 @@ pub(crate) fn quantize(
     pack(linear, bits, group_size, &codes, &grids)
 }
 
-/// The same against a whole Hessian: codes and grids of [`quantize`] are where [`refine`] begins.
+/// The same against a whole Hessian: codes and grids of [`quantize`] are where [`super::refine`] begins.
 pub(crate) fn refined(
     linear: &Affine,
     bits: usize,
     group_size: usize,
     inputs: Option<&[f32]>,
-    hessian: &Hessian,
+    hessian: &dyn Curvature,
     effort: Effort,
 ) -> Result<Weight<'static>> {
     let mut grids = grids(linear, bits, group_size, inputs);
     let mut codes = codes(linear, group_size, &grids);
     let mut parameters: Vec<f32> = grids.iter().flat_map(|g| [g.centre.to_f32(), g.step / 2.0]).collect();
     let groups = Groups { bits, group_size, groups: linear.in_features / group_size };
-    refine::refine(&groups, hessian, &linear.weight, &mut codes, &mut parameters, effort);
+    hessian.refine(AnyGrid::Groups(groups), &linear.weight, &mut codes, &mut parameters, effort)?;
     for (grid, parameters) in grids.iter_mut().zip(parameters.chunks_exact(2)) {
         *grid = Grid::new(f16::from_f32(parameters[0]), f16::from_f32(parameters[1]), bits);
     }

@@ -6,7 +6,8 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
-use super::forward::{Inputs, KvCache, Layer, Ropes, forward};
+use super::compute::{Compute, Entered};
+use super::forward::{Placed, Ropes};
 use crate::config::ModelConfig;
 use crate::format::{Dense, Floats};
 use crate::progress::Progress;
@@ -51,42 +52,37 @@ impl Activations {
         Self { h, tokens, hidden }
     }
 
-    /// Takes all texts through one layer; with `collect`, returns what entered its projections.
+    /// Takes all texts through one layer; what enters its projections goes to `entered`, one for each, or none.
     ///
     /// `progress` grows by one per token.
     ///
     /// # Errors
-    /// [`super::Interrupted`], and activations that overflow.
+    /// [`super::Interrupted`], activations that overflow, and those of the device.
+    #[allow(clippy::too_many_arguments, reason = "a layer, where it computes, who watches and who waits")]
     pub(crate) fn advance(
         &mut self,
+        on: &dyn Compute,
         config: &ModelConfig,
-        layer: &Layer,
+        layer: &Placed<'_>,
         ropes: &Ropes,
-        collect: bool,
+        entered: &mut [Box<dyn Entered + '_>],
         stop: &AtomicBool,
         progress: &dyn Progress,
-    ) -> Result<Inputs> {
-        let mut all = Inputs::default();
-        if collect {
-            let tokens = self.h.len() / self.hidden;
-            for (all, linear) in all.iter_mut().zip(&layer.linears) {
-                all.reserve_exact(tokens * linear.in_features);
-            }
-        }
-        let texts = (BATCH_TOKENS / self.tokens).max(1);
+    ) -> Result<()> {
+        let texts = (on.batch_tokens() / self.tokens).max(1);
         for h in self.h.chunks_mut(texts * self.tokens * self.hidden) {
             super::ensure_running(stop)?;
             let texts = h.len() / self.hidden / self.tokens;
-            let mut cache = KvCache::new(&layer.config, texts, self.tokens);
-            let inputs = forward(config, layer, ropes, &mut cache, texts, h)?;
+            let mut cache = on.cache(layer.config(), texts, self.tokens)?;
+            let mut stream = on.put(h.to_vec())?;
+            let inputs = layer.forward(on, config, ropes, &mut cache, texts, &mut stream)?;
+            h.copy_from_slice(&on.take(stream)?);
             // The weights are finite: what is not comes of numbers too large for f32 on the way.
             Floats::F32(Cow::Borrowed(h)).ensure_finite("what leaves it is too large for single precision: number")?;
-            if collect {
-                all.iter_mut().zip(&inputs).for_each(|(all, x)| all.extend_from_slice(x));
-            }
+            entered.iter_mut().zip(inputs).try_for_each(|(entered, x)| entered.add(x))?;
             progress.inc((texts * self.tokens) as u64);
         }
-        Ok(all)
+        Ok(())
     }
 }
 
@@ -104,7 +100,12 @@ pub(crate) fn energy(x: &[f32], in_features: usize) -> Vec<f32> {
         })
         .collect();
     let sums: Vec<f64> = (0..in_features).map(|k| parts.iter().map(|p| p[k]).sum()).collect();
-    let floor = (sums.iter().sum::<f64>() / in_features as f64 * 1e-6).max(1e-30);
+    floored(&sums)
+}
+
+/// Energies from sums of squares, as [`energy`] says of silent channels.
+pub(crate) fn floored(sums: &[f64]) -> Vec<f32> {
+    let floor = (sums.iter().sum::<f64>() / sums.len() as f64 * 1e-6).max(1e-30);
     sums.iter().map(|s| s.max(floor) as f32).collect()
 }
 

@@ -7,20 +7,22 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::backward::Compensated;
-use super::forward::{Affine, Layer, Ropes, norms};
+use super::compute::{Tensor, Trained};
+use super::forward::{Affine, Ropes, norms};
 use super::gram::Hessian;
 use super::head::{HEAD_ROWS, LmHead};
+use super::host::Host;
 use super::product::product;
 use super::refine::Effort;
 use super::sqllm;
-use super::{
-    Calibration, Options, Refine, awq, backward, calibrate, divergence, finish, fit, mixed, plan, polish, sample,
-};
+use super::{Calibration, Options, Refine, awq, backward, calibrate, divergence, fit, mixed, plan, polish, sample};
 use crate::checkpoint::Manifest;
 use crate::config::{Attention, FeedForward, Mixer, ModelConfig, Pairing, Projection, Rope, RopeScaling};
 use crate::format::Dense;
 use crate::host;
 use crate::sampling;
+
+pub(crate) mod gpu;
 
 /// Tokens, channels and rows of the sample.
 const TOKENS: usize = 512;
@@ -46,7 +48,9 @@ pub struct Estimate {
     pub disk_bytes: usize,
     /// Most bytes in memory at once, without what is only mapped.
     pub memory_bytes: usize,
-    /// Time on this machine, if it does nothing else.
+    /// Most bytes of a GPU's memory at once, where one computes; it keeps more layers where it has room for all of them.
+    pub gpu_bytes: usize,
+    /// Time on the cores of this machine, if it does nothing else.
     pub time: Duration,
 }
 
@@ -65,6 +69,7 @@ pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
         host_bytes: residuals,
         disk_bytes: (1 + widths) * (codes + residuals) + rest,
         memory_bytes: memory(config, options, &manifest),
+        gpu_bytes: gpu::memory(config, options, &manifest),
         time: time(config, options, &manifest)?,
     })
 }
@@ -264,16 +269,22 @@ fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
         let (in_features, out_features) = config.shape(0, p);
         Affine { in_features, out_features, weight: numbers(in_features * out_features), bias: None }
     });
-    let originals = linears.each_ref().map(|linear| linear.weight.iter().map(|w| 1.1 * w).collect());
     let k_chunks = options.refine.k_chunks(options.bits.low(), options.bits);
-    let norms = norms(&config.layers[0], config.hidden_size, |_, len| vec![1.0; len]);
-    let layer = Layer { config: config.layers[0].clone(), norms, linears };
-    let layer = Compensated { layer, originals, k_chunks };
+    let layer = Compensated {
+        config: &config.layers[0],
+        norms: norms(&config.layers[0], config.hidden_size, |_, len| vec![1.0; len]),
+        in_features: config.shapes(0).map(|(inputs, _)| inputs),
+        projections: linears.map(|linear| {
+            let original = linear.weight.iter().map(|w| 1.1 * w).collect();
+            Trained::Host(Box::new(linear), original, Vec::new())
+        }),
+        k_chunks,
+    };
     let (ropes, h) = (Ropes::new(&config, tokens), numbers(tokens * config.hidden_size));
     fastest(tokens * sample::layer_weights(&config, 0), || {
-        let (mut h, mut d) = (h.clone(), h.clone());
-        let (trace, _) = layer.forward(&config, &ropes, 1, &mut h)?;
-        layer.backward(&config, &ropes, 1, trace, &mut d);
+        let (mut h, mut d) = (Tensor::F32(h.clone()), Tensor::F32(h.clone()));
+        let (trace, _) = layer.forward(&Host, &config, &ropes, (1, tokens), &mut h)?;
+        layer.backward(&Host, &config, &ropes, (1, tokens), trace, &mut d)?;
         Ok(())
     })
 }
@@ -368,7 +379,8 @@ impl Sample {
                     awq::quantize(&self.linear, bits, GROUP, awq)?
                 }
             };
-            finish(&self.linear, &self.x, weight, &[1.0; CHANNELS]).map(drop)
+            calibrate::thresholds(&self.x, CHANNELS);
+            super::residual(&self.linear, &weight, &[1.0; CHANNELS]).map(drop)
         })
     }
 }
@@ -429,6 +441,30 @@ mod tests {
         }
         let [even, own] = [&config, &uneven].map(|c| memory(c, &options, &manifest));
         assert!(own > even, "{own}, {even}");
+    }
+
+    /// Layer by layer, a model of 70 billion weights goes through a GPU of 24 GB.
+    #[test]
+    fn a_model_of_70_billion_weights_fits_a_gpu_of_24_gb() {
+        let tokens = vec![1; 200_704];
+        let options = Options {
+            backend: Format::AnyPrec,
+            bits: BitWidth::try_from(3.0).unwrap(),
+            group_size: None,
+            awq: false,
+            refine: Refine::DEFAULT,
+            calibration: Calibration::Text { tokens, seq_len: 512, samples: 392, name: "t".into() },
+            source: "random".into(),
+            overwrite: false,
+        };
+        let bytes = |preset| {
+            let config = ModelConfig::preset(preset).unwrap();
+            gpu::memory(&config, &options, &plan(&config, &options).unwrap())
+        };
+        let (small, large) = (bytes("Meta-Llama-3-8B-Instruct"), bytes("Meta-Llama-3-70B-Instruct"));
+        assert!(large <= gpu::USUAL, "{large}");
+        // One layer's matrix in f32, its derivatives and a Hessian of its widest input are there at once.
+        assert!(large > 4 * (57344 * 8192 + 28672 * 28672) && small < large, "{small}, {large}");
     }
 
     /// While a small model writes its own calibration text, all of its layers are in memory in f32.

@@ -5,11 +5,11 @@
 
 use anyhow::Result;
 
+use super::compute::{Curvature, Entered, Metric};
 use super::forward::Affine;
-use super::gram::{Hessian, Taken};
 use super::job::Job;
 use super::refine::Effort;
-use super::{Refine, awq, calibrate, finish, sqllm};
+use super::{Refine, awq, finish, sqllm};
 use crate::config::Projection;
 use crate::weights::{Linear, Weight};
 
@@ -17,7 +17,7 @@ use crate::weights::{Linear, Weight};
 pub(super) const EFFORT: Effort = Effort { rounds: 5, steps: 3 };
 /// How much the error without compensation counts, the one with it counting `1 − ALONE`. Chosen among 0.3, 0.6 and 1 by
 /// perplexity on *Botchan* windows 24..30 and GPL-3 windows 6..10 (benches/runs/2026-11-27-xeon).
-const ALONE: f32 = 0.6;
+pub(super) const ALONE: f32 = 0.6;
 /// How much the energy of channels that are not taken counts for the residual's scales.
 const OTHERS: f32 = 0.1;
 
@@ -37,27 +37,25 @@ impl<'a> Fit<'a> {
         (refine != Refine::None).then_some(Self { job, bits, k_chunk })
     }
 
-    /// Quantizes `linear`, which `x` `[tokens, in_features]` enters: what is stored and its residual.
-    pub(super) fn quantize(&self, linear: &Affine, x: &[f32]) -> Result<Linear<'static>> {
+    /// Quantizes `linear`, which `x` enters: what is stored and its residual.
+    pub(super) fn quantize(&self, linear: &Affine, x: &dyn Entered) -> Result<Linear<'static>> {
         let n = linear.in_features;
-        let taken = Taken::select(x, n, self.k_chunk)?;
-        let mut hessian = Hessian::of(x, n);
+        let Metric { hessian, taken } = x.fit(self.k_chunk)?;
         // Where nothing ever came in, nothing can be fitted to, and every weight's best code by itself is the best.
-        if hessian.diagonal().all(|h| h == 0.0) {
+        let Some(hessian) = hessian else {
             let weight = match self.job.manifest.group_size {
                 None => sqllm::quantize(linear, self.bits, &vec![1.0; n])?,
                 Some(group_size) => awq::quantize(linear, self.bits, group_size, None)?,
             };
             return finish(linear, x, weight, &vec![1.0; n]);
-        }
-        hessian.discount_taken(x, &taken, ALONE);
-        hessian.damp();
-        let weight = self.against(&hessian, linear, self.job.options.awq.then_some(x))?;
-        finish(linear, x, weight, &importance(x, n, &taken))
+        };
+        let weight = self.against(&*hessian, linear, self.job.options.awq.then(|| x.all()))?;
+        drop(hessian);
+        finish(linear, x, weight, &weigh(&taken, &x.energy()?))
     }
 
     /// Codes and what they stand for; with `clipping`, groups of channels begin with the ranges best for these inputs.
-    fn against(&self, hessian: &Hessian, linear: &Affine, clipping: Option<&[f32]>) -> Result<Weight<'static>> {
+    fn against(&self, hessian: &dyn Curvature, linear: &Affine, clipping: Option<&[f32]>) -> Result<Weight<'static>> {
         match self.job.manifest.group_size {
             None => sqllm::refined(linear, self.bits, hessian, EFFORT),
             Some(group_size) => awq::refined(linear, self.bits, group_size, clipping, hessian, EFFORT),
@@ -65,13 +63,8 @@ impl<'a> Fit<'a> {
     }
 }
 
-/// What an error in a channel of the residual costs: its energy where it is taken, and some of it elsewhere, for
-/// those who compensate more than was planned. All alike where nothing is planned.
-fn importance(x: &[f32], channels: usize, taken: &Taken) -> Vec<f32> {
-    weigh(&taken.energy(x, channels), &calibrate::energy(x, channels))
-}
-
-/// The same from the channels' energies where they are taken, and over all.
+/// What an error in a channel of the residual costs, from the channels' energies where they are taken and over all: the
+/// former, and some of the latter for those who compensate more than was planned. All alike where nothing is planned.
 pub(super) fn weigh(taken: &[f32], all: &[f32]) -> Vec<f32> {
     if taken.iter().all(|&t| t == 0.0) {
         return vec![1.0; all.len()];
@@ -82,7 +75,8 @@ pub(super) fn weigh(taken: &[f32], all: &[f32]) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{lost, residual};
+    use super::super::gram::{Hessian, Taken};
+    use super::super::{calibrate, lost, residual};
     use super::*;
     use crate::format::Residual;
     use crate::sampling;
@@ -130,7 +124,7 @@ mod tests {
         let linear = Affine { in_features: N, out_features: 64, weight, bias: None };
         let (x, later) = (inputs(2, TOKENS), inputs(3, 200));
         let (taken, taken_later) = (Taken::select(&x, N, 32).unwrap(), Taken::select(&later, N, 32).unwrap());
-        let importance = importance(&x, N, &taken);
+        let importance = weigh(&taken.energy(&x, N), &calibrate::energy(&x, N));
         let fitted = |alone| {
             let mut hessian = Hessian::of(&x, N);
             hessian.discount_taken(&x, &taken, alone);

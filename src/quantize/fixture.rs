@@ -2,7 +2,10 @@
 
 use serde_json::json;
 
-use super::forward::{Affine, Layer, norms};
+use super::attention::KvCache;
+use super::compute::{Cache, Compute, Tensor};
+use super::forward::{Affine, Inputs, Layer, Placed, Ropes, norms};
+use super::host::Host;
 use crate::config::{
     Activation, Attention, FeedForward, LayerNorm, Mixer, ModelConfig, NormPlacement, Projection, QkNorm, QueryScaling,
     RopeScaling,
@@ -31,7 +34,7 @@ pub(crate) fn config() -> ModelConfig {
 }
 
 /// What families do differently from Llama: one thing at a time, and together as some of them do.
-pub(super) fn variants(base: &ModelConfig) -> Vec<(&'static str, ModelConfig)> {
+pub(crate) fn variants(base: &ModelConfig) -> Vec<(&'static str, ModelConfig)> {
     type Change = fn(&mut ModelConfig);
     let changes: [(&'static str, Change); 18] = [
         ("plain", |_| {}),
@@ -99,12 +102,12 @@ fn yarn(config: &mut ModelConfig) {
 }
 
 /// Numbers between `-amplitude` and `amplitude`; the same seed gives the same.
-pub(super) fn numbers(seed: u64, len: usize, amplitude: f32) -> Vec<f32> {
+pub(crate) fn numbers(seed: u64, len: usize, amplitude: f32) -> Vec<f32> {
     sampling::draws(seed, len).iter().map(|x| (2.0 * x - 1.0) * amplitude).collect()
 }
 
 /// Weights up to `amplitude`, norms around 1, a bias on qkv.
-pub(super) fn layer(config: &ModelConfig, amplitude: f32) -> Layer {
+pub(crate) fn layer(config: &ModelConfig, amplitude: f32) -> Layer {
     let linears = Projection::ALL.map(|p| {
         let (in_features, out_features) = config.shape(0, p);
         let bias = (p == Projection::Qkv).then(|| numbers(9, out_features, 0.5));
@@ -121,4 +124,26 @@ pub(super) fn layer(config: &ModelConfig, amplitude: f32) -> Layer {
         numbers(seed, len, 0.5).iter().map(|x| 1.0 + x).collect()
     });
     Layer { config: layer, norms, linears }
+}
+
+/// Takes `h` `[texts, tokens, hidden_size]` through a layer on this machine's cores, behind what `cache` holds, and returns
+/// what entered its projections.
+pub(crate) fn forward(
+    config: &ModelConfig,
+    layer: &Layer,
+    ropes: &Ropes,
+    cache: &mut Cache,
+    texts: usize,
+    h: &mut [f32],
+) -> Inputs {
+    let mut stream = Tensor::F32(h.to_vec());
+    let placed = Placed::new(&Host, layer).unwrap();
+    let inputs = placed.forward(&Host, config, ropes, cache, texts, &mut stream).unwrap();
+    h.copy_from_slice(stream.host());
+    inputs.map(|x| Host.take(x).unwrap())
+}
+
+/// Room for texts on this machine.
+pub(crate) fn cache(layer: &Layer, texts: usize, capacity: usize) -> Cache {
+    Cache::Host(KvCache::new(&layer.config, texts, capacity))
 }

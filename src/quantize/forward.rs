@@ -1,19 +1,16 @@
-//! One decoder layer in f32, many tokens at once: what calibration and sampling run.
+//! One decoder layer in f32, many tokens at once: what calibration, sampling and training run, on any device.
 //!
-//! What a layer computes is its program's ([`LayerConfig::program`]); here is how (spec §3.2). Products run on all cores.
+//! What a layer computes is its program's ([`LayerConfig::program`]); how, the device's ([`Compute`], spec §3.2).
 
-use std::ops::Range;
+use std::borrow::Cow;
 
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::exponential::{gated, softcap, softmax};
-use super::product::{Strided, multiply, product};
+use super::compute::{Cache, Compute, Matrix, Tensor};
+use super::product::product;
 use crate::config::{Attention, LayerConfig, LayerNorm, ModelConfig, Op, Projection, Reads, Writes};
 use crate::weights::{Linear, ModelWeights};
-
-/// Queries that are scored against the keys at once.
-const QUERY_BLOCK: usize = 64;
 
 /// A linear layer in f32.
 #[derive(Debug, Clone)]
@@ -88,11 +85,6 @@ impl Layer {
     pub(crate) fn norm(&self, norm: LayerNorm) -> &[f32] {
         &self.norms[norm.index()]
     }
-
-    /// `h` `[tokens, hidden_size]` through one of the norms, if through any.
-    pub(super) fn normed(&self, config: &ModelConfig, through: Option<LayerNorm>, h: &[f32]) -> Vec<f32> {
-        through.map_or_else(|| h.to_vec(), |n| norm(h, self.norm(n), config.norm_eps(n)))
-    }
 }
 
 /// The norms that a layer has, each as `make` gives it for its length.
@@ -104,7 +96,7 @@ pub(crate) fn norms(config: &LayerConfig, hidden_size: usize, make: impl Fn(Laye
 
 /// Rotations of the rotary embedding, one table for each of the model's.
 #[derive(Debug)]
-pub(crate) struct Ropes(Vec<Vec<[f32; 2]>>); // [positions, head_dim / 2] of (cos, sin)
+pub(crate) struct Ropes(pub(crate) Vec<Vec<[f32; 2]>>); // [positions, head_dim / 2] of (cos, sin)
 
 impl Ropes {
     pub(crate) fn new(config: &ModelConfig, positions: usize) -> Self {
@@ -137,81 +129,121 @@ impl Ropes {
     }
 }
 
-/// Keys and values of one layer for several texts of equal length.
-#[derive(Debug)]
-pub(crate) struct KvCache {
-    keys: Vec<f32>,   // [texts, capacity, num_kv_heads · head_dim]
-    values: Vec<f32>, // the same
-    capacity: usize,
-    len: usize, // tokens of each text so far
+/// A layer whose matrices are where a device multiplies by them.
+pub(crate) struct Placed<'a> {
+    config: LayerConfig,
+    norms: Norms,
+    matrices: [Matrix<'a>; 4], // in the order of `Projection::ALL`
 }
 
-impl KvCache {
-    pub(crate) fn new(layer: &LayerConfig, texts: usize, capacity: usize) -> Self {
-        let len = texts * capacity * layer.attention().num_kv_heads * layer.attention().head_dim;
-        Self { keys: vec![0.0; len], values: vec![0.0; len], capacity, len: 0 }
+impl<'a> Placed<'a> {
+    /// # Errors
+    /// A device without room.
+    pub(crate) fn new(on: &dyn Compute, layer: &'a Layer) -> Result<Self> {
+        let matrices = Projection::each(|p| on.matrix(Cow::Borrowed(layer.linear(p))))?;
+        Ok(Self { config: layer.config.clone(), norms: layer.norms.clone(), matrices })
+    }
+
+    /// The same of a layer that is not needed otherwise.
+    ///
+    /// # Errors
+    /// A device without room.
+    pub(crate) fn owned(on: &dyn Compute, layer: Layer) -> Result<Self> {
+        let Layer { config, norms, linears } = layer;
+        let [qkv, o, gate_up, down] = linears.map(|linear| on.matrix(Cow::Owned(linear)));
+        Ok(Self { config, norms, matrices: [qkv?, o?, gate_up?, down?] })
+    }
+
+    /// The layer's configuration.
+    pub(crate) fn config(&self) -> &LayerConfig {
+        &self.config
+    }
+
+    /// Takes `h` `[texts, tokens, hidden_size]` through the layer, behind what `cache` holds of each text, and returns what
+    /// entered its projections.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(crate) fn forward(
+        &self,
+        on: &dyn Compute,
+        config: &ModelConfig,
+        ropes: &Ropes,
+        cache: &mut Cache,
+        texts: usize,
+        h: &mut Tensor,
+    ) -> Result<[Tensor; 4]> {
+        run(on, config, (&self.config, &self.norms), ropes, cache, texts, h, |(projection, ..), _, x| {
+            on.product(&self.matrices[projection.index()], x)
+        })
     }
 }
 
 /// What enters the four projections, each `[tokens, in_features]`.
 pub(crate) type Inputs = [Vec<f32>; 4];
 
-/// Takes `h` `[texts, tokens, hidden_size]` through one layer, behind what `cache` holds of each text, and
-/// returns what entered its projections.
-pub(crate) fn forward(
+/// `h` `[tokens, hidden_size]` through one of the `norms`, if through any.
+pub(super) fn normed(
+    on: &dyn Compute,
     config: &ModelConfig,
-    layer: &Layer,
-    ropes: &Ropes,
-    cache: &mut KvCache,
-    texts: usize,
-    h: &mut [f32],
-) -> Result<Inputs> {
-    run(config, layer, ropes, cache, texts, h, |(projection, ..), _, x| Ok(layer.linear(projection).apply(x)))
+    norms: &Norms,
+    through: Option<LayerNorm>,
+    h: &Tensor,
+) -> Result<Tensor> {
+    through.map_or_else(|| on.copy(h), |n| on.norm(h, &norms[n.index()], config.norm_eps(n)))
 }
 
-/// The same with products of one's own: `product` gets a projection, `h` as it is then and `x`, what enters, and returns
-/// what comes out.
+/// Takes `h` through a layer of this program and these norms. `product` gets a projection, `h` as it is then and `x`, what
+/// enters, and returns what comes out. Returns what entered the projections.
+#[allow(clippy::too_many_arguments, reason = "a layer, what it works on, and how it multiplies")]
 pub(super) fn run(
+    on: &dyn Compute,
     config: &ModelConfig,
-    layer: &Layer,
+    (layer, norms): (&LayerConfig, &Norms),
     ropes: &Ropes,
-    cache: &mut KvCache,
+    cache: &mut Cache,
     texts: usize,
-    h: &mut [f32],
-    mut product: impl FnMut((Projection, Reads, Writes), &[f32], &[f32]) -> Result<Vec<f32>>,
-) -> Result<Inputs> {
-    let mut inputs = Inputs::default();
-    let (mut qkv, mut attended, mut gate_up, mut branch) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for op in layer.config.program() {
+    h: &mut Tensor,
+    mut product: impl FnMut((Projection, Reads, Writes), &Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<[Tensor; 4]> {
+    let mut inputs = <[Tensor; 4]>::default();
+    let (mut qkv, mut attended) = (Tensor::default(), Tensor::default());
+    let (mut gate_up, mut branch) = (Tensor::default(), Tensor::default());
+    for op in layer.program() {
         match op {
             Op::Project { projection, reads, writes } => {
                 let x = match reads {
-                    Reads::Stream(n) => layer.normed(config, n, h),
+                    Reads::Stream(n) => normed(on, config, norms, n, h)?,
                     Reads::Attended => std::mem::take(&mut attended),
-                    Reads::Gated(activation) => gated(activation, &gate_up, layer.config.intermediate_size()),
+                    Reads::Gated(activation) => {
+                        on.gated(activation, &std::mem::take(&mut gate_up), layer.intermediate_size())?
+                    }
                 };
                 let y = product((projection, reads, writes), h, &x)?;
                 inputs[projection.index()] = x;
                 match writes {
                     Writes::Qkv => qkv = y,
                     Writes::GateUp => gate_up = y,
-                    Writes::Stream => add_parallel(h, &y),
+                    Writes::Stream => on.add(h, &y)?,
                     Writes::Branch => branch = y,
                 }
             }
-            Op::NormQk(_) => norm_qk(layer, config.rms_norm_eps, &mut qkv),
-            Op::Attend => attended = attend(layer.config.attention(), ropes, cache, texts, &mut qkv),
-            Op::AddNormed(n) => add_parallel(h, &layer.normed(config, Some(n), &branch)),
+            Op::NormQk(_) => on.norm_qk(layer.attention(), of_qk(norms), config.rms_norm_eps, &mut qkv)?,
+            Op::Attend => attended = on.attend(layer.attention(), ropes, cache, texts, std::mem::take(&mut qkv))?,
+            Op::AddNormed(n) => on.add(h, &normed(on, config, norms, Some(n), &branch)?)?,
         }
     }
     Ok(inputs)
 }
 
-/// RMSNorm of the queries and of the keys of every token of `qkv`, in place.
-pub(super) fn norm_qk(layer: &Layer, eps: f32, qkv: &mut [f32]) {
-    let attention = layer.config.attention();
+/// γ of queries and of keys.
+pub(super) fn of_qk(norms: &Norms) -> [&[f32]; 2] {
+    [LayerNorm::Query, LayerNorm::Key].map(|n| &norms[n.index()][..])
+}
+
+/// RMSNorm of queries and of keys of every token of `qkv`, in place, in pieces as long as each γ.
+pub(super) fn norm_qk(attention: &Attention, [query, key]: [&[f32]; 2], eps: f32, qkv: &mut [f32]) {
     let (queries, keys) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
-    let [query, key] = [LayerNorm::Query, LayerNorm::Key].map(|n| layer.norm(n));
     qkv.par_chunks_exact_mut(attention.qkv_rows()).for_each(|row| {
         row[..queries].chunks_exact_mut(query.len()).for_each(|x| norm_row(x, query, eps));
         row[queries..][..keys].chunks_exact_mut(key.len()).for_each(|x| norm_row(x, key, eps));
@@ -230,105 +262,6 @@ pub(crate) fn norm(h: &[f32], gamma: &[f32], eps: f32) -> Vec<f32> {
     let mut out = h.to_vec();
     out.par_chunks_exact_mut(gamma.len()).for_each(|x| norm_row(x, gamma, eps));
     out
-}
-
-/// Rotates queries and keys of `qkv`, texts of `tokens` tokens, the first of each at position `past`.
-pub(super) fn rotate(attention: &Attention, ropes: &Ropes, past: usize, tokens: usize, qkv: &mut [f32]) {
-    let (d, turning) = (attention.head_dim, (attention.num_heads + attention.num_kv_heads) * attention.head_dim);
-    qkv.par_chunks_exact_mut(attention.qkv_rows()).enumerate().for_each(|(i, row)| {
-        row[..turning].chunks_exact_mut(d).for_each(|head| ropes.rotate(attention, head, past + i % tokens));
-    });
-}
-
-/// Rotates queries and keys of `qkv`, appends keys and values to `cache`, and returns causal attention,
-/// `[texts, tokens, num_heads · head_dim]`.
-pub(crate) fn attend(
-    attention: &Attention,
-    ropes: &Ropes,
-    cache: &mut KvCache,
-    texts: usize,
-    qkv: &mut [f32],
-) -> Vec<f32> {
-    let Attention { num_heads: heads, num_kv_heads, head_dim: d, .. } = *attention;
-    let (q_dim, kv_dim) = (heads * d, num_kv_heads * d);
-    let width = q_dim + 2 * kv_dim;
-    let tokens = qkv.len() / width / texts;
-    let past = cache.len;
-    rotate(attention, ropes, past, tokens, qkv);
-    for (i, row) in qkv.chunks_exact(width).enumerate() {
-        let at = (i / tokens * cache.capacity + past + i % tokens) * kv_dim;
-        cache.keys[at..at + kv_dim].copy_from_slice(&row[q_dim..q_dim + kv_dim]);
-        cache.values[at..at + kv_dim].copy_from_slice(&row[q_dim + kv_dim..]);
-    }
-    cache.len += tokens;
-
-    let cache = &*cache;
-    let qkv = &*qkv;
-    let mut by_head = vec![0.0; texts * tokens * q_dim]; // [texts, heads, tokens, head_dim]
-    by_head.par_chunks_exact_mut(tokens * d).enumerate().for_each(|(i, out)| {
-        let (text, head) = (i / heads, i % heads);
-        let queries = &qkv[text * tokens * width + head * d..];
-        let kv = text * cache.capacity * kv_dim + head / (heads / num_kv_heads) * d;
-        let history = History { attention, keys: &cache.keys[kv..], values: &cache.values[kv..], stride: kv_dim };
-        for (block, out) in out.chunks_mut(QUERY_BLOCK * d).enumerate() {
-            let first = block * QUERY_BLOCK;
-            history.attend(&queries[first * width..], width, past + first, d, out);
-        }
-    });
-    let mut out = vec![0.0; by_head.len()];
-    out.par_chunks_exact_mut(q_dim).enumerate().for_each(|(i, row)| {
-        for (head, row) in row.chunks_exact_mut(d).enumerate() {
-            let at = ((i / tokens * heads + head) * tokens + i % tokens) * d;
-            row.copy_from_slice(&by_head[at..at + d]);
-        }
-    });
-    out
-}
-
-/// Keys and values of one key-value head of one text.
-struct History<'a> {
-    attention: &'a Attention,
-    keys: &'a [f32],
-    values: &'a [f32],
-    stride: usize,
-}
-
-impl History<'_> {
-    /// Attention of a block of queries, the first at `position`, `stride` apart; overwrites `out`
-    /// `[queries, head_dim]`.
-    fn attend(&self, queries: &[f32], stride: usize, position: usize, d: usize, out: &mut [f32]) {
-        let count = out.len() / d;
-        let len = position + count;
-        let mut scores = vec![0.0; count * len];
-        let q = Strided { values: queries, row: stride, column: 1 };
-        let keys = Strided { values: self.keys, row: 1, column: self.stride };
-        multiply([count, len, d], q, keys, &mut scores, gemm::Parallelism::None);
-        for (i, row) in scores.chunks_exact_mut(len).enumerate() {
-            let seen = seen(self.attention, position + i);
-            row[..seen.start].fill(0.0);
-            row[seen.end..].fill(0.0);
-            scale_scores(self.attention, position + i, &mut row[seen.clone()]);
-            softmax(&mut row[seen]);
-        }
-        let values = Strided { values: self.values, row: self.stride, column: 1 };
-        let scores = Strided { values: &scores, row: len, column: 1 };
-        multiply([count, d, len], scores, values, out, gemm::Parallelism::None);
-    }
-}
-
-/// The positions that the query at `position` sees.
-pub(super) fn seen(attention: &Attention, position: usize) -> Range<usize> {
-    let end = position + 1;
-    attention.window.map_or(0, |window| end.saturating_sub(window))..end
-}
-
-/// Products of the query at `position` with keys become scores as the softmax takes them.
-pub(super) fn scale_scores(attention: &Attention, position: usize, scores: &mut [f32]) {
-    let scale = attention.scale_at(position) as f32;
-    scores.iter_mut().for_each(|s| *s *= scale);
-    if let Some(cap) = attention.softcap {
-        softcap(cap as f32, scores);
-    }
 }
 
 /// `y += x`

@@ -82,6 +82,28 @@ impl Taken {
     }
 }
 
+/// What damping does to a Hessian.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Damping {
+    /// Everything is divided by it: what is best does not depend on scale, and sums of squares of tiny numbers would
+    /// leave single precision.
+    pub(crate) divisor: f64,
+    /// Then every diagonal element grows by this share of itself,
+    pub(crate) share: f32,
+    /// and by this.
+    pub(crate) floor: f32,
+}
+
+impl Damping {
+    /// That of a Hessian with this diagonal.
+    pub(crate) fn of(diagonal: &[f32]) -> Self {
+        let mean = diagonal.iter().copied().map(f64::from).sum::<f64>() / diagonal.len() as f64;
+        let tiny = mean > 0.0 && mean < TINY;
+        let (divisor, mean) = if tiny { (mean, 1.0) } else { (1.0, mean) };
+        Self { divisor, share: DAMPING, floor: (mean * 1e-6).max(1e-20) as f32 }
+    }
+}
+
 /// A symmetric, positive definite matrix.
 #[derive(Debug, Clone)]
 pub(crate) struct Hessian {
@@ -138,15 +160,12 @@ impl Hessian {
 
     /// Takes what channels have in common for less than calibration saw of it: part of that is chance.
     pub(crate) fn damp(&mut self) {
-        let n = self.channels;
-        let mut mean = self.diagonal().map(f64::from).sum::<f64>() / n as f64;
-        // Sums of squares of such numbers would leave single precision; what is best does not depend on their scale.
-        if mean > 0.0 && mean < TINY {
-            self.values.iter_mut().for_each(|h| *h = (f64::from(*h) / mean) as f32);
-            mean = 1.0;
+        let damping = Damping::of(&self.diagonal().collect::<Vec<_>>());
+        if damping.divisor != 1.0 {
+            self.values.iter_mut().for_each(|h| *h = (f64::from(*h) / damping.divisor) as f32);
         }
-        let floor = (mean * 1e-6).max(1e-20) as f32;
-        self.values.iter_mut().step_by(n + 1).for_each(|h| *h += DAMPING * *h + floor);
+        let Damping { share, floor, .. } = damping;
+        self.values.iter_mut().step_by(self.channels + 1).for_each(|h| *h += share * *h + floor);
     }
 
     /// What an error in each channel costs by itself.

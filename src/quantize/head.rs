@@ -14,11 +14,11 @@ use crate::weights::{Linear, ModelWeights, Weight};
 pub(super) const HEAD_ROWS: usize = 4096;
 
 /// What comes behind the last layer.
-pub(super) struct LmHead<'a> {
-    pub(super) weight: &'a Dense<'a>, // [vocab_size, hidden_size]
-    pub(super) final_norm: Vec<f32>,  // [hidden_size]
-    pub(super) eps: f32,
-    pub(super) softcap: Option<f32>,
+pub(crate) struct LmHead<'a> {
+    pub(crate) weight: &'a Dense<'a>, // [vocab_size, hidden_size]
+    pub(crate) final_norm: Vec<f32>,  // [hidden_size]
+    pub(crate) eps: f32,
+    pub(crate) softcap: Option<f32>,
 }
 
 impl<'a> LmHead<'a> {

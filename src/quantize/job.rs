@@ -1,14 +1,17 @@
 //! The stages of a quantization, each of which finds on disk what an interrupted run has done of it.
 
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::calibrate::Activations;
-use super::forward::{Inputs, Layer, Ropes};
+use super::compute::{Compute, Entered, Watch};
+use super::forward::{Inputs, Layer, Placed, Ropes};
 use super::storable::ensure_storable;
-use super::{Calibration, Norms, Options, Refine, mixed, polish, sample};
+use super::{Calibration, Norms, Options, Refine, fit, mixed, polish, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
+use crate::config::Projection;
 use crate::fingerprint::Fingerprint;
 use crate::progress::Progress;
 use crate::tokenizer::TextFiles;
@@ -25,8 +28,12 @@ const CHOSEN: &str = "chosen.json";
 /// Quantizing a layer takes about as long as this many tokens through it, whatever its size.
 const LAYER_WORK: u64 = 8192;
 
+/// What leaves a layer is kept when so much time has passed: an interrupted run makes no more than that again.
+const KEEP_EVERY: Duration = Duration::from_secs(20);
+
 /// A quantization on its way.
 pub(super) struct Job<'a> {
+    pub(super) on: &'a dyn Compute,
     pub(super) source: &'a dyn ModelWeights,
     pub(super) options: &'a Options,
     pub(super) manifest: &'a Manifest,
@@ -99,23 +106,25 @@ impl Job<'_> {
         &self,
         ids: &[u32],
         bits: &[u32],
-        make: impl Fn(usize, &Layer, &Inputs) -> Result<Made<'a>>,
+        make: impl Fn(usize, &Layer, &[Box<dyn Entered + '_>; 4]) -> Result<Made<'a>>,
     ) -> Result<()> {
         let widths = |index: usize, _: &Layer| Ok(vec![bits[index]]);
-        self.each_layer(ids, LAYER_WORK, widths, |index, _, layer, inputs| make(index, layer, inputs))
+        self.each_layer(ids, (LAYER_WORK, true), widths, |index, _, layer, entered| make(index, layer, entered))
     }
 
-    /// Makes every layer that is not finished in each of its `widths`; `work` is the progress that a layer is worth.
+    /// Makes every layer that is not finished in each of its `widths`; `work` is the progress that a layer is worth, and
+    /// `all` says whether to keep all that enters it.
     fn each_layer<'a>(
         &self,
         ids: &[u32],
-        work: u64,
+        (work, all): (u64, bool),
         widths: impl Fn(usize, &Layer) -> Result<Vec<u32>>,
-        make: impl Fn(usize, u32, &Layer, &Inputs) -> Result<Made<'a>>,
+        make: impl Fn(usize, u32, &Layer, &[Box<dyn Entered + '_>; 4]) -> Result<Made<'a>>,
     ) -> Result<()> {
         let config = self.source.config();
         let ropes = Ropes::new(config, self.options.calibration.seq_len());
         let (first, mut activations) = self.activations(ids)?;
+        let mut kept = Instant::now();
         self.progress.inc(first as u64 * (self.tokens() + work));
         self.progress.reset_eta();
         for index in first..config.layers.len() {
@@ -124,17 +133,56 @@ impl Job<'_> {
             let layer = Layer::read(self.source, index).with_context(of_layer)?;
             let mut missing = widths(index, &layer)?;
             missing.retain(|&bits| !self.writer.has_layer(index, bits));
-            let inputs = activations.advance(config, &layer, &ropes, !missing.is_empty(), self.stop, self.progress);
-            let inputs = inputs.with_context(of_layer)?;
-            for bits in missing {
-                super::ensure_running(self.stop)?;
-                let (norms, linears) = make(index, bits, &layer, &inputs).with_context(of_layer)?;
-                self.writer.write_layer(config, (index, bits), &norms, &linears)?;
+            let mut entered = Vec::new();
+            if !missing.is_empty() {
+                for projection in Projection::ALL {
+                    entered.push(self.entered(&layer, projection, all)?);
+                }
+            }
+            let placed = Placed::new(self.on, &layer).with_context(of_layer)?;
+            let advanced =
+                activations.advance(self.on, config, &placed, &ropes, &mut entered, self.stop, self.progress);
+            advanced.with_context(of_layer)?;
+            // A device needs the room.
+            drop(placed);
+            if let Ok(entered) = <[_; 4]>::try_from(entered) {
+                for bits in missing {
+                    super::ensure_running(self.stop)?;
+                    let (norms, linears) = make(index, bits, &layer, &entered).with_context(of_layer)?;
+                    self.writer.write_layer(config, (index, bits), &norms, &linears)?;
+                }
             }
             self.progress.inc(work);
-            self.keep(index + 1, &activations)?;
+            // What leaves a layer may be gigabytes, and takes little time to make again.
+            if index + 1 == config.layers.len() || kept.elapsed() > KEEP_EVERY {
+                self.keep(index + 1, &activations)?;
+                kept = Instant::now();
+            }
         }
         Ok(())
+    }
+
+    /// What will be watched of what enters a projection.
+    fn entered(&self, layer: &Layer, projection: Projection, all: bool) -> Result<Box<dyn Entered + '_>> {
+        let bits = self.manifest.bits;
+        let k_chunk = |own| self.options.refine.k_chunks(own, bits)[projection.index()];
+        let mut k_chunks: Vec<usize> = Vec::new();
+        if self.options.refine != Refine::None {
+            k_chunks.extend((bits.low()..=bits.high()).map(k_chunk));
+            k_chunks.dedup();
+        }
+        self.on.entered(layer.linear(projection).in_features, &Watch { k_chunks, alone: fit::ALONE, all })
+    }
+
+    /// The same where all `inputs` of a layer are at hand.
+    pub(super) fn enter(&self, layer: &Layer, inputs: Inputs) -> Result<[Box<dyn Entered + '_>; 4]> {
+        let each = Projection::ALL.into_iter().zip(inputs).map(|(projection, x)| {
+            let mut entered = self.entered(layer, projection, true)?;
+            entered.add(self.on.put(x)?)?;
+            Ok(entered)
+        });
+        let each: Vec<_> = each.collect::<Result<_>>()?;
+        each.try_into().ok().context("four projections")
     }
 
     /// The calibration tokens, windows of `seq_len`, one after the other.
@@ -150,7 +198,7 @@ impl Job<'_> {
                     self.progress.inc(self.sampling_work());
                     return Ok(bytemuck::pod_collect_to_vec(&bytes));
                 }
-                let ids = sample::sample(self.source, samples, seq_len, seed, self.stop, self.progress)?;
+                let ids = sample::sample(self.on, self.source, samples, seq_len, seed, self.stop, self.progress)?;
                 self.writer.write_file(TOKENS, bytemuck::cast_slice(&ids))?;
                 Ok(ids)
             }
@@ -163,8 +211,9 @@ impl Job<'_> {
             ensure_storable(self.source.config(), index, layer)?;
             Ok((self.manifest.bits.low()..=self.manifest.bits.high()).collect())
         };
-        self.each_layer(ids, self.layer_work(), widths, |_, bits, layer, inputs| {
-            super::quantize_layer(self, bits, layer, inputs)
+        let all = self.options.awq && self.manifest.group_size.is_some();
+        self.each_layer(ids, (self.layer_work(), all), widths, |_, bits, layer, entered| {
+            super::quantize_layer(self, bits, layer, entered)
         })
     }
 

@@ -9,7 +9,7 @@
 use anyhow::Result;
 
 use super::calibrate::Activations;
-use super::forward::{Layer, Ropes};
+use super::forward::{Layer, Placed, Ropes};
 use super::head::LmHead;
 use super::job::Job;
 use super::{Calibration, divergence};
@@ -45,26 +45,29 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
     let mut base = full.clone();
     let mut raised: Vec<Activations> = Vec::new();
     for index in 0..config.layers.len() {
-        let advance = |activations: &mut Activations, layer: &Layer| {
-            activations.advance(config, layer, &ropes, false, job.stop, job.progress)
+        let advance = |activations: &mut Activations, layer: &Placed<'_>| {
+            activations.advance(job.on, config, layer, &ropes, &mut [], job.stop, job.progress)
         };
-        advance(&mut full, &Layer::read(job.source, index)?)?;
+        let once = |activations, layer: Layer| advance(activations, &Placed::new(job.on, &layer)?);
+        once(&mut full, Layer::read(job.source, index)?)?;
         raised.push(base.clone());
         let last = raised.len() - 1;
-        advance(&mut raised[last], &read(job, &job.writer.layer(index, high)?)?)?;
+        once(&mut raised[last], read(job, &job.writer.layer(index, high)?)?)?;
         let lower = read(job, &job.writer.layer(index, low)?)?;
+        let lower = Placed::new(job.on, &lower)?;
         for activations in raised[..last].iter_mut().chain([&mut base]) {
             advance(activations, &lower)?;
         }
     }
     let (embedding, head) = (job.source.embedding()?, job.source.head()?);
     let head = LmHead::new(job.source, head.as_ref().unwrap_or(&embedding))?;
-    let truth = head.logits(&full.h);
+    let head = job.on.head(&head)?;
+    let truth = head.logits(&job.on.put(full.h)?)?;
     let divergences = raised
-        .iter()
+        .into_iter()
         .map(|activations| {
             super::ensure_running(job.stop)?;
-            Ok(divergence::mean(&truth, head.logits(&activations.h), config.vocab_size))
+            Ok(divergence::mean(&truth, head.logits(&job.on.put(activations.h)?)?, config.vocab_size))
         })
         .collect::<Result<Vec<f64>>>()?;
     Ok((raise_half(&divergences, low, high), divergences))

@@ -8,25 +8,28 @@
 //! fitted to what a projection puts out beside the compensation that will be there ([`Refine`]), and in the end, all
 //! layers together, to what full precision says.
 
+mod attention;
 mod awq;
-mod backward;
-mod calibrate;
+pub(crate) mod backward;
+pub(crate) mod calibrate;
+pub(crate) mod compute;
 mod divergence;
 mod estimate;
 pub(crate) mod exponential;
 mod fit;
 #[cfg(test)]
 pub(crate) mod fixture;
-mod forward;
-mod gram;
-mod head;
+pub(crate) mod forward;
+pub(crate) mod gram;
+pub(crate) mod head;
+mod host;
 mod job;
 mod mixed;
 mod polish;
 mod product;
-mod refine;
+pub(crate) mod refine;
 mod residuals;
-mod sample;
+pub(crate) mod sample;
 mod sqllm;
 mod storable;
 
@@ -50,11 +53,15 @@ use crate::tokenizer::TextFiles;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use crate::interrupted::Interrupted;
+use compute::{Compute, Entered};
+pub(crate) use estimate::gpu;
 pub use estimate::{Estimate, estimate};
 use fit::Fit;
-use forward::{Affine, Inputs, Layer, Norms};
+use forward::{Affine, Layer, Norms};
 pub use head::head;
+pub(crate) use host::Host;
 use job::Job;
+pub(crate) use residuals::residuals_on;
 pub use residuals::{ResidualOptions, residuals};
 
 /// What to make.
@@ -234,6 +241,19 @@ pub fn quantize(
     stop: &AtomicBool,
     progress: &dyn Progress,
 ) -> Result<Report> {
+    quantize_on(&Host, source, texts, options, out, stop, progress)
+}
+
+/// [`quantize`] on a device.
+pub(crate) fn quantize_on(
+    on: &dyn Compute,
+    source: &dyn ModelWeights,
+    texts: &TextFiles,
+    options: &Options,
+    out: &Path,
+    stop: &AtomicBool,
+    progress: &dyn Progress,
+) -> Result<Report> {
     let start = Instant::now();
     let config = source.config();
     ensure!(source.bits(0).is_none(), "the source is already quantized, a full-precision model is expected");
@@ -243,7 +263,7 @@ pub fn quantize(
     progress.set_message("reading the model");
     let key = job::key(source, texts, &manifest, options, stop)?;
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
-    let job = Job { source, options, manifest: &manifest, writer: &writer, stop, progress };
+    let job = Job { on, source, options, manifest: &manifest, writer: &writer, stop, progress };
     progress.set_length(job.work());
     let ids = job.calibration()?;
     job.layers(&ids)?;
@@ -311,23 +331,31 @@ fn group_size(config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
     }
 }
 
-/// Quantizes one layer to `bits`: norms and projections as they are stored.
-fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> Result<(Norms, [Linear<'static>; 4])> {
+/// Quantizes one layer to `bits`, from what `entered` its projections: norms and projections as they are stored.
+fn quantize_layer(
+    job: &Job<'_>,
+    bits: u32,
+    layer: &Layer,
+    entered: &[Box<dyn Entered + '_>; 4],
+) -> Result<(Norms, [Linear<'static>; 4])> {
     let (group_size, bits) = (job.manifest.group_size, bits as usize);
-    let (mut layer, mut inputs) = (Cow::Borrowed(layer), Cow::Borrowed(inputs));
+    let (mut layer, mut scaled) = (Cow::Borrowed(layer), None);
     let awq = job.options.awq;
     if let (Some(group_size), true) = (group_size, awq) {
-        awq::scale(layer.to_mut(), inputs.to_mut(), bits, group_size);
+        let mut inputs = entered.each_ref().map(|entered| entered.all().to_vec());
+        awq::scale(layer.to_mut(), &mut inputs, bits, group_size);
+        scaled = Some(job.enter(&layer, inputs)?);
     }
+    let entered = scaled.as_ref().unwrap_or(entered);
     let linears = Projection::each(|projection| {
         ensure_running(job.stop)?;
-        let (linear, x) = (layer.linear(projection), &inputs[projection.index()]);
+        let (linear, x) = (layer.linear(projection), &*entered[projection.index()]);
         if let Some(fit) = Fit::new(job, bits, projection) {
             return fit.quantize(linear, x);
         }
         let weight = match group_size {
-            None => sqllm::quantize(linear, bits, &calibrate::energy(x, linear.in_features))?,
-            Some(group_size) => awq::quantize(linear, bits, group_size, awq.then_some(&x[..]))?,
+            None => sqllm::quantize(linear, bits, &x.energy()?)?,
+            Some(group_size) => awq::quantize(linear, bits, group_size, awq.then(|| x.all()))?,
         };
         finish(linear, x, weight, &vec![1.0; linear.in_features])
     })?;
@@ -335,9 +363,9 @@ fn quantize_layer(job: &Job<'_>, bits: u32, layer: &Layer, inputs: &Inputs) -> R
 }
 
 /// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in.
-fn finish<'a>(linear: &Affine, x: &[f32], weight: Weight<'a>, importance: &[f32]) -> Result<Linear<'a>> {
+fn finish<'a>(linear: &Affine, x: &dyn Entered, weight: Weight<'a>, importance: &[f32]) -> Result<Linear<'a>> {
     let residual = Some(residual(linear, &weight, importance)?);
-    let thresholds = Some(Cow::Owned(calibrate::thresholds(x, linear.in_features)));
+    let thresholds = Some(Cow::Owned(x.thresholds()?));
     Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
 }
 

@@ -16,19 +16,19 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::backward::Compensated;
-use super::calibrate::{self, Activations};
+use super::calibrate::Activations;
+use super::compute::{Coded, Compute, Tensor};
 use super::fit;
-use super::forward::{Affine, Layer, Ropes};
-use super::gram::Taken;
+use super::forward::{Affine, Layer, Placed, Ropes};
 use super::head::LmHead;
+use super::host::Host;
 use super::job::Job;
-use super::refine::{Codebook, Grid};
 use crate::checkpoint::LayerFile;
 use crate::config::Projection;
 use crate::format::{AnyPrec, Storage, bytes};
 use crate::progress::Silent;
 use crate::sampling;
-use crate::weights::{Linear, Weight};
+use crate::weights::{Linear, ModelWeights, Weight};
 
 /// File of what was learned: codebooks and energies of every layer, f32, little-endian.
 const LEARNED: &str = "codebooks.bin";
@@ -62,11 +62,10 @@ struct Learned {
 }
 
 impl Learned {
-    /// Adds the energies of what enters, `x` `[tokens, in_features]`.
-    fn watch(&mut self, x: &[f32], taken: &Taken) {
-        let n = self.all.len();
-        self.taken.iter_mut().zip(taken.energy(x, n)).for_each(|(sum, e)| *sum += e);
-        self.all.iter_mut().zip(calibrate::energy(x, n)).for_each(|(sum, e)| *sum += e);
+    /// Adds the energies of what enters: where a channel is taken, and all.
+    fn watch(&mut self, [taken, all]: [Vec<f32>; 2]) {
+        self.taken.iter_mut().zip(taken).for_each(|(sum, e)| *sum += e);
+        self.all.iter_mut().zip(all).for_each(|(sum, e)| *sum += e);
     }
 }
 
@@ -133,6 +132,7 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
     // Half precision, as they are stored in the end.
     let (embedding, head) = (super::halved(job.source.embedding()?), job.source.head()?.map(super::halved));
     let lm_head = LmHead::new(job.source, head.as_ref().unwrap_or(&embedding))?;
+    let lm_head = job.on.head(&lm_head)?;
     let truth = truth(job, ids)?;
     let mut means: Vec<[Means; 4]> = learned
         .iter()
@@ -142,27 +142,34 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
     for (step, &window) in order.iter().enumerate() {
         let ids = &ids[window * seq_len..][..seq_len];
         let truth = &truth[window * seq_len * config.hidden_size..][..seq_len * config.hidden_size];
-        let mut h = Activations::embed(config, &embedding, ids, seq_len)?.h;
+        let mut h = job.on.put(Activations::embed(config, &embedding, ids, seq_len)?.h)?;
         let mut traces = Vec::with_capacity(bits.len());
         for (index, (learned, &bits)) in learned.iter_mut().zip(bits).enumerate() {
             super::ensure_running(job.stop)?;
-            let (trace, x) = read(job, index, bits, learned)?.0.forward(config, &ropes, 1, &mut h)?;
-            learned.iter_mut().zip(&x).zip(&trace.taken).for_each(|((l, x), taken)| l.watch(x, taken));
+            let layer = read(job, index, bits, learned)?;
+            let (trace, x) = layer.forward(job.on, config, &ropes, (1, seq_len), &mut h)?;
+            for ((l, x), taken) in learned.iter_mut().zip(&x).zip(trace.taken.iter().flatten()) {
+                l.watch(job.on.energies(x, l.all.len(), taken)?);
+            }
             traces.push(trace);
             job.progress.inc(seq_len as u64);
         }
-        let (loss, mut d) = lm_head.divergence(truth, &h);
+        let (loss, mut d) = lm_head.divergence(truth, &h)?;
+        drop(h);
         tracing::debug!("step {step}, window {window}: divergence {loss:.5}");
         even_out(&mut d, config.hidden_size);
+        let mut d = job.on.put(d)?;
         let rate = RATE * ((step + 1) as f32 / WARMUP).min(1.0) * (1.0 - step as f32 / order.len() as f32);
         while let Some(trace) = traces.pop() {
             super::ensure_running(job.stop)?;
             let index = traces.len();
-            let (layer, codes) = read(job, index, bits[index], &learned[index])?;
-            let gradients = layer.backward(config, &ropes, 1, trace, &mut d);
-            let grid = Codebook { bits: bits[index] as usize };
-            let each = learned[index].iter_mut().zip(&mut means[index]).zip(codes.iter().zip(&gradients));
-            each.for_each(|((l, means), (codes, gradient))| follow(&grid, l, means, codes, gradient, rate, step));
+            let layer = read(job, index, bits[index], &learned[index])?;
+            let gradients = layer.backward(job.on, config, &ropes, (1, seq_len), trace, &mut d)?;
+            let each = learned[index].iter_mut().zip(&mut means[index]).zip(layer.projections.iter().zip(&gradients));
+            for ((l, means), (projection, gradient)) in each {
+                let slopes = job.on.slopes(projection, 1 << bits[index], gradient)?;
+                follow(1 << bits[index], l, means, &slopes, rate, step);
+            }
             job.progress.inc(2 * seq_len as u64);
         }
     }
@@ -207,89 +214,74 @@ fn truth(job: &Job<'_>, ids: &[u32]) -> Result<Vec<f32>> {
     let (first, mut truth) = job.activations(ids)?;
     let ropes = Ropes::new(config, truth.tokens);
     for index in first..config.layers.len() {
-        truth.advance(config, &Layer::read(job.source, index)?, &ropes, false, job.stop, &Silent)?;
+        let layer = Layer::read(job.source, index)?;
+        let layer = Placed::new(job.on, &layer)?;
+        truth.advance(job.on, config, &layer, &ropes, &mut [], job.stop, &Silent)?;
     }
     Ok(truth.h)
 }
 
-/// One step of Adam: the codebook against the derivative by the weights, `gradient` `[out_features, in_features]`.
-fn follow(
-    grid: &Codebook,
-    learned: &mut Learned,
-    means: &mut Means,
-    codes: &[u8],
-    gradient: &[f32],
-    rate: f32,
-    step: usize,
-) {
-    let (n, p) = (learned.all.len(), grid.parameters());
+/// One step of Adam: codebooks of `levels` against the derivatives by them, `slopes`.
+fn follow(levels: usize, learned: &mut Learned, means: &mut Means, slopes: &[f32], rate: f32, step: usize) {
     // Means that begin at 0 are too small at first.
     let [first, second] = MEMORY.map(|memory| (memory, 1.0 - memory.powi(step as i32 + 1)));
-    let rows =
-        learned.codebook.par_chunks_exact_mut(p).zip(codes.par_chunks_exact(n).zip(gradient.par_chunks_exact(n)));
-    let means = means.0.par_chunks_exact_mut(p).zip(means.1.par_chunks_exact_mut(p));
-    rows.zip(means).for_each(|((codebook, (codes, gradient)), (mean, square))| {
-        let mut slope = vec![0.0; p];
-        grid.derivatives(codes, gradient, &mut slope);
-        let size = (codebook.iter().map(|c| c * c).sum::<f32>() / p as f32).sqrt();
-        for (((c, slope), mean), square) in codebook.iter_mut().zip(slope).zip(mean).zip(square) {
+    let rows = learned.codebook.par_chunks_exact_mut(levels).zip(slopes.par_chunks_exact(levels));
+    let means = means.0.par_chunks_exact_mut(levels).zip(means.1.par_chunks_exact_mut(levels));
+    rows.zip(means).for_each(|((codebook, slopes), (mean, square))| {
+        let size = (codebook.iter().map(|c| c * c).sum::<f32>() / levels as f32).sqrt();
+        for (((c, slope), mean), square) in codebook.iter_mut().zip(slopes).zip(mean).zip(square) {
             *mean = first.0 * *mean + (1.0 - first.0) * slope;
             *square = second.0 * *square + (1.0 - second.0) * slope * slope;
-            *c -= rate / p as f32 * size * (*mean / first.1) / ((*square / second.1).sqrt() + SILENT);
+            *c -= rate / levels as f32 * size * (*mean / first.1) / ((*square / second.1).sqrt() + SILENT);
         }
     });
 }
 
 /// A projection in full precision, and as it is stored in the layer's `file`.
-fn pair<'a>(job: &Job<'_>, file: &'a LayerFile, index: usize, projection: Projection) -> Result<(Affine, Linear<'a>)> {
-    let stored = file.projection(projection, job.source.config(), Storage::ANYPREC)?;
-    Ok((Affine::new(&job.source.projection(index, projection)?), stored))
+fn pair<'a>(
+    source: &dyn ModelWeights,
+    file: &'a LayerFile,
+    index: usize,
+    projection: Projection,
+) -> Result<(Affine, Linear<'a>)> {
+    let stored = file.projection(projection, source.config(), Storage::ANYPREC)?;
+    Ok((Affine::new(&source.projection(index, projection)?), stored))
 }
 
-/// A layer with these codebooks, and its codes.
-fn read(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Result<(Compensated, [Vec<u8>; 4])> {
-    let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
-    let k_chunks = job.options.refine.k_chunks(bits, job.manifest.bits);
-    let grid = Codebook { bits: bits as usize };
-    // All four at once: some sources take them out of their blocks on one core.
-    let each = Projection::ALL.into_par_iter().zip(learned).map(|(projection, learned)| {
-        let (mut linear, stored) = pair(job, &file, index, projection)?;
-        let codes = self::codes(anyprec(&stored)?);
-        let weight = stand_for(&grid, &learned.codebook, &codes, linear.in_features);
-        let original = std::mem::replace(&mut linear.weight, weight);
-        Ok((linear, original, codes))
-    });
-    let each: Vec<_> = each.collect::<Result<_>>()?;
-    let [(qkv, qkv_whole, qkv_codes), (o, o_whole, o_codes), (gu, gu_whole, gu_codes), (d, d_whole, d_codes)] =
-        each.try_into().ok().context("four projections")?;
-    let norms = file.norms(config)?;
-    let layer = Layer { config: config.layers[index].clone(), norms, linears: [qkv, o, gu, d] };
-    let originals = [qkv_whole, o_whole, gu_whole, d_whole];
-    Ok((Compensated { layer, originals, k_chunks }, [qkv_codes, o_codes, gu_codes, d_codes]))
+/// A layer with these codebooks, where it is trained.
+fn read<'a>(job: &'a Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Result<Compensated<'a>> {
+    let (source, config, file) = (job.source, job.source.config(), job.writer.layer(index, bits)?);
+    let projections = Projection::each(|projection| {
+        job.on.trained((index, projection), &learned[projection.index()].codebook, &mut || {
+            let (original, stored) = pair(source, &file, index, projection)?;
+            Ok(Coded { original, codes: codes(anyprec(&stored)?) })
+        })
+    })?;
+    Ok(Compensated {
+        config: &config.layers[index],
+        norms: file.norms(config)?,
+        projections,
+        in_features: config.shapes(index).map(|(inputs, _)| inputs),
+        k_chunks: job.options.refine.k_chunks(bits, job.manifest.bits),
+    })
 }
 
 /// What a step does with a projection besides products, to be timed; the result is discarded. The projection is read on
 /// the way up and on the way down, and its codebook follows a derivative.
 pub(super) fn time_step(weight: &Weight<'_>, original: &Affine) -> Result<()> {
     let Weight::AnyPrec(weight) = weight else { bail!("codebooks are learned of AnyPrec only") };
-    let (codebook, n) = (weight.lut().to_f32().into_owned(), weight.in_features());
-    let grid = Codebook { bits: weight.bits() };
+    let (codebook, n, levels) = (weight.lut().to_f32().into_owned(), weight.in_features(), 1 << weight.bits());
     let mut means = Means(vec![0.0; codebook.len()], vec![0.0; codebook.len()]);
     let mut learned = Learned { codebook, taken: vec![0.0; n], all: vec![0.0; n] };
-    stand_for(&grid, &learned.codebook, &codes(weight), n);
-    let codes = codes(weight);
-    stand_for(&grid, &learned.codebook, &codes, n);
-    follow(&grid, &mut learned, &mut means, &codes, &original.weight, RATE, 0);
+    let gradient = Tensor::F32(original.weight.clone());
+    let read = |learned: &Learned| {
+        let mut coded = || Ok(Coded { original: original.clone(), codes: codes(weight) });
+        Host.trained((0, Projection::Qkv), &learned.codebook, &mut coded)
+    };
+    read(&learned)?;
+    let slopes = Host.slopes(&read(&learned)?, levels, &gradient)?;
+    follow(levels, &mut learned, &mut means, &slopes, RATE, 0);
     Ok(())
-}
-
-/// The weights `[out_features, in_features]` that `codes` stand for.
-fn stand_for(grid: &Codebook, codebook: &[f32], codes: &[u8], in_features: usize) -> Vec<f32> {
-    let mut weight = vec![0.0; codes.len()];
-    let rows = weight.par_chunks_exact_mut(in_features).zip(codes.par_chunks_exact(in_features));
-    let rows = rows.zip(codebook.par_chunks_exact(grid.parameters()));
-    rows.for_each(|((weight, codes), codebook)| grid.weights(codebook, codes, weight));
-    weight
 }
 
 /// `[out_features, in_features]`
@@ -312,7 +304,7 @@ fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Resu
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
     let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
         let learned = &learned[projection.index()];
-        let (original, stored) = pair(job, &file, index, projection)?;
+        let (original, stored) = pair(job.source, &file, index, projection)?;
         let weight = anyprec(&stored)?;
         let codebook = stored_codebooks(&learned.codebook, 1 << bits);
         let (n, m, planes) = (weight.in_features(), weight.out_features(), weight.planes().to_vec());
@@ -354,14 +346,19 @@ mod tests {
 
     #[test]
     fn a_codebook_goes_against_the_derivative_of_its_weights() {
-        let grid = Codebook { bits: 2 };
         let codes = [0, 1, 2, 3, 0, 1, 2, 3].repeat(4);
         let mut gradient = vec![0.0; 32];
         (gradient[1], gradient[5], gradient[2]) = (3.0, -1.0, -0.5);
         let codebook = vec![-1.0, -0.25, 0.25, 1.0];
         let mut learned = Learned { codebook: codebook.clone(), taken: vec![0.0; 32], all: vec![0.0; 32] };
         let mut means = Means(vec![0.0; 4], vec![0.0; 4]);
-        follow(&grid, &mut learned, &mut means, &codes, &gradient, RATE, 0);
+        let slopes = |gradient: &[f32]| {
+            let original = Affine { in_features: 32, out_features: 1, weight: vec![0.0; 32], bias: None };
+            let mut coded = || Ok(Coded { original: original.clone(), codes: codes.clone() });
+            let trained = Host.trained((0, Projection::Qkv), &codebook, &mut coded).unwrap();
+            Host.slopes(&trained, 4, &Tensor::F32(gradient.to_vec())).unwrap()
+        };
+        follow(4, &mut learned, &mut means, &slopes(&gradient), RATE, 0);
         let moved: Vec<f32> = learned.codebook.iter().zip(&codebook).map(|(now, before)| now - before).collect();
         let step = RATE / 4.0 * (2.125f32 / 4.0).sqrt();
         assert!((moved[1] + step).abs() < 1e-3 * step && (moved[2] - step).abs() < 1e-3 * step, "{moved:?}, {step}");
@@ -370,7 +367,7 @@ mod tests {
         let mut learned = Learned { codebook: codebook.clone(), taken: vec![0.0; 32], all: vec![0.0; 32] };
         let mut means = Means(vec![0.0; 4], vec![0.0; 4]);
         gradient.fill(1e-24);
-        follow(&grid, &mut learned, &mut means, &codes, &gradient, RATE, 0);
+        follow(4, &mut learned, &mut means, &slopes(&gradient), RATE, 0);
         let most = learned.codebook.iter().zip(&codebook).fold(0f32, |m, (now, before)| m.max((now - before).abs()));
         assert!(most < step / 10.0, "{most}, a step is {step}");
     }

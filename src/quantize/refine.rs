@@ -41,6 +41,15 @@ pub(crate) trait Grid: Sync {
     fn store(&self, parameters: &mut [f32]);
 }
 
+/// Either of them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum AnyGrid {
+    /// One codebook a row.
+    Codebook(Codebook),
+    /// Even steps in groups of channels.
+    Groups(Groups),
+}
+
 /// How often the steps take turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Effort {

@@ -19,7 +19,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 
+use super::compute::{Compute, Entered};
 use super::forward::{Affine, Inputs, Layer, Norms};
+use super::host::Host;
 use super::job::{self, Job, Made};
 use super::{Calibration, Options, Refine, Report, awq, ensure_running, estimate, finish};
 use crate::checkpoint::{CheckpointWriter, Manifest, Unquantized};
@@ -60,12 +62,28 @@ pub struct ResidualOptions {
 
 /// Makes a checkpoint at `out` of the weights of `quantized`, as they are, with residuals against `original` and
 /// thresholds. Finished layers are kept in `OUT.partial` until the end; a job that was interrupted goes on from
-/// there. Setting `stop` ends it soon, with [`super::Interrupted`].
+/// there. Setting `stop` ends it soon, with [`super::Interrupted`]. Computes on the cores of this machine;
+/// [`Device::residuals`](crate::device::Device::residuals) on any device.
 ///
 /// # Errors
 /// Models of different shapes or weights, an `original` that is not full precision or a `quantized` that is, an
 /// existing `out`, tensors that cannot be read, a disk that is full. `out` is as it was then.
 pub fn residuals(
+    original: &dyn ModelWeights,
+    quantized: &dyn ModelWeights,
+    texts: &TextFiles,
+    options: &ResidualOptions,
+    out: &Path,
+    stop: &AtomicBool,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    residuals_on(&Host, original, quantized, texts, options, out, stop, progress)
+}
+
+/// [`residuals`] on a device.
+#[allow(clippy::too_many_arguments, reason = "those of `residuals`, and the device")]
+pub(crate) fn residuals_on(
+    on: &dyn Compute,
     original: &dyn ModelWeights,
     quantized: &dyn ModelWeights,
     texts: &TextFiles,
@@ -100,11 +118,11 @@ pub fn residuals(
     let key = job::key(original, texts, &manifest, &job_options, stop)?;
     let key = format!("residuals of {}\n{key}", fingerprint.digits());
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
-    let job = Job { source: original, options: &job_options, manifest: &manifest, writer: &writer, stop, progress };
+    let job = Job { on, source: original, options: &job_options, manifest: &manifest, writer: &writer, stop, progress };
     progress.set_length(job.work_once());
     let ids = job.calibration()?;
     let bits: Vec<u32> = (0..config.layers.len()).filter_map(|layer| quantized.bits(layer)).collect();
-    job.layers_once(&ids, &bits, |index, layer, inputs| complete(original, quantized, index, layer, inputs, stop))?;
+    job.layers_once(&ids, &bits, |index, layer, entered| complete(&job, quantized, index, layer, entered))?;
     progress.set_message("writing");
     // Embedding and head are the quantized model's own.
     let rest = Unquantized::of(quantized)?;
@@ -155,19 +173,20 @@ fn describe(config: &ModelConfig, layer: usize) -> Result<String> {
 
 /// A layer of `quantized` with what it lost of `layer`.
 fn complete<'a>(
-    original: &dyn ModelWeights,
+    job: &Job<'_>,
     quantized: &'a dyn ModelWeights,
     index: usize,
     layer: &Layer,
-    inputs: &Inputs,
-    stop: &AtomicBool,
+    entered: &[Box<dyn Entered + '_>; 4],
 ) -> Result<Made<'a>> {
-    let pair = Pair::new(original, quantized, index, Cow::Borrowed(layer), Cow::Borrowed(inputs))?;
-    let finished = pair.linears.into_iter().zip(&pair.layer.linears).zip(pair.inputs.iter());
+    let inputs = entered.each_ref().map(|entered| entered.all().to_vec());
+    let pair = Pair::new(job.source, quantized, index, Cow::Borrowed(layer), Cow::Owned(inputs))?;
+    let entered = job.enter(&pair.layer, pair.inputs.into_owned())?;
+    let finished = pair.linears.into_iter().zip(&pair.layer.linears).zip(&entered);
     let finished = finished.map(|((quantized, linear), x)| {
-        ensure_running(stop)?;
+        ensure_running(job.stop)?;
         let Linear { weight, bias, .. } = quantized;
-        Ok(Linear { bias, ..finish(linear, x, weight, &vec![1.0; linear.in_features])? })
+        Ok(Linear { bias, ..finish(linear, &**x, weight, &vec![1.0; linear.in_features])? })
     });
     let finished: Vec<_> = finished.collect::<Result<_>>()?;
     let finished = finished.try_into().ok().context("four projections")?;

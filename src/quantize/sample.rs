@@ -4,11 +4,11 @@
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 
 use super::calibrate::Activations;
+use super::compute::Compute;
 use super::exponential::{exp, largest};
-use super::forward::{KvCache, Layer, Ropes, forward};
+use super::forward::{Layer, Placed, Ropes};
 use super::head::LmHead;
 use crate::config::{ModelConfig, Projection};
 use crate::progress::Progress;
@@ -21,6 +21,10 @@ const HELD_BYTES: usize = 4 << 30;
 /// Sampling a token takes about as long as this many do that are known before.
 pub(crate) const SAMPLED_TOKEN: u64 = 2;
 
+/// What is said of logits that no token can be drawn from.
+pub(crate) const NOT_FINITE: &str = "text cannot be sampled, the model's largest logit is not a finite number: give a \
+                                     calibration text, or check the model's weights";
+
 /// `texts` texts of `tokens` ids each, one after the other. Each begins with the model's BOS; where the model ends
 /// a text, BOS follows and begins another.
 ///
@@ -28,7 +32,8 @@ pub(crate) const SAMPLED_TOKEN: u64 = 2;
 ///
 /// # Errors
 /// [`super::Interrupted`], a tensor that cannot be read, or logits that are not finite numbers.
-pub(crate) fn sample(
+pub(super) fn sample(
+    on: &dyn Compute,
     weights: &dyn ModelWeights,
     texts: usize,
     tokens: usize,
@@ -38,32 +43,40 @@ pub(crate) fn sample(
 ) -> Result<Vec<u32>> {
     let config = weights.config();
     let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);
-    let all = layers_if_small(weights)?;
+    let layers = if on.holds_layers(config) { config.layers.len() } else { 0 };
+    let placed = (0..layers).map(|layer| Placed::owned(on, Layer::read(weights, layer)?));
+    let placed = placed.collect::<Result<Vec<_>>>()?;
     let (embedding, head) = (weights.embedding()?, weights.head()?);
     let head = LmHead::new(weights, head.as_ref().unwrap_or(&embedding))?;
-    let ropes = Ropes::new(config, tokens);
-    let mut caches: Vec<KvCache> = config.layers.iter().map(|layer| KvCache::new(layer, texts, tokens)).collect();
+    let (head, ropes) = (on.head(&head)?, Ropes::new(config, tokens));
     let draws = sampling::draws(seed, texts * tokens);
-    let mut last = vec![first; texts];
     let mut ids = vec![0; texts * tokens];
-    for (step, draws) in draws.chunks_exact(texts).enumerate() {
-        ids.iter_mut().skip(step).step_by(tokens).zip(&last).for_each(|(id, &last)| *id = last);
-        progress.inc(SAMPLED_TOKEN * (texts * config.layers.len()) as u64);
-        if step + 1 == tokens {
-            break;
+    let together = on.texts_at_once(config, tokens).min(texts);
+    for (group, ids) in ids.chunks_mut(together * tokens).enumerate() {
+        let count = ids.len() / tokens;
+        let caches = config.layers.iter().map(|layer| on.cache(layer, count, tokens));
+        let mut caches = caches.collect::<Result<Vec<_>>>()?;
+        let mut last = vec![first; count];
+        for (step, draws) in draws.chunks_exact(texts).enumerate() {
+            ids.iter_mut().skip(step).step_by(tokens).zip(&last).for_each(|(id, &last)| *id = last);
+            progress.inc(SAMPLED_TOKEN * (count * config.layers.len()) as u64);
+            if step + 1 == tokens {
+                break;
+            }
+            super::ensure_running(stop)?;
+            let mut h = on.put(Activations::embed(config, &embedding, &last, 1)?.h)?;
+            for (i, cache) in caches.iter_mut().enumerate() {
+                match placed.get(i) {
+                    Some(layer) => layer.forward(on, config, &ropes, cache, count, &mut h)?,
+                    None => {
+                        let layer = Placed::owned(on, Layer::read(weights, i)?)?;
+                        layer.forward(on, config, &ropes, cache, count, &mut h)?
+                    }
+                };
+            }
+            last = head.draw(&h, &draws[group * together..][..count])?;
+            last.iter_mut().filter(|id| config.eos_token_ids.contains(id)).for_each(|id| *id = first);
         }
-        super::ensure_running(stop)?;
-        let mut h = Activations::embed(config, &embedding, &last, 1)?.h;
-        for (i, cache) in caches.iter_mut().enumerate() {
-            match &all {
-                Some(layers) => forward(config, &layers[i], &ropes, cache, texts, &mut h)?,
-                None => forward(config, &Layer::read(weights, i)?, &ropes, cache, texts, &mut h)?,
-            };
-        }
-        let mut logits = head.logits(&h);
-        let of_texts = logits.par_chunks_exact_mut(config.vocab_size).zip(draws);
-        last = of_texts.map(|(logits, &draw)| draw_from(logits, draw)).collect::<Result<_>>()?;
-        last.iter_mut().filter(|id| config.eos_token_ids.contains(id)).for_each(|id| *id = first);
     }
     Ok(ids)
 }
@@ -71,15 +84,6 @@ pub(crate) fn sample(
 /// True if all layers in f32 are small enough to stay in memory while text is made.
 pub(crate) fn layers_stay(config: &ModelConfig) -> bool {
     4 * (0..config.layers.len()).map(|layer| layer_weights(config, layer)).sum::<usize>() <= HELD_BYTES
-}
-
-/// All layers in f32, if they are small.
-fn layers_if_small(weights: &dyn ModelWeights) -> Result<Option<Vec<Layer>>> {
-    let config = weights.config();
-    if !layers_stay(config) {
-        return Ok(None);
-    }
-    (0..config.layers.len()).map(|layer| Layer::read(weights, layer)).collect::<Result<_>>().map(Some)
 }
 
 /// Weights in the projections of one layer.
@@ -92,13 +96,9 @@ pub(crate) fn layer_weights(config: &ModelConfig, layer: usize) -> usize {
 ///
 /// # Errors
 /// The largest logit is not a finite number.
-fn draw_from(logits: &mut [f32], draw: f32) -> Result<u32> {
+pub(super) fn draw_from(logits: &mut [f32], draw: f32) -> Result<u32> {
     let top = largest(logits);
-    ensure!(
-        top.is_finite(),
-        "text cannot be sampled, the model's largest logit is not a finite number: give a calibration text, or check the \
-         model's weights"
-    );
+    ensure!(top.is_finite(), "{NOT_FINITE}");
     for l in logits.iter_mut() {
         *l = if l.is_finite() { exp(*l - top) } else { 0.0 };
     }

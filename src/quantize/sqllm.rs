@@ -10,9 +10,9 @@ use anyhow::Result;
 use half::f16;
 use rayon::prelude::*;
 
+use super::compute::Curvature;
 use super::forward::Affine;
-use super::gram::Hessian;
-use super::refine::{self, Codebook, Effort};
+use super::refine::{AnyGrid, Codebook, Effort};
 use crate::format::{AnyPrec, bytes};
 use crate::weights::Weight;
 
@@ -37,10 +37,15 @@ pub(crate) fn quantize(linear: &Affine, bits: usize, importance: &[f32]) -> Resu
     pack(linear, bits, &codes, &lut)
 }
 
-/// The same against a whole Hessian: codes and codebooks nearly those of [`quantize`] are where [`refine`] begins.
-pub(crate) fn refined(linear: &Affine, bits: usize, hessian: &Hessian, effort: Effort) -> Result<Weight<'static>> {
+/// The same against a whole Hessian: codes and codebooks nearly those of [`quantize`] are where [`super::refine`] begins.
+pub(crate) fn refined(
+    linear: &Affine,
+    bits: usize,
+    hessian: &dyn Curvature,
+    effort: Effort,
+) -> Result<Weight<'static>> {
     let (inputs, outputs) = (linear.in_features, linear.out_features);
-    let importance: Vec<f32> = hessian.diagonal().collect();
+    let importance = hessian.diagonal()?;
     let mut codes = vec![0; inputs * outputs];
     let mut lut = vec![0.0; outputs << bits];
     let rows = codes.par_chunks_exact_mut(inputs).zip(lut.par_chunks_exact_mut(1 << bits)).enumerate();
@@ -48,7 +53,7 @@ pub(crate) fn refined(linear: &Affine, bits: usize, hessian: &Hessian, effort: E
         cluster(linear.row(row), &importance, PLACES << bits, lut);
         nearest(linear.row(row), lut, codes);
     });
-    refine::refine(&Codebook { bits }, hessian, &linear.weight, &mut codes, &mut lut, effort);
+    hessian.refine(AnyGrid::Codebook(Codebook { bits }), &linear.weight, &mut codes, &mut lut, effort)?;
     pack(linear, bits, &codes, &lut)
 }
 

@@ -1,6 +1,6 @@
 //! cuBLAS, loaded at run time where it is installed: products of many tokens.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_longlong, c_void};
 use std::rc::Rc;
 
 use anyhow::{Result, ensure};
@@ -32,6 +32,32 @@ type GemmEx = unsafe extern "C" fn(
     c_int,
 ) -> c_int;
 
+type GemmStridedBatchedEx = unsafe extern "C" fn(
+    Handle,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
+    *const c_void,
+    u64,
+    c_int,
+    c_int,
+    c_longlong,
+    u64,
+    c_int,
+    c_int,
+    c_longlong,
+    *const c_void,
+    u64,
+    c_int,
+    c_int,
+    c_longlong,
+    c_int,
+    c_int,
+    c_int,
+) -> c_int;
+
 // Values of cublas_api.h and library_types.h.
 const TRANSPOSE: c_int = 1;
 const AS_IS: c_int = 0;
@@ -39,11 +65,54 @@ const R_32F: c_int = 0;
 const R_16F: c_int = 2;
 const R_16BF: c_int = 14;
 const COMPUTE_32F: c_int = 68;
+const COMPUTE_32F_FAST_TF32: c_int = 77;
 const ALGORITHM_DEFAULT: c_int = -1;
+
+/// Matrices of f32 in device memory, one behind the other: element `(i, j)` of matrix `b` is at `b · stride + i · lead + j`,
+/// or with `across` at `b · stride + j · lead + i`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operand {
+    pub(super) pointer: u64,
+    pub(super) lead: usize,
+    pub(super) stride: usize,
+    pub(super) across: bool,
+}
+
+impl Operand {
+    /// One row-major matrix of `columns` columns.
+    pub(super) fn rows(pointer: u64, columns: usize) -> Self {
+        Self { pointer, lead: columns, stride: 0, across: false }
+    }
+
+    /// Its transpose.
+    pub(super) fn across(self) -> Self {
+        Self { across: !self.across, ..self }
+    }
+
+    /// The same from element `at` on.
+    pub(super) fn from(self, at: usize) -> Self {
+        Self { pointer: self.pointer + 4 * at as u64, ..self }
+    }
+
+    /// Several of them, `stride` numbers apart.
+    pub(super) fn apart(self, stride: usize) -> Self {
+        Self { stride, ..self }
+    }
+}
+
+/// How a product of f32 matrices is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Precision {
+    /// In f32 throughout.
+    Full,
+    /// Factors rounded to TF32's 11 bits, sums in f32: on tensor cores.
+    Fast,
+}
 
 pub(super) struct Blas {
     handle: Handle,
     gemm: GemmEx,
+    gemm_batched: GemmStridedBatchedEx,
     destroy: unsafe extern "C" fn(Handle) -> c_int,
     driver: Rc<Driver>,
     libraries: Vec<libloading::Library>,
@@ -60,21 +129,22 @@ impl Blas {
         let stream = driver.enter()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: the types are those of cublas_api.h, unchanged from CUDA 12 to 13.
-        let (gemm, destroy, status) = unsafe {
+        let (gemm, gemm_batched, destroy, status) = unsafe {
             let create: unsafe extern "C" fn(*mut Handle) -> c_int = *library.get(b"cublasCreate_v2\0")?;
             let set_stream: unsafe extern "C" fn(Handle, *mut c_void) -> c_int =
                 *library.get(b"cublasSetStream_v2\0")?;
             let gemm: GemmEx = *library.get(b"cublasGemmEx\0")?;
+            let batched: GemmStridedBatchedEx = *library.get(b"cublasGemmStridedBatchedEx\0")?;
             let destroy: unsafe extern "C" fn(Handle) -> c_int = *library.get(b"cublasDestroy_v2\0")?;
             let _undisturbed = undisturbed();
             let mut status = create(&mut handle);
             if status == 0 {
                 status = set_stream(handle, stream.cast());
             }
-            (gemm, destroy, status)
+            (gemm, batched, destroy, status)
         };
         ensure!(status == 0, "cuda: cuBLAS does not start: status {status}");
-        Ok(Self { handle, gemm, destroy, driver: Rc::clone(driver), libraries })
+        Ok(Self { handle, gemm, gemm_batched, destroy, driver: Rc::clone(driver), libraries })
     }
 
     /// `y[tokens, rows] = x[tokens, k] · w[rows, k]ᵀ` (`+ y` if `add`), sums and `y` in f32.
@@ -122,6 +192,61 @@ impl Blas {
             )
         };
         ensure!(status == 0, "cuda: a product of {tokens} tokens with {rows} × {k} failed in cuBLAS: status {status}");
+        Ok(())
+    }
+
+    /// `c[m, n] = alpha · a[m, k] · b[k, n] + beta · c`, for each of `count` matrices, all in f32; `c` is not `across`.
+    ///
+    /// # Errors
+    /// A lost device, or sizes beyond what the library takes.
+    pub(super) fn multiply(
+        &self,
+        [m, n, k]: [usize; 3],
+        [a, b, c]: [Operand; 3],
+        (alpha, beta): (f32, f32),
+        count: usize,
+        precision: Precision,
+    ) -> Result<()> {
+        assert!(!c.across, "results are row-major");
+        if m == 0 || n == 0 || k == 0 || count == 0 {
+            return Ok(());
+        }
+        let compute = match precision {
+            Precision::Full => COMPUTE_32F,
+            Precision::Fast => COMPUTE_32F_FAST_TF32,
+        };
+        let turned = |operand: Operand| if operand.across { TRANSPOSE } else { AS_IS };
+        self.driver.enter()?;
+        // SAFETY: the caller's buffers hold these shapes. The library is column-major: what is row-major here are transposes
+        // there, and (a · b)ᵀ = bᵀ · aᵀ.
+        let status = unsafe {
+            (self.gemm_batched)(
+                self.handle,
+                turned(b),
+                turned(a),
+                c_int::try_from(n)?,
+                c_int::try_from(m)?,
+                c_int::try_from(k)?,
+                (&raw const alpha).cast(),
+                b.pointer,
+                R_32F,
+                c_int::try_from(b.lead)?,
+                b.stride as c_longlong,
+                a.pointer,
+                R_32F,
+                c_int::try_from(a.lead)?,
+                a.stride as c_longlong,
+                (&raw const beta).cast(),
+                c.pointer,
+                R_32F,
+                c_int::try_from(c.lead)?,
+                c.stride as c_longlong,
+                c_int::try_from(count)?,
+                compute,
+                ALGORITHM_DEFAULT,
+            )
+        };
+        ensure!(status == 0, "cuda: a product of {m} × {k} and {k} × {n} failed in cuBLAS: status {status}");
         Ok(())
     }
 }

@@ -31,6 +31,11 @@ const SOURCES: &[(&str, &str)] = texts![
     "token/sample.cu",
     "device/occupy.cu",
     "device/read.cu",
+    "quantize/elements.cu",
+    "quantize/scores.cu",
+    "quantize/watch.cu",
+    "quantize/codes.cu",
+    "quantize/divergence.cu",
 ];
 
 /// What they include, by the name of the file alone.
@@ -53,6 +58,7 @@ const HEADERS: &[(&str, &str)] = texts![
     "product/gemv.cuh",
     "product/operand.cuh",
     "product/unit.cuh",
+    "quantize/block.cuh",
 ];
 
 /// A path's last part.
@@ -377,7 +383,12 @@ mod tests {
         all.push(("dec.cu", split("DTYPE=0 DEC_WORDS=1")));
         all.push(("sample.cu", split("DTYPE=0 NO_TOKEN=4294967294")));
         all.push(("read.cu", split("DTYPE=0")));
-        all.push(("occupy.cu", split("DTYPE=0")));
+        for file in ["occupy.cu", "elements.cu", "scores.cu", "watch.cu", "divergence.cu"] {
+            all.push((file, split("DTYPE=0")));
+        }
+for codes in ["LEVELS=8 GROUP=0", "LEVELS=256 GROUP=0", "LEVELS=8 GROUP=64"] {
+            all.push(("codes.cu", split(codes)));
+        }
         all
     }
 

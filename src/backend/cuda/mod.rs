@@ -8,6 +8,7 @@
 //! - `matrix`, `vector`, `sequence`: what lives on the device; `attention`: what a text remembers, and how it is looked at
 //! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
 //! - `occupy`: holds multiprocessors, so that fewer are left; `memory`: what a model will take
+//! - `quantize`: what quantization asks of a device
 //! - `decode`: the operations of a token; `product`: which kernel multiplies what; `layers`: whole layers in one launch; the kernels are in `kernels-cuda/`
 
 mod arguments;
@@ -33,6 +34,7 @@ mod options;
 mod pack;
 mod plain;
 mod product;
+mod quantize;
 mod recorder;
 mod sequence;
 mod vector;

@@ -1,7 +1,7 @@
 //! Scaling leaves the function alone, and every search is better than not searching.
 
-use super::super::fixture::{config, layer, numbers, variants};
-use super::super::forward::{KvCache, Ropes, forward};
+use super::super::fixture::{self, config, layer, numbers, variants};
+use super::super::forward::Ropes;
 use super::*;
 use crate::config::ModelConfig;
 
@@ -15,8 +15,8 @@ fn stream(config: &ModelConfig, tokens: usize) -> Vec<f32> {
 fn run(config: &ModelConfig, layer: &Layer, h: &[f32]) -> (Vec<f32>, Inputs) {
     let tokens = h.len() / config.hidden_size;
     let mut h = h.to_vec();
-    let mut cache = KvCache::new(&layer.config, 1, tokens);
-    let inputs = forward(config, layer, &Ropes::new(config, tokens), &mut cache, 1, &mut h).unwrap();
+    let mut cache = fixture::cache(layer, 1, tokens);
+    let inputs = fixture::forward(config, layer, &Ropes::new(config, tokens), &mut cache, 1, &mut h);
     (h, inputs)
 }
 

@@ -3,6 +3,8 @@
 use serde_json::json;
 
 use super::super::fixture::{self, numbers};
+use super::super::forward::Layer;
+use super::super::host::Host;
 use super::*;
 
 fn config(sliding_window: Option<usize>) -> ModelConfig {
@@ -13,24 +15,51 @@ fn config(sliding_window: Option<usize>) -> ModelConfig {
 }
 
 /// A layer of which every 32nd channel is compensated.
-fn compensated(config: &ModelConfig) -> Compensated {
-    let layer = fixture::layer(config, 0.5);
-    let originals = Projection::ALL.map(|p| {
-        let weight = &layer.linear(p).weight;
-        let lost = numbers(p.index() as u64 + 11, weight.len(), 0.1);
-        weight.iter().zip(lost).map(|(w, lost)| w + lost).collect()
+fn compensated(config: &ModelConfig) -> Compensated<'_> {
+    let Layer { norms, linears, .. } = fixture::layer(config, 0.5);
+    let in_features = linears.each_ref().map(|linear| linear.in_features);
+    let mut seeds = 11..;
+    let projections = linears.map(|linear| {
+        let lost = numbers(seeds.next().unwrap(), linear.weight.len(), 0.1);
+        let original = linear.weight.iter().zip(lost).map(|(w, lost)| w + lost).collect();
+        Trained::Host(Box::new(linear), original, Vec::new())
     });
-    Compensated { layer, originals, k_chunks: [32; 4] }
+    Compensated { config: &config.layers[0], norms, projections, in_features, k_chunks: [32; 4] }
+}
+
+/// The stored weights of a projection.
+fn weights<'a>(layer: &'a mut Compensated<'_>, projection: usize) -> &'a mut Vec<f32> {
+    match &mut layer.projections[projection] {
+        Trained::Host(linear, ..) => &mut linear.weight,
+        Trained::Device(_) => panic!("layers of these tests are on this machine"),
+    }
+}
+
+/// Numbers that a tensor holds, in whatever type.
+fn count(tensor: &Tensor) -> usize {
+    match tensor {
+        Tensor::F32(values) => values.len(),
+        Tensor::F16(values) => values.len(),
+        Tensor::Bf16(values) => values.len(),
+        Tensor::Device(_) => panic!("tensors of these tests are on this machine"),
+    }
+}
+
+fn lists(trace: Trace) -> [Taken; 4] {
+    trace.taken.map(|taken| match taken {
+        Some(Selected::Host(taken)) => taken,
+        _ => panic!("every projection selects on the way up"),
+    })
 }
 
 const TEXTS: usize = 2;
 const TOKENS: usize = 7;
 
 /// A linear function of what comes out, and which channels are taken.
-fn value(layer: &Compensated, config: &ModelConfig, h: &[f32], by: &[f32]) -> (f64, [Taken; 4]) {
-    let mut h = h.to_vec();
-    let (trace, _) = layer.forward(config, &Ropes::new(config, TOKENS), TEXTS, &mut h).unwrap();
-    (h.iter().zip(by).map(|(h, by)| f64::from(*h) * f64::from(*by)).sum(), trace.taken)
+fn value(layer: &Compensated<'_>, config: &ModelConfig, h: &[f32], by: &[f32]) -> (f64, [Taken; 4]) {
+    let mut h = Tensor::F32(h.to_vec());
+    let (trace, _) = layer.forward(&Host, config, &Ropes::new(config, TOKENS), (TEXTS, TOKENS), &mut h).unwrap();
+    (h.host().iter().zip(by).map(|(h, by)| f64::from(*h) * f64::from(*by)).sum(), lists(trace))
 }
 
 /// What differences say of a derivative: of the input, or of a projection's weights.
@@ -45,13 +74,15 @@ type Derivatives = (Vec<f32>, [Vec<f32>; 4]);
 
 fn derivatives(config: &ModelConfig, h: &[f32], by: &[f32]) -> Derivatives {
     let (layer, ropes) = (compensated(config), Ropes::new(config, TOKENS));
-    let (trace, _) = layer.forward(config, &ropes, TEXTS, &mut h.to_vec()).unwrap();
-    assert!(trace.taken.iter().all(Taken::any));
-    let numbers = trace.entered.iter().chain(&trace.branches).map(Vec::len).sum::<usize>() + trace.qkv.len();
+    let mut stream = Tensor::F32(h.to_vec());
+    let (trace, _) = layer.forward(&Host, config, &ropes, (TEXTS, TOKENS), &mut stream).unwrap();
+    let numbers = trace.entered.iter().chain(&trace.branches).map(count).sum::<usize>() + count(&trace.qkv);
     assert_eq!(2 * numbers, TEXTS * TOKENS * trace_bytes(config, 0), "what an estimate says of a trace");
-    let mut d = by.to_vec();
-    let weights = layer.backward(config, &ropes, TEXTS, trace, &mut d);
-    (d, weights)
+    let mut d = Tensor::F32(by.to_vec());
+    let weights = layer.backward(&Host, config, &ropes, (TEXTS, TOKENS), trace, &mut d).unwrap();
+    let (trace, _) = layer.forward(&Host, config, &ropes, (TEXTS, TOKENS), &mut Tensor::F32(h.to_vec())).unwrap();
+    assert!(lists(trace).iter().all(Taken::any));
+    (Host.take(d).unwrap(), weights.map(|w| Host.take(w).unwrap()))
 }
 
 /// Some of the derivatives from differences. Those where another channel is taken after the change are left out: the
@@ -74,14 +105,14 @@ fn differences(config: &ModelConfig, h: &[f32], by: &[f32]) -> Vec<Difference> {
         });
     }
     for p in 0..4 {
-        let len = layer.layer.linears[p].weight.len();
+        let len = weights(&mut layer, p).len();
         for i in (0..len).step_by(len / 37) {
-            let old = layer.layer.linears[p].weight[i];
+            let old = weights(&mut layer, p)[i];
             compare(Some(p), i, &mut |step| {
-                layer.layer.linears[p].weight[i] = old + step;
+                weights(&mut layer, p)[i] = old + step;
                 value(&layer, config, h, by)
             });
-            layer.layer.linears[p].weight[i] = old;
+            weights(&mut layer, p)[i] = old;
         }
     }
     all

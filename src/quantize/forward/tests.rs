@@ -8,6 +8,7 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use serde_json::json;
 
+use super::super::attention::QUERY_BLOCK;
 use super::super::calibrate::Activations;
 use super::super::fixture::{self, layer, numbers};
 use super::super::head::LmHead;
@@ -133,8 +134,8 @@ fn a_layer_is_what_the_formulas_say() {
             start.chunks(config.hidden_size).map(|h| h.iter().map(|&x| f64::from(x)).collect()).collect();
         let want: Vec<_> = rows.chunks(tokens).flat_map(|text| oracle(&config, &layer, text)).collect();
         let mut h = start.clone();
-        let mut cache = KvCache::new(&config.layers[0], texts, tokens);
-        let inputs = forward(&config, &layer, &ropes, &mut cache, texts, &mut h).unwrap();
+        let mut cache = fixture::cache(&layer, texts, tokens);
+        let inputs = fixture::forward(&config, &layer, &ropes, &mut cache, texts, &mut h);
         // Six sums of at most 41 terms follow each other; every one of them loses 2^-24 of its size per term,
         // and cancellation costs no more than a factor of 16 here.
         let tolerance = 16.0 * 6.0 * 41.0 * (2f64).powi(-24);
@@ -143,8 +144,8 @@ fn a_layer_is_what_the_formulas_say() {
 
         let other = config.with(json!({ "rope_theta": 101.0 })).unwrap();
         let mut h = start.clone();
-        let mut cache = KvCache::new(&other.layers[0], texts, tokens);
-        forward(&other, &layer, &Ropes::new(&other, tokens), &mut cache, texts, &mut h).unwrap();
+        let mut cache = fixture::cache(&layer, texts, tokens);
+        fixture::forward(&other, &layer, &Ropes::new(&other, tokens), &mut cache, texts, &mut h);
         assert!(difference(&h, want.iter().flat_map(|w| w.0.clone())) > tolerance, "a wrong angle must show");
     }
 }
@@ -160,8 +161,8 @@ fn layers_of_all_families_are_what_their_formulas_say() {
         let want: Vec<f64> =
             rows.chunks(tokens).flat_map(|text| oracle(&config, &layer, text)).flat_map(|(h, _)| h).collect();
         let mut h = start.clone();
-        let mut cache = KvCache::new(&layer.config, texts, tokens);
-        forward(&config, &layer, &Ropes::new(&config, tokens), &mut cache, texts, &mut h).unwrap();
+        let mut cache = fixture::cache(&layer, texts, tokens);
+        fixture::forward(&config, &layer, &Ropes::new(&config, tokens), &mut cache, texts, &mut h);
         (name, h, want)
     };
     let runs: Vec<_> = fixture::variants(&config(None)).into_iter().map(run).collect();
@@ -218,8 +219,8 @@ fn whole_model(weights: &dyn ModelWeights, ids: &[u32]) -> Vec<f32> {
     let mut h = Activations::embed(config, &embedding, ids, ids.len()).unwrap().h;
     for index in 0..config.layers.len() {
         let layer = Layer::read(weights, index).unwrap();
-        let mut cache = KvCache::new(&layer.config, 1, ids.len());
-        forward(config, &layer, &ropes, &mut cache, 1, &mut h).unwrap();
+        let mut cache = fixture::cache(&layer, 1, ids.len());
+        fixture::forward(config, &layer, &ropes, &mut cache, 1, &mut h);
     }
     LmHead::new(weights, head.as_ref().unwrap_or(&embedding)).unwrap().logits(&h)
 }
@@ -258,12 +259,12 @@ fn one_token_at_a_time_is_the_same() {
     let hidden = config.hidden_size;
     let start = numbers(3, texts * tokens * hidden, 1.0);
     let mut whole = start.clone();
-    forward(&config, &layer, &ropes, &mut KvCache::new(&config.layers[0], texts, tokens), texts, &mut whole).unwrap();
-    let mut cache = KvCache::new(&config.layers[0], texts, tokens + 4);
+    fixture::forward(&config, &layer, &ropes, &mut fixture::cache(&layer, texts, tokens), texts, &mut whole);
+    let mut cache = fixture::cache(&layer, texts, tokens + 4);
     for step in 0..tokens {
         let at = |text: usize| (text * tokens + step) * hidden;
         let mut h: Vec<f32> = (0..texts).flat_map(|text| start[at(text)..at(text) + hidden].to_vec()).collect();
-        forward(&config, &layer, &ropes, &mut cache, texts, &mut h).unwrap();
+        fixture::forward(&config, &layer, &ropes, &mut cache, texts, &mut h);
         for (text, h) in h.chunks(hidden).enumerate() {
             let want = &whole[at(text)..at(text) + hidden];
             let difference = difference(h, want.iter().map(|&x| f64::from(x)));

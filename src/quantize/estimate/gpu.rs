@@ -1,0 +1,60 @@
+//! What a GPU's memory holds while it quantizes (`backend/cuda/quantize`).
+
+use super::{most, sum, table_bytes, trains_codebooks};
+use crate::checkpoint::Manifest;
+use crate::config::ModelConfig;
+use crate::quantize::{Options, Refine, backward, sample};
+
+/// Tokens that go through a layer at once.
+pub(crate) const BATCH_TOKENS: usize = 8192;
+/// Bytes that keys and values of texts sampled side by side may take.
+pub(crate) const SAMPLED_CACHE: usize = 4 << 30;
+/// Bytes that attention's scores may take at once.
+pub(crate) const SCORES: usize = 256 << 20;
+/// Weights that are fitted together.
+pub(crate) const FITTED: usize = 1 << 27;
+/// Numbers of one model's logits that are there at once.
+pub(crate) const LOGITS: usize = 1 << 27;
+/// Weights of the head that are in f32 at once.
+pub(crate) const HEAD_WEIGHTS: usize = 1 << 28;
+/// Bytes that are taken where not all layers that are trained fit; those of a model of 70B go in turns then.
+pub(crate) const USUAL: usize = 24_000_000_000;
+
+/// Most bytes at once: a layer that texts go through while they are watched, one that is fitted, one that is trained, or
+/// text that is sampled.
+pub(super) fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
+    let seq_len = options.calibration.seq_len();
+    let tokens = BATCH_TOKENS.max(seq_len).min(options.calibration.samples() * seq_len);
+    let weights = |layer| sample::layer_weights(config, layer);
+    let largest = |layer: usize| config.shapes(layer).iter().map(|s| s.0 * s.1).max().unwrap_or(0);
+    let widest = |layer: usize| config.shapes(layer).iter().map(|s| s.0).max().unwrap_or(0);
+    let counts = match options.refine {
+        Refine::None => 0,
+        _ => usize::from(manifest.bits.is_mixed()) + 1,
+    };
+    let grams = |layer: usize| counts * 4 * config.shapes(layer).iter().map(|s| s.0.pow(2)).sum::<usize>();
+    // The matrices, one of them in f32; the stream, normed, what enters and comes out; what is masked of it.
+    let watched = most(config, |layer| {
+        let features: usize = config.shapes(layer).iter().map(|s| s.0 + s.1).sum();
+        4 * (weights(layer) + largest(layer))
+            + 4 * tokens * (2 * config.hidden_size + features + widest(layer))
+            + SCORES
+            + grams(layer)
+    });
+    let fitted = most(config, |layer| (5 * 4 + 1) * FITTED.min(largest(layer)) + grams(layer));
+    let mut all = watched.max(fitted);
+    if trains_codebooks(options, manifest) {
+        let traces = seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
+        let kept = 3 * sum(config, weights);
+        let step = most(config, |layer| {
+            let features: usize = config.shapes(layer).iter().map(|s| s.0 + s.1).sum();
+            // A projection as it is kept, one in f32, and the derivatives of all four.
+            3 * largest(layer) + 4 * (largest(layer) + weights(layer)) + 2 * 4 * seq_len * features + 3 * SCORES
+        });
+        let head = 2 * 4 * LOGITS.min(seq_len * config.vocab_size)
+            + 4 * HEAD_WEIGHTS.min(config.vocab_size * config.hidden_size);
+        let work = table_bytes(config) + traces + step.max(head);
+        all = all.max(work + kept.min(USUAL.saturating_sub(work)));
+    }
+    all
+}

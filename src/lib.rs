@@ -37,7 +37,7 @@
 //! | [`mod@profile`], [`nsys`], [`tune`], [`tuned`] | the sweep, its two files, the search and its report; what was found |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
 //! | `fingerprint`, `interrupted` | what tells one model from another; how a long job hears that it is to stop |
-//! | [`host`] | the memory that this process may take |
+//! | [`host`], `processor` | the memory that this process may take; the instructions that its loops use |
 //! | [`random`] | models of random numbers, to measure speed where no weights can be had |
 //! | [`tokenizer`] | text to ids and back, chat templates, tokens that end a text |
 //!
@@ -67,6 +67,7 @@ pub mod model;
 #[cfg(feature = "cli")]
 pub mod nsys;
 pub mod open;
+mod processor;
 #[cfg(feature = "cli")]
 pub mod profile;
 pub mod progress;

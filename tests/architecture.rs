@@ -59,8 +59,9 @@ fn each_outside_crate_has_one_door() {
 }
 
 /// The modules of `src`, lowest first: none names one that comes after it.
-const FLOORS: [&str; 35] = [
+const FLOORS: [&str; 36] = [
     "interrupted",
+    "processor",
     "files",
     "mapped",
     "host",

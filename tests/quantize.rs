@@ -17,7 +17,7 @@ use decdec::eval;
 use decdec::format::{Format, bytes};
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::progress::Silent;
-use decdec::quantize::{Calibration, Options, Refine, Report, ResidualOptions, estimate, quantize, residuals};
+use decdec::quantize::{Calibration, Options, Refine, Report, ResidualOptions, Text, estimate, quantize, residuals};
 use decdec::sampling::draws;
 use decdec::source::simulated::Simulated;
 use decdec::weights::{Linear, ModelWeights, Weight};
@@ -39,7 +39,7 @@ fn options(backend: Format, bits: f64) -> Options {
 /// `samples` windows of 24 tokens of a text without sense.
 fn text(samples: usize) -> Calibration {
     let tokens = (0..400u32).map(|i| i * 37 % 89).collect();
-    Calibration::Text { tokens, seq_len: 24, samples, name: "nonsense".into() }
+    Calibration::of_text(tokens, 24, samples, "nonsense")
 }
 
 fn make(model: &dyn ModelWeights, options: &Options, out: &Path) -> Result<Report> {
@@ -146,7 +146,7 @@ fn refining_brings_the_model_nearer_to_its_source() {
             let out = dir.path().join(format!("{backend}-{name}"));
             // Enough text for 128 channels: what is fitted to 144 tokens is fitted to chance.
             let tokens = draws(1, 64 * 24).iter().map(|x| (x * 96.0) as u32).collect();
-            let calibration = Calibration::Text { tokens, seq_len: 24, samples: 64, name: "random".into() };
+            let calibration = Calibration::of_text(tokens, 24, 64, "random");
             make(&model, &Options { refine, calibration, ..options(backend, 3.0) }, &out).unwrap();
             [0, 64].map(|k_chunk| divergence(&model, &out, k_chunk))
         };
@@ -215,7 +215,7 @@ fn sampled_text_follows_the_seed() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(4, 2, false);
     let with = |name: &str, seed| {
-        let calibration = Calibration::Sampled { seq_len: 20, samples: 3, seed };
+        let calibration = Calibration::of_own(20, 3, seed);
         let out = dir.path().join(name);
         let report = make(&model, &Options { calibration, ..options(Format::AnyPrec, 3.0) }, &out).unwrap();
         assert_eq!(report.tokens, 60);
@@ -366,7 +366,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     let refine = Refine::Compensated { k_chunks: [[8; 4], [8, 8, 1025, 8]] };
     refused(Options { refine, ..ap.clone() }, &["--for-k-chunks", "1025", "1024"]);
     let text = |tokens, seq_len, samples| Options {
-        calibration: Calibration::Text { tokens: vec![1; tokens], seq_len, samples, name: "t".into() },
+        calibration: Calibration::of_text(vec![1; tokens], seq_len, samples, "t"),
         ..ap.clone()
     };
     refused(text(10, 24, 4), &["10 tokens", "24"]);
@@ -375,7 +375,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     refused(text(400, 24, 0), &["--samples"]);
     // An id the model does not have shows when it is looked up; nothing but the unfinished job is left then.
     let mut foreign = text(24, 24, 1);
-    if let Calibration::Text { tokens, .. } = &mut foreign.calibration {
+    if let Some(Text { tokens, .. }) = &mut foreign.calibration.text {
         tokens[7] = 96;
     }
     let message = make(&model, &foreign, &out).unwrap_err().to_string();
@@ -412,7 +412,7 @@ fn estimated_sizes_are_those_on_disk() {
 #[test]
 fn a_model_of_8_billion_weights_fits_16_gb() {
     let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
-    let calibration = Calibration::Text { tokens: vec![1; 24 * 512], seq_len: 512, samples: 24, name: "t".into() };
+    let calibration = Calibration::of_text(vec![1; 24 * 512], 512, 24, "t");
     for (backend, bits) in [(Format::AnyPrec, 3.0), (Format::LutGemm, 3.5)] {
         let options = Options { calibration: calibration.clone(), ..options(backend, bits) };
         let estimated = estimate(&config, &options).unwrap();

@@ -22,7 +22,7 @@ const LAYERS: usize = 2;
 
 fn calibration() -> Calibration {
     let tokens = (0..200u32).map(|i| i * 37 % 89).collect();
-    Calibration::Text { tokens, seq_len: 24, samples: 4, name: "nonsense".into() }
+    Calibration::of_text(tokens, 24, 4, "nonsense")
 }
 
 fn quantized(model: &SmallModel, backend: Format, bits: f64, awq: bool, refine: Refine, out: &Path) -> Checkpoint {

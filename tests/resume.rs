@@ -14,7 +14,7 @@ use decdec::checkpoint::{BitWidth, Checkpoint};
 use decdec::config::Projection;
 use decdec::format::Format;
 use decdec::progress::Silent;
-use decdec::quantize::{Calibration, Interrupted, Options, Refine, Report, ResidualOptions, quantize, residuals};
+use decdec::quantize::{Calibration, Interrupted, Options, Refine, Report, ResidualOptions, Text, quantize, residuals};
 use decdec::tokenizer::TextFiles;
 use decdec::weights::{Linear, ModelWeights};
 use serde_json::json;
@@ -28,7 +28,7 @@ fn options(backend: Format, bits: f64) -> Options {
         group_size: None,
         awq: true,
         refine: Refine::Compensated { k_chunks: [[64; 4]; 2] },
-        calibration: Calibration::Text { tokens, seq_len: 24, samples: 6, name: "nonsense".into() },
+        calibration: Calibration::of_text(tokens, 24, 6, "nonsense"),
         source: "random".into(),
         overwrite: false,
     }
@@ -180,7 +180,7 @@ fn nothing_of_another_model_survives_an_interruption() {
     let template = TextFiles { chat_template: None, ..texts() };
     assert_ne!(goes_on("template", &model, &template, &wanted), unchanged);
     let mut calibration = wanted.clone();
-    if let Calibration::Text { tokens, .. } = &mut calibration.calibration {
+    if let Some(Text { tokens, .. }) = &mut calibration.calibration.text {
         tokens[143] = 5;
     }
     assert_ne!(goes_on("text", &model, &texts(), &calibration), unchanged);

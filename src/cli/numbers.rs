@@ -51,6 +51,12 @@ pub(super) fn slowdown(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| format!("0 to {MOST_SLOWDOWN} per cent are allowed"))
 }
 
+/// The share of calibration text that a model writes; with some of it, some of the given text.
+pub(super) fn own_share(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|share| (0.0..=0.95).contains(share));
+    number.ok_or_else(|| "0 to 0.95 are allowed".into())
+}
+
 /// Bits of a head.
 pub(super) fn head_bits(text: &str) -> Result<usize, String> {
     let number = text.parse().ok().filter(|bits| [16, 8, 4].contains(bits));
@@ -88,6 +94,7 @@ mod tests {
             prop_assert_eq!(share(&text).is_ok(), (0.0..=1.0).contains(&(number as f32)));
             prop_assert_eq!(temperature(&text).is_ok(), number as f32 >= 0.0 && (number as f32).is_finite());
             prop_assert_eq!(slowdown(&text).is_ok(), (0.0..=MOST_SLOWDOWN).contains(&number));
+            prop_assert_eq!(own_share(&text).is_ok(), (0.0..=0.95).contains(&number));
         }
 
         #[test]

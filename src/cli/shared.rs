@@ -8,8 +8,9 @@ use decdec::checkpoint::BitWidth;
 use decdec::dec::{CHUNK, Selection};
 use decdec::device::{Dtype, Residuals};
 use decdec::format::Format;
+use decdec::quantize::Calibration;
 
-use super::numbers::{head_bits, seed, whole};
+use super::numbers::{head_bits, own_share, seed, whole};
 
 /// A parser of the names of formats, which help lists.
 pub(super) fn backend() -> impl TypedValueParser<Value = Format> {
@@ -163,16 +164,19 @@ pub(crate) struct OutArgs {
 /// What a model reads while it is watched.
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
-    /// Calibration text; when absent, the model's own
-    #[arg(long, value_name = "FILE")]
-    pub(crate) calib: Option<PathBuf>,
-    /// Tokens of a calibration sample [default: 512 with --calib, 256 without]
+    /// Calibration text: text files, .jsonl files with text or messages, directories; when absent, the model writes all
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) calib: Vec<PathBuf>,
+    /// With --calib: the share of calibration samples that the model still writes, 0 to 0.95
+    #[arg(long, value_name = "SHARE", default_value_t = Calibration::OWN_SHARE, value_parser = own_share)]
+    pub(crate) own_share: f64,
+    /// Tokens of a calibration sample [default: 512, or the model's context]
     #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
     pub(crate) seq_len: Option<usize>,
-    /// Calibration samples [default: 24 with --calib, 16 without]
+    /// Calibration samples in all [default: 40]
     #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
     pub(crate) samples: Option<usize>,
-    /// Decides the calibration text that the model makes
+    /// Decides the calibration text that the model writes
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed)]
     pub(crate) seed: u64,
     /// Where to compute: auto, cpu or cuda[:N]

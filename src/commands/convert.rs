@@ -17,7 +17,7 @@ pub(crate) fn convert(args: &ConvertArgs) -> Result<()> {
     if let Some(original) = &args.original {
         return complete(original, &opened, &args.to, &args.calibration);
     }
-    if args.calibration.calib.is_some() {
+    if !args.calibration.calib.is_empty() {
         bail!("--calib is for --original, which makes residuals and thresholds: give both or neither");
     }
     let stop = super::interrupt::stop_flag(quantize::Interrupted);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use decdec::config::ModelConfig;
-use decdec::quantize::{Calibration, Options, Refine, estimate};
+use decdec::quantize::{Calibration, Options, Own, Refine, estimate, one_script, read_text};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
 use decdec::tuned::Tuned;
@@ -99,26 +99,21 @@ fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[[usi
 
 /// The text that the flags ask for, in the model's tokens.
 pub(crate) fn calibration(args: &CalibrationArgs, texts: &TextFiles, config: &ModelConfig) -> Result<Calibration> {
-    let Some(path) = &args.calib else {
-        return Ok(Calibration::Sampled {
-            seq_len: args.seq_len.unwrap_or(Calibration::SAMPLED_SEQ_LEN),
-            samples: args.samples.unwrap_or(Calibration::SAMPLED_SAMPLES),
-            seed: args.seed,
-        });
-    };
-    let seq_len = args.seq_len.unwrap_or(Calibration::TEXT_SEQ_LEN);
-    let samples = args.samples.unwrap_or(Calibration::TEXT_SAMPLES);
-    let mut tokens = super::read_tokens(path, &Tokenizer::new(texts, config)?, seq_len.saturating_mul(samples))?;
-    tokens.truncate(seq_len.saturating_mul(samples));
-    let calibration = Calibration::Text {
-        tokens,
-        seq_len,
-        samples,
-        name: path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
-    };
-    let found = calibration.samples();
-    if let Some(wanted) = args.samples.filter(|&wanted| wanted > found && found > 0) {
-        tracing::warn!("{wanted} calibration samples wanted, the text has {found}: all are taken");
+    let seq_len = args.seq_len.unwrap_or(Calibration::SEQ_LEN.min(config.max_position_embeddings));
+    let samples = args.samples.unwrap_or(Calibration::SAMPLES);
+    if args.calib.is_empty() {
+        return Ok(Calibration::of_own(seq_len, samples, args.seed));
     }
-    Ok(calibration)
+    let own = ((samples as f64 * args.own_share).round() as usize).min(samples.saturating_sub(1));
+    let tokenizer = Tokenizer::new(texts, config)?;
+    let text = read_text(&args.calib, &tokenizer, seq_len, samples - own)?;
+    if let Some(note) = one_script(&text, &tokenizer) {
+        tracing::info!("{note}");
+    }
+    let found = text.tokens.len() / seq_len.max(1);
+    if found > 0 && found < text.samples && args.samples.is_some() {
+        tracing::warn!("{} calibration samples of the text wanted, it has {found}: all are taken", text.samples);
+    }
+    let own = (own > 0).then_some(Own { samples: own, seed: args.seed });
+    Ok(Calibration { seq_len, text: Some(text), own })
 }

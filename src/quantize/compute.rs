@@ -17,6 +17,7 @@ use super::forward::{Affine, Ropes};
 use super::gram::Taken;
 use super::head::LmHead;
 use super::refine::{AnyGrid, Effort};
+use super::regress::Together;
 use crate::config::{Activation, Attention, LayerConfig, ModelConfig, Projection};
 
 /// Numbers, in memory here or where a device computes.
@@ -90,7 +91,7 @@ pub(crate) enum Selected {
 
 /// A projection whose stored weights are trained: what it was made from, and the code of each weight.
 pub(crate) struct Coded {
-    /// In full precision.
+    /// What a compensated channel is multiplied by.
     pub(crate) original: Affine,
     /// `[out_features, in_features]`
     pub(crate) codes: Vec<u8>,
@@ -125,6 +126,8 @@ pub(crate) trait Entered {
     fn thresholds(&self) -> Result<Vec<f32>>;
     /// What errors of the projection cost where `k_chunk` channels, one of those watched, are compensated.
     fn fit(&self, k_chunk: usize) -> Result<Metric<'_>>;
+    /// What the channels that are taken of `k_chunk`, one of those watched, have in common with each other and the rest.
+    fn together(&self, k_chunk: usize) -> Result<Together>;
     /// The numbers, `[tokens, in_features]`, where [`Watch::all`] was asked for.
     fn all(&self) -> &[f32];
 }

@@ -9,16 +9,17 @@ use rayon::prelude::*;
 use super::backward::Compensated;
 use super::compute::{Tensor, Trained};
 use super::forward::{Affine, Ropes, norms};
-use super::gram::Hessian;
+use super::gram::{Hessian, Taken};
 use super::head::{HEAD_ROWS, LmHead};
 use super::host::Host;
 use super::product::product;
 use super::refine::Effort;
+use super::regress::Together;
 use super::sqllm;
 use super::{Calibration, Options, Refine, awq, backward, calibrate, divergence, fit, mixed, plan, polish, sample};
 use crate::checkpoint::Manifest;
 use crate::config::{Attention, FeedForward, Mixer, ModelConfig, Pairing, Projection, Rope, RopeScaling};
-use crate::format::Dense;
+use crate::format::{Dense, Residual};
 use crate::host;
 use crate::sampling;
 
@@ -112,7 +113,7 @@ fn layer_bytes(config: &ModelConfig, layer: usize, manifest: &Manifest) -> (usiz
 
 /// Activations, one layer (twice where AWQ changes it), and the largest matrix a few times over.
 fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
-    let tokens = options.calibration.samples() * options.calibration.seq_len();
+    let tokens = options.calibration.tokens();
     let residual_stream = 2 * 4 * tokens * config.hidden_size;
     let layer = most(config, |layer| layer_memory(config, layer, options, manifest));
     let mut all = residual_stream + layer;
@@ -124,7 +125,7 @@ fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize
 
 /// What quantizing one layer takes besides the residual stream.
 fn layer_memory(config: &ModelConfig, layer: usize, options: &Options, manifest: &Manifest) -> usize {
-    let tokens = options.calibration.samples() * options.calibration.seq_len();
+    let tokens = options.calibration.tokens();
     let (shapes, weights) = (config.shapes(layer), sample::layer_weights(config, layer));
     let copies = if manifest.backend.is_grouped() && options.awq { 2 } else { 1 };
     let inputs = copies * 4 * tokens * shapes.iter().map(|s| s.0).sum::<usize>();
@@ -137,7 +138,7 @@ fn layer_memory(config: &ModelConfig, layer: usize, options: &Options, manifest:
     let widest = shapes.iter().map(|s| s.0).max().unwrap_or(0);
     let matrix = matrix + if refined { 3 * 4 * widest * widest } else { 0 };
     let batch =
-        4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len()) * shapes.iter().map(|s| s.1).sum::<usize>();
+        4 * calibrate::BATCH_TOKENS.max(options.calibration.seq_len) * shapes.iter().map(|s| s.1).sum::<usize>();
     // The finished projections wait for each other, with about a byte for every weight.
     let finished = weights;
     inputs + copies * 4 * weights + finished + matrix.max(batch)
@@ -146,7 +147,8 @@ fn layer_memory(config: &ModelConfig, layer: usize, options: &Options, manifest:
 /// Where the model writes its own text: its layers in f32, what attention keeps of every text, embedding and head in half
 /// precision, and the logits of all texts with a part of the head in f32.
 fn sampling_memory(config: &ModelConfig, calibration: &Calibration) -> usize {
-    let &Calibration::Sampled { seq_len, samples, .. } = calibration else { return 0 };
+    let Some(own) = calibration.own else { return 0 };
+    let (seq_len, samples) = (calibration.seq_len, sample::together(config, calibration.seq_len).min(own.samples));
     let weights = |layer| sample::layer_weights(config, layer);
     let layers = if sample::layers_stay(config) { sum(config, weights) } else { most(config, weights) };
     let kept = |layer: usize| {
@@ -164,7 +166,7 @@ fn trains_codebooks(options: &Options, manifest: &Manifest) -> bool {
 
 /// Refuses what this machine cannot hold, before anything is sized by it.
 pub(super) fn ensure_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<()> {
-    let tokens = options.calibration.samples() * options.calibration.seq_len();
+    let tokens = options.calibration.tokens();
     let bytes = memory(config, options, manifest) as u64;
     host::ensure_memory(
         bytes,
@@ -177,7 +179,7 @@ pub(super) fn ensure_memory(config: &ModelConfig, options: &Options, manifest: &
 /// two means, and one layer four times over (codes, weights, originals, derivatives) with what its tokens need on the
 /// way; or the logits, and a part of the head in f32.
 fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
-    let seq_len = options.calibration.seq_len();
+    let seq_len = options.calibration.seq_len;
     let truth = 4 * options.calibration.samples() * seq_len * config.hidden_size;
     let rows = sum(config, |layer| config.shapes(layer).iter().map(|s| s.1).sum());
     let codebooks = 3 * 4 * (rows << manifest.bits.high());
@@ -195,7 +197,7 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
 
 fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<Duration> {
     let sample = Sample::new();
-    let (texts, seq_len) = (options.calibration.samples(), options.calibration.seq_len());
+    let (texts, seq_len) = (options.calibration.samples(), options.calibration.seq_len);
     let layers = config.layers.len() as f64;
     let weights = sum(config, |layer| sample::layer_weights(config, layer)) as f64;
     // Scores and weighted sums, half of which are masked.
@@ -203,8 +205,8 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
     let per_token = sample.product()? * (weights + attention as f64);
     let head = sample.product()? * (config.vocab_size * config.hidden_size) as f64;
     let mut seconds = per_token * (texts * seq_len) as f64;
-    if let Calibration::Sampled { .. } = options.calibration {
-        seconds += sample::SAMPLED_TOKEN as f64 * (texts * seq_len) as f64 * (per_token + head);
+    if let Some(own) = options.calibration.own {
+        seconds += sample::SAMPLED_TOKEN as f64 * (own.samples * seq_len) as f64 * (per_token + head);
     }
     let widths = if manifest.bits.is_mixed() { 2.0 } else { 1.0 };
     seconds += widths * weights * sample.quantize(options, manifest)?;
@@ -262,7 +264,7 @@ fn small_layer(config: &ModelConfig) -> ModelConfig {
 
 /// Seconds for a token and a weight of a layer on which codebooks are learned: a small layer, up and down.
 fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
-    let tokens = options.calibration.seq_len().min(TOKENS);
+    let tokens = options.calibration.seq_len.min(TOKENS);
     let config = small_layer(config);
     let numbers = |len: usize| sampling::draws(1, len).iter().map(|x| (x - 0.5) / 8.0).collect::<Vec<f32>>();
     let linears = Projection::ALL.map(|p| {
@@ -362,7 +364,12 @@ impl Sample {
     /// Seconds to make a weight's residual.
     fn residual(&self) -> Result<f64> {
         let weight = sqllm::quantize(&self.linear, 2, &[1.0; CHANNELS])?;
-        fastest(CHANNELS * ROWS, || super::residual(&self.linear, &weight, &[1.0; CHANNELS]).map(drop))
+        fastest(CHANNELS * ROWS, || {
+            let mut lost = super::lost(&self.linear, &weight);
+            let taken = Taken::select(&self.x, CHANNELS, 8)?;
+            Together::of(&self.x, CHANNELS, &taken).regress(&mut lost);
+            Residual::quantize_weighted(CHANNELS, ROWS, &lost, &[1.0; CHANNELS]).map(drop)
+        })
     }
 
     /// Seconds to quantize a weight, AWQ's search included.
@@ -380,7 +387,7 @@ impl Sample {
                 }
             };
             calibrate::thresholds(&self.x, CHANNELS);
-            super::residual(&self.linear, &weight, &[1.0; CHANNELS]).map(drop)
+            Residual::quantize_weighted(CHANNELS, ROWS, &super::lost(&self.linear, &weight), &[1.0; CHANNELS]).map(drop)
         })
     }
 }
@@ -424,7 +431,7 @@ mod tests {
             group_size: None,
             awq: false,
             refine: Refine::DEFAULT,
-            calibration: Calibration::Text { tokens: vec![1; 8192], seq_len: 512, samples: 16, name: "t".into() },
+            calibration: Calibration::of_text(vec![1; 8192], 512, 16, "t"),
             source: "random".into(),
             overwrite: false,
         };
@@ -490,8 +497,8 @@ mod tests {
             estimate(&config, &options).unwrap().memory_bytes
         };
         let layers = 4 * 64 * (4 + 4 + 2) * 1024 * 1024;
-        let text = Calibration::Text { tokens: vec![1; 16 * 256], seq_len: 256, samples: 16, name: "t".into() };
-        assert!(memory(Calibration::Sampled { seq_len: 256, samples: 16, seed: 0 }) > layers);
+        let text = Calibration::of_text(vec![1; 16 * 256], 256, 16, "t");
+        assert!(memory(Calibration::of_own(256, 16, 0)) > layers);
         assert!(memory(text) < layers / 2);
     }
 }

@@ -47,11 +47,12 @@ impl<'a> Fit<'a> {
                 None => sqllm::quantize(linear, self.bits, &vec![1.0; n])?,
                 Some(group_size) => awq::quantize(linear, self.bits, group_size, None)?,
             };
-            return finish(linear, x, weight, &vec![1.0; n]);
+            return finish(linear, x, weight, &vec![1.0; n], None);
         };
         let weight = self.against(&*hessian, linear, self.job.options.awq.then(|| x.all()))?;
         drop(hessian);
-        finish(linear, x, weight, &weigh(&taken, &x.energy()?))
+        let together = (self.k_chunk > 0).then(|| x.together(self.k_chunk)).transpose()?;
+        finish(linear, x, weight, &weigh(&taken, &x.energy()?), together)
     }
 
     /// Codes and what they stand for; with `clipping`, groups of channels begin with the ranges best for these inputs.
@@ -70,13 +71,13 @@ pub(super) fn weigh(taken: &[f32], all: &[f32]) -> Vec<f32> {
         return vec![1.0; all.len()];
     }
     let mean = all.iter().sum::<f32>() / all.len() as f32;
-    taken.iter().zip(all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
+    taken.iter().zip(&all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::gram::{Hessian, Taken};
-    use super::super::{calibrate, lost, residual};
+    use super::super::{calibrate, lost};
     use super::*;
     use crate::format::Residual;
     use crate::sampling;
@@ -130,7 +131,8 @@ mod tests {
             hessian.discount_taken(&x, &taken, alone);
             hessian.damp();
             let weight = sqllm::refined(&linear, 3, &hessian, EFFORT).unwrap();
-            let residual = residual(&linear, &weight, &importance).unwrap();
+            let lost = lost(&linear, &weight);
+            let residual = Residual::quantize_weighted(N, 64, &lost, &importance).unwrap();
             errors(&linear, &weight, &residual, &later, &taken_later)
         };
         let (plain, soft) = (fitted(1.0), fitted(ALONE));

@@ -64,7 +64,7 @@ impl Taken {
     }
 
     /// For every channel, the tokens that took it.
-    fn by_channel(&self, in_features: usize) -> Vec<Vec<u32>> {
+    pub(crate) fn by_channel(&self, in_features: usize) -> Vec<Vec<u32>> {
         let mut tokens = vec![Vec::new(); in_features];
         for (i, &channel) in self.channels.iter().enumerate() {
             tokens[channel as usize].push((i / self.count) as u32);

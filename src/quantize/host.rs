@@ -14,6 +14,7 @@ use super::forward::{Affine, Ropes, add_parallel, norm, norm_qk};
 use super::gram::{Hessian, Taken};
 use super::head::LmHead;
 use super::refine::{AnyGrid, Effort, refine};
+use super::regress::Together;
 use super::{backward, calibrate, sample};
 use crate::config::{Activation, Attention, LayerConfig, ModelConfig, Projection};
 
@@ -30,8 +31,8 @@ impl Compute for Host {
         sample::layers_stay(config)
     }
 
-    fn texts_at_once(&self, _: &ModelConfig, _: usize) -> usize {
-        usize::MAX
+    fn texts_at_once(&self, config: &ModelConfig, tokens: usize) -> usize {
+        sample::together(config, tokens)
     }
 
     fn put(&self, values: Vec<f32>) -> Result<Tensor> {
@@ -257,6 +258,11 @@ impl Entered for Whole {
         }
         let energy = taken.energy(&self.x, self.in_features);
         Ok(Metric { hessian: any.then(|| Box::new(hessian) as Box<dyn Curvature>), taken: energy })
+    }
+
+    fn together(&self, k_chunk: usize) -> Result<Together> {
+        let taken = Taken::select(&self.x, self.in_features, k_chunk)?;
+        Ok(Together::of(&self.x, self.in_features, &taken))
     }
 
     fn all(&self) -> &[f32] {

@@ -8,8 +8,9 @@ use anyhow::{Context, Result};
 use super::calibrate::Activations;
 use super::compute::{Compute, Entered, Watch};
 use super::forward::{Inputs, Layer, Placed, Ropes};
+use super::openings::Openings;
 use super::storable::ensure_storable;
-use super::{Calibration, Norms, Options, Refine, fit, mixed, polish, sample};
+use super::{Norms, Options, Refine, fit, mixed, polish, sample};
 use crate::checkpoint::{CheckpointWriter, Manifest};
 use crate::config::Projection;
 use crate::fingerprint::Fingerprint;
@@ -57,8 +58,9 @@ impl Job<'_> {
     /// Learning codebooks, in tokens through a layer.
     pub(super) fn learning_work(&self) -> u64 {
         let calibration = &self.options.calibration;
-        let tokens = polish::steps(calibration.samples()) * calibration.seq_len();
-        polish::STEP_PASSES * (tokens * self.source.config().layers.len()) as u64
+        let tokens = polish::steps(calibration.samples()) * calibration.seq_len;
+        // In the end all texts pass once more.
+        (polish::STEP_PASSES * tokens as u64 + self.tokens()) * self.source.config().layers.len() as u64
     }
 
     /// True if codebooks are learned when all layers are quantized.
@@ -82,16 +84,13 @@ impl Job<'_> {
     }
 
     fn sampling_work(&self) -> u64 {
-        match self.options.calibration {
-            Calibration::Sampled { .. } => {
-                sample::SAMPLED_TOKEN * self.tokens() * self.source.config().layers.len() as u64
-            }
-            Calibration::Text { .. } => 0,
-        }
+        let calibration = &self.options.calibration;
+        let tokens = calibration.own.map_or(0, |own| own.samples * calibration.seq_len);
+        sample::SAMPLED_TOKEN * (tokens * self.source.config().layers.len()) as u64
     }
 
     fn tokens(&self) -> u64 {
-        (self.options.calibration.samples() * self.options.calibration.seq_len()) as u64
+        self.options.calibration.tokens() as u64
     }
 
     /// Quantizing a layer, in tokens that would go through it in that time.
@@ -122,7 +121,7 @@ impl Job<'_> {
         make: impl Fn(usize, u32, &Layer, &[Box<dyn Entered + '_>; 4]) -> Result<Made<'a>>,
     ) -> Result<()> {
         let config = self.source.config();
-        let ropes = Ropes::new(config, self.options.calibration.seq_len());
+        let ropes = Ropes::new(config, self.options.calibration.seq_len);
         let (first, mut activations) = self.activations(ids)?;
         let mut kept = Instant::now();
         self.progress.inc(first as u64 * (self.tokens() + work));
@@ -163,7 +162,7 @@ impl Job<'_> {
     }
 
     /// What will be watched of what enters a projection.
-    fn entered(&self, layer: &Layer, projection: Projection, all: bool) -> Result<Box<dyn Entered + '_>> {
+    pub(super) fn entered(&self, layer: &Layer, projection: Projection, all: bool) -> Result<Box<dyn Entered + '_>> {
         let bits = self.manifest.bits;
         let k_chunk = |own| self.options.refine.k_chunks(own, bits)[projection.index()];
         let mut k_chunks: Vec<usize> = Vec::new();
@@ -185,24 +184,26 @@ impl Job<'_> {
         each.try_into().ok().context("four projections")
     }
 
-    /// The calibration tokens, windows of `seq_len`, one after the other.
-    pub(super) fn calibration(&self) -> Result<Vec<u32>> {
-        match &self.options.calibration {
-            Calibration::Text { tokens, seq_len, .. } => {
-                Ok(tokens[..self.options.calibration.samples() * seq_len].to_vec())
-            }
-            &Calibration::Sampled { seq_len, samples, seed } => {
-                self.progress.set_message("sampling text");
-                let kept = self.writer.read_file(TOKENS).filter(|bytes| bytes.len() == 4 * samples * seq_len);
-                if let Some(bytes) = kept {
-                    self.progress.inc(self.sampling_work());
-                    return Ok(bytemuck::pod_collect_to_vec(&bytes));
-                }
-                let ids = sample::sample(self.on, self.source, samples, seq_len, seed, self.stop, self.progress)?;
-                self.writer.write_file(TOKENS, bytemuck::cast_slice(&ids))?;
-                Ok(ids)
-            }
+    /// The calibration tokens, windows of `seq_len`, one after the other: those of the text, then the model's own, which
+    /// `texts` says how to begin.
+    pub(super) fn calibration(&self, texts: &TextFiles) -> Result<Vec<u32>> {
+        let calibration = &self.options.calibration;
+        let seq_len = calibration.seq_len;
+        let given = calibration.text.iter().flat_map(|text| &text.tokens[..calibration.given() * seq_len]);
+        let mut ids: Vec<u32> = given.copied().collect();
+        let Some(own) = calibration.own.filter(|own| own.samples > 0) else { return Ok(ids) };
+        self.progress.set_message("writing own text");
+        let kept = self.writer.read_file(TOKENS).filter(|bytes| bytes.len() == 4 * own.samples * seq_len);
+        if let Some(bytes) = kept {
+            self.progress.inc(self.sampling_work());
+            ids.extend(bytemuck::pod_collect_to_vec::<u8, u32>(&bytes));
+            return Ok(ids);
         }
+        let openings = Openings::new(texts, self.source.config());
+        let written = sample::sample(self.source, &openings, own, seq_len, self.stop, self.progress)?;
+        self.writer.write_file(TOKENS, bytemuck::cast_slice(&written))?;
+        ids.extend(written);
+        Ok(ids)
     }
 
     /// Quantizes every layer that is not finished, at every bit width that is needed.
@@ -220,7 +221,7 @@ impl Job<'_> {
     /// The next layer and what enters it.
     pub(super) fn activations(&self, ids: &[u32]) -> Result<(usize, Activations)> {
         let config = self.source.config();
-        let (tokens, hidden) = (self.options.calibration.seq_len(), config.hidden_size);
+        let (tokens, hidden) = (self.options.calibration.seq_len, config.hidden_size);
         let kept = self.writer.read_file(ACTIVATIONS).filter(|bytes| bytes.len() == 8 + 4 * ids.len() * hidden);
         if let Some((index, h)) = kept.as_deref().and_then(|bytes| bytes.split_first_chunk::<8>()) {
             let index = u64::from_le_bytes(*index) as usize;
@@ -248,8 +249,8 @@ pub(super) fn key(
     let mut fingerprint = Fingerprint::default();
     fingerprint.model(source, stop)?;
     fingerprint.texts(texts);
-    if let Calibration::Text { tokens, .. } = &options.calibration {
-        fingerprint.numbers(b"calibration", tokens);
+    if let Some(text) = &options.calibration.text {
+        fingerprint.numbers(b"calibration", &text.tokens);
     }
     let manifest = serde_json::to_string(manifest)?;
     let version = env!("CARGO_PKG_VERSION");

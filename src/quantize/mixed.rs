@@ -20,7 +20,7 @@ const TOKENS: usize = 512;
 
 /// Texts, and tokens of each, on which the divergence is measured.
 pub(super) fn windows(calibration: &Calibration) -> (usize, usize) {
-    let tokens = calibration.seq_len().min(TOKENS);
+    let tokens = calibration.seq_len.min(TOKENS);
     ((TOKENS / tokens).min(calibration.samples()), tokens)
 }
 
@@ -36,7 +36,7 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
     let config = job.source.config();
     let (low, high) = (job.manifest.bits.low(), job.manifest.bits.high());
     job.progress.set_message("choosing layers");
-    let seq_len = job.options.calibration.seq_len();
+    let seq_len = job.options.calibration.seq_len;
     let (texts, tokens) = windows(&job.options.calibration);
     let apart = job.options.calibration.samples() / texts * seq_len;
     let ids: Vec<u32> = (0..texts).flat_map(|text| &ids[text * apart..][..tokens]).copied().collect();

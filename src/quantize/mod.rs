@@ -12,6 +12,7 @@ mod attention;
 mod awq;
 pub(crate) mod backward;
 pub(crate) mod calibrate;
+mod calibration;
 pub(crate) mod compute;
 mod divergence;
 mod estimate;
@@ -25,11 +26,15 @@ pub(crate) mod head;
 mod host;
 mod job;
 mod mixed;
+mod openings;
 mod polish;
 mod product;
+mod reading;
 pub(crate) mod refine;
+pub(crate) mod regress;
 mod residuals;
 pub(crate) mod sample;
+mod scripts;
 mod sqllm;
 mod storable;
 
@@ -54,6 +59,7 @@ use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use crate::interrupted::Interrupted;
 use compute::{Compute, Entered};
+pub use calibration::{Calibration, Own, Text};
 pub(crate) use estimate::gpu;
 pub use estimate::{Estimate, estimate};
 use fit::Fit;
@@ -61,8 +67,11 @@ use forward::{Affine, Layer, Norms};
 pub use head::head;
 pub(crate) use host::Host;
 use job::Job;
+use regress::Together;
+pub use reading::read_text;
 pub(crate) use residuals::residuals_on;
 pub use residuals::{ResidualOptions, residuals};
+pub use scripts::one_script;
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq)]
@@ -127,90 +136,6 @@ impl Refine {
     }
 }
 
-/// Where calibration tokens come from.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Calibration {
-    /// The first `samples` windows of `seq_len` tokens of a text.
-    Text {
-        /// The text's ids.
-        tokens: Vec<u32>,
-        /// Tokens of a window.
-        seq_len: usize,
-        /// Windows.
-        samples: usize,
-        /// The text's name, for the record.
-        name: String,
-    },
-    /// Texts sampled from the model itself.
-    Sampled {
-        /// Tokens of a text.
-        seq_len: usize,
-        /// Texts.
-        samples: usize,
-        /// The same seed gives the same texts.
-        seed: u64,
-    },
-}
-
-impl Calibration {
-    /// Tokens of a window in calibration text, unless something else is asked for.
-    pub const TEXT_SEQ_LEN: usize = 512;
-    /// Windows of calibration text, unless something else is asked for.
-    pub const TEXT_SAMPLES: usize = 24;
-    /// Tokens of a sampled text, unless something else is asked for.
-    pub const SAMPLED_SEQ_LEN: usize = 256;
-    /// Tokens that all windows may have together: sizes in bytes that follow from them do not overflow.
-    pub const MOST_TOKENS: usize = 1 << 32;
-    /// Sampled texts, unless something else is asked for.
-    pub const SAMPLED_SAMPLES: usize = 16;
-
-    fn seq_len(&self) -> usize {
-        match *self {
-            Self::Text { seq_len, .. } | Self::Sampled { seq_len, .. } => seq_len,
-        }
-    }
-
-    /// Windows that there will be: those of the text if more are asked for.
-    pub fn samples(&self) -> usize {
-        match self {
-            Self::Text { tokens, seq_len, samples, .. } => (*samples).min(tokens.len() / (*seq_len).max(1)),
-            Self::Sampled { samples, .. } => *samples,
-        }
-    }
-
-    fn describe(&self) -> String {
-        let size = format!("{} x {} tokens", self.samples(), self.seq_len());
-        match self {
-            Self::Text { name, .. } => format!("{name}, {size}"),
-            Self::Sampled { seed, .. } => format!("sampled from the model, {size}, seed {seed}"),
-        }
-    }
-
-    fn validate(&self, config: &ModelConfig) -> Result<()> {
-        let (seq_len, context) = (self.seq_len(), config.max_position_embeddings);
-        ensure!(
-            (1..=context).contains(&seq_len),
-            "windows of {seq_len} tokens, 1 to {context} (the model's context) are allowed, use --seq-len"
-        );
-        if let Self::Text { tokens, samples, .. } = self {
-            let found = tokens.len();
-            ensure!(
-                *samples == 0 || found >= seq_len,
-                "the calibration text has {found} tokens, at least one window of {seq_len} is needed: give more text \
-                 or a smaller --seq-len"
-            );
-        }
-        let samples = self.samples();
-        ensure!(samples > 0, "0 windows of calibration text, at least 1 is needed, use --samples");
-        ensure!(
-            samples.checked_mul(seq_len).is_some_and(|tokens| tokens <= Self::MOST_TOKENS),
-            "{samples} windows of {seq_len} tokens, {} tokens in all are allowed, use fewer --samples",
-            Self::MOST_TOKENS
-        );
-        Ok(())
-    }
-}
-
 /// What was made.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
@@ -265,7 +190,7 @@ pub(crate) fn quantize_on(
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
     let job = Job { on, source, options, manifest: &manifest, writer: &writer, stop, progress };
     progress.set_length(job.work());
-    let ids = job.calibration()?;
+    let ids = job.calibration(texts)?;
     job.layers(&ids)?;
     let (bits, divergences) = match manifest.bits.is_mixed() {
         true => job.chosen(&ids)?,
@@ -357,21 +282,28 @@ fn quantize_layer(
             None => sqllm::quantize(linear, bits, &x.energy()?)?,
             Some(group_size) => awq::quantize(linear, bits, group_size, awq.then(|| x.all()))?,
         };
-        finish(linear, x, weight, &vec![1.0; linear.in_features])
+        finish(linear, x, weight, &vec![1.0; linear.in_features], None)
     })?;
     Ok((layer.norms.clone(), linears))
 }
 
-/// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in.
-fn finish<'a>(linear: &Affine, x: &dyn Entered, weight: Weight<'a>, importance: &[f32]) -> Result<Linear<'a>> {
-    let residual = Some(residual(linear, &weight, importance)?);
+/// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in. An error in
+/// channel `k` of the residual counts `importance[k]` times its square; what the taken channels predict of the others is
+/// corrected too, where it is known which are `taken`.
+fn finish<'a>(
+    linear: &Affine,
+    x: &dyn Entered,
+    weight: Weight<'a>,
+    importance: &[f32],
+    taken: Option<Together>,
+) -> Result<Linear<'a>> {
+    let mut lost = lost(linear, &weight);
+    if let Some(taken) = taken {
+        taken.regress(&mut lost);
+    }
+    let residual = Some(Residual::quantize_weighted(linear.in_features, linear.out_features, &lost, importance)?);
     let thresholds = Some(Cow::Owned(x.thresholds()?));
     Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
-}
-
-/// What `weight` lost of `linear`, in 4 bits; an error in channel `k` counts `importance[k]` times its square.
-fn residual(linear: &Affine, weight: &Weight<'_>, importance: &[f32]) -> Result<Residual<'static>> {
-    Residual::quantize_weighted(linear.in_features, linear.out_features, &lost(linear, weight), importance)
 }
 
 /// `linear − weight`, `[out_features, in_features]`.

@@ -3,8 +3,9 @@
 //! Layer by layer, every error counts alike; what it does to the predictions does not. So, with codes as they are,
 //! codebooks follow the gradient of the Kullback-Leibler divergence from the full-precision model's predictions over
 //! the calibration text (EfficientQAT trains steps end to end, Chen et al. 2024, §3.3), one window a step, by Adam
-//! (Kingma and Ba, 2015). In the end codebooks are rounded to what is stored, bytes of a row's range, and the residuals
-//! made anew.
+//! (Kingma and Ba, 2015). What a compensated channel is multiplied by, codes and residual together, stays as it is while
+//! they move. Towards the end the forward pass takes codebooks as they are stored, bytes of a row's range, so that what is
+//! learned last makes up for the rounding. Then residuals are made anew.
 //!
 //! One layer is in memory at a time, beside what one window leaves in each of them on the way up.
 //! Only AnyPrec: of LUT-GEMM's layers the originals that AWQ scaled are not kept.
@@ -21,16 +22,15 @@ use super::compute::{Coded, Compute, Tensor};
 use super::fit;
 use super::forward::{Affine, Layer, Placed, Ropes};
 use super::head::LmHead;
-use super::host::Host;
+use super::host::{Host, stand_for};
 use super::job::Job;
-use crate::checkpoint::LayerFile;
 use crate::config::Projection;
-use crate::format::{AnyPrec, Storage, bytes};
+use crate::format::{AnyPrec, Residual, Storage, bytes};
 use crate::progress::Silent;
 use crate::sampling;
-use crate::weights::{Linear, ModelWeights, Weight};
+use crate::weights::{Linear, Weight};
 
-/// File of what was learned: codebooks and energies of every layer, f32, little-endian.
+/// File of what was learned: the codebooks of every layer, f32, little-endian.
 const LEARNED: &str = "codebooks.bin";
 /// A step moves centroids by about this share of the codebook's root mean square, divided by how many there are:
 /// the more there are, the less lies between them.
@@ -47,27 +47,16 @@ const LONGEST: f64 = 3.0;
 const SHUFFLE: u64 = 1;
 /// A token and a layer take about as long as so many that only pass: up, and twice that down.
 pub(super) const STEP_PASSES: u64 = 3;
+/// The share of steps that take codebooks as they are stored: the last ones.
+const STORED: f32 = 1.0 / 3.0;
 
 /// How many windows are read: all of the text, and half of it again.
 pub(super) fn steps(windows: usize) -> usize {
     (windows * 3).div_ceil(2)
 }
 
-/// What is learned about one projection.
-#[derive(Debug, Clone, Default)]
-struct Learned {
-    codebook: Vec<f32>, // [out_features, 2^bits]
-    taken: Vec<f32>,    // [in_features]: Σx² over the tokens for which the channel is taken
-    all: Vec<f32>,      // [in_features]: over all tokens
-}
-
-impl Learned {
-    /// Adds the energies of what enters: where a channel is taken, and all.
-    fn watch(&mut self, [taken, all]: [Vec<f32>; 2]) {
-        self.taken.iter_mut().zip(taken).for_each(|(sum, e)| *sum += e);
-        self.all.iter_mut().zip(all).for_each(|(sum, e)| *sum += e);
-    }
-}
+/// Codebooks of a layer's projections, each `[out_features, 2^bits]`.
+type Codebooks = [Vec<f32>; 4];
 
 /// Adam's means of a codebook's gradient and of its square.
 #[derive(Debug, Clone, Default)]
@@ -85,27 +74,20 @@ pub(super) fn polish(job: &Job<'_>, ids: &[u32], bits: &[u32]) -> Result<()> {
         job.progress.inc(work);
     } else {
         learn(job, ids, bits, &mut learned)?;
-        let lists = learned.iter().flatten().flat_map(|l| [&l.codebook, &l.taken, &l.all]).flatten();
-        let bytes: Vec<u8> = lists.flat_map(|x| x.to_le_bytes()).collect();
+        let numbers = learned.iter().flatten().flatten();
+        let bytes: Vec<u8> = numbers.flat_map(|x| x.to_le_bytes()).collect();
         job.writer.write_file(LEARNED, &bytes)?;
     }
-    for (index, (learned, &bits)) in learned.iter().zip(bits).enumerate() {
-        super::ensure_running(job.stop)?;
-        write(job, index, bits, learned).with_context(|| format!("layer {index}"))?;
-    }
-    Ok(())
+    write(job, ids, bits, &learned)
 }
 
 /// The codebooks as they are.
-fn begin(job: &Job<'_>, index: usize, bits: u32) -> Result<[Learned; 4]> {
+fn begin(job: &Job<'_>, index: usize, bits: u32) -> Result<Codebooks> {
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
-    let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
+    Projection::each(|projection| {
         let linear = file.projection(projection, config, Storage::ANYPREC)?;
-        let codebook = anyprec(&linear)?.lut().to_f32().into_owned();
-        let zeros = vec![0.0; linear.weight.in_features()];
-        anyhow::Ok(Learned { codebook, taken: zeros.clone(), all: zeros })
-    });
-    Ok([qkv?, o?, gate_up?, down?])
+        Ok(anyprec(&linear)?.lut().to_f32().into_owned())
+    })
 }
 
 fn anyprec<'a, 'b>(linear: &'a Linear<'b>) -> Result<&'a AnyPrec<'b>> {
@@ -116,9 +98,8 @@ fn anyprec<'a, 'b>(linear: &'a Linear<'b>) -> Result<&'a AnyPrec<'b>> {
 }
 
 /// Takes what an interrupted run has learned; false if it has not come that far.
-fn restore(job: &Job<'_>, learned: &mut [[Learned; 4]]) -> bool {
-    let mut lists: Vec<&mut Vec<f32>> =
-        learned.iter_mut().flatten().flat_map(|l| [&mut l.codebook, &mut l.taken, &mut l.all]).collect();
+fn restore(job: &Job<'_>, learned: &mut [Codebooks]) -> bool {
+    let mut lists: Vec<&mut Vec<f32>> = learned.iter_mut().flatten().collect();
     let len: usize = lists.iter().map(|list| 4 * list.len()).sum();
     let Some(bytes) = job.writer.read_file(LEARNED).filter(|bytes| bytes.len() == len) else { return false };
     let numbers = bytes.as_chunks::<4>().0;
@@ -126,7 +107,7 @@ fn restore(job: &Job<'_>, learned: &mut [[Learned; 4]]) -> bool {
     true
 }
 
-fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]]) -> Result<()> {
+fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [Codebooks]) -> Result<()> {
     let (config, seq_len) = (job.source.config(), job.options.calibration.seq_len());
     let ropes = Ropes::new(config, seq_len);
     // Half precision, as they are stored in the end.
@@ -136,21 +117,19 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
     let truth = truth(job, ids)?;
     let mut means: Vec<[Means; 4]> = learned
         .iter()
-        .map(|l| l.each_ref().map(|l| Means(vec![0.0; l.codebook.len()], vec![0.0; l.codebook.len()])))
+        .map(|l| l.each_ref().map(|l| Means(vec![0.0; l.len()], vec![0.0; l.len()])))
         .collect();
     let order = order(ids.len() / seq_len);
     for (step, &window) in order.iter().enumerate() {
+        let stored = (order.len() - step) as f32 <= STORED * order.len() as f32;
         let ids = &ids[window * seq_len..][..seq_len];
         let truth = &truth[window * seq_len * config.hidden_size..][..seq_len * config.hidden_size];
         let mut h = job.on.put(Activations::embed(config, &embedding, ids, seq_len)?.h)?;
         let mut traces = Vec::with_capacity(bits.len());
-        for (index, (learned, &bits)) in learned.iter_mut().zip(bits).enumerate() {
+        for (index, (learned, &bits)) in learned.iter().zip(bits).enumerate() {
             super::ensure_running(job.stop)?;
-            let layer = read(job, index, bits, learned)?;
-            let (trace, x) = layer.forward(job.on, config, &ropes, (1, seq_len), &mut h)?;
-            for ((l, x), taken) in learned.iter_mut().zip(&x).zip(trace.taken.iter().flatten()) {
-                l.watch(job.on.energies(x, l.all.len(), taken)?);
-            }
+            let layer = read(job, index, bits, learned, stored)?;
+            let (trace, _) = layer.forward(job.on, config, &ropes, (1, seq_len), &mut h)?;
             traces.push(trace);
             job.progress.inc(seq_len as u64);
         }
@@ -163,7 +142,7 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [[Learned; 4]])
         while let Some(trace) = traces.pop() {
             super::ensure_running(job.stop)?;
             let index = traces.len();
-            let layer = read(job, index, bits[index], &learned[index])?;
+            let layer = read(job, index, bits[index], &learned[index], stored)?;
             let gradients = layer.backward(job.on, config, &ropes, (1, seq_len), trace, &mut d)?;
             let each = learned[index].iter_mut().zip(&mut means[index]).zip(layer.projections.iter().zip(&gradients));
             for ((l, means), (projection, gradient)) in each {
@@ -222,10 +201,10 @@ fn truth(job: &Job<'_>, ids: &[u32]) -> Result<Vec<f32>> {
 }
 
 /// One step of Adam: codebooks of `levels` against the derivatives by them, `slopes`.
-fn follow(levels: usize, learned: &mut Learned, means: &mut Means, slopes: &[f32], rate: f32, step: usize) {
+fn follow(levels: usize, codebooks: &mut [f32], means: &mut Means, slopes: &[f32], rate: f32, step: usize) {
     // Means that begin at 0 are too small at first.
     let [first, second] = MEMORY.map(|memory| (memory, 1.0 - memory.powi(step as i32 + 1)));
-    let rows = learned.codebook.par_chunks_exact_mut(levels).zip(slopes.par_chunks_exact(levels));
+    let rows = codebooks.par_chunks_exact_mut(levels).zip(slopes.par_chunks_exact(levels));
     let means = means.0.par_chunks_exact_mut(levels).zip(means.1.par_chunks_exact_mut(levels));
     rows.zip(means).for_each(|((codebook, slopes), (mean, square))| {
         let size = (codebook.iter().map(|c| c * c).sum::<f32>() / levels as f32).sqrt();
@@ -237,24 +216,16 @@ fn follow(levels: usize, learned: &mut Learned, means: &mut Means, slopes: &[f32
     });
 }
 
-/// A projection in full precision, and as it is stored in the layer's `file`.
-fn pair<'a>(
-    source: &dyn ModelWeights,
-    file: &'a LayerFile,
-    index: usize,
-    projection: Projection,
-) -> Result<(Affine, Linear<'a>)> {
-    let stored = file.projection(projection, source.config(), Storage::ANYPREC)?;
-    Ok((Affine::new(&source.projection(index, projection)?), stored))
-}
-
-/// A layer with these codebooks, where it is trained.
-fn read<'a>(job: &'a Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Result<Compensated<'a>> {
-    let (source, config, file) = (job.source, job.source.config(), job.writer.layer(index, bits)?);
+/// A layer with these codebooks, rounded if `stored`, where it is trained.
+fn read<'a>(job: &'a Job<'_>, index: usize, bits: u32, learned: &Codebooks, stored: bool) -> Result<Compensated<'a>> {
+    let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
     let projections = Projection::each(|projection| {
-        job.on.trained((index, projection), &learned[projection.index()].codebook, &mut || {
-            let (original, stored) = pair(source, &file, index, projection)?;
-            Ok(Coded { original, codes: codes(anyprec(&stored)?) })
+        let codebook = &learned[projection.index()];
+        let codebook = if stored { Cow::Owned(rounded(codebook, 1 << bits)) } else { Cow::Borrowed(codebook) };
+        job.on.trained((index, projection), &codebook, &mut || {
+            let linear = file.projection(projection, config, Storage::ANYPREC)?;
+            let residual = linear.residual.as_ref().context("a layer without residuals")?;
+            coded(anyprec(&linear)?, residual, linear.bias.as_deref())
         })
     })?;
     Ok(Compensated {
@@ -266,17 +237,36 @@ fn read<'a>(job: &'a Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -
     })
 }
 
+/// A projection's codes, and what its compensated channels are multiplied by: what they stand for and the residual.
+fn coded(weight: &AnyPrec<'_>, residual: &Residual<'_>, bias: Option<&[f32]>) -> Result<Coded> {
+    let (n, m) = (weight.in_features(), weight.out_features());
+    let codes = codes(weight);
+    let mut whole = stand_for(&weight.lut().to_f32(), &codes, n, m);
+    let scales: Vec<f32> = (0..m).map(|row| residual.scales().get(row)).collect();
+    // Eight rows share the words of a residual.
+    let rows = whole.par_chunks_exact_mut(8 * n).zip(scales.par_chunks_exact(8)).enumerate();
+    rows.for_each(|(block, (rows, scales))| {
+        for (k, &word) in residual.words().iter().skip(block).step_by(m / 8).enumerate() {
+            for (i, scale) in scales.iter().enumerate() {
+                rows[i * n + k] += scale * ((word >> (4 * i) & 15) as f32 - 8.0);
+            }
+        }
+    });
+    let original = Affine { in_features: n, out_features: m, weight: whole, bias: bias.map(<[f32]>::to_vec) };
+    Ok(Coded { original, codes })
+}
+
 /// What a step does with a projection besides products, to be timed; the result is discarded. The projection is read on
 /// the way up and on the way down, and its codebook follows a derivative.
 pub(super) fn time_step(weight: &Weight<'_>, original: &Affine) -> Result<()> {
     let Weight::AnyPrec(weight) = weight else { bail!("codebooks are learned of AnyPrec only") };
-    let (codebook, n, levels) = (weight.lut().to_f32().into_owned(), weight.in_features(), 1 << weight.bits());
+    let (codebook, levels) = (weight.lut().to_f32().into_owned(), 1 << weight.bits());
     let mut means = Means(vec![0.0; codebook.len()], vec![0.0; codebook.len()]);
-    let mut learned = Learned { codebook, taken: vec![0.0; n], all: vec![0.0; n] };
+    let mut learned = codebook;
     let gradient = Tensor::F32(original.weight.clone());
-    let read = |learned: &Learned| {
+    let read = |learned: &[f32]| {
         let mut coded = || Ok(Coded { original: original.clone(), codes: codes(weight) });
-        Host.trained((0, Projection::Qkv), &learned.codebook, &mut coded)
+        Host.trained((0, Projection::Qkv), learned, &mut coded)
     };
     read(&learned)?;
     let slopes = Host.slopes(&read(&learned)?, levels, &gradient)?;
@@ -293,32 +283,68 @@ fn codes(weight: &AnyPrec<'_>) -> Vec<u8> {
 }
 
 /// Codebooks `[out_features, levels]` as they are stored.
-fn stored_codebooks(codebooks: &[f32], levels: usize) -> Vec<f16> {
+fn rounded(codebooks: &[f32], levels: usize) -> Vec<f32> {
     let mut codebooks = codebooks.to_vec();
     codebooks.par_chunks_exact_mut(levels).for_each(bytes::round);
-    codebooks.into_iter().map(f16::from_f32).collect()
+    codebooks
 }
 
-/// Writes a layer with what was learned, its codes as they are: writing it twice changes nothing.
-fn write(job: &Job<'_>, index: usize, bits: u32, learned: &[Learned; 4]) -> Result<()> {
-    let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
-    let [qkv, o, gate_up, down] = Projection::ALL.map(|projection| {
-        let learned = &learned[projection.index()];
-        let (original, stored) = pair(job.source, &file, index, projection)?;
-        let weight = anyprec(&stored)?;
-        let codebook = stored_codebooks(&learned.codebook, 1 << bits);
-        let (n, m, planes) = (weight.in_features(), weight.out_features(), weight.planes().to_vec());
-        let weight = Weight::AnyPrec(AnyPrec::new(n, m, bits as usize, planes.into(), codebook.into())?);
-        let residual = super::residual(&original, &weight, &fit::weigh(&learned.taken, &learned.all))?;
-        let thresholds = stored.thresholds.map(|t| Cow::Owned(t.into_owned()));
-        anyhow::Ok(Linear { weight, bias: original.bias.map(Cow::Owned), residual: Some(residual), thresholds })
-    });
-    job.writer.write_layer(config, (index, bits), &file.norms(config)?, &[qkv?, o?, gate_up?, down?])
+/// Writes all layers with what was learned, their codes as they are, and residuals for that: writing them twice changes
+/// nothing.
+fn write(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &[Codebooks]) -> Result<()> {
+    let (config, seq_len) = (job.source.config(), job.options.calibration.seq_len);
+    let ropes = Ropes::new(config, seq_len);
+    let mut activations = Activations::embed(config, &job.source.embedding()?, ids, seq_len)?;
+    for (index, (learned, &bits)) in learned.iter().zip(bits).enumerate() {
+        let layer = Layer::read(job.source, index)?;
+        let mut entered: Vec<_> =
+            Projection::ALL.iter().map(|&p| job.entered(&layer, p, false)).collect::<Result<_>>()?;
+        let placed = Placed::new(job.on, &layer)?;
+        activations.advance(job.on, config, &placed, &ropes, &mut entered, job.stop, job.progress)?;
+        drop(placed);
+        let file = job.writer.layer(index, bits)?;
+        let k_chunks = job.options.refine.k_chunks(bits, job.manifest.bits);
+        let linears = Projection::each(|projection| {
+            super::ensure_running(job.stop)?;
+            let (linear, x) = (layer.linear(projection), &*entered[projection.index()]);
+            let (n, m) = (linear.in_features, linear.out_features);
+            let stored = file.projection(projection, config, Storage::ANYPREC)?;
+            let codebook = rounded(&learned[projection.index()], 1 << bits);
+            let codebook: Vec<f16> = codebook.into_iter().map(f16::from_f32).collect();
+            let planes = anyprec(&stored)?.planes().to_vec();
+            let weight = Weight::AnyPrec(AnyPrec::new(n, m, bits as usize, planes.into(), codebook.into())?);
+            let k_chunk = k_chunks[projection.index()];
+            let together = (k_chunk > 0).then(|| x.together(k_chunk)).transpose()?;
+            let taken = together.as_ref().map_or_else(|| vec![0.0; n], |together| together.energy().to_vec());
+            super::finish(linear, x, weight, &fit::weigh(&taken, &x.energy()?), together)
+        });
+        job.writer.write_layer(config, (index, bits), &file.norms(config)?, &linears?)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn compensated_weights_are_codes_and_residual_together() {
+        let (n, m) = (32, 16);
+        let lut: Vec<f16> = (0..4 * m).map(|i| f16::from_f32(i as f32 / 8.0)).collect();
+        let codes: Vec<u8> = (0..n * m).map(|i| (i * 7 % 4) as u8).collect();
+        let weight = AnyPrec::pack(n, m, 2, &codes, lut.into()).unwrap();
+        let lost: Vec<f32> = sampling::draws(1, n * m).iter().map(|x| x - 0.5).collect();
+        let residual = Residual::quantize(n, m, &lost).unwrap();
+        let got = coded(&weight, &residual, None).unwrap();
+        assert_eq!(got.codes, codes);
+        let (mut row, mut own) = (vec![0.0; n], vec![0.0; n]);
+        for (r, got) in got.original.weight.chunks_exact(n).enumerate() {
+            residual.row(r, &mut row);
+            weight.row(r, &mut own);
+            let want: Vec<f32> = own.iter().zip(&row).map(|(w, r)| w + r).collect();
+            assert!(got == want && got != own, "row {r}");
+        }
+    }
 
     #[test]
     fn every_window_is_read_once_or_twice_and_not_in_order() {
@@ -350,7 +376,7 @@ mod tests {
         let mut gradient = vec![0.0; 32];
         (gradient[1], gradient[5], gradient[2]) = (3.0, -1.0, -0.5);
         let codebook = vec![-1.0, -0.25, 0.25, 1.0];
-        let mut learned = Learned { codebook: codebook.clone(), taken: vec![0.0; 32], all: vec![0.0; 32] };
+        let mut learned = codebook.clone();
         let mut means = Means(vec![0.0; 4], vec![0.0; 4]);
         let slopes = |gradient: &[f32]| {
             let original = Affine { in_features: 32, out_features: 1, weight: vec![0.0; 32], bias: None };
@@ -359,16 +385,16 @@ mod tests {
             Host.slopes(&trained, 4, &Tensor::F32(gradient.to_vec())).unwrap()
         };
         follow(4, &mut learned, &mut means, &slopes(&gradient), RATE, 0);
-        let moved: Vec<f32> = learned.codebook.iter().zip(&codebook).map(|(now, before)| now - before).collect();
+        let moved: Vec<f32> = learned.iter().zip(&codebook).map(|(now, before)| now - before).collect();
         let step = RATE / 4.0 * (2.125f32 / 4.0).sqrt();
         assert!((moved[1] + step).abs() < 1e-3 * step && (moved[2] - step).abs() < 1e-3 * step, "{moved:?}, {step}");
         assert_eq!((moved[0], moved[3]), (0.0, 0.0), "nothing pulls at these");
         // A slope whose square is 0 in f32 is no reason to go anywhere.
-        let mut learned = Learned { codebook: codebook.clone(), taken: vec![0.0; 32], all: vec![0.0; 32] };
+        let mut learned = codebook.clone();
         let mut means = Means(vec![0.0; 4], vec![0.0; 4]);
         gradient.fill(1e-24);
         follow(4, &mut learned, &mut means, &slopes(&gradient), RATE, 0);
-        let most = learned.codebook.iter().zip(&codebook).fold(0f32, |m, (now, before)| m.max((now - before).abs()));
+        let most = learned.iter().zip(&codebook).fold(0f32, |m, (now, before)| m.max((now - before).abs()));
         assert!(most < step / 10.0, "{most}, a step is {step}");
     }
 }

@@ -120,7 +120,7 @@ pub(crate) fn residuals_on(
     let writer = CheckpointWriter::create(out, &key, options.overwrite)?;
     let job = Job { on, source: original, options: &job_options, manifest: &manifest, writer: &writer, stop, progress };
     progress.set_length(job.work_once());
-    let ids = job.calibration()?;
+    let ids = job.calibration(texts)?;
     let bits: Vec<u32> = (0..config.layers.len()).filter_map(|layer| quantized.bits(layer)).collect();
     job.layers_once(&ids, &bits, |index, layer, entered| complete(&job, quantized, index, layer, entered))?;
     progress.set_message("writing");
@@ -186,7 +186,7 @@ fn complete<'a>(
     let finished = finished.map(|((quantized, linear), x)| {
         ensure_running(job.stop)?;
         let Linear { weight, bias, .. } = quantized;
-        Ok(Linear { bias, ..finish(linear, &**x, weight, &vec![1.0; linear.in_features])? })
+        Ok(Linear { bias, ..finish(linear, &**x, weight, &vec![1.0; linear.in_features], None)? })
     });
     let finished: Vec<_> = finished.collect::<Result<_>>()?;
     let finished = finished.try_into().ok().context("four projections")?;

@@ -1,22 +1,28 @@
-//! Calibration text from the model itself, for those who have none: texts sampled at temperature 1, several
-//! at a time (the idea is data-free calibration as in LLM-QAT, Liu et al. 2023).
+//! Calibration text from the model itself, for those who have none: texts sampled at temperature 1, many at a time (the
+//! idea is data-free calibration as in LLM-QAT, Liu et al. 2023).
 
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, ensure};
 
 use super::calibrate::Activations;
+use super::calibration::Own;
 use super::compute::Compute;
 use super::exponential::{exp, largest};
 use super::forward::{Layer, Placed, Ropes};
 use super::head::LmHead;
-use crate::config::{ModelConfig, Projection};
+use super::openings::Openings;
+use crate::config::{Attention, LayerConfig, ModelConfig, Projection};
 use crate::progress::Progress;
 use crate::sampling;
 use crate::weights::ModelWeights;
 
 /// Layers stay in memory as f32 between tokens if all of them together take no more than this.
 const HELD_BYTES: usize = 4 << 30;
+/// Keys and values of the texts that are written together take about so much at most.
+const KEPT_BYTES: usize = 1 << 30;
+/// Texts that are written together at most: products of more rows are no faster for each.
+const TOGETHER: usize = 128;
 
 /// Sampling a token takes about as long as this many do that are known before.
 pub(crate) const SAMPLED_TOKEN: u64 = 2;
@@ -25,8 +31,7 @@ pub(crate) const SAMPLED_TOKEN: u64 = 2;
 pub(crate) const NOT_FINITE: &str = "text cannot be sampled, the model's largest logit is not a finite number: give a \
                                      calibration text, or check the model's weights";
 
-/// `texts` texts of `tokens` ids each, one after the other. Each begins with the model's BOS; where the model ends
-/// a text, BOS follows and begins another.
+/// The windows of `own`, `tokens` ids each, one after the other: in turns of the kinds that there are.
 ///
 /// `progress` grows by [`SAMPLED_TOKEN`] for every token and layer.
 ///
@@ -35,29 +40,35 @@ pub(crate) const NOT_FINITE: &str = "text cannot be sampled, the model's largest
 pub(super) fn sample(
     on: &dyn Compute,
     weights: &dyn ModelWeights,
-    texts: usize,
+    openings: &Openings,
+    own: Own,
     tokens: usize,
-    seed: u64,
     stop: &AtomicBool,
     progress: &dyn Progress,
 ) -> Result<Vec<u32>> {
     let config = weights.config();
-    let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);
     let layers = if on.holds_layers(config) { config.layers.len() } else { 0 };
     let placed = (0..layers).map(|layer| Placed::owned(on, Layer::read(weights, layer)?));
     let placed = placed.collect::<Result<Vec<_>>>()?;
     let (embedding, head) = (weights.embedding()?, weights.head()?);
     let head = LmHead::new(weights, head.as_ref().unwrap_or(&embedding))?;
     let (head, ropes) = (on.head(&head)?, Ropes::new(config, tokens));
-    let draws = sampling::draws(seed, texts * tokens);
-    let mut ids = vec![0; texts * tokens];
-    let together = on.texts_at_once(config, tokens).min(texts);
+    // Two numbers for each token: which it is, and how a text opens.
+    let draws = sampling::draws(own.seed, 2 * own.samples * tokens);
+    let draw = |text: usize, step: usize| (draws[2 * (text * tokens + step)], draws[2 * (text * tokens + step) + 1]);
+    let together = on.texts_at_once(config, tokens).min(own.samples);
+    let mut ids = vec![0; own.samples * tokens];
     for (group, ids) in ids.chunks_mut(together * tokens).enumerate() {
         let count = ids.len() / tokens;
+        let numbers = group * together..group * together + count;
+        let kind = |text: usize| openings.kinds()[text % openings.kinds().len()];
+        let mut texts: Vec<_> = numbers.clone().map(|text| openings.text(kind(text))).collect();
         let caches = config.layers.iter().map(|layer| on.cache(layer, count, tokens));
         let mut caches = caches.collect::<Result<Vec<_>>>()?;
-        let mut last = vec![first; count];
-        for (step, draws) in draws.chunks_exact(texts).enumerate() {
+        let mut said = vec![0; count];
+        for step in 0..tokens {
+            let each = texts.iter_mut().zip(&said).zip(numbers.clone());
+            let last: Vec<u32> = each.map(|((text, &said), number)| text.next(said, draw(number, step).1)).collect();
             ids.iter_mut().skip(step).step_by(tokens).zip(&last).for_each(|(id, &last)| *id = last);
             progress.inc(SAMPLED_TOKEN * (count * config.layers.len()) as u64);
             if step + 1 == tokens {
@@ -74,11 +85,21 @@ pub(super) fn sample(
                     }
                 };
             }
-            last = head.draw(&h, &draws[group * together..][..count])?;
-            last.iter_mut().filter(|id| config.eos_token_ids.contains(id)).for_each(|id| *id = first);
+            let draws: Vec<f32> = numbers.clone().map(|text| draw(text, step).0).collect();
+            said = head.draw(&h, &draws)?;
         }
     }
     Ok(ids)
+}
+
+/// Texts of `tokens` tokens that are written together.
+pub(super) fn together(config: &ModelConfig, tokens: usize) -> usize {
+    let of_layer = |layer: &LayerConfig| {
+        let Attention { num_kv_heads, head_dim, .. } = *layer.attention();
+        2 * 4 * tokens * num_kv_heads * head_dim
+    };
+    let bytes: usize = config.layers.iter().map(of_layer).sum();
+    (KEPT_BYTES / bytes.max(1)).clamp(1, TOGETHER)
 }
 
 /// True if all layers in f32 are small enough to stay in memory while text is made.

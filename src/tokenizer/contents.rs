@@ -35,7 +35,7 @@ impl Tokenizer {
     }
 
     /// Added tokens that are marked as special, or that start or end texts.
-    fn specials(&self) -> BTreeMap<u32, String> {
+    pub(super) fn specials(&self) -> BTreeMap<u32, String> {
         let added = self.inner.get_added_tokens_decoder().into_iter();
         let is_special = |id: u32| Some(id) == self.bos || self.stop_ids.contains(&id);
         added.filter(|(id, token)| token.special || is_special(*id)).map(|(id, token)| (id, token.content)).collect()

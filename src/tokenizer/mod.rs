@@ -7,6 +7,7 @@ mod files;
 mod fixture;
 mod guard;
 mod merge;
+mod openings;
 mod stream;
 mod text;
 
@@ -21,6 +22,7 @@ pub use chat::Message;
 pub use files::TextFiles;
 use guard::guard;
 pub(crate) use merge::post_processor;
+pub(crate) use openings::Turns;
 pub use stream::TextStream;
 pub use text::TextReader;
 

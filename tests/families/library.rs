@@ -122,7 +122,7 @@ fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 
 impl Tiny<'_> {
     fn calibration(&self) -> Calibration {
-        Calibration::Text { tokens: tokens(&self.config, 1, 64), seq_len: SEQ_LEN, samples: 64, name: "random".into() }
+        Calibration::of_text(tokens(&self.config, 1, 64), SEQ_LEN, 64, "random")
     }
 
     fn quantized(&self, format: Format, bits: f64, refine: Refine, out: &Path) -> Checkpoint {

@@ -431,7 +431,7 @@ fn awq_residuals_are_against_the_scaled_original() {
     let awq = Grouped::open(&quantized).unwrap();
     let out = dir.path().join("out");
     let tokens = (0..96).map(|i| i * 5 % 8).collect();
-    let calibration = Calibration::Text { tokens, seq_len: 24, samples: 4, name: "nonsense".into() };
+    let calibration = Calibration::of_text(tokens, 24, 4, "nonsense");
     let options = ResidualOptions { calibration, source: "awq".into(), overwrite: false };
     let (stop, bar) = (AtomicBool::new(false), Silent);
     residuals(&source, &awq, awq.texts(), &options, &out, &stop, &bar).unwrap();

@@ -179,7 +179,7 @@ fn options(backend: Format, refine: Refine) -> Options {
         group_size: None,
         awq: true,
         refine,
-        calibration: Calibration::Text { tokens, seq_len: 16, samples: 4, name: "nonsense".into() },
+        calibration: Calibration::of_text(tokens, 16, 4, "nonsense"),
         source: "small".into(),
         overwrite: true,
     }

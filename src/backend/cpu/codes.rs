@@ -9,8 +9,8 @@ use super::dense::{Row, products_of_row};
 use super::digits::Digits;
 use super::kernels::look_up;
 use super::octets::{Octets, ROWS, WholeRow};
-use super::path::{Path, on_every_path};
 use crate::format::{AnyPrec, Floats, LutGemm};
+use crate::processor::{Path, on_every_path};
 use crate::weights::Weight;
 
 /// One row of activations, as products take it.

@@ -5,7 +5,7 @@
 use half::f16;
 
 use super::kernels::{LANES, dot};
-use super::path::{Kind, Path};
+use crate::processor::{Kind, Path};
 use crate::format::Floats;
 
 /// Weights of one row as they are stored.

@@ -5,7 +5,7 @@
 //! of 16 bits each, and these are `256·high + middle` and `128·third + fourth` of signed bytes, its *digits*: what
 //! instructions that multiply bytes take.
 
-use super::path::{Path, on_every_path};
+use crate::processor::{Path, on_every_path};
 
 /// The largest `n`: the upper digits are 127.
 const MOST: f64 = (32_639 * 32_768 + 16_319) as f64;

@@ -3,9 +3,9 @@
 //! A sum has 32 lanes, channel `k` in lane `k % 32`, each a chain of fused multiply-adds; then lanes are added in pairs.
 //! So all paths make the same bits, whatever the number of threads.
 
-use super::path::{Kind, Path, on_every_path};
 use crate::config::Activation;
 use crate::dec::DecPlan;
+use crate::processor::{Kind, Path, on_every_path};
 use crate::quantize::exponential::exp;
 
 /// Partial sums.

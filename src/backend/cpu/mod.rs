@@ -10,7 +10,6 @@ mod dense;
 mod digits;
 mod kernels;
 mod octets;
-mod path;
 mod team;
 
 use std::time::{Duration, Instant};
@@ -21,12 +20,12 @@ pub use decode::Cache;
 
 use self::codes::{Codes, Operand};
 use self::octets::ROWS;
-use self::path::Path;
 use self::team::Team;
 use super::record::{ByClock, Clock};
 use super::{DeviceInfo, GemvBackend};
 use crate::dec::DecPlan;
 use crate::format::{Floats, Residual};
+use crate::processor::Path;
 use crate::weights::{Linear, Weight};
 
 /// The processor, all of its cores.

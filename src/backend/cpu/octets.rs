@@ -22,7 +22,7 @@ use rayon::prelude::*;
 pub(super) use whole::WholeRow;
 
 use super::digits::{Digits, LANE, UPPER};
-use super::path::{Kind, Path};
+use crate::processor::{Kind, Path};
 
 /// Rows that belong together.
 pub(super) const ROWS: usize = 8;

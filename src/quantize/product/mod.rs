@@ -1,4 +1,11 @@
-//! Matrix products in f32: strides checked, on all cores where asked for.
+//! Matrix products in f32: strides checked, on all cores where asked for, the same bits on all processors.
+
+mod tiles;
+
+use std::sync::OnceLock;
+
+use self::tiles::Target;
+use crate::processor::Path;
 
 /// Overwrites `y` `[tokens, out_features]` with `x · Wᵀ`, for `x` `[tokens, depth]` and `w` `[out_features,
 /// depth]`, on all cores.
@@ -18,6 +25,16 @@ impl Strided<'_> {
     /// The matrix from row `first` on.
     pub(crate) fn below(self, first: usize) -> Self {
         Self { values: &self.values[first * self.row..], ..self }
+    }
+
+    /// The matrix from row `i` and column `j` on.
+    fn from(self, i: usize, j: usize) -> Self {
+        Self { values: &self.values[i * self.row + j * self.column..], ..self }
+    }
+
+    /// Rows for columns.
+    fn turned(self) -> Self {
+        Self { row: self.column, column: self.row, ..self }
     }
 
     fn assert_holds(&self, rows: usize, columns: usize) {
@@ -61,32 +78,12 @@ fn general_product(
     assert!(y.len() >= len && row >= n && depth > 0, "matrix product: {} results, {m} x {n} expected", y.len());
     a.assert_holds(m, depth);
     b.assert_holds(depth, n);
-    let stride = |s: usize| s as isize;
-    let (a_data, b_data) = (a.values.as_ptr(), b.values.as_ptr());
-    let keep = if add { 1.0 } else { 0.0 };
-    // SAFETY: the assertions above keep every element that the strides and sizes reach inside its slice, and `y`,
-    // borrowed mutably, overlaps neither operand.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            depth,
-            y.as_mut_ptr(),
-            1,
-            stride(row),
-            add,
-            a_data,
-            stride(a.column),
-            stride(a.row),
-            b_data,
-            stride(b.column),
-            stride(b.row),
-            keep,
-            1.0,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
+    let parallel = !matches!(parallelism, gemm::Parallelism::None);
+    tiles::multiply(path(), [m, n, depth], (a, b), Target { y, row, add }, parallel);
+}
+
+/// The instructions that products use.
+fn path() -> Path {
+    static PATH: OnceLock<Path> = OnceLock::new();
+    *PATH.get_or_init(Path::detect)
 }

@@ -1,6 +1,7 @@
 //! Which instructions the loops use: chosen when the program runs.
 //!
-//! All paths make the same bits: sums of whole numbers are exact, and sums of f32 run in one order. `DECDEC_CPU` set to
+//! All paths make the same bits: sums of whole numbers are exact, and sums of f32 run in one order, in which nothing is
+//! fused on one path that is not on the others. `DECDEC_CPU` set to
 //! one of their names holds the processor to it, for tests and comparisons.
 
 use std::fmt;
@@ -10,10 +11,10 @@ const VARIABLE: &str = "DECDEC_CPU";
 
 /// Instructions that the loops may use. One exists only where the processor has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Path(Kind);
+pub(crate) struct Path(Kind);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// AVX-512 F, BW, DQ and VL with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -28,10 +29,10 @@ pub(super) enum Kind {
 }
 
 impl Path {
-    pub(super) const SCALAR: Self = Self(Kind::Scalar);
+    pub(crate) const SCALAR: Self = Self(Kind::Scalar);
 
     /// All that this processor has, best first.
-    pub(super) fn all() -> impl Iterator<Item = Self> {
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
         let mut paths = Vec::new();
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -56,7 +57,7 @@ impl Path {
     ///
     /// # Panics
     /// The environment names one that it has not.
-    pub(super) fn detect() -> Self {
+    pub(crate) fn detect() -> Self {
         let held = std::env::var(VARIABLE).ok();
         Self::all().find(|path| held.as_ref().is_none_or(|held| path.name() == held)).unwrap_or_else(|| {
             let names: Vec<_> = Self::all().map(Self::name).collect();
@@ -64,12 +65,12 @@ impl Path {
         })
     }
 
-    pub(super) fn kind(self) -> Kind {
+    pub(crate) fn kind(self) -> Kind {
         self.0
     }
 
     /// For device listings.
-    pub(super) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
@@ -82,7 +83,7 @@ impl Path {
     }
 
     /// True if its products of whole numbers are those of 16-bit numbers.
-    pub(super) fn multiplies_words(self) -> bool {
+    pub(crate) fn multiplies_words(self) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => true,
@@ -95,7 +96,7 @@ impl Path {
 macro_rules! on_every_path {
     ($(#[$doc:meta])* $visible:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $returned:ty)? $body:block) => {
         $(#[$doc])*
-        $visible fn $name(path: $crate::backend::cpu::path::Path, $($arg: $type),*) $(-> $returned)? {
+        $visible fn $name(path: $crate::processor::Path, $($arg: $type),*) $(-> $returned)? {
             #[inline(always)]
             fn portable($($arg: $type),*) $(-> $returned)? $body
 
@@ -109,7 +110,7 @@ macro_rules! on_every_path {
             fn avx2($($arg: $type),*) $(-> $returned)? {
                 portable($($arg),*)
             }
-            use $crate::backend::cpu::path::Kind;
+            use $crate::processor::Kind;
             match path.kind() {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: a path exists only where the processor has its instructions.
@@ -122,7 +123,7 @@ macro_rules! on_every_path {
         }
     };
 }
-pub(super) use on_every_path;
+pub(crate) use on_every_path;
 
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

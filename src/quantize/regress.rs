@@ -1,0 +1,253 @@
+//! The regressed residual: what the taken channels say about the others is corrected through them too.
+//!
+//! A token's input is `x = z + x̄`, with `z` what compensation takes of it. The residual `R = W − Ŵ` gives back `R·z` and
+//! leaves `R·x̄`. Where `x̄` goes along with `z`, `D = R·(I + H_x̄z·H_zz⁻¹)` does better: of all matrices it leaves the
+//! least of `Σ |R·x − D·z|²`, with `H_x̄z = Σ x̄ zᵀ` and `H_zz = Σ z zᵀ` over the calibration text. `H_zz` is damped, so that
+//! channels that are seldom taken keep their own residual.
+
+use rayon::prelude::*;
+
+use super::exponential::dot;
+use super::gram::Taken;
+use super::product::{Strided, multiply};
+
+/// What the diagonal of `H_zz` grows by, of its mean.
+const DAMPING: f32 = 0.1;
+/// Channels that the others are predicted by, at most: what they cost grows with their square.
+const MOST: usize = 2048;
+/// Rows that go through a triangle together: what they share of it stays in the cache.
+const ROWS: usize = 8;
+
+/// What the channels that are taken have in common, summed up over tokens.
+#[derive(Debug, Clone)]
+pub(crate) struct Together {
+    channels: Vec<u32>, // ascending: those that are regressed on
+    square: Vec<f32>,   // [channels, channels]: Σ z zᵀ
+    across: Vec<f32>,   // [channels, n]: Σ z x̄ᵀ
+    energy: Vec<f32>,   // [n]: Σ z²
+}
+
+impl Together {
+    /// Of inputs `x` `[tokens, n]` of which the channels `taken` are taken.
+    pub(crate) fn of(x: &[f32], n: usize, taken: &Taken) -> Self {
+        let energy = taken.energy(x, n);
+        let channels = regressed(&energy);
+        let u = channels.len();
+        let tokens = taken.by_channel(n);
+        let mut place = vec![None; n];
+        channels.iter().enumerate().for_each(|(i, &k)| place[k as usize] = Some(i));
+        let (mut across, mut square) = (vec![0f32; u * n], vec![0f32; u * u]);
+        let rows = across.par_chunks_exact_mut(n).zip(square.par_chunks_exact_mut(u.max(1))).zip(&channels);
+        rows.for_each(|((across, square), &k)| {
+            for &t in &tokens[k as usize] {
+                let x = &x[t as usize * n..][..n];
+                let by = x[k as usize];
+                across.iter_mut().zip(x).for_each(|(sum, x)| *sum += by * x);
+                for &other in taken.of(t as usize) {
+                    let product = by * x[other as usize];
+                    across[other as usize] -= product;
+                    if let Some(i) = place[other as usize] {
+                        square[i] += product;
+                    }
+                }
+            }
+        });
+        Self { channels, square, across, energy }
+    }
+
+    /// The same from `Σ z zᵀ` and `Σ z x̄ᵀ` over all channels, both `[n, n]`.
+    pub(crate) fn among_all(n: usize, square: &[f32], across: &[f32]) -> Self {
+        let energy: Vec<f32> = square.iter().step_by(n + 1).copied().collect();
+        let channels = regressed(&energy);
+        let row = |of: &'_ [f32], k: u32| of[k as usize * n..][..n].to_vec();
+        let across = channels.iter().flat_map(|&k| row(across, k)).collect();
+        let of_row = |&k: &u32| channels.iter().map(move |&j| square[k as usize * n + j as usize]);
+        let square = channels.iter().flat_map(of_row).collect();
+        Self { channels, square, across, energy }
+    }
+
+    /// Σx² of every channel over the tokens for which it is taken.
+    pub(crate) fn energy(&self) -> &[f32] {
+        &self.energy
+    }
+
+    /// Turns the residual `lost` `[rows, n]` into the one that also corrects what the taken channels predict of the
+    /// others. Channels that no token takes stay as they are.
+    pub(crate) fn regress(mut self, lost: &mut [f32]) {
+        let (n, u) = (self.energy.len(), self.channels.len());
+        let mean = self.square.iter().step_by(u + 1).sum::<f32>() / u.max(1) as f32;
+        if mean <= 0.0 || !mean.is_finite() {
+            return;
+        }
+        self.square.iter_mut().step_by(u + 1).for_each(|h| *h += DAMPING * mean);
+        factor(&mut self.square, u);
+        let m = lost.len() / n;
+        let mut predicted = vec![0.0; m * u];
+        let rows = Strided { values: lost, row: n, column: 1 };
+        let turned = Strided { values: &self.across, row: 1, column: n };
+        multiply([m, u, n], rows, turned, &mut predicted, gemm::Parallelism::Rayon(0));
+        predicted.par_chunks_mut(ROWS * u).for_each(|rows| solve(&self.square, u, rows));
+        lost.par_chunks_exact_mut(n).zip(predicted.par_chunks_exact(u)).for_each(|(lost, more)| {
+            let finite = self.channels.iter().zip(more).filter(|(_, more)| more.is_finite());
+            finite.for_each(|(&k, more)| lost[k as usize] += more);
+        });
+    }
+}
+
+/// The channels that are regressed on, ascending: those with some energy, [`MOST`] with the most of it.
+fn regressed(energy: &[f32]) -> Vec<u32> {
+    let mut channels: Vec<u32> = (0..energy.len() as u32).filter(|&k| energy[k as usize] > 0.0).collect();
+    channels.sort_by(|&a, &b| energy[b as usize].total_cmp(&energy[a as usize]));
+    channels.truncate(MOST);
+    channels.sort_unstable();
+    channels
+}
+
+/// Cholesky's triangle `L` of a symmetric, positive definite matrix `[n, n]`, `L·Lᵀ`, in the place of its lower half.
+fn factor(a: &mut [f32], n: usize) {
+    /// Rows that a thread takes at least.
+    const AT_LEAST: usize = 32;
+    for k in 0..n {
+        let (above, below) = a.split_at_mut((k + 1) * n);
+        let row = &mut above[k * n..];
+        // Rounding must not make it negative.
+        let pivot = (row[k] - dot(&row[..k], &row[..k])).max(f32::MIN_POSITIVE).sqrt();
+        row[k] = pivot;
+        let row = &row[..k];
+        below.par_chunks_exact_mut(n).with_min_len(AT_LEAST).for_each(|other| {
+            other[k] = (other[k] - dot(&other[..k], row)) / pivot;
+        });
+    }
+}
+
+/// Overwrites `rows` `[.., n]` with `rows · (L·Lᵀ)⁻¹`.
+fn solve(l: &[f32], n: usize, rows: &mut [f32]) {
+    for (j, l) in l.chunks_exact(n).enumerate() {
+        rows.chunks_exact_mut(n).for_each(|row| row[j] = (row[j] - dot(&row[..j], &l[..j])) / l[j]);
+    }
+    for (j, l) in l.chunks_exact(n).enumerate().rev() {
+        for row in rows.chunks_exact_mut(n) {
+            let by = row[j] / l[j];
+            row[j] = by;
+            row[..j].iter_mut().zip(&l[..j]).for_each(|(x, l)| *x -= by * l);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling;
+
+    const N: usize = 64;
+    const M: usize = 5;
+
+    /// Inputs of which each channel goes along with its neighbours; a few are large, a few quiet.
+    fn inputs(seed: u64, tokens: usize) -> Vec<f32> {
+        let draws = sampling::draws(seed, tokens * (N + 4));
+        let each = draws.chunks_exact(N + 4).flat_map(|draws| {
+            (0..N).map(move |k| {
+                let loud = [1.0, 6.0, 0.01][usize::from(k % 16 == 3) + 2 * usize::from(k % 16 == 9)];
+                (draws[k..k + 4].iter().sum::<f32>() - 2.0) * loud
+            })
+        });
+        each.collect()
+    }
+
+    fn lost() -> Vec<f32> {
+        sampling::draws(7, M * N).iter().map(|x| x - 0.5).collect()
+    }
+
+    /// `Σ |R·x − D·z|²`, and its derivative by `D` without damping.
+    fn left(residual: &[f32], lost: &[f32], x: &[f32], taken: &Taken) -> (f64, Vec<f64>) {
+        let (mut sum, mut slope) = (0.0, vec![0.0; M * N]);
+        for (t, x) in x.chunks_exact(N).enumerate() {
+            for (row, (d, r)) in residual.chunks_exact(N).zip(lost.chunks_exact(N)).enumerate() {
+                let all: f64 = r.iter().zip(x).map(|(r, x)| f64::from(*r) * f64::from(*x)).sum();
+                let given = taken.of(t).iter().map(|&k| f64::from(d[k as usize]) * f64::from(x[k as usize]));
+                let error = all - given.sum::<f64>();
+                sum += error * error;
+                taken.of(t).iter().for_each(|&k| slope[row * N + k as usize] -= 2.0 * error * f64::from(x[k as usize]));
+            }
+        }
+        (sum, slope)
+    }
+
+    #[test]
+    fn what_is_left_is_the_least_that_damping_allows() {
+        let x = inputs(1, 900);
+        let taken = Taken::select(&x, N, 96).unwrap();
+        let (lost, mut residual) = (lost(), lost());
+        Together::of(&x, N, &taken).regress(&mut residual);
+        // Where it is least, the slope is what damping pulls: 2·0.1·mean·(R − D).
+        let energy: Vec<f32> = taken.energy(&x, N);
+        let some = taken.union(N).len();
+        let mean = f64::from(energy.iter().sum::<f32>()) / some as f64;
+        let (own, slope) = left(&residual, &lost, &x, &taken);
+        let (plain, steep) = left(&lost, &lost, &x, &taken);
+        let size = steep.iter().fold(0f64, |m, s| m.max(s.abs()));
+        for (i, slope) in slope.iter().enumerate() {
+            let pull = 2.0 * f64::from(DAMPING) * mean * f64::from(lost[i] - residual[i]);
+            assert!((slope - pull).abs() < 1e-3 * size, "{i}: {slope}, {pull} expected");
+        }
+        assert!(own < 0.8 * plain, "{own} is left, {plain} by the plain residual");
+        assert!(size > 1.0, "the slope of the plain residual is seen");
+    }
+
+    #[test]
+    fn later_text_gains_too_and_channels_that_nobody_takes_stay() {
+        let (x, later) = (inputs(1, 900), inputs(2, 300));
+        let taken = Taken::select(&x, N, 48).unwrap();
+        let taken_later = Taken::select(&later, N, 48).unwrap();
+        let (lost, mut residual) = (lost(), lost());
+        Together::of(&x, N, &taken).regress(&mut residual);
+        let [own, plain] = [&residual, &lost].map(|residual| left(residual, &lost, &later, &taken_later).0);
+        assert!(own < 0.9 * plain, "{own} is left, {plain} by the plain residual");
+        let union = taken.union(N);
+        let untouched = (0..M * N).filter(|i| !union.contains(&((i % N) as u32)));
+        assert!(untouched.clone().count() > 0 && untouched.clone().all(|i| lost[i] == residual[i]));
+        let none = Taken::select(&x, N, 0).unwrap();
+        let mut same = lost.clone();
+        Together::of(&x, N, &none).regress(&mut same);
+        assert_eq!(same, lost);
+    }
+
+    #[test]
+    fn sums_over_all_channels_lead_to_the_same() {
+        let x = inputs(1, 200);
+        let taken = Taken::select(&x, N, 48).unwrap();
+        let (mut square, mut across) = (vec![0f32; N * N], vec![0f32; N * N]);
+        for (t, x) in x.chunks_exact(N).enumerate() {
+            let is_taken = |k: usize| taken.of(t).contains(&(k as u32));
+            for (i, j) in (0..N).filter(|&i| is_taken(i)).flat_map(|i| (0..N).map(move |j| (i, j))) {
+                let to = if is_taken(j) { &mut square } else { &mut across };
+                to[i * N + j] += x[i] * x[j];
+            }
+        }
+        let (mut own, mut all) = (lost(), lost());
+        let sparse = Together::of(&x, N, &taken);
+        assert!(sparse.energy().iter().zip(taken.energy(&x, N)).all(|(a, b)| *a == b));
+        sparse.regress(&mut own);
+        Together::among_all(N, &square, &across).regress(&mut all);
+        let off = own.iter().zip(&all).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(off < 1e-4 && own != lost(), "{off}");
+    }
+
+    #[test]
+    fn a_triangle_solves_what_it_was_made_of() {
+        let n = 40;
+        let x: Vec<f32> = sampling::draws(3, n * 100).iter().map(|x| x - 0.5).collect();
+        let at = |i: usize, j: usize| x.chunks_exact(n).map(|x| f64::from(x[i]) * f64::from(x[j])).sum::<f64>();
+        let a: Vec<f32> = (0..n * n).map(|i| at(i / n, i % n) as f32).collect();
+        let want: Vec<f32> = sampling::draws(4, 3 * n);
+        let mut rows: Vec<f32> = (0..3 * n)
+            .map(|i| (0..n).map(|k| f64::from(want[i / n * n + k]) * at(k, i % n)).sum::<f64>() as f32)
+            .collect();
+        let mut l = a;
+        factor(&mut l, n);
+        let before = rows.clone();
+        solve(&l, n, &mut rows);
+        assert!(rows.iter().zip(&want).all(|(x, want)| (x - want).abs() < 1e-3), "{rows:?}");
+        assert!(before.iter().zip(&want).any(|(x, want)| (x - want).abs() > 1e-2));
+    }
+}

@@ -5,13 +5,13 @@
 
 mod bench;
 mod convert;
+mod eval;
 mod flags;
 mod generate;
 mod numbers;
 mod profile;
 mod shared;
 
-use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -24,6 +24,7 @@ use decdec::format::Format;
 use crate::output;
 pub(crate) use bench::BenchArgs;
 pub(crate) use convert::{ConvertArgs, ResidualsArgs};
+pub(crate) use eval::{CompareArgs, PerplexityArgs};
 pub(crate) use generate::GenerateArgs;
 use numbers::whole;
 pub(crate) use profile::{ProfileArgs, ProfileName, TuneArgs};
@@ -171,31 +172,8 @@ pub(crate) enum RefineArg {
 pub(crate) enum EvalCommand {
     /// Perplexity on a text, in windows that share no context
     Perplexity(PerplexityArgs),
-}
-
-/// `decdec eval perplexity`
-#[derive(Debug, Args)]
-pub(crate) struct PerplexityArgs {
-    /// A checkpoint, a directory as the reference's scripts write it, or a full-precision source
-    pub(crate) path: PathBuf,
-    #[command(flatten)]
-    pub(crate) width: WidthArg,
-    /// The text
-    #[arg(long, value_name = "FILE")]
-    pub(crate) text: PathBuf,
-    /// Tokens of a window
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = whole(2..=usize::MAX))]
-    pub(crate) seq_len: usize,
-    /// Which windows, the end excluded, as in 100..112 [default: all]
-    #[arg(long, value_name = "A..B", value_parser = parse_range)]
-    pub(crate) windows: Option<Range<usize>>,
-    #[command(flatten)]
-    pub(crate) run: RunArgs,
-    /// A full-precision source to measure divergence from
-    #[arg(long, value_name = "SOURCE")]
-    pub(crate) compare: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) output: JsonArg,
+    /// Several checkpoints and k_chunks beside each other: divergence, bytes and speed
+    Compare(CompareArgs),
 }
 
 /// `decdec inspect`
@@ -207,12 +185,4 @@ pub(crate) struct InspectArgs {
     pub(crate) width: WidthArg,
     #[command(flatten)]
     pub(crate) output: JsonArg,
-}
-
-/// `A..B`
-fn parse_range(text: &str) -> Result<Range<usize>, String> {
-    let (start, end) = text.split_once("..").ok_or("two numbers are expected, as in 100..112")?;
-    let number = |part: &str| part.parse::<usize>().map_err(|_| format!("'{part}' is not a number"));
-    let (start, end) = (number(start)?, number(end)?);
-    if start < end { Ok(start..end) } else { Err(format!("{start}..{end} is empty, the end is excluded")) }
 }

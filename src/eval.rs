@@ -1,5 +1,9 @@
 //! Perplexity, and how far a quantized model strays from its source.
 
+#[cfg(feature = "cli")]
+mod picture;
+mod statistics;
+
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -9,13 +13,17 @@ use rayon::prelude::*;
 use crate::engine::{Engine, Session, Settings};
 use crate::format::Floats;
 use crate::sampling::argmax;
+#[cfg(feature = "cli")]
+pub use picture::{Choice, draw};
+use statistics::Token;
+pub use statistics::{Figure, Figures};
 
 /// What to make of a logit that is no number: weights are finite, so something was too large on the way.
 const OVERFLOW: &str = "the logits are not finite numbers, try --dtype bfloat16 or --dtype float32; if they stay so, \
                         the weights are damaged";
 
 /// What was measured over all windows.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Evaluation {
     /// `exp` of the mean negative log likelihood of a token.
     pub perplexity: f64,
@@ -37,6 +45,9 @@ pub struct Evaluation {
     /// source, below 0 where it is worse than none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recovered: Option<f64>,
+    /// What llama-perplexity says of a model and its source, under its names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub figures: Option<Figures>,
 }
 
 /// Windows of `seq_len` tokens: `tokens[w · seq_len ..][.. seq_len]` for every `w` of `windows`.
@@ -68,10 +79,29 @@ pub fn perplexity(
     model: &Engine<'_>,
     source: Option<&Engine<'_>>,
     windows: &[&[u32]],
+    done: impl FnMut(usize) -> Result<()>,
+) -> Result<Evaluation> {
+    perplexity_behind(model, source, windows, 0, done)
+}
+
+/// As [`perplexity`], of the predictions behind the first `uncounted` tokens of every window alone: llama-perplexity counts
+/// those of the second half.
+///
+/// # Errors
+/// Those of [`perplexity`], and windows that end with what is not counted.
+pub fn perplexity_behind(
+    model: &Engine<'_>,
+    source: Option<&Engine<'_>>,
+    windows: &[&[u32]],
+    uncounted: usize,
     mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Evaluation> {
     let vocab = model.config().vocab_size;
     let seq_len = check(windows, vocab)?;
+    ensure!(
+        uncounted + 1 < seq_len,
+        "{uncounted} of {seq_len} tokens of a window are not counted, nothing is left to predict"
+    );
     if let Some(theirs) = source.map(|source| source.config().vocab_size) {
         ensure!(theirs == vocab, "a source of {theirs} tokens for a model of {vocab}, give the model's own source");
     }
@@ -88,16 +118,17 @@ pub fn perplexity(
             let tokens = &window[first..(first + step).min(seq_len)];
             // The last token of a window has nothing to predict.
             let targets = &window[first + 1..(first + step + 1).min(seq_len)];
+            let from = uncounted.saturating_sub(first).min(targets.len());
             let place = || format!("window {w} of the text, tokens from {first} on");
             let logits = read(&mut ours, tokens).with_context(place)?;
             let source_logits = source.as_mut().map(|source| read(source, tokens)).transpose();
             let source_logits = source_logits.context("the source").with_context(place)?;
             if let Some(logits) = source_logits {
-                source_sums.add(logits, None, targets, vocab);
+                source_sums.add(logits, None, targets, from, vocab);
             }
-            sums.add(logits, source_logits, targets, vocab);
+            sums.add(logits, source_logits, targets, from, vocab);
             if let Some(base) = &mut base {
-                base_sums.add(read(base, tokens).with_context(place)?, None, targets, vocab);
+                base_sums.add(read(base, tokens).with_context(place)?, None, targets, from, vocab);
             }
         }
         done(w + 1)?;
@@ -113,6 +144,7 @@ pub fn perplexity(
         source_perplexity: compared.then_some(theirs.exp()),
         base_perplexity: base.is_some().then_some(alone.exp()),
         recovered: (base.is_some() && alone != theirs).then(|| (alone - own) / (alone - theirs)),
+        figures: (sums.compared.len() > 1).then(|| Figures::of(&sums.compared)),
     })
 }
 
@@ -148,32 +180,38 @@ struct Sums {
     nll: f64,
     kl: f64,
     agree: f64,
+    /// Every token, where there is a source.
+    compared: Vec<Token>,
 }
 
 impl Sums {
-    fn add(&mut self, logits: &[f32], source: Option<&[f32]>, targets: &[u32], vocab: usize) {
+    /// Adds the predictions of `targets` behind the first `from` of them.
+    fn add(&mut self, logits: &[f32], source: Option<&[f32]>, targets: &[u32], from: usize, vocab: usize) {
         let of_one = |(i, &target): (usize, &u32)| {
             let row = &logits[i * vocab..(i + 1) * vocab];
             let log_sum = log_sum_exp(row);
             let nll = log_sum - f64::from(row[target as usize]);
-            let Some(source) = source else { return [nll, 0.0, 0.0] };
+            let Some(source) = source else { return Token { nll, source_nll: 0.0, kld: 0.0, same_top: false } };
             let theirs = &source[i * vocab..(i + 1) * vocab];
             let their_log_sum = log_sum_exp(theirs);
             let terms = theirs.iter().zip(row).map(|(&p, &q)| {
                 let log_p = f64::from(p) - their_log_sum;
                 log_p.exp() * (log_p - (f64::from(q) - log_sum))
             });
-            let agree = if argmax(row) == argmax(theirs) { 1.0 } else { 0.0 };
-            [nll, terms.sum(), agree]
+            let source_nll = their_log_sum - f64::from(theirs[target as usize]);
+            Token { nll, source_nll, kld: terms.sum(), same_top: argmax(row) == argmax(theirs) }
         };
         // Collected before they are added: the sum must not depend on the number of threads.
-        let each: Vec<[f64; 3]> = targets.par_iter().enumerate().map(of_one).collect();
-        for [nll, kl, agree] in each {
-            self.nll += nll;
-            self.kl += kl;
-            self.agree += agree;
+        let each: Vec<Token> = targets.par_iter().enumerate().skip(from).map(of_one).collect();
+        for token in &each {
+            self.nll += token.nll;
+            self.kl += token.kld;
+            self.agree += f64::from(u8::from(token.same_top));
         }
-        self.predictions += targets.len();
+        self.predictions += each.len();
+        if source.is_some() {
+            self.compared.extend(each);
+        }
     }
 }
 

@@ -34,6 +34,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Residuals(args) => commands::convert::residuals(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Eval(EvalCommand::Perplexity(args)) => commands::eval::perplexity(args),
+        Command::Eval(EvalCommand::Compare(args)) => commands::eval::compare(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Profile(args) => commands::profile::run(args),
         Command::Tune(args) => commands::tune::run(args),

@@ -17,7 +17,9 @@ use decdec::eval;
 use decdec::format::{Format, bytes};
 use decdec::model::{Compensation, LayerCompensation, Model};
 use decdec::progress::Silent;
-use decdec::quantize::{Calibration, Options, Refine, Report, ResidualOptions, Text, estimate, quantize, residuals};
+use decdec::quantize::{
+    Calibration, Options, Own, Refine, Report, ResidualOptions, Text, estimate, quantize, residuals,
+};
 use decdec::sampling::draws;
 use decdec::source::simulated::Simulated;
 use decdec::weights::{Linear, ModelWeights, Weight};
@@ -224,6 +226,26 @@ fn sampled_text_follows_the_seed() {
     let (first, again, other) = (with("first", 1), with("again", 1), with("other", 2));
     assert_eq!(first, again);
     assert_ne!(first["thresholds.safetensors"], other["thresholds.safetensors"]);
+}
+
+#[test]
+fn own_text_stands_beside_a_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = SmallModel::new(4, 2, false);
+    let with = |name: &str, calibration: Calibration| {
+        let out = dir.path().join(name);
+        let report = make(&model, &Options { calibration, ..options(Format::AnyPrec, 3.0) }, &out).unwrap();
+        (report.tokens, report.manifest.calibration, contents(&out))
+    };
+    let own = |samples, seed| Calibration { own: Some(Own { samples, seed }), ..text(6) };
+    let (tokens, said, first) = with("first", own(3, 1));
+    assert_eq!(tokens, 9 * 24);
+    assert!(said.starts_with("nonsense, 6 x 24 tokens; the model's own text, 3 x 24 tokens, seed 1"), "{said}");
+    let (_, _, other) = with("other", own(3, 2));
+    let (tokens, _, alone) = with("alone", own(0, 1));
+    assert_eq!(tokens, 6 * 24);
+    assert_ne!(first["model.safetensors"], other["model.safetensors"]);
+    assert_ne!(first["model.safetensors"], alone["model.safetensors"]);
 }
 
 /// Residuals for what is at `quantized`, as [`make`] would have made them with `options`.

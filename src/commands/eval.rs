@@ -1,4 +1,6 @@
-//! `decdec eval perplexity`
+//! `decdec eval perplexity` and `decdec eval compare`
+
+mod compare;
 
 use anyhow::{Result, bail, ensure};
 use decdec::device;
@@ -9,6 +11,8 @@ use decdec::progress::Progress;
 
 use crate::cli::PerplexityArgs;
 use crate::output;
+
+pub(crate) use compare::compare;
 
 /// Runs the command.
 pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
@@ -26,7 +30,8 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
     let windows = eval::windows(&tokens, args.seq_len, range)?;
     let evaluation = measure(args, (&opened, source.as_ref()), &windows)?;
-    let Evaluation { perplexity, kl_divergence, source_perplexity, base_perplexity, recovered, .. } = evaluation;
+    let Evaluation { perplexity, kl_divergence, source_perplexity, base_perplexity, recovered, .. } =
+        evaluation.clone();
     let numbers = [Some(perplexity), kl_divergence, source_perplexity, base_perplexity, recovered];
     if let Some(number) = numbers.into_iter().flatten().find(|number| !number.is_finite()) {
         bail!("{number} comes out where a number should: the model's logits are not finite, or far too large");
@@ -47,6 +52,13 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
             100.0 * recovered
         ))?;
     }
+    let Some(figures) = evaluation.figures else { return Ok(()) };
+    output::line("as llama-perplexity --kl-divergence names them:")?;
+    for (name, figure) in &figures.0 {
+        // Padded by characters: some names have others than ASCII.
+        let error = figure.error.map_or_else(String::new, |error| format!(" ± {error:10.6}"));
+        output::line(format_args!("{name:<32}: {:12.6}{error}", figure.value))?;
+    }
     Ok(())
 }
 
@@ -62,7 +74,8 @@ fn measure(
         Options { max_seq_len: Some(args.seq_len), compensate: Compensate::Off, text: false, ..Options::default() };
     let source = source.map(|source| super::load(&device, source, &plain)).transpose()?;
     let bar = super::Bar::new(windows.len(), "reading");
-    eval::perplexity(&engine, source.as_ref(), windows, |_| {
+    let uncounted = if args.second_half { args.seq_len / 2 } else { 0 };
+    eval::perplexity_behind(&engine, source.as_ref(), windows, uncounted, |_| {
         bar.inc(1);
         Ok(())
     })

@@ -7,6 +7,7 @@ mod devices;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
 
+mod calibration;
 mod convert;
 mod flags;
 #[cfg(unix)]
@@ -256,11 +257,12 @@ fn more_samples_than_the_text_has_are_said() {
     std::fs::write(&text, "ab ba abab bbaa ".repeat(20)).expect("written");
     let said = |out: &str, samples: &str| {
         let text = text.to_str().expect("text");
-        let mut command = shop.quantize(out, &["--refine", "none", "--samples", samples, "--calib", text]);
+        let flags = ["--refine", "none", "--samples", samples, "--own-share", "0", "--calib", text];
+        let mut command = shop.quantize(out, &flags);
         String::from_utf8(command.assert().success().get_output().stderr.clone()).expect("text")
     };
-    assert!(said("more", "5000").contains("5000 calibration samples wanted, the text has "), "nothing is said");
-    assert!(!said("fewer", "2").contains("calibration samples wanted"), "said of text that is long enough");
+    assert!(said("more", "5000").contains("5000 calibration samples of the text wanted, it has "), "nothing is said");
+    assert!(!said("fewer", "2").contains("calibration samples of the text wanted"), "said of text that is long enough");
 }
 
 #[cfg(unix)]
@@ -272,7 +274,19 @@ fn ctrl_c_ends_quantization_with_130_and_it_goes_on() {
     let long = |shop: &Workshop| {
         let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("decdec"));
         command.arg("quantize").arg(shop.path("small.gguf")).arg("--out").arg(shop.path("slow"));
-        command.args(["--backend", "ap", "--bitwidth", "3", "--seq-len", "128", "--samples", "4000", "--calib"]);
+        command.args([
+            "--backend",
+            "ap",
+            "--bitwidth",
+            "3",
+            "--seq-len",
+            "128",
+            "--samples",
+            "4000",
+            "--own-share",
+            "0",
+            "--calib",
+        ]);
         command.arg(shop.path("calib.txt"));
         command
     };

@@ -5,8 +5,8 @@
 use half::f16;
 
 use super::kernels::{LANES, dot};
-use crate::processor::{Kind, Path};
 use crate::format::Floats;
+use crate::processor::{Kind, Path};
 
 /// Weights of one row as they are stored.
 #[derive(Clone, Copy)]

@@ -36,7 +36,7 @@ fn options(backend: Format, bits: f64, calibration: Calibration) -> Options {
 
 fn text() -> Calibration {
     let tokens = draws(1, 64 * 24).iter().map(|x| (x * 96.0) as u32).collect();
-    Calibration::Text { tokens, seq_len: 24, samples: 64, name: "random".into() }
+    Calibration::of_text(tokens, 24, 64, "random")
 }
 
 fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -115,7 +115,7 @@ fn residuals_and_sampled_text_of_a_gpu() {
     }
     let (gpu, dir, never) = (Device::open("cuda").unwrap(), tempfile::tempdir().unwrap(), AtomicBool::new(false));
     let model = SmallModel::new(5, 2, false);
-    let sampled = Calibration::Sampled { seq_len: 40, samples: 9, seed: 7 };
+    let sampled = Calibration::of_own(40, 9, 7);
     let quantized = dir.path().join("quantized");
     let options = options(Format::LutGemm, 4.0, sampled.clone());
     gpu.quantize(&model, &texts(), &options, &quantized, &never, &Silent).unwrap();

@@ -55,14 +55,14 @@ fn complete(original: &Path, opened: &Opened, to: &OutArgs, args: &CalibrationAr
     let source = Source::open(original)?;
     let weights = opened.weights();
     let texts = opened.texts().context("the quantized model has no tokenizer")?;
+    let device = super::devices::quantizing(args)?;
     let options = ResidualOptions {
-        calibration: super::quantize::calibration(args, texts, weights.config())?,
+        calibration: super::quantize::calibration(args, &device, texts, weights.config())?,
         source: opened.manifest().map_or(opened.name(), |manifest| &manifest.source).to_owned(),
         overwrite: to.overwrite,
     };
     let stop = super::interrupt::stop_flag(quantize::Interrupted);
     let bar = super::Bar::new(0, "");
-    let device = super::devices::quantizing(args)?;
     let report = super::resumable(device.residuals(&source, weights, texts, &options, &to.out, stop, &bar))?;
     drop(bar);
     tracing::info!(

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use decdec::config::ModelConfig;
+use decdec::device::Device;
 use decdec::quantize::{Calibration, Options, Own, Refine, estimate, one_script, read_text};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
@@ -17,13 +18,14 @@ use crate::output;
 /// Runs the command.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     let source = Source::open(&args.source)?;
+    let device = super::devices::quantizing(&args.calibration)?;
     let options = Options {
         backend: args.backend,
         bits: args.bitwidth,
         group_size: args.group_size,
         awq: !args.no_awq,
         refine: refine(args, source.config())?,
-        calibration: calibration(&args.calibration, source.texts(), source.config())?,
+        calibration: calibration(&args.calibration, &device, source.texts(), source.config())?,
         source: args.source.file_name().unwrap_or(args.source.as_os_str()).to_string_lossy().into_owned(),
         overwrite: args.to.overwrite,
     };
@@ -32,7 +34,6 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     }
     let stop = stop_flag(decdec::quantize::Interrupted);
     let bar = super::Bar::new(0, "");
-    let device = super::devices::quantizing(&args.calibration)?;
     let report = super::resumable(device.quantize(&source, source.texts(), &options, &args.to.out, stop, &bar))?;
     drop(bar);
     tracing::info!(
@@ -98,9 +99,16 @@ fn tuned(path: &Path, args: &QuantizeArgs, config: &ModelConfig) -> Result<[[usi
 }
 
 /// The text that the flags ask for, in the model's tokens.
-pub(crate) fn calibration(args: &CalibrationArgs, texts: &TextFiles, config: &ModelConfig) -> Result<Calibration> {
+pub(crate) fn calibration(
+    args: &CalibrationArgs,
+    device: &Device,
+    texts: &TextFiles,
+    config: &ModelConfig,
+) -> Result<Calibration> {
     let seq_len = args.seq_len.unwrap_or(Calibration::SEQ_LEN.min(config.max_position_embeddings));
-    let samples = args.samples.unwrap_or(Calibration::SAMPLES);
+    let on_gpu = device.info().id.starts_with("cuda");
+    let usual = if on_gpu { Calibration::SAMPLES_OF_A_GPU } else { Calibration::SAMPLES };
+    let samples = args.samples.unwrap_or(usual);
     if args.calib.is_empty() {
         return Ok(Calibration::of_own(seq_len, samples, args.seed));
     }

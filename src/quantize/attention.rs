@@ -6,8 +6,9 @@ use rayon::prelude::*;
 
 use super::exponential::{dot, softcap, softmax};
 use super::forward::Ropes;
-use super::product::{Strided, accumulate, multiply};
+use super::product::{Strided, accumulate, multiply, path};
 use crate::config::{Attention, LayerConfig};
+use crate::processor::on_every_path;
 
 /// Queries that are scored against the keys at once.
 pub(super) const QUERY_BLOCK: usize = 64;
@@ -98,6 +99,16 @@ impl History<'_> {
         let count = out.len() / d;
         let len = position + count;
         let mut scores = vec![0.0; count * len];
+        if count == 1 {
+            // Text that is made token by token: laying keys and values out for a product would take longer than it.
+            let seen = seen(self.attention, position);
+            let (keys, values) = (&self.keys[seen.start * self.stride..], &self.values[seen.start * self.stride..]);
+            let scores = &mut scores[seen];
+            score_one(path(), &queries[..d], keys, self.stride, scores);
+            scale_scores(self.attention, position, scores);
+            softmax(scores);
+            return weigh_one(path(), scores, values, self.stride, out);
+        }
         let q = Strided { values: queries, row: stride, column: 1 };
         let keys = Strided { values: self.keys, row: 1, column: self.stride };
         multiply([count, len, d], q, keys, &mut scores, gemm::Parallelism::None);
@@ -111,6 +122,25 @@ impl History<'_> {
         let values = Strided { values: self.values, row: self.stride, column: 1 };
         let scores = Strided { values: &scores, row: len, column: 1 };
         multiply([count, d, len], scores, values, out, gemm::Parallelism::None);
+    }
+}
+
+on_every_path! {
+    /// Products of one query with keys that are `stride` apart, in the lanes of [`dot`].
+    fn score_one(query: &[f32], keys: &[f32], stride: usize, scores: &mut [f32]) {
+        for (score, key) in scores.iter_mut().zip(keys.chunks(stride)) {
+            *score = dot(query, &key[..query.len()]);
+        }
+    }
+}
+
+on_every_path! {
+    /// The sum of values that are `stride` apart, each times its share.
+    fn weigh_one(shares: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
+        out.fill(0.0);
+        for (share, value) in shares.iter().zip(values.chunks(stride)) {
+            out.iter_mut().zip(value).for_each(|(sum, v)| *sum += share * v);
+        }
     }
 }
 

@@ -40,6 +40,8 @@ impl Calibration {
     pub const SEQ_LEN: usize = 512;
     /// Windows, unless something else is asked for: as many as SmolLM2-135M has time for in five minutes on two cores.
     pub const SAMPLES: usize = 40;
+    /// The same where a GPU quantizes: 200,704 tokens.
+    pub const SAMPLES_OF_A_GPU: usize = 392;
     /// The share of windows that the model writes beside a text that is given, unless something else is asked for.
     pub const OWN_SHARE: f64 = 0.5;
     /// Tokens that all windows may have together: sizes in bytes that follow from them do not overflow.

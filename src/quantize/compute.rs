@@ -230,8 +230,6 @@ pub(crate) trait Compute {
 
     /// Selects `k_chunk` channels per 1024 for every token of `x`.
     fn select(&self, x: &Tensor, in_features: usize, k_chunk: usize) -> Result<Selected>;
-    /// Σx² of every channel: over the tokens for which it is taken, and over all.
-    fn energies(&self, x: &Tensor, in_features: usize, taken: &Selected) -> Result<[Vec<f32>; 2]>;
     /// Puts a projection with this codebook `[out_features, levels]` where it is trained. `read` gives it; it is not asked
     /// where the device still holds what it gave for the same `place`, a layer and a projection.
     fn trained(

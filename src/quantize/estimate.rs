@@ -460,7 +460,7 @@ mod tests {
             group_size: None,
             awq: false,
             refine: Refine::DEFAULT,
-            calibration: Calibration::Text { tokens, seq_len: 512, samples: 392, name: "t".into() },
+            calibration: Calibration::of_text(tokens, 512, 392, "t"),
             source: "random".into(),
             overwrite: false,
         };

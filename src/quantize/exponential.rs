@@ -37,6 +37,7 @@ pub(crate) fn largest(row: &[f32]) -> f32 {
 }
 
 /// Σ aᵢ·bᵢ, in lanes.
+#[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut lanes = [0f32; LANES];

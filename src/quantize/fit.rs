@@ -71,7 +71,7 @@ pub(super) fn weigh(taken: &[f32], all: &[f32]) -> Vec<f32> {
         return vec![1.0; all.len()];
     }
     let mean = all.iter().sum::<f32>() / all.len() as f32;
-    taken.iter().zip(&all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
+    taken.iter().zip(all).map(|(taken, all)| taken + OTHERS * (all + 0.01 * mean)).collect()
 }
 
 #[cfg(test)]

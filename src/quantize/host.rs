@@ -152,10 +152,6 @@ impl Compute for Host {
         Ok(Selected::Host(Taken::select(x.host(), in_features, k_chunk)?))
     }
 
-    fn energies(&self, x: &Tensor, in_features: usize, taken: &Selected) -> Result<[Vec<f32>; 2]> {
-        Ok([self::taken(taken).energy(x.host(), in_features), calibrate::energy(x.host(), in_features)])
-    }
-
     fn trained(
         &self,
         _: (usize, Projection),

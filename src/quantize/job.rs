@@ -200,7 +200,7 @@ impl Job<'_> {
             return Ok(ids);
         }
         let openings = Openings::new(texts, self.source.config());
-        let written = sample::sample(self.source, &openings, own, seq_len, self.stop, self.progress)?;
+        let written = sample::sample(self.on, self.source, &openings, own, seq_len, self.stop, self.progress)?;
         self.writer.write_file(TOKENS, bytemuck::cast_slice(&written))?;
         ids.extend(written);
         Ok(ids)

@@ -108,17 +108,15 @@ fn restore(job: &Job<'_>, learned: &mut [Codebooks]) -> bool {
 }
 
 fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [Codebooks]) -> Result<()> {
-    let (config, seq_len) = (job.source.config(), job.options.calibration.seq_len());
+    let (config, seq_len) = (job.source.config(), job.options.calibration.seq_len);
     let ropes = Ropes::new(config, seq_len);
     // Half precision, as they are stored in the end.
     let (embedding, head) = (super::halved(job.source.embedding()?), job.source.head()?.map(super::halved));
     let lm_head = LmHead::new(job.source, head.as_ref().unwrap_or(&embedding))?;
     let lm_head = job.on.head(&lm_head)?;
     let truth = truth(job, ids)?;
-    let mut means: Vec<[Means; 4]> = learned
-        .iter()
-        .map(|l| l.each_ref().map(|l| Means(vec![0.0; l.len()], vec![0.0; l.len()])))
-        .collect();
+    let mut means: Vec<[Means; 4]> =
+        learned.iter().map(|l| l.each_ref().map(|l| Means(vec![0.0; l.len()], vec![0.0; l.len()]))).collect();
     let order = order(ids.len() / seq_len);
     for (step, &window) in order.iter().enumerate() {
         let stored = (order.len() - step) as f32 <= STORED * order.len() as f32;

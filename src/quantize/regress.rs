@@ -15,6 +15,8 @@ use super::product::{Strided, multiply};
 const DAMPING: f32 = 0.1;
 /// Channels that the others are predicted by, at most: what they cost grows with their square.
 const MOST: usize = 2048;
+/// Inputs of more channels are not regressed: sums over pairs of them would fill a GPU.
+pub(crate) const WIDEST: usize = 16_384;
 /// Rows that go through a triangle together: what they share of it stays in the cache.
 const ROWS: usize = 8;
 
@@ -31,6 +33,9 @@ impl Together {
     /// Of inputs `x` `[tokens, n]` of which the channels `taken` are taken.
     pub(crate) fn of(x: &[f32], n: usize, taken: &Taken) -> Self {
         let energy = taken.energy(x, n);
+        if n > WIDEST {
+            return Self::none(energy);
+        }
         let channels = regressed(&energy);
         let u = channels.len();
         let tokens = taken.by_channel(n);
@@ -55,9 +60,14 @@ impl Together {
         Self { channels, square, across, energy }
     }
 
-    /// The same from `Σ z zᵀ` and `Σ z x̄ᵀ` over all channels, both `[n, n]`.
-    pub(crate) fn among_all(n: usize, square: &[f32], across: &[f32]) -> Self {
-        let energy: Vec<f32> = square.iter().step_by(n + 1).copied().collect();
+    /// Nothing but Σ z² of every channel: no residual is regressed.
+    pub(crate) fn none(energy: Vec<f32>) -> Self {
+        Self { channels: Vec::new(), square: Vec::new(), across: Vec::new(), energy }
+    }
+
+    /// The same from `Σ z²`, `[n]`, and `Σ z zᵀ` and `Σ z x̄ᵀ` over all channels, both `[n, n]`.
+    pub(crate) fn among_all(energy: Vec<f32>, square: &[f32], across: &[f32]) -> Self {
+        let n = energy.len();
         let channels = regressed(&energy);
         let row = |of: &'_ [f32], k: u32| of[k as usize * n..][..n].to_vec();
         let across = channels.iter().flat_map(|&k| row(across, k)).collect();
@@ -228,7 +238,7 @@ mod tests {
         let sparse = Together::of(&x, N, &taken);
         assert!(sparse.energy().iter().zip(taken.energy(&x, N)).all(|(a, b)| *a == b));
         sparse.regress(&mut own);
-        Together::among_all(N, &square, &across).regress(&mut all);
+        Together::among_all(taken.energy(&x, N), &square, &across).regress(&mut all);
         let off = own.iter().zip(&all).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
         assert!(off < 1e-4 && own != lost(), "{off}");
     }

@@ -3,7 +3,7 @@
 use super::{most, sum, table_bytes, trains_codebooks};
 use crate::checkpoint::Manifest;
 use crate::config::ModelConfig;
-use crate::quantize::{Options, Refine, backward, sample};
+use crate::quantize::{Options, Refine, backward, regress, sample};
 
 /// Tokens that go through a layer at once.
 pub(crate) const BATCH_TOKENS: usize = 8192;
@@ -23,7 +23,7 @@ pub(crate) const USUAL: usize = 24_000_000_000;
 /// Most bytes at once: a layer that texts go through while they are watched, one that is fitted, one that is trained, or
 /// text that is sampled.
 pub(super) fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
-    let seq_len = options.calibration.seq_len();
+    let seq_len = options.calibration.seq_len;
     let tokens = BATCH_TOKENS.max(seq_len).min(options.calibration.samples() * seq_len);
     let weights = |layer| sample::layer_weights(config, layer);
     let largest = |layer: usize| config.shapes(layer).iter().map(|s| s.0 * s.1).max().unwrap_or(0);
@@ -32,12 +32,14 @@ pub(super) fn memory(config: &ModelConfig, options: &Options, manifest: &Manifes
         Refine::None => 0,
         _ => usize::from(manifest.bits.is_mixed()) + 1,
     };
-    let grams = |layer: usize| counts * 4 * config.shapes(layer).iter().map(|s| s.0.pow(2)).sum::<usize>();
+    // A Hessian, and what taken channels have in common with each other and the rest.
+    let of_width = |n: usize| if n <= regress::WIDEST { 3 * n * n } else { n * n };
+    let grams = |layer: usize| counts * 4 * config.shapes(layer).iter().map(|s| of_width(s.0)).sum::<usize>();
     // The matrices, one of them in f32; the stream, normed, what enters and comes out; what is masked of it.
     let watched = most(config, |layer| {
         let features: usize = config.shapes(layer).iter().map(|s| s.0 + s.1).sum();
         4 * (weights(layer) + largest(layer))
-            + 4 * tokens * (2 * config.hidden_size + features + widest(layer))
+            + 4 * tokens * (2 * config.hidden_size + features + 2 * widest(layer))
             + SCORES
             + grams(layer)
     });

@@ -83,7 +83,7 @@ fn general_product(
 }
 
 /// The instructions that products use.
-fn path() -> Path {
+pub(super) fn path() -> Path {
     static PATH: OnceLock<Path> = OnceLock::new();
     *PATH.get_or_init(Path::detect)
 }

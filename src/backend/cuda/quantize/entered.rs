@@ -12,23 +12,24 @@ use super::{Floats, Mask, Quantizer, of};
 use crate::quantize::calibrate;
 use crate::quantize::compute::{Curvature, Entered, Metric, Tensor, Watch};
 use crate::quantize::gram::Damping;
+use crate::quantize::regress::{self, Together};
 
 /// Σx² of every channel, over all tokens and over those for which it is taken, in double precision.
-pub(super) struct Sums {
+struct Sums {
     all: Room,   // f64 [n]
     taken: Room, // the same
     n: usize,
 }
 
 impl Sums {
-    pub(super) fn new(on: &Quantizer<'_>, n: usize) -> Result<Self> {
+    fn new(on: &Quantizer<'_>, n: usize) -> Result<Self> {
         let sums = Self { all: on.pool.room(8 * n)?, taken: on.pool.room(8 * n)?, n };
         sums.all.buffer().clear()?;
         sums.taken.buffer().clear()?;
         Ok(sums)
     }
 
-    pub(super) fn add(&self, on: &Quantizer<'_>, x: &Floats, mask: &Mask) -> Result<()> {
+    fn add(&self, on: &Quantizer<'_>, x: &Floats, mask: &Mask) -> Result<()> {
         let (from, bits) = (x.at(), mask.bits.as_ref().map_or(0u64, Room::at));
         let (all, taken, n, tokens) = (self.all.at(), self.taken.at(), self.n as i32, (x.len / self.n) as i32);
         let arguments = Arguments::new().with(&from).with(&bits).with(&all).with(&taken).with(&n).with(&tokens);
@@ -36,7 +37,7 @@ impl Sums {
     }
 
     /// Where a channel is taken, and over all, where a silent channel counts a little.
-    pub(super) fn energies(&self, _: &Quantizer<'_>) -> Result<[Vec<f32>; 2]> {
+    fn energies(&self, _: &Quantizer<'_>) -> Result<[Vec<f32>; 2]> {
         let [mut taken, mut all] = [vec![0f64; self.n], vec![0f64; self.n]];
         self.taken.buffer().read(&mut taken)?;
         self.all.buffer().read(&mut all)?;
@@ -48,6 +49,8 @@ impl Sums {
 struct OfCount {
     k_chunk: usize,
     hessian: Floats, // [n, n]
+    /// Σ z zᵀ and Σ z x̄ᵀ, both `[n, n]`, where the residual is regressed.
+    together: Option<[Floats; 2]>,
     sums: Sums,
     damped: Cell<bool>,
 }
@@ -71,7 +74,14 @@ impl<'q> Watched<'q> {
         let fit = |&k_chunk: &usize| {
             let hessian = on.floats(n * n)?;
             hessian.room.buffer().clear()?;
-            anyhow::Ok(OfCount { k_chunk, hessian, sums: Sums::new(on, n)?, damped: Cell::new(false) })
+            let zeros = || {
+                let sums = on.floats(n * n)?;
+                sums.room.buffer().clear()?;
+                anyhow::Ok(sums)
+            };
+            let regressed = k_chunk > 0 && n <= regress::WIDEST;
+            let together = if regressed { Some([zeros()?, zeros()?]) } else { None };
+            anyhow::Ok(OfCount { k_chunk, hessian, together, sums: Sums::new(on, n)?, damped: Cell::new(false) })
         };
         let fits = watch.k_chunks.iter().map(fit).collect::<Result<Vec<_>>>()?;
         let largest = on.pool.room(4 * n)?;
@@ -83,9 +93,13 @@ impl<'q> Watched<'q> {
 
     /// `hessian += by · xᵀx`
     fn gram(&self, hessian: &Floats, x: &Floats, by: f32) -> Result<()> {
+        self.across(hessian, (x, x), by)
+    }
+
+    /// `sums += by · xᵀy`
+    fn across(&self, sums: &Floats, (x, y): (&Floats, &Floats), by: f32) -> Result<()> {
         let n = self.n;
-        let rows = Operand::rows(x.at(), n);
-        let operands = [rows.across(), rows, Operand::rows(hessian.at(), n)];
+        let operands = [Operand::rows(x.at(), n).across(), Operand::rows(y.at(), n), Operand::rows(sums.at(), n)];
         self.on.multiply([n, n, x.len / n], operands, (by, 1.0), 1, Precision::Fast)
     }
 
@@ -122,8 +136,13 @@ impl Entered for Watched<'_> {
             };
             self.gram(&fit.hessian, x, self.alone)?;
             let rest = self.on.floats(x.len)?;
-            self.on.split(x, bits, None, Some(&rest))?;
+            let taken = fit.together.as_ref().map(|_| self.on.floats(x.len)).transpose()?;
+            self.on.split(x, bits, taken.as_ref(), Some(&rest))?;
             self.gram(&fit.hessian, &rest, 1.0 - self.alone)?;
+            if let (Some([square, across]), Some(taken)) = (&fit.together, &taken) {
+                self.gram(square, taken, 1.0)?;
+                self.across(across, (taken, &rest), 1.0)?;
+            }
         }
         if self.keeps {
             self.all.extend(self.on.read(x)?);
@@ -156,6 +175,13 @@ impl Entered for Watched<'_> {
             hessian.damp(Damping::of(&diagonal))?;
         }
         Ok(Metric { hessian: Some(Box::new(hessian)), taken })
+    }
+
+    fn together(&self, k_chunk: usize) -> Result<Together> {
+        let fit = self.fits.iter().find(|fit| fit.k_chunk == k_chunk).expect("only what is watched is asked for");
+        let [taken, _] = fit.sums.energies(self.on)?;
+        let Some([square, across]) = &fit.together else { return Ok(Together::none(taken)) };
+        Ok(Together::among_all(taken, &self.on.read(square)?, &self.on.read(across)?))
     }
 
     fn all(&self) -> &[f32] {

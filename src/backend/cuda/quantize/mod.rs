@@ -560,12 +560,6 @@ impl Compute for Quantizer<'_> {
         Ok(Selected::Device(Box::new(self.mask_of(of(x), in_features, k_chunk)?)))
     }
 
-    fn energies(&self, x: &Tensor, in_features: usize, taken: &Selected) -> Result<[Vec<f32>; 2]> {
-        let sums = entered::Sums::new(self, in_features)?;
-        sums.add(self, of(x), mask(taken))?;
-        sums.energies(self)
-    }
-
     fn trained(
         &self,
         place: (usize, Projection),

@@ -104,9 +104,7 @@ fn trained(on: &dyn Compute, config: &ModelConfig, k_chunk: usize) -> Vec<Vec<f3
     let mut h = on.put(numbers(20, TEXTS * TOKENS * config.hidden_size, 1.0)).unwrap();
     let (trace, inputs) = layer.forward(on, config, &ropes, texts, &mut h).unwrap();
     let mut out = vec![values(on, &h)];
-    for ((x, taken), n) in inputs.iter().zip(trace.taken.iter().flatten()).zip(in_features) {
-        out.extend(on.energies(x, n, taken).unwrap());
-    }
+    out.extend(inputs.iter().map(|x| values(on, x)));
     let mut d = on.put(numbers(21, TEXTS * TOKENS * config.hidden_size, 1.0)).unwrap();
     let gradients = layer.backward(on, config, &ropes, texts, trace, &mut d).unwrap();
     out.push(values(on, &d));
@@ -127,18 +125,17 @@ fn derivatives_of_all_families_are_the_host_s() {
             gpu.projections.borrow_mut().clear();
             let (want, got) = (trained(&Host, &config, 32), trained(gpu, &config, 32));
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-                // TF32 has 2^-11, of which up to eight products follow each other, and bfloat16 keeps what waits. Where the
-                // rounding lets another channel be taken, energies of one token move.
+                // TF32 has 2^-11, of which up to eight products follow each other, and bfloat16 keeps what waits.
                 let off = difference(got, want);
                 assert!(off < 2e-2, "{name}, {i}: off by {off}");
             }
             gpu.projections.borrow_mut().clear();
             assert_eq!(got, trained(gpu, &config, 32), "{name}: not the same bits twice");
-            let off = difference(&got[9], &base[9]);
+            let off = difference(&got[5], &base[5]);
             assert_eq!(off > 3e-2, name != "plain", "{name}: derivatives are off by {off} from another layer's");
         }
         gpu.projections.borrow_mut().clear();
-        assert!(difference(&trained(gpu, &plain, 0)[9], &base[9]) > 3e-2, "compensation would not show");
+        assert!(difference(&trained(gpu, &plain, 0)[5], &base[5]) > 3e-2, "compensation would not show");
     });
 }
 
@@ -169,7 +166,11 @@ fn what_enters_is_watched_as_on_the_host() {
                 assert_eq!(entered.all(), x);
                 let fits = [0, 32].map(|k| {
                     let metric = entered.fit(k).unwrap();
-                    (metric.hessian.unwrap().diagonal().unwrap(), metric.taken)
+                    let mut lost = numbers(8, 16 * n, 1.0);
+                    if k > 0 {
+                        entered.together(k).unwrap().regress(&mut lost);
+                    }
+                    (metric.hessian.unwrap().diagonal().unwrap(), metric.taken, lost)
                 });
                 (entered.thresholds().unwrap(), entered.energy().unwrap(), fits)
             };
@@ -182,6 +183,10 @@ fn what_enters_is_watched_as_on_the_host() {
                 let taken = want.1.iter().any(|&t| t > 0.0);
                 assert_eq!(taken, k == 1 && n >= 64);
                 assert!(!taken || difference(&got.1, &want.1) < 1e-6, "{n}, {k}: what is taken");
+                // Sums in TF32, through a triangle that damping keeps within a condition of some hundreds.
+                assert!(difference(&got.2, &want.2) < 2e-2, "{n}, {k}: residuals");
+                let plain = numbers(8, 16 * n, 1.0);
+                assert_eq!(difference(&want.2, &plain) > 3e-2, taken, "{n}, {k}: regression does not show");
             }
             let mut other = x.clone();
             other[3 * n + 5] = 50.0;

@@ -5,8 +5,10 @@ use crate::checkpoint::Manifest;
 use crate::config::ModelConfig;
 use crate::quantize::{Options, Refine, backward, regress, sample};
 
-/// Tokens that go through a layer at once.
-pub(crate) const BATCH_TOKENS: usize = 8192;
+/// Numbers that leave the widest projection for the tokens that go through a layer at once.
+const BATCH: usize = 1 << 28;
+/// Tokens that go through a layer at once, at most.
+const BATCH_TOKENS: usize = 8192;
 /// Bytes that keys and values of texts sampled side by side may take.
 pub(crate) const SAMPLED_CACHE: usize = 4 << 30;
 /// Bytes that attention's scores may take at once.
@@ -20,11 +22,17 @@ pub(crate) const HEAD_WEIGHTS: usize = 1 << 28;
 /// Bytes that are taken where not all layers that are trained fit; those of a model of 70B go in turns then.
 pub(crate) const USUAL: usize = 24_000_000_000;
 
+/// Tokens that go through a layer of the model at once.
+pub(crate) fn batch_tokens(config: &ModelConfig) -> usize {
+    let widest = most(config, |layer| config.shapes(layer).iter().map(|s| s.1).max().unwrap_or(1));
+    (BATCH / widest.max(1)).clamp(1, BATCH_TOKENS)
+}
+
 /// Most bytes at once: a layer that texts go through while they are watched, one that is fitted, one that is trained, or
 /// text that is sampled.
 pub(super) fn memory(config: &ModelConfig, options: &Options, manifest: &Manifest) -> usize {
     let seq_len = options.calibration.seq_len;
-    let tokens = BATCH_TOKENS.max(seq_len).min(options.calibration.samples() * seq_len);
+    let tokens = batch_tokens(config).max(seq_len).min(options.calibration.samples() * seq_len);
     let weights = |layer| sample::layer_weights(config, layer);
     let largest = |layer: usize| config.shapes(layer).iter().map(|s| s.0 * s.1).max().unwrap_or(0);
     let widest = |layer: usize| config.shapes(layer).iter().map(|s| s.0).max().unwrap_or(0);
@@ -47,11 +55,11 @@ pub(super) fn memory(config: &ModelConfig, options: &Options, manifest: &Manifes
     let mut all = watched.max(fitted);
     if trains_codebooks(options, manifest) {
         let traces = seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
-        let kept = 3 * sum(config, weights);
+        let kept = 5 * sum(config, weights);
         let step = most(config, |layer| {
             let features: usize = config.shapes(layer).iter().map(|s| s.0 + s.1).sum();
             // A projection as it is kept, one in f32, and the derivatives of all four.
-            3 * largest(layer) + 4 * (largest(layer) + weights(layer)) + 2 * 4 * seq_len * features + 3 * SCORES
+            5 * largest(layer) + 4 * (largest(layer) + weights(layer)) + 2 * 4 * seq_len * features + 3 * SCORES
         });
         let head = 2 * 4 * LOGITS.min(seq_len * config.vocab_size)
             + 4 * HEAD_WEIGHTS.min(config.vocab_size * config.hidden_size);

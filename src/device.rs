@@ -10,7 +10,8 @@ use crate::backend::cuda::{self, Cuda};
 use crate::backend::{DecodeBackend, DeviceInfo, GemvBackend, Interrupted};
 use crate::progress::Progress;
 use crate::quantize::compute::Compute;
-use crate::quantize::{self, Report, ResidualOptions};
+use crate::config::ModelConfig;
+use crate::quantize::{self, Estimate, Report, ResidualOptions};
 use crate::tokenizer::TextFiles;
 use crate::weights::ModelWeights;
 
@@ -182,6 +183,19 @@ impl Device {
         let work =
             |on: &dyn Compute| quantize::residuals_on(on, original, quantized, texts, options, out, stop, progress);
         self.quantizing(original, work)
+    }
+
+    /// What [`Device::quantize`] would take of a model of `config`, as [`quantize::estimate`] says, with the time here.
+    ///
+    /// # Errors
+    /// Options that do not fit the model; a GPU that fails.
+    pub fn estimate(&self, config: &ModelConfig, options: &quantize::Options) -> Result<Estimate> {
+        match &self.backend {
+            Backend::Cuda(cuda) => {
+                quantize::estimate_on_gpu(config, options, cuda.quantizer(config, None)?.rates()?)
+            }
+            _ => quantize::estimate(config, options),
+        }
     }
 
     /// Quantization's arithmetic here.

@@ -60,7 +60,7 @@ use crate::weights::{Linear, ModelWeights, Weight};
 pub use crate::interrupted::Interrupted;
 pub use calibration::{Calibration, Own, Text};
 use compute::{Compute, Entered};
-pub(crate) use estimate::gpu;
+pub(crate) use estimate::{estimate_on_gpu, gpu};
 pub use estimate::{Estimate, estimate};
 use fit::Fit;
 use forward::{Affine, Layer, Norms};

@@ -3,7 +3,7 @@
 //! - `pool`: memory that is used again; here: tensors, matrices, norms, and which kernel does what
 //! - `attention`: over whole texts, forwards and backwards
 //! - `entered`: what is learned of what enters a projection; `fit`: codes and parameters against its Hessian
-//! - `trained`: projections whose codebooks are trained; `head`: what comes behind the last layer
+//! - `trained`: projections whose codebooks are trained; `head`: what comes behind the last layer; `rates`: for estimates
 //!
 //! One stream, no atomic sums: the same device gives the same bits for the same work.
 
@@ -12,6 +12,7 @@ mod entered;
 mod fit;
 mod head;
 mod pool;
+mod rates;
 mod trained;
 
 use std::any::Any;

@@ -8,9 +8,10 @@ use anyhow::{Result, bail};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::{DecodeBackend, DeviceInfo, GemvBackend, Interrupted};
+use crate::config::ModelConfig;
 use crate::progress::Progress;
 use crate::quantize::compute::Compute;
-use crate::quantize::{self, Report, ResidualOptions};
+use crate::quantize::{self, Estimate, Report, ResidualOptions};
 use crate::tokenizer::TextFiles;
 use crate::weights::ModelWeights;
 
@@ -184,10 +185,23 @@ impl Device {
         self.quantizing(original, work)
     }
 
+    /// What [`Device::quantize`] would take of a model of `config`, as [`quantize::estimate`] says, with the time here.
+    ///
+    /// # Errors
+    /// Options that do not fit the model; a GPU that fails.
+    pub fn estimate(&self, config: &ModelConfig, options: &quantize::Options) -> Result<Estimate> {
+        match &self.backend {
+            Backend::Cuda(cuda) => quantize::estimate_on_gpu(config, options, cuda.quantizer(config, None)?.rates()?),
+            _ => quantize::estimate(config, options),
+        }
+    }
+
     /// Quantization's arithmetic here.
     fn quantizing<T>(&self, source: &dyn ModelWeights, work: impl FnOnce(&dyn Compute) -> Result<T>) -> Result<T> {
         let Backend::Cuda(cuda) = &self.backend else {
-            tracing::info!("quantizing on the cores of this machine");
+            if !matches!(self.backend, Backend::Cpu(_)) {
+                tracing::info!("quantizing on the cores of this machine, cpu and cuda[:N] are what it knows");
+            }
             return work(&quantize::Host);
         };
         let on = cuda.quantizer(source.config(), None)?;

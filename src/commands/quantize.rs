@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 use decdec::config::ModelConfig;
 use decdec::device::Device;
-use decdec::quantize::{Calibration, Options, Own, Refine, estimate, one_script, read_text};
+use decdec::quantize::{Calibration, Options, Own, Refine, one_script, read_text};
 use decdec::source::Source;
 use decdec::tokenizer::{TextFiles, Tokenizer};
 use decdec::tuned::Tuned;
@@ -30,7 +30,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         overwrite: args.to.overwrite,
     };
     if args.dry_run {
-        return dry_run(&source, &options);
+        return dry_run(&source, &options, &device);
     }
     let stop = stop_flag(decdec::quantize::Interrupted);
     let bar = super::Bar::new(0, "");
@@ -50,8 +50,8 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
 }
 
 /// Prints what the job would take and leave.
-fn dry_run(source: &Source, options: &Options) -> Result<()> {
-    let estimate = estimate(source.config(), options)?;
+fn dry_run(source: &Source, options: &Options, device: &Device) -> Result<()> {
+    let estimate = device.estimate(source.config(), options)?;
     let megabytes = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
     let mut table = super::table();
     table.add_row(["weights, on the device".into(), megabytes(estimate.device_bytes)]);
@@ -59,7 +59,7 @@ fn dry_run(source: &Source, options: &Options) -> Result<()> {
     table.add_row(["disk while it is made".into(), megabytes(estimate.disk_bytes)]);
     table.add_row(["memory while it is made, mapped files aside".into(), megabytes(estimate.memory_bytes)]);
     table.add_row(["memory of a GPU that makes it, at most".into(), megabytes(estimate.gpu_bytes)]);
-    table.add_row(["time on this machine's cores".into(), format!("{:.0} s", estimate.time.as_secs_f64())]);
+    table.add_row([format!("time on {}", device.info().id), format!("{:.0} s", estimate.time.as_secs_f64())]);
     output::line(&table)
 }
 

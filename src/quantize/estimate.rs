@@ -51,7 +51,7 @@ pub struct Estimate {
     pub memory_bytes: usize,
     /// Most bytes of a GPU's memory at once, where one computes; it keeps more layers where it has room for all of them.
     pub gpu_bytes: usize,
-    /// Time on the cores of this machine, if it does nothing else.
+    /// Time on the device asked for, if it does nothing else.
     pub time: Duration,
 }
 
@@ -61,18 +61,39 @@ pub struct Estimate {
 /// Options that do not fit the model.
 pub fn estimate(config: &ModelConfig, options: &Options) -> Result<Estimate> {
     let manifest = plan(config, options)?;
-    let each = (0..config.layers.len()).map(|layer| layer_bytes(config, layer, &manifest));
+    Ok(Estimate { time: time(config, options, &manifest)?, ..sizes(config, options, &manifest) })
+}
+
+/// All but the time.
+fn sizes(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Estimate {
+    let each = (0..config.layers.len()).map(|layer| layer_bytes(config, layer, manifest));
     let (codes, residuals) = each.fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
     let rest = table_bytes(config) + 4 * config.hidden_size;
     let widths = if manifest.bits.is_mixed() { 2 } else { 1 };
-    Ok(Estimate {
+    Estimate {
         device_bytes: codes + rest,
         host_bytes: residuals,
         disk_bytes: (1 + widths) * (codes + residuals) + rest,
-        memory_bytes: memory(config, options, &manifest),
-        gpu_bytes: gpu::memory(config, options, &manifest),
-        time: time(config, options, &manifest)?,
-    })
+        memory_bytes: memory(config, options, manifest),
+        gpu_bytes: gpu::memory(config, options, manifest),
+        time: Duration::ZERO,
+    }
+}
+
+/// The same with the time that a GPU of these rates takes, what the host's cores do beside it included.
+///
+/// # Errors
+/// Options that do not fit the model.
+pub(crate) fn estimate_on_gpu(config: &ModelConfig, options: &Options, rates: gpu::Rates) -> Result<Estimate> {
+    let (manifest, sample) = (plan(config, options)?, Sample::new());
+    let weights = sum(config, |layer| sample::layer_weights(config, layer)) as f64;
+    let widths = if manifest.bits.is_mixed() { 2.0 } else { 1.0 };
+    let mut host = widths * weights * sample.quantize(options, &manifest)?;
+    if trains_codebooks(options, &manifest) {
+        host += weights * sample.residual()?;
+    }
+    let time = Duration::from_secs_f64(gpu::time(config, options, &manifest, rates) + host);
+    Ok(Estimate { time, ..sizes(config, options, &manifest) })
 }
 
 /// The most that any layer needs.

@@ -386,7 +386,7 @@ mod tests {
         for file in ["occupy.cu", "elements.cu", "scores.cu", "watch.cu", "divergence.cu"] {
             all.push((file, split("DTYPE=0")));
         }
-for codes in ["LEVELS=8 GROUP=0", "LEVELS=256 GROUP=0", "LEVELS=8 GROUP=64"] {
+        for codes in ["LEVELS=8 GROUP=0", "LEVELS=256 GROUP=0", "LEVELS=8 GROUP=64"] {
             all.push(("codes.cu", split(codes)));
         }
         all

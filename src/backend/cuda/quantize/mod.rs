@@ -3,7 +3,7 @@
 //! - `pool`: memory that is used again; here: tensors, matrices, norms, and which kernel does what
 //! - `attention`: over whole texts, forwards and backwards
 //! - `entered`: what is learned of what enters a projection; `fit`: codes and parameters against its Hessian
-//! - `trained`: projections whose codebooks are trained; `head`: what comes behind the last layer
+//! - `trained`: projections whose codebooks are trained; `head`: what comes behind the last layer; `rates`: for estimates
 //!
 //! One stream, no atomic sums: the same device gives the same bits for the same work.
 
@@ -12,6 +12,7 @@ mod entered;
 mod fit;
 mod head;
 mod pool;
+mod rates;
 mod trained;
 
 use std::any::Any;
@@ -31,7 +32,7 @@ use crate::backend::kernels;
 use crate::config::{Activation, Attention, LayerConfig, ModelConfig, Projection};
 use crate::quantize::compute::{Cache, Coded, Compute, Entered, Head, Matrix, Selected, Short, Tensor, Trained, Watch};
 use crate::quantize::forward::{Affine, Ropes};
-use crate::quantize::gpu::{BATCH_TOKENS, SAMPLED_CACHE, USUAL};
+use crate::quantize::gpu::{SAMPLED_CACHE, USUAL, batch_tokens};
 use crate::quantize::head::LmHead;
 use pool::{Pool, Room};
 
@@ -41,7 +42,7 @@ const WORK: usize = 14_000_000_000;
 const SPARED: usize = 1 << 30;
 /// Constants that stay on the device: norms and angles; when there are more, all are sent again.
 const CONSTANTS: usize = 1024;
-/// Numbers that one thread of the host converts at a time.
+/// Bytes that one thread of the host prepares at a time.
 const PIECE: usize = 1 << 18;
 
 /// A GPU that quantization computes on.
@@ -51,6 +52,8 @@ pub(crate) struct Quantizer<'c> {
     pool: Rc<Pool>,
     constants: RefCell<Vec<(Vec<f32>, Rc<Floats>)>>,
     projections: RefCell<HashMap<(usize, usize), Rc<trained::Kept>>>,
+    /// Tokens that go through a layer at once.
+    batch: usize,
     /// Bytes that trained projections may still take where they stay.
     kept: Cell<usize>,
     /// Work space for one matrix in f32.
@@ -115,6 +118,12 @@ fn weights_of(config: &ModelConfig) -> usize {
     (0..config.layers.len()).flat_map(|layer| config.shapes(layer)).map(|(n, m)| n * m).sum()
 }
 
+/// Whether any of `n` channels is taken.
+fn takes(n: usize, k_chunk: usize) -> bool {
+    let chunk = crate::dec::CHUNK;
+    k_chunk * n.min(chunk) >= chunk
+}
+
 /// Blocks of 256 threads for one thread an element.
 fn blocks(count: usize) -> (usize, usize) {
     (count.div_ceil(256), 256)
@@ -137,14 +146,15 @@ impl Cuda {
         )?;
         let free = self.driver.memory()?.0.saturating_sub(SPARED);
         let most = limit.unwrap_or(free).min(free);
-        // In training every layer is needed twice a step: codes, and originals of 16 bits.
-        let kept = 3 * weights_of(config);
+        // In training every layer is needed twice a step: codes, and what compensated channels are multiplied by.
+        let kept = 5 * weights_of(config);
         let all = kept + WORK <= most;
         let kept = if all { kept } else { USUAL.min(most).saturating_sub(WORK) };
         Ok(Quantizer {
             cuda: self,
             blas,
             pool: Pool::new(&self.driver, [if all { most } else { USUAL.min(most) }, most]),
+            batch: batch_tokens(config),
             kept: Cell::new(kept),
             constants: RefCell::default(),
             projections: RefCell::default(),
@@ -371,10 +381,10 @@ impl Quantizer<'_> {
 
     /// The channels that are taken of `x`, `[tokens, n]`.
     fn mask_of(&self, x: &Floats, n: usize, k_chunk: usize) -> Result<Mask> {
-        let chunk = crate::dec::CHUNK;
-        if k_chunk * n.min(chunk) < chunk {
+        if !takes(n, k_chunk) {
             return Ok(Mask { bits: None });
         }
+        let chunk = crate::dec::CHUNK;
         let tokens = x.len / n;
         let bits = self.pool.room(x.len / 8)?;
         let (from, to, width, k) = (x.at(), bits.at(), n as i32, k_chunk as i32);
@@ -392,7 +402,7 @@ impl Quantizer<'_> {
 
 impl Compute for Quantizer<'_> {
     fn batch_tokens(&self) -> usize {
-        BATCH_TOKENS
+        self.batch
     }
 
     fn holds_layers(&self, config: &ModelConfig) -> bool {

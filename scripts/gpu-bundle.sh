@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:?usage: scripts/gpu-bundle.sh DIR}
 tests=(cuda_kernels cuda_attention cuda_decode cuda_layers cuda_faults cuda_waits golden backend families backend_wgsl reference_read smollm2)
-benches=(gemv dec generate load pack token)
+benches=(gemv dec generate rows load pack token)
 mkdir -p "$dir"
 
 # Prints "name path" of each program that cargo made.

@@ -1,8 +1,11 @@
 //! Arguments of `decdec generate`.
 
-use clap::Args;
+use std::path::PathBuf;
 
-use super::numbers::{mode, seed, share, temperature, whole};
+use clap::Args;
+use decdec::engine::Speculate;
+
+use super::numbers::{mode, seed, share, speculate, temperature, whole};
 use super::{JsonArg, ModelArgs, RunArgs};
 
 /// `decdec generate`
@@ -37,6 +40,13 @@ pub(crate) struct GenerateArgs {
     /// 0 generic kernels, 1 specialized kernels, 2 specialized and recorded in a graph (cuda)
     #[arg(long, value_name = "MODE", default_value_t = 2, value_parser = mode)]
     pub(crate) compile: u8,
+    /// Guess tokens from the text so far and verify several in one pass: auto (as many as pays), off, or 1 to 7; the text
+    /// is the same
+    #[arg(long, value_name = "auto|off|N", default_value = "off", value_parser = speculate)]
+    pub(crate) speculate: Speculate,
+    /// A smaller model with the same tokenizer makes the guesses
+    #[arg(long, value_name = "DIR")]
+    pub(crate) draft: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
     /// Put the prompt into the model's chat template

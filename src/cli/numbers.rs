@@ -2,6 +2,8 @@
 
 use std::ops::RangeInclusive;
 
+use decdec::engine::{MOST_GUESSED, Speculate};
+
 /// Most tokens that a configuration of a profile is measured with: medians of more say nothing new, and all of them
 /// are held in memory.
 pub(super) const MOST_PROFILED: usize = 10_000;
@@ -31,6 +33,18 @@ pub(super) fn seed(text: &str) -> Result<u64, String> {
 /// How much is compiled ahead.
 pub(super) fn mode(text: &str) -> Result<u8, String> {
     whole(0..=2)(text).map(|mode| mode as u8)
+}
+
+/// How many tokens are guessed.
+pub(super) fn speculate(text: &str) -> Result<Speculate, String> {
+    match text {
+        "auto" => Ok(Speculate::Auto),
+        "off" => Ok(Speculate::Off),
+        _ => {
+            let number = text.parse().ok().filter(|number| (1..=MOST_GUESSED).contains(number));
+            number.map(Speculate::Most).ok_or_else(|| format!("auto, off and 1 to {MOST_GUESSED} are allowed"))
+        }
+    }
 }
 
 /// A probability.
@@ -101,6 +115,7 @@ mod tests {
         fn what_is_no_number_is_refused(text in "[a-z .-]{0,8}|[0-9]{21,40}|0x[0-9]|1e3|[0-9]+ ") {
             prop_assert!(whole(0..=usize::MAX)(&text).is_err() && seed(&text).is_err() && mode(&text).is_err());
             prop_assert!(head_bits(&text).is_err());
+            prop_assert!(speculate(&text).is_err() || ["auto", "off"].contains(&&text[..]));
         }
     }
 }

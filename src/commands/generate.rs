@@ -1,11 +1,13 @@
 //! `decdec generate`
 
 use std::fmt::{self, Display};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::device;
-use decdec::engine::{Engine, ErrorKind, Finish, Generated, Session, Settings, per_second};
+use decdec::engine::{self, Drafting, Engine, ErrorKind, Finish, Generated, Session, Settings, Speculate, per_second};
+use decdec::open::Opened;
 use decdec::sampling::Sampling;
 use decdec::tokenizer::{Message, Tokenizer};
 
@@ -40,7 +42,11 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let loading = Instant::now();
     let max_seq_len = limit.min(prompt.len().saturating_add(args.max_new_tokens));
     let engine = super::engine(&device, &opened, &args.run, max_seq_len, true)?;
+    let draft = args.draft.as_deref().map(|path| draft(&device, &opened, path, args, max_seq_len)).transpose()?;
     let mut session = engine.session(settings(args))?;
+    if let Some(draft) = &draft {
+        session.guess_with(Drafting::new(draft)?);
+    }
     let loaded = Instant::now();
     session.prepare(prompt.len())?;
     let ready = Instant::now();
@@ -78,7 +84,33 @@ fn settings(args: &GenerateArgs) -> Settings {
         stop_ids: Vec::new(),
         ignore_eos: args.ignore_eos,
         compensate_prompt: args.compensate_prompt,
+        // A draft that nobody asked is there for nothing.
+        speculate: match args.speculate {
+            Speculate::Off if args.draft.is_some() => Speculate::Auto,
+            speculate => speculate,
+        },
     }
+}
+
+/// The engine that guesses, for a model with the same tokens.
+fn draft<'d>(
+    device: &'d device::Device,
+    opened: &Opened,
+    path: &Path,
+    args: &GenerateArgs,
+    max_seq_len: usize,
+) -> Result<Engine<'d>> {
+    let said = || format!("--draft {}", path.display());
+    let draft = Opened::open(path, None, args.run.compat_scale_order).with_context(said)?;
+    let tokenizer = |opened: &Opened| opened.texts().map(|texts| texts.tokenizer_json.clone());
+    ensure!(
+        tokenizer(&draft) == tokenizer(opened),
+        "{}: it has another tokenizer than the model, give a model of the same family",
+        said()
+    );
+    let context = draft.weights().config().max_position_embeddings;
+    let options = engine::Options { max_seq_len: Some(max_seq_len.min(context)), ..engine::Options::default() };
+    super::load(device, &draft, &options).with_context(said)
 }
 
 /// The tokens to go on from.
@@ -161,6 +193,14 @@ impl Out<'_, '_> {
             index + 1,
             made.tokens_per_second()
         ))?;
+        if session.settings.speculate != Speculate::Off {
+            self.report(format_args!(
+                "{:.2} tokens a pass: {} of {} guesses were right",
+                made.tokens_per_pass(),
+                made.right,
+                made.guessed
+            ))?;
+        }
         if made.finish == Some(Finish::Context) {
             tracing::warn!("the context of {} tokens is full", self.limit);
         }
@@ -181,6 +221,10 @@ impl Out<'_, '_> {
             "decode_seconds": made.decode_time.as_secs_f64(),
             "tokens_per_second": made.tokens_per_second(),
             "decode_tokens_per_second": made.decode_per_second(),
+            "tokens_per_pass": made.tokens_per_pass(),
+            "passes": made.passes,
+            "guessed": made.guessed,
+            "guessed_right": made.right,
             "seed": seed,
             "temperature": self.args.temperature,
             "device": self.engine.device().id,

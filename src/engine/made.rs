@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::Speculate;
 use crate::sampling::Sampling;
 
 /// How a session makes what comes next. The default is greedy and ends where the model does.
@@ -21,6 +22,8 @@ pub struct Settings {
     pub ignore_eos: bool,
     /// Compensate what is given too, as is done for every token that is made.
     pub compensate_prompt: bool,
+    /// Guess tokens ahead. The text is the same; a layer with a window that is full makes none.
+    pub speculate: Speculate,
 }
 
 impl Default for Settings {
@@ -33,6 +36,7 @@ impl Default for Settings {
             stop_ids: Vec::new(),
             ignore_eos: false,
             compensate_prompt: false,
+            speculate: Speculate::Off,
         }
     }
 }
@@ -77,12 +81,23 @@ pub struct Generated {
     pub decode_time: Duration,
     /// Tokens decoded in `decode_time`: all but the first, the one that ended the text among them.
     pub decoded: usize,
+    /// Passes that they took: as many, or fewer where guesses were right.
+    pub passes: usize,
+    /// Tokens that were guessed, and how many of them were right.
+    pub guessed: usize,
+    /// See `guessed`.
+    pub right: usize,
 }
 
 impl Generated {
     /// Tokens made each second, the prompt's time included, as the reference counts.
     pub fn tokens_per_second(&self) -> f64 {
         per_second(self.tokens.len(), self.prompt_time + self.decode_time)
+    }
+
+    /// Tokens decoded in a pass; 0 where there was none.
+    pub fn tokens_per_pass(&self) -> f64 {
+        if self.passes == 0 { 0.0 } else { self.decoded as f64 / self.passes as f64 }
     }
 
     /// Tokens decoded each second, the prompt left out; 0 when there was at most one.

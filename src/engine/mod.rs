@@ -19,10 +19,12 @@
 //! ```
 
 mod answer;
+mod batch;
 mod error;
 mod made;
 mod runner;
 mod session;
+mod speculation;
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -43,9 +45,11 @@ use crate::tokenizer::Tokenizer;
 use crate::tuned::Tuned;
 use crate::weights::{ModelWeights, Weight};
 
+pub use batch::{Batch, Event, TextId};
 pub use error::{Error, ErrorKind};
 pub use made::{Finish, Generated, Piece, Settings, per_second};
 pub use session::Session;
+pub use speculation::{Draft, Drafting, Lookup, MOST_GUESSED, Speculate};
 
 use runner::{OnDevice, Runner};
 
@@ -168,6 +172,11 @@ impl<'d> Engine<'d> {
     pub fn session(&self, settings: Settings) -> Result<Session<'_, 'd>> {
         let slot = self.runner.borrow_mut().open()?;
         Ok(Session::new(self, slot, settings))
+    }
+
+    /// A batch without texts.
+    pub fn batch(&self) -> Batch<'_, 'd> {
+        Batch::new(self)
     }
 
     /// Compensates from now on as `compensation` says; `None` stops it. Texts in the making go on with it.

@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use super::error::NoSlot;
 use crate::backend::DecodeBackend;
 use crate::backend::record::Clock;
-use crate::model::{Compensation, Model, State};
+use crate::model::{Compensation, Model, Part, State};
 use crate::sampling::Sampling;
 use crate::timeline::{self, Timeline};
 use crate::weights::ModelWeights;
@@ -27,12 +27,14 @@ pub(super) trait Runner {
     fn lookahead(&self) -> usize;
     /// [`Model::resume`]
     fn resume(&mut self, slot: usize, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()>;
-    /// [`Model::extend`]
-    fn extend(&mut self, slot: usize, tokens: &[u32], compensated: bool) -> Result<()>;
-    /// [`Model::prompt`]
-    fn prompt(&mut self, slot: usize, tokens: &[u32], compensated: bool) -> Result<()>;
-    /// [`Model::step`]
-    fn step(&mut self, slot: usize) -> Result<()>;
+    /// [`Model::pass`]
+    fn pass(&mut self, parts: &[Part<'_>]) -> Result<()>;
+    /// [`Model::cut`]
+    fn cut(&mut self, slot: usize, tokens: usize, chosen: usize) -> Result<()>;
+    /// [`State::forgets`]
+    fn forgets(&self) -> bool;
+    /// [`State::max_tokens`]
+    fn max_tokens(&self) -> usize;
     /// [`Model::sampled`]
     fn sampled(&self, slot: usize, i: usize) -> Result<u32>;
     /// [`Model::logits`], in host memory: `out` becomes `[tokens, vocab_size]`.
@@ -105,8 +107,7 @@ impl<B: DecodeBackend> Runner for OnDevice<'_, B> {
     fn lookahead(&self) -> usize {
         let most = self.model.backend().device().lookahead;
         // What a text is read past its end, a layer with a window pays with what the next prompt could go on from.
-        let forgets = self.state.as_ref().is_some_and(State::forgets);
-        if forgets { most.min(1) } else { most }
+        if self.forgets() { most.min(1) } else { most }
     }
 
     fn resume(&mut self, slot: usize, kept: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
@@ -114,19 +115,22 @@ impl<B: DecodeBackend> Runner for OnDevice<'_, B> {
         model.resume(state, slot, kept, sampling, draws)
     }
 
-    fn extend(&mut self, slot: usize, tokens: &[u32], compensated: bool) -> Result<()> {
+    fn pass(&mut self, parts: &[Part<'_>]) -> Result<()> {
         let (model, state) = self.parts()?;
-        model.extend(state, slot, tokens, compensated)
+        model.pass(state, parts)
     }
 
-    fn prompt(&mut self, slot: usize, tokens: &[u32], compensated: bool) -> Result<()> {
+    fn cut(&mut self, slot: usize, tokens: usize, chosen: usize) -> Result<()> {
         let (model, state) = self.parts()?;
-        model.prompt(state, slot, tokens, compensated)
+        model.cut(state, slot, tokens, chosen)
     }
 
-    fn step(&mut self, slot: usize) -> Result<()> {
-        let (model, state) = self.parts()?;
-        model.step(state, &[slot])
+    fn max_tokens(&self) -> usize {
+        self.state.as_ref().map_or(1, State::max_tokens)
+    }
+
+    fn forgets(&self) -> bool {
+        self.state.as_ref().is_some_and(State::forgets)
     }
 
     fn sampled(&self, slot: usize, i: usize) -> Result<u32> {

@@ -1,12 +1,19 @@
 //! One text that goes on.
 
+mod making;
+
 use std::time::Instant;
 
 use super::answer::Answer;
 use super::made::{Finish, Generated, Piece, Settings};
+use super::speculation::{Draft, Lookup, MOST_GUESSED, Pace, Speculate};
 use super::{Engine, Error, ErrorKind, Result};
 use crate::sampling::{self, Sampling};
 use crate::tokenizer::{Message, Tokenizer};
+
+pub(super) use making::Asked;
+
+use making::Making;
 
 /// One text that goes on.
 ///
@@ -14,9 +21,8 @@ use crate::tokenizer::{Message, Tokenizer};
 /// with the first [`Session::next`]. So a conversation costs what is new of it. Layers with a window may have forgotten
 /// what was kept: then all is read anew.
 ///
-/// What is kept has the numbers that it was read with: tokens that were made are compensated as they were, and a
-/// device may round a token otherwise when it is read among many. [`Session::clear`] makes a text independent of the
-/// ones before.
+/// What is kept has the numbers that it was read with: tokens that were made are compensated as they were.
+/// [`Session::clear`] makes a text independent of the ones before.
 pub struct Session<'e, 'd> {
     engine: &'e Engine<'d>,
     slot: usize,
@@ -31,23 +37,8 @@ pub struct Session<'e, 'd> {
     logits: Vec<f32>,
     making: Option<Making<'e>>,
     made: Generated,
-}
-
-/// A text that has not ended.
-struct Making<'e> {
-    prompt: Vec<u32>,
-    sampling: Sampling,
-    draws: Vec<f32>,
-    compensate_prompt: bool,
-    stop_ids: Vec<u32>,
-    answer: Answer<'e>,
-    /// The most tokens that are made, and why no more.
-    most: usize,
-    limit: Finish,
-    /// Tokens asked for, and tokens that have come.
-    queued: usize,
-    taken: usize,
-    since: Instant,
+    draft: Box<dyn Draft + 'e>,
+    pace: Pace,
 }
 
 impl<'e, 'd> Session<'e, 'd> {
@@ -62,7 +53,15 @@ impl<'e, 'd> Session<'e, 'd> {
             logits: Vec::new(),
             making: None,
             made: Generated::default(),
+            draft: Box::new(Lookup),
+            pace: Pace::default(),
         }
+    }
+
+    /// Guesses come from `draft` from now on, where the settings say that there are to be any; otherwise they come from the
+    /// text itself.
+    pub fn guess_with(&mut self, draft: impl Draft + 'e) {
+        self.draft = Box::new(draft);
     }
 
     fn tokenizer(&self) -> Option<&'e Tokenizer> {
@@ -94,8 +93,14 @@ impl<'e, 'd> Session<'e, 'd> {
     /// [`ErrorKind::ContextFull`]: more tokens than there is room for. The text is as it was then.
     pub fn prompt(&mut self, tokens: &[u32]) -> Result<()> {
         self.ensure_fits(tokens)?;
-        let Settings { sampling, seed, max_new_tokens, .. } = self.settings;
+        let Settings { sampling, seed, max_new_tokens, speculate, .. } = self.settings;
         sampling.validate().map_err(Error::input)?;
+        if let Speculate::Most(most) = speculate
+            && !(1..=MOST_GUESSED).contains(&most)
+        {
+            let said = format!("{most} tokens are to be guessed at once, 1 to {MOST_GUESSED} are supported");
+            return Err(Error::new(ErrorKind::Input, said));
+        }
         // The last token needs no place in the context: nothing reads it.
         let most = max_new_tokens.min(self.engine.max_seq_len - tokens.len() + 1);
         // As many as there can be, however many were asked for.
@@ -113,8 +118,13 @@ impl<'e, 'd> Session<'e, 'd> {
             answer: Answer::new(stream, &self.settings.stop),
             most,
             limit: if most < max_new_tokens { Finish::Context } else { Finish::Length },
+            speculate: self.settings.speculate,
+            begun: false,
             queued: 0,
             taken: 0,
+            guessed: None,
+            asked: Instant::now(),
+            ready: Default::default(),
             since: Instant::now(),
         });
         Ok(())
@@ -127,6 +137,10 @@ impl<'e, 'd> Session<'e, 'd> {
     /// A prompt that there is no room for, or what the device says.
     pub fn prepare(&mut self, tokens: usize) -> Result<()> {
         self.clear();
+        self.prepare_slot(tokens)
+    }
+
+    fn prepare_slot(&mut self, tokens: usize) -> Result<()> {
         let compensated = self.settings.compensate_prompt;
         self.engine.runner.borrow_mut().prepare(self.slot, tokens, compensated)?;
         self.prepared = true;
@@ -141,15 +155,24 @@ impl<'e, 'd> Session<'e, 'd> {
     /// session begins its next text anew then.
     #[expect(clippy::should_implement_trait, reason = "an iterator has no place for errors that end it")]
     pub fn next(&mut self) -> Result<Option<Piece>> {
-        let Some(mut making) = self.making.take() else { return Ok(None) };
-        let piece = self.advance(&mut making);
-        match &piece {
+        if self.making.is_none() {
+            return Ok(None);
+        }
+        self.with_making(Self::advance)
+    }
+
+    /// `work` on the text that is made, which goes on afterwards unless it has ended or failed.
+    fn with_making<T>(&mut self, work: impl FnOnce(&mut Self, &mut Making<'e>) -> Result<T>) -> Result<T> {
+        let said = "no text is made, give the session a prompt first";
+        let mut making = self.making.take().ok_or_else(|| Error::new(ErrorKind::Input, said.into()))?;
+        let done = work(self, &mut making);
+        match &done {
             Err(error) if error.kind() == ErrorKind::Stopped => self.making = Some(making),
             Err(_) => self.rows = 0,
             Ok(_) if self.made.finish.is_none() => self.making = Some(making),
             Ok(_) => {}
         }
-        piece
+        done
     }
 
     /// Makes all that is left of the text.
@@ -270,12 +293,18 @@ impl<'e, 'd> Session<'e, 'd> {
     /// Reads what is missing of `tokens`, pass by pass.
     fn extend(&mut self, tokens: &[u32], compensated: bool) -> Result<()> {
         for pass in tokens[self.rows.min(tokens.len())..].chunks(self.engine.max_tokens()) {
-            self.engine.ensure_running()?;
-            let kept = std::mem::replace(&mut self.rows, 0);
-            self.engine.runner.borrow_mut().extend(self.slot, pass, compensated)?;
-            self.text.extend(pass);
-            self.rows = kept + pass.len();
+            self.pass(Asked { slot: self.slot, tokens: Some(pass.to_vec()), choices: 0, compensated })?;
         }
+        Ok(())
+    }
+
+    /// A pass for this text alone.
+    fn pass(&mut self, asked: Asked) -> Result<()> {
+        self.engine.ensure_running()?;
+        let kept = std::mem::replace(&mut self.rows, 0);
+        self.engine.runner.borrow_mut().pass(&[asked.part()])?;
+        self.rows = kept;
+        self.has_been_read(&asked);
         Ok(())
     }
 
@@ -286,83 +315,6 @@ impl<'e, 'd> Session<'e, 'd> {
         self.text.extend(tokens);
         self.rows = kept + tokens.len();
         Ok(&self.logits)
-    }
-
-    /// The first operations of a text: it is read, and the first token is asked for.
-    fn begin(&mut self, making: &mut Making<'_>) -> Result<()> {
-        // What was read by other ways is worth more than kernels that are ready together.
-        if !self.prepared && self.rows == 0 {
-            self.prepare(making.prompt.len())?;
-        }
-        making.since = Instant::now();
-        self.resume(&making.prompt, &making.sampling, &making.draws)?;
-        self.made.kept = self.made.kept.max(self.rows);
-        // The last pass ends with a choice.
-        let rest = making.prompt.len() - self.rows;
-        let last = match rest % self.engine.max_tokens() {
-            0 => self.engine.max_tokens(),
-            part => part,
-        };
-        let (before, last) = making.prompt.split_at(making.prompt.len() - last);
-        self.extend(before, making.compensate_prompt)?;
-        self.engine.ensure_running()?;
-        let kept = std::mem::replace(&mut self.rows, 0);
-        self.engine.runner.borrow_mut().prompt(self.slot, last, making.compensate_prompt)?;
-        self.text.extend(last);
-        self.rows = kept + last.len();
-        making.queued = 1;
-        Ok(())
-    }
-
-    fn advance(&mut self, making: &mut Making<'_>) -> Result<Option<Piece>> {
-        if making.most == 0 {
-            self.made.finish = Some(making.limit);
-            return Ok(None);
-        }
-        self.engine.ensure_running()?;
-        if making.queued == 0 {
-            self.begin(making)?;
-        }
-        let i = making.taken;
-        let mut runner = self.engine.runner.borrow_mut();
-        // Devices that run on their own get the next tokens before this one is waited for.
-        let ahead = if i == 0 { 0 } else { runner.lookahead() };
-        while making.queued < (i + 1 + ahead).min(making.most) {
-            runner.step(self.slot)?;
-            (making.queued, self.rows) = (making.queued + 1, self.rows + 1);
-        }
-        let token = runner.sampled(self.slot, i)?;
-        drop(runner);
-        making.taken += 1;
-        self.text.push(token);
-        let elapsed = making.since.elapsed();
-        if i == 0 {
-            self.made.prompt_time = elapsed;
-        } else {
-            self.made.decoded += 1;
-            self.made.decode_time = elapsed - self.made.prompt_time;
-        }
-        let is_end = making.stop_ids.contains(&token);
-        let mut text = String::new();
-        if is_end {
-            self.made.finish = Some(Finish::Stop);
-        } else {
-            self.made.tokens.push(token);
-            text.push_str(making.answer.push(token).map_err(Error::input)?);
-            if making.answer.is_stopped() {
-                self.made.finish = Some(Finish::Caller);
-            } else if making.taken == making.most {
-                self.made.finish = Some(making.limit);
-            }
-        }
-        if self.made.finish.is_some() {
-            text.push_str(making.answer.flush().map_err(Error::input)?);
-            if making.answer.is_stopped() {
-                self.made.finish = Some(Finish::Caller);
-            }
-        }
-        self.made.text.push_str(&text);
-        Ok((!is_end || !text.is_empty()).then_some(Piece { token: (!is_end).then_some(token), text }))
     }
 }
 

@@ -122,6 +122,25 @@ impl<B: DecodeBackend> Model<'_, B> {
         Ok(())
     }
 
+    /// Goes on from the first `tokens` of the text and the first `chosen` of the tokens chosen since it began, as if the
+    /// others had not been: so guesses that were wrong are taken back.
+    ///
+    /// # Errors
+    /// A state of another model; tokens that are not all there, as [`State::keeps`] says; what the device says.
+    pub fn cut(&self, state: &mut State<B>, slot: usize, tokens: usize, chosen: usize) -> Result<()> {
+        self.own(state)?;
+        let has = (state.len(slot), state.chosen(slot));
+        ensure!(
+            state.keeps(slot, tokens) && chosen <= has.1,
+            "the text is to be cut to {tokens} tokens, {chosen} of them chosen, it has {} and {}, begin it anew",
+            has.0,
+            has.1
+        );
+        state.grow(&[(slot, 0, 0)], |state| self.backend.cut(&mut state.cache, slot, tokens, chosen))?;
+        (state.texts[slot].len, state.texts[slot].chosen) = (tokens, chosen);
+        Ok(())
+    }
+
     /// Waits for the `i`-th token chosen since the text began, and returns it.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ mod operations;
 mod record;
 mod recording;
 mod reference;
+mod rows;
 mod sampling;
 mod whole;
 
@@ -151,6 +152,10 @@ on_every_backend! {
     record::every_launch_is_timed,
     record::bandwidths_are_measured,
     reference::reference_directories,
+    rows::rows_of_several_texts,
+    rows::a_row_of_another_slot_shows,
+    rows::passes_that_cannot_be,
+    rows::choices_are_taken_back,
     whole::small_models,
     whole::small_heads,
 }

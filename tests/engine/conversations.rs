@@ -48,19 +48,20 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// On a device that takes token after token a token's numbers do not depend on the tokens that it is read with, and
-    /// everything is compensated alike: a conversation with cuts and edits gives the same tokens and the same logits,
-    /// bit for bit, as its text read from the beginning, whatever windows forget and whatever was queued ahead.
+    /// A token's numbers do not depend on the tokens that it is read with, and everything is compensated alike: a
+    /// conversation with cuts and edits gives the same tokens and the same logits, bit for bit, as its text read from the
+    /// beginning, whatever the passes, whatever windows forget and whatever was queued ahead.
     #[test]
     fn a_conversation_is_what_it_is_from_the_beginning(
         turns in turns(),
         window in prop::sample::select(vec![None, Some(5), Some(30)]),
+        at_once in prop::sample::select(vec![1usize, 7, 512]),
         lookahead in prop::sample::select(vec![0usize, 3]),
         k_chunk in prop::sample::select(vec![0usize, 256]),
         temperature in prop::sample::select(vec![0.0f32, 0.9]),
         seed in any::<u64>(),
     ) {
-        let cpu = Cpu::that_takes(1, lookahead);
+        let cpu = Cpu::that_takes(at_once, lookahead);
         let engine = Engine::of(Model::load(&cpu, &weights(window), |_| ()).unwrap(), CONTEXT);
         engine.compensate(Some(&Compensation::uniform(2, k_chunk, Selection::Exact))).unwrap();
         let sampling = Sampling { temperature, ..Sampling::GREEDY };

@@ -3,8 +3,10 @@
 #[path = "../devices/mod.rs"]
 mod devices;
 
+mod batches;
 mod conversations;
 mod edges;
+mod speculate;
 mod texts;
 
 use decdec::checkpoint::BitWidth;

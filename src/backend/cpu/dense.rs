@@ -4,7 +4,8 @@
 
 use half::f16;
 
-use super::kernels::{LANES, dot};
+use super::kernels::dot;
+use super::path::{Kind, Path};
 use crate::format::Floats;
 use crate::processor::{Kind, Path};
 

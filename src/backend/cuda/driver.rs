@@ -285,7 +285,9 @@ impl Driver {
         let function = kernel.function()?;
         let stream = self.enter()?;
         let more = if launch.together && self.overfills.get() { 64 } else { 1 };
-        let (id, value) = if launch.together {
+        // Where multiprocessors are held by others, the driver would wait for those, too. What is left has room for all blocks.
+        let cooperates = launch.together && self.numbers.multiprocessors == self.numbers.all_multiprocessors;
+        let (id, value) = if cooperates {
             (sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative: 1 })
         } else {
             (
@@ -305,7 +307,7 @@ impl Driver {
             hStream: stream,
             attrs: &mut attribute,
             // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
-            numAttrs: u32::from(launch.together || self.numbers.major >= 9 && launch.overlap),
+            numAttrs: u32::from(cooperates || self.numbers.major >= 9 && launch.overlap),
         };
         if let Some(names) = &mut *self.watched.borrow_mut() {
             names.push(kernel.entry().to_owned());

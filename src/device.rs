@@ -210,6 +210,7 @@ impl Device {
         tracing::info!("peak device memory {} MB", on.peak() / 1_000_000);
         // A job that keeps what it has finished says so itself.
         done.map_err(|error| if error.is::<Interrupted>() { quantize::Interrupted.into() } else { error })
+    }
 
     /// Holds what the card that this device acts as does not have, for at most `most`, while something is measured: see
     /// [`Cuda::occupy_rest`]; `None` for a device that acts as itself.

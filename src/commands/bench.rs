@@ -64,14 +64,14 @@ fn whole_tokens(device: &Device, engine: &Engine<'_>, args: &BenchArgs) -> Resul
     };
     make(BEFORE / 2)?;
     let held = device.occupy_rest(LONGEST)?;
+    if let Some(rate) = held.as_ref().and_then(Occupied::read_rate) {
+        output::line(format_args!("plain reads of memory beside what is held: {:.0} GB/s", rate / 1e9))?;
+    }
     make(BEFORE - BEFORE / 2)?;
     let start = Instant::now();
     make(args.tokens)?;
     let took = start.elapsed();
     held.iter().try_for_each(Occupied::check)?;
-    if let Some(rate) = held.as_ref().and_then(Occupied::read_rate) {
-        output::line(format_args!("plain reads of memory beside what is held: {:.0} GB/s", rate / 1e9))?;
-    }
     Ok(took)
 }
 

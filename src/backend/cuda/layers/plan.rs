@@ -98,12 +98,16 @@ pub(super) struct LayersLaunch {
 /// for each other. (A ring of 74 KB covers 2 µs of an H200 and pays: Llama-3-70B, 106 tokens/s, 92 operation by operation.)
 const COVERED: f64 = 1.3e-6;
 
+/// Whether a ring of `warps` times `stages` units covers so much.
+fn covers(format: Format, warps: usize, stages: usize, room: &Room) -> bool {
+    let needed = room.memory_rate / room.multiprocessors as f64 * COVERED;
+    (warps * stages * slot(format)) as f64 >= needed
+}
+
 /// Whether one launch is faster than the operations one by one. Decided here alone: by what was measured, and by whether
 /// three of four multiprocessors have work, since each block has a part of the narrowest product.
 fn pays(format: Format, launch: &LayersLaunch, room: &Room) -> bool {
-    let ring = launch.warps * launch.stages * slot(format);
-    let needed = room.memory_rate / room.multiprocessors as f64 * COVERED;
-    ring as f64 >= needed && 4 * launch.blocks >= 3 * room.multiprocessors
+    covers(format, launch.warps, launch.stages, room) && 4 * launch.blocks >= 3 * room.multiprocessors
 }
 
 /// Warps of a block: fewer leave a multiprocessor's schedulers without work, more leave a thread fewer than 128 registers.
@@ -209,10 +213,11 @@ fn launch_of_warps(
             of_block / warps * if i == 2 { 2 } else { 1 }
         })
         .sum();
-    // Runs of a few layers more or less have one kernel.
-    let all = count.next_multiple_of(8).min(MOST_LAYERS);
-    let in_turn = with_table(TURNS).filter(|&(_, stages, _)| stages <= fewest && count > TURNS);
-    let (turns, stages, shared) = in_turn.or_else(|| with_table(all))?;
+    // Runs of a few layers more or less have one kernel. Where all of them leave too little room for the ring, a few in turn.
+    let all = with_table(count.next_multiple_of(8).min(MOST_LAYERS));
+    let in_turn = || with_table(TURNS).filter(|&(_, stages, _)| stages <= fewest && count > TURNS);
+    let (turns, stages, shared) =
+        all.filter(|&(_, stages, _)| covers(format, warps, stages, room)).or_else(in_turn).or(all)?;
     let splits = crate::backend::cuda::splits(multiplying, shapes.kv_heads);
     Some(LayersLaunch {
         warps,

@@ -4,7 +4,7 @@
 
 use half::f16;
 
-use super::kernels::{LANES, dot};
+use super::kernels::dot;
 use crate::format::Floats;
 use crate::processor::{Kind, Path};
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use decdec::backend::cuda::{Cuda, Matrix, Occupied, Options, Residuals, Tuning};
+use decdec::backend::cuda::{Card, Cuda, Matrix, Occupied, Options, Residuals, Tuning};
 use decdec::backend::{DecodeBackend, Feed, GemvBackend, Norm, Product, Rows};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
@@ -64,7 +64,11 @@ fn main() -> Result<()> {
     let selection = if args.exact { Selection::Exact } else { Selection::Bucket };
     let mut cuda = Cuda::new(
         0,
-        Options { residuals: args.residuals, multiprocessors: args.multiprocessors, ..Options::default() },
+        Options {
+            residuals: args.residuals,
+            card: args.multiprocessors.map(Card::of_multiprocessors),
+            ..Options::default()
+        },
     )?;
     println!("# {} {}, decdec {}", cuda.device().name, cuda.device().driver, env!("CARGO_PKG_VERSION"));
     println!("# {}", std::env::args().skip(1).collect::<Vec<_>>().join(" "));

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -15,7 +16,7 @@ use crate::quantize::{self, Estimate, Report, ResidualOptions};
 use crate::tokenizer::TextFiles;
 use crate::weights::ModelWeights;
 
-pub use crate::backend::cuda::{Dtype, Residuals};
+pub use crate::backend::cuda::{Dtype, Occupied, Residuals};
 
 /// How a device is set up.
 #[derive(Debug, Clone, Copy)]
@@ -209,6 +210,16 @@ impl Device {
         tracing::info!("peak device memory {} MB", on.peak() / 1_000_000);
         // A job that keeps what it has finished says so itself.
         done.map_err(|error| if error.is::<Interrupted>() { quantize::Interrupted.into() } else { error })
+    }
+
+    /// Holds what the card that this device acts as does not have, for at most `most`, while something is measured: see
+    /// [`Cuda::occupy_rest`]; `None` for a device that acts as itself.
+    ///
+    /// # Errors
+    /// Those of [`Cuda::occupy_rest`].
+    pub fn occupy_rest(&self, most: Duration) -> Result<Option<Occupied>> {
+        let Backend::Cuda(cuda) = &self.backend else { return Ok(None) };
+        cuda.occupy_rest(most)
     }
 
     /// Says what a model will take with texts of `max_seq_len` tokens, where that is short: in a GPU's memory.

@@ -9,7 +9,7 @@ mod texts;
 
 use cuda_common::{Noise, cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
-use decdec::backend::cuda::{Cuda, Dtype, Options, Residuals, Tuning};
+use decdec::backend::cuda::{Card, Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::record::{Clock, Recorder};
 use decdec::backend::{DecodeBackend, GemvBackend, Input, Rows};
 use decdec::config::ModelConfig;
@@ -181,7 +181,7 @@ fn texts_beside_each_other_are_those_of_one_alone() {
     let weights = || RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 11).unwrap();
     for one_launch in [false, true] {
         let tuning = Tuning { one_launch: Some(one_launch), ..Tuning::default() };
-        let options = Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) };
+        let options = Options { tuning, card: Some(Card::of_multiprocessors(24)), ..options(Dtype::Float16, 2) };
         let Some(alone) = cuda(options).map(|cuda| tokens(&cuda, &weights(), 16, 3)) else { return };
         let text = move || tokens(&cuda(options).unwrap(), &weights(), 16, 3);
         let threads: Vec<_> =

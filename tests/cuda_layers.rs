@@ -9,7 +9,7 @@ use anyhow::Result;
 use changed::{Change, Changed};
 use cuda_common::{cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
-use decdec::backend::cuda::{Cuda, Dtype, Options, Tuning};
+use decdec::backend::cuda::{Card, Cuda, Dtype, Options, Tuning};
 use decdec::backend::{DecodeBackend, GemvBackend};
 use decdec::config::{Attention, LayerNorm, ModelConfig};
 use decdec::dec::Selection;
@@ -293,7 +293,7 @@ fn texts_go_round_a_window_s_cache() {
 #[test]
 fn a_few_layers_in_one_launch() {
     let tuning = Tuning { one_launch: Some(true), ..Tuning::default() };
-    let few = || cuda(Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) });
+    let few = || cuda(Options { tuning, card: Some(Card::of_multiprocessors(24)), ..options(Dtype::Float16, 2) });
     let groups = Storage::lutgemm(32);
     for case in [
         (small(None, 2), 3, Storage::ANYPREC),
@@ -340,7 +340,9 @@ fn texts_do_not_depend_on_those_before() {
 /// for.
 fn two_tokens(warps: usize) {
     let tuning = Tuning { one_launch: Some(true), layers: Some(warps), ..Tuning::default() };
-    let Some(mut cuda) = cuda(Options { tuning, multiprocessors: Some(24), ..options(Dtype::Float16, 2) }) else {
+    let Some(mut cuda) =
+        cuda(Options { tuning, card: Some(Card::of_multiprocessors(24)), ..options(Dtype::Float16, 2) })
+    else {
         return;
     };
     cuda.watch_layers().unwrap();

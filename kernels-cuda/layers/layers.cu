@@ -39,8 +39,8 @@
 // WARPS at least where there is compensation; no more multiplying blocks than tiles; a block's rows, but of gate and up, no
 // more than its threads.
 // Constants: those of staging.cuh and attend.cuh, FORMAT, BITS, STAGES, BLOCKS; CAPPED and GROWS (0 or 1: whether scores are
-// capped in some layer, and queries grow); shared memory's parts in bytes: XS, PARTS, NARROW_PARTS, BOOKS; the most layers of
-// a launch MOST_LAYERS, and LAYER_BYTES as the host has them; SETS: 5.
+// capped in some layer, and queries grow); shared memory's parts in bytes: XS, PARTS, NARROW_PARTS, BOOKS; LAYER_BYTES as the
+// host has them, and how many layers are in shared memory at once, TURNS; SETS: 5.
 #if FORMAT == 0
 #include "anyprec.cuh"
 #else
@@ -110,7 +110,21 @@ struct Layer {
     const float2* angles;
     Numbers numbers;
 };
-static_assert(sizeof(Layer) == LAYER_BYTES, "the host's layers are others");
+static_assert(sizeof(Layer) == LAYER_BYTES && LAYER_BYTES % 16 == 0, "the host's layers are others");
+
+// The layers that shared memory has, in turn: all of a launch, or those from the one before the current one to the one that
+// the stream has come to. The host sees to it that a warp's ring never holds more than a layer.
+struct Table {
+    Layer* kept;
+
+    __device__ __forceinline__ const Layer& operator[](int l) const { return kept[(u32)l % TURNS]; }
+
+    // Brings layer l, in the place of layer l − TURNS, which nobody needs any more. It is there a layer later.
+    __device__ __forceinline__ void bring(const Layer* layers, int count, int l) const {
+        if (l >= count || this_thread() >= LAYER_BYTES / 16) return;
+        copy_async(shared_address(kept + (u32)l % TURNS) + this_thread() * 16, (const char*)(layers + l) + this_thread() * 16);
+    }
+};
 
 struct Layers {
     const Layer* layers;
@@ -131,8 +145,8 @@ struct Layers {
 // Matrices of a layer as they stream by: QKV and O, then gate and up apart, then down.
 enum { GATE = GU, UP, DOWN, MATRICES };
 
-struct Table {
-    const Layer* layers;
+struct Matrices {
+    Table layers;
     __device__ __forceinline__ const char* codes(int m) const {
         return product(m).codes + (m % MATRICES == UP ? (u64)(I / 16) * UNITS_OF(H) * (VECTORS * 512) : 0);
     }
@@ -150,11 +164,11 @@ __device__ __forceinline__ Dec dec_of(const Product& p, int op) {
 }
 
 // Shared memory, in order; the ring comes first.
-constexpr int ROUTES = (Stream<MATRICES, Table>::BYTES + 127) / 128 * 128; // Route [MATRICES]
+constexpr int ROUTES = (Stream<MATRICES, Matrices>::BYTES + 127) / 128 * 128; // Route [MATRICES]
 constexpr int POSITION = ROUTES + 124;                                     // the token's
 constexpr int SCRATCH = ROUTES + 128;                                      // f32 [2, WARPS]
-constexpr int TABLE = SCRATCH + 256;                                       // Layer [MOST_LAYERS]
-constexpr int HIDDEN = TABLE + (MOST_LAYERS * LAYER_BYTES + 127) / 128 * 128;
+constexpr int TABLE = SCRATCH + 256;                                       // Layer [TURNS]
+constexpr int HIDDEN = TABLE + (TURNS * LAYER_BYTES + 127) / 128 * 128;
 constexpr int X = HIDDEN + UNITS_OF(H) * UNIT * 4;
 // Sums of qkv, gate and up in one place, those of o and down in another: a warp that is ahead may have begun the next product
 // while others finish rows.
@@ -174,7 +188,7 @@ __device__ __forceinline__ Sum vector_of(float* set, int at, int delta, int rest
 
 // What goes into the stream where layer l begins, and where the last one ends: what down put out in the layer before, or what
 // there was at first.
-__device__ __forceinline__ Branch from_down(const Layers& g, const Layer* table, int l) {
+__device__ __forceinline__ Branch from_down(const Layers& g, const Table& table, int l) {
     Norm before = l < g.count ? table[l].norms[ATTENTION_INPUT] : Norm{};
     if (l == 0) return Branch{Sum{g.h, g.h_delta, nullptr}, Norm{}, before};
     bool compensated = DEC && table[l - 1].products[D].k_chunk > 0;
@@ -323,7 +337,7 @@ __device__ __forceinline__ u32 compensate_product(const Product& p, int op, int 
 }
 
 // What a block does that compensates. Not inlined: the compiler would keep what the other blocks need beside it.
-__device__ __noinline__ void compensate_layers(const Layers& g, const Layer* table, char* shared) {
+__device__ __noinline__ void compensate_layers(const Layers& g, const Table& table, char* shared) {
     int block = blockIdx.x - (BLOCKS - g.n_tb);
     u32 turn = 0;
     if (this_thread() < 4) {
@@ -357,6 +371,7 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Layer* tab
         // As the others' after attention. Here nobody waits for this block.
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         All::sync();
+        if (op == QKV) table.bring(g.layers, g.count, l + TURNS - 1);
     }
 }
 
@@ -369,7 +384,7 @@ __device__ __forceinline__ Route route_of(int op, int blocks) {
 }
 
 struct Multiplier {
-    Stream<MATRICES, Table>& stream;
+    Stream<MATRICES, Matrices>& stream;
     const Route* routes;
     const char* shared;
     char* x;
@@ -411,7 +426,7 @@ __device__ __noinline__ void attention(const Layers& g, const Layer& layer, floa
 }
 
 // What the other blocks do.
-__device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* table, char* shared, Grid& grid) {
+__device__ __forceinline__ void multiply_layers(const Layers& g, const Table& table, char* shared, Grid& grid) {
     Route* routes = (Route*)(shared + ROUTES);
     float* scratch = (float*)(shared + SCRATCH);
     Hidden h{(float4*)(shared + HIDDEN)};
@@ -421,11 +436,11 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
     int blocks = BLOCKS - g.n_tb;
 
     h.clear();
-    if (threadIdx.x < 32) Stream<MATRICES, Table>::init(shared_address(shared));
+    if (threadIdx.x < 32) Stream<MATRICES, Matrices>::init(shared_address(shared));
     if (threadIdx.x == 0) *(int*)(shared + POSITION) = position_of(g.state, g.max_seq_len, 0);
     if (threadIdx.x < MATRICES) routes[threadIdx.x] = route_of(threadIdx.x - (threadIdx.x >= UP), blocks);
     All::sync();
-    Stream<MATRICES, Table> stream(Table{table}, routes, MATRICES * g.count, shared_address(shared));
+    Stream<MATRICES, Matrices> stream(Matrices{table}, routes, MATRICES * g.count, shared_address(shared));
     grid.sync();
     // Every block has read it.
     if (blockIdx.x == 0 && threadIdx.x == 0) g.grid[1] = grid.target;
@@ -448,6 +463,7 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
         // The one that everything above is ordered by.
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         All::sync();
+        table.bring(g.layers, g.count, l + TURNS - 1);
 
         stage_attended<A>(set + ATTENDED, Operand::of<A>(x));
         multiplier.run<A>(m + O, p[O], narrow_parts, NO_NORM, set + FROM_O, set + O_REST);
@@ -475,11 +491,11 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Layer* ta
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Layers g) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 || !DEC
     extern __shared__ __align__(1024) char shared[];
-    Layer* table = (Layer*)(shared + TABLE);
-    for (int i = threadIdx.x; i < g.count * (int)sizeof(Layer) / 8; i += THREADS)
-        ((u64*)table)[i] = ((const u64*)g.layers)[i];
+    Table table{(Layer*)(shared + TABLE)};
+    for (int i = threadIdx.x; i < min(g.count, TURNS) * LAYER_BYTES / 8; i += THREADS)
+        ((u64*)table.kept)[i] = ((const u64*)g.layers)[i];
     wait_for_previous();
     // Two sets: the third is made missing in the first layer.
     empty(g.flow, 2 * WORDS, BLOCKS);

@@ -1,5 +1,5 @@
 // Weights as a stream: each warp's units of one matrix after the other, copied ahead of their use into the warp's own
-// ring of shared memory (compute capability 9.0). The stream does not stop where a matrix ends: while a block waits for
+// ring of shared memory. The stream does not stop where a matrix ends: while a block waits for
 // activations, the ring fills with what it will multiply next.
 //
 // A lane copies the codes that it will read itself, and asks for a slot's next ones as soon as it has read it: no lane
@@ -22,8 +22,14 @@ struct Route {
     int offset;            // of its first unit in its tile
 };
 
-__device__ __forceinline__ void barrier_init(u32 barrier) {
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
+// `arrivals`: how many a phase takes.
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals = 1) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// This thread arrives once all copies that it has asked for are there.
+__device__ __forceinline__ void barrier_arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
@@ -31,14 +37,18 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
-    // The instruction itself waits, for a quarter of a millisecond at most.
     Patience patience;
     u32 full;
     do {
         asm volatile(
             "{\n"
             ".reg .pred full;\n"
+#if __CUDA_ARCH__ >= 900
+            // The instruction itself waits, for a quarter of a millisecond at most.
             "mbarrier.try_wait.parity.shared.b64 full, [%1], %2, 250000;\n"
+#else
+            "mbarrier.test_wait.parity.shared.b64 full, [%1], %2;\n"
+#endif
             "selp.u32 %0, 1, 0, full;\n"
             "}\n"
             : "=r"(full)
@@ -86,16 +96,20 @@ struct Stream {
     // Before anything else, by one warp; all wait for it.
     static __device__ __forceinline__ void init(u32 rings) {
         int lane = threadIdx.x % 32;
-        if (lane < 3) barrier_init(rings + BARRIERS + lane * 8);
+#if __CUDA_ARCH__ >= 900
+        if (lane < 3) barrier_init(rings + BARRIERS + lane * 8, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+        if (lane < 3) barrier_init(rings + BARRIERS + lane * 8, 32);
+#endif
     }
 
     __device__ __forceinline__ Stream(Table table, const Route* routes, int matrices, u32 rings)
         : routes(routes), table(table), rings(rings), matrices(matrices), matrix(-1), left(0),
           at(threadIdx.x / 32 * (STAGES * SLOT) + threadIdx.x % 32 * 16), end(at + STAGES * SLOT) {
         next_matrix();
-        if (threadIdx.x == 0) ask_books(0);
+        if (threadIdx.x < 32) ask_books(0);
 #pragma unroll 1
         for (int i = 0; i < STAGES; i++) {
             ask_codes(rings + at + i * SLOT);
@@ -125,14 +139,22 @@ struct Stream {
         }
     }
 
-    // Asks for the codebooks of this block's tiles.
+    // Asks for the codebooks of this block's tiles: one warp. Where there is a bulk copy engine, it takes one lane a few
+    // instructions; otherwise all lanes copy.
     __device__ __forceinline__ void ask_books(int m) {
         if (AUX_PER_UNIT || AUX_BYTES == 0 || m >= matrices) return;
         Route r = routes[(u32)m % ROUTES];
         u32 barrier = rings + BARRIERS + (u32)m % 3 * 8, to = rings + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
+        const char* from = table.aux(m) + r.first_tile * AUX_BYTES;
         int bytes = r.tiles * AUX_BYTES;
+#if __CUDA_ARCH__ >= 900
+        if (this_lane() > 0) return;
         barrier_expect(barrier, bytes);
-        bulk_copy(to, table.aux(m) + r.first_tile * AUX_BYTES, bytes, barrier);
+        bulk_copy(to, from, bytes, barrier);
+#else
+        for (int at = this_lane() * 16; at < bytes; at += 32 * 16) copy_once(to + at, from + at);
+        barrier_arrive_with_copies(barrier);
+#endif
     }
 
     // Asks for this lane's codes of the next unit of the stream.
@@ -173,7 +195,7 @@ struct Stream {
             __syncwarp();
         }
         const char* books = shared + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
-        if (t == 0) ask_books(m + 1);
+        if (warp == 0) ask_books(m + 1);
         if (!AUX_PER_UNIT && AUX_BYTES > 0 && count > 0)
             barrier_wait(rings + BARRIERS + (u32)m % 3 * 8, (u32)m / 3 & 1);
         Unit sums;

@@ -1,8 +1,10 @@
 //! `decdec bench`
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
-use decdec::device;
-use decdec::engine::{Engine, Generated, Settings};
+use decdec::device::{self, Device, Occupied};
+use decdec::engine::{Engine, Settings};
 use decdec::timeline::{self, Timeline};
 
 use crate::cli::BenchArgs;
@@ -22,8 +24,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let bits = args.run.head_bits;
     let title = format!("{}, {} ({}), context {}, head {bits} bits", opened.name(), info.name, info.id, args.context);
     output::line(&title)?;
-    let made = whole_tokens(&engine, args)?;
-    let (rate, us) = (made.decode_per_second(), made.decode_time.as_secs_f64() * 1e6 / made.decoded.max(1) as f64);
+    let us = whole_tokens(&device, &engine, args)?.as_secs_f64() * 1e6 / args.tokens as f64;
+    let rate = 1e6 / us;
     output::line(format_args!("whole tokens: {rate:.1} tokens/s, {us:.1} us each"))?;
     if !args.timeline {
         return Ok(());
@@ -39,20 +41,38 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 
 /// Tokens of the longest text that is made.
 fn longest(args: &BenchArgs) -> usize {
-    args.context.saturating_add(args.tokens.max(if args.timeline { timeline::ROOM } else { 0 }))
+    args.context.saturating_add((BEFORE + args.tokens).max(if args.timeline { timeline::ROOM } else { 0 }))
 }
 
-/// Greedy tokens behind a context; a first, short text compiles and records.
-fn whole_tokens(engine: &Engine<'_>, args: &BenchArgs) -> Result<Generated> {
+/// How long a text may take on a device that acts as another.
+const LONGEST: Duration = Duration::from_secs(20);
+
+/// Tokens that are made before the clock starts: operations are compiled and recorded, and as many as a device queues ahead.
+const BEFORE: usize = 24;
+
+/// The time of greedy tokens behind a context.
+fn whole_tokens(device: &Device, engine: &Engine<'_>, args: &BenchArgs) -> Result<Duration> {
     let prompt = vec![engine.config().bos_token_id.unwrap_or(0); args.context];
-    let mut session = engine.session(Settings::default())?;
-    for max_new_tokens in [args.tokens.min(8), args.tokens] {
-        session.clear();
-        session.settings.max_new_tokens = max_new_tokens;
-        session.prompt(&prompt)?;
-        session.rest()?;
+    let settings = Settings { max_new_tokens: BEFORE + args.tokens, ..Settings::default() };
+    let mut session = engine.session(settings)?;
+    session.prompt(&prompt)?;
+    let mut make = |tokens| -> Result<()> {
+        for made in 0..tokens {
+            ensure!(session.next()?.is_some(), "the text ended after {made} of {tokens} tokens");
+        }
+        Ok(())
+    };
+    make(BEFORE / 2)?;
+    let held = device.occupy_rest(LONGEST)?;
+    if let Some(rate) = held.as_ref().and_then(Occupied::read_rate) {
+        output::line(format_args!("plain reads of memory beside what is held: {:.0} GB/s", rate / 1e9))?;
     }
-    Ok(session.made().clone())
+    make(BEFORE - BEFORE / 2)?;
+    let start = Instant::now();
+    make(args.tokens)?;
+    let took = start.elapsed();
+    held.iter().try_for_each(Occupied::check)?;
+    Ok(took)
 }
 
 fn print(timeline: &Timeline) -> Result<()> {

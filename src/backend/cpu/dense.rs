@@ -5,7 +5,6 @@
 use half::f16;
 
 use super::kernels::dot;
-use super::path::{Kind, Path};
 use crate::format::Floats;
 use crate::processor::{Kind, Path};
 

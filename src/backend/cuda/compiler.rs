@@ -91,6 +91,8 @@ struct Api {
     log: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
     cubin_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
     cubin: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+    ptx_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
+    ptx: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
 }
 
 /// The compiler for one architecture.
@@ -103,7 +105,7 @@ pub(crate) struct Compiler {
 }
 
 impl Compiler {
-    /// Loads NVRTC, to compile for `architecture` (`sm_90`). `cache` is where compiled code is kept.
+    /// Loads NVRTC, to compile for `architecture`: `sm_90`, or `compute_89` for code that the driver translates. `cache` is where compiled code is kept.
     ///
     /// # Errors
     /// No NVRTC, or one without the functions that are needed; says how to get one.
@@ -121,6 +123,8 @@ impl Compiler {
                 log: *library.get(b"nvrtcGetProgramLog\0")?,
                 cubin_size: *library.get(b"nvrtcGetCUBINSize\0")?,
                 cubin: *library.get(b"nvrtcGetCUBIN\0")?,
+                ptx_size: *library.get(b"nvrtcGetPTXSize\0")?,
+                ptx: *library.get(b"nvrtcGetPTX\0")?,
             }
         };
         let mut version = (0, 0);
@@ -196,8 +200,11 @@ impl Compiler {
         let log = unsafe { fetch(program, self.api.log_size, self.api.log) }.unwrap_or_default();
         let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().into_owned();
         let result = if status == 0 {
+            let text = self.architecture.starts_with("compute_");
+            let (size, get) =
+                if text { (self.api.ptx_size, self.api.ptx) } else { (self.api.cubin_size, self.api.cubin) };
             // SAFETY: the program is compiled.
-            unsafe { fetch(program, self.api.cubin_size, self.api.cubin) }.map(|cubin| (cubin, log))
+            unsafe { fetch(program, size, get) }.map(|code| (code, log))
         } else if status == INVALID_OPTION {
             Err(anyhow::anyhow!(
                 "cuda: NVRTC {} does not know {}, install a newer CUDA toolkit (12.8 or later for sm_120): {}",
@@ -371,7 +378,7 @@ mod tests {
             for &(bits, format) in formats {
                 let books = if format == "FORMAT=0" { 14 * ((16 << bits) + 128) } else { 0 };
                 let sizes = format!(
-                    "XS=66560 PARTS=20480 NARROW_PARTS=4096 BOOKS={books} MOST_LAYERS=40 LAYER_BYTES=400 SETS=5 STAGES=3 BLOCKS=132"
+                    "XS=66560 PARTS=20480 NARROW_PARTS=4096 BOOKS={books} TURNS=4 LAYER_BYTES=400 SETS=5 STAGES=3 BLOCKS=132"
                 );
                 for (dec, dtype) in dtypes.clone().flat_map(|dtype| [(0, dtype), (1, dtype)]) {
                     let rest = format!("DTYPE={dtype} KV={dtype} DEC={dec} BITS={bits} PLANES=1");

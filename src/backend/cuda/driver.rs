@@ -12,6 +12,7 @@ use anyhow::{Result, ensure};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
+use super::card::Card;
 use super::failure::Waiting;
 pub(super) use super::failure::failed;
 use super::kernel::Kernel;
@@ -32,6 +33,12 @@ pub(super) struct Numbers {
     /// Those that there are.
     pub(super) all_multiprocessors: usize,
     pub(super) shared_per_block: usize,
+    /// What blocks may have of it that no launch is made for.
+    pub(super) all_shared_per_block: usize,
+    /// Bytes a second that memory is made for: twice its clock, times its width.
+    pub(super) memory_rate: f64,
+    /// Kernels are compiled for an older compute capability than it has, and translated by the driver.
+    pub(super) translated: bool,
 }
 
 /// One device and the one stream that everything is queued on. Single-threaded, but not alone on its thread: others may
@@ -111,6 +118,7 @@ impl Driver {
         // SAFETY: writes one integer.
         unsafe { sys::cuDriverGetVersion(&mut driver) }.result().map_err(|e| failed("driver version", e))?;
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         let numbers = Numbers {
             name: result::device::get_name(device).map_err(|e| failed("name", e))?,
             driver,
@@ -118,7 +126,13 @@ impl Driver {
             minor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             multiprocessors,
             all_multiprocessors: multiprocessors,
-            shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            shared_per_block: shared,
+            all_shared_per_block: shared,
+            memory_rate: 2e3
+                * f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?)
+                * f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?)
+                / 8.0,
+            translated: false,
         };
         ensure!(
             numbers.major >= 8,
@@ -147,16 +161,14 @@ impl Driver {
         }))
     }
 
-    /// The same device as if it had `most` multiprocessors.
+    /// The same device as if it were `card`.
     ///
     /// # Errors
-    /// None, or more than there are.
-    pub(super) fn limited(self: Rc<Self>, most: usize) -> Result<Rc<Self>> {
-        let all = self.numbers.all_multiprocessors;
-        ensure!((1..=all).contains(&most), "{most} multiprocessors are to be used, 1 to {all} are allowed");
+    /// No multiprocessors, or more of anything than there is.
+    pub(super) fn acting_as(self: Rc<Self>, card: &Card) -> Result<Rc<Self>> {
         let mut driver = self.beside()?;
         if let Some(driver) = Rc::get_mut(&mut driver) {
-            driver.numbers.multiprocessors = most;
+            card.replace(&mut driver.numbers)?;
         }
         Ok(driver)
     }
@@ -273,7 +285,9 @@ impl Driver {
         let function = kernel.function()?;
         let stream = self.enter()?;
         let more = if launch.together && self.overfills.get() { 64 } else { 1 };
-        let (id, value) = if launch.together {
+        // Where multiprocessors are held by others, the driver would wait for those, too. What is left has room for all blocks.
+        let cooperates = launch.together && self.numbers.multiprocessors == self.numbers.all_multiprocessors;
+        let (id, value) = if cooperates {
             (sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative: 1 })
         } else {
             (
@@ -293,7 +307,7 @@ impl Driver {
             hStream: stream,
             attrs: &mut attribute,
             // Before compute capability 9.0 kernels do not wait for their predecessors themselves.
-            numAttrs: u32::from(launch.together || self.numbers.major >= 9 && launch.overlap),
+            numAttrs: u32::from(cooperates || self.numbers.major >= 9 && launch.overlap),
         };
         if let Some(names) = &mut *self.watched.borrow_mut() {
             names.push(kernel.entry().to_owned());
@@ -370,7 +384,7 @@ impl Module {
         // SAFETY: `function` lives as long as its module.
         let used = unsafe { result::function::get_function_attribute(function, used) }
             .map_err(|e| failed(&format!("attribute of {name}"), e))?;
-        let room = self.driver.numbers.shared_per_block as i32 - used;
+        let room = self.driver.numbers.all_shared_per_block as i32 - used;
         let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: as above.
         unsafe { result::function::set_function_attribute(function, limit, room) }

@@ -72,6 +72,17 @@ pub(super) struct Room {
     pub(super) multiprocessors: usize,
     /// Shared memory that a block may have, bytes.
     pub(super) shared: usize,
+    /// Bytes a second that memory is made for.
+    pub(super) memory_rate: f64,
+}
+
+#[cfg(test)]
+impl Room {
+    /// An H200, a card that is like it in all but these two, and a GeForce RTX 4090.
+    pub(super) const fn h200(multiprocessors: usize, shared: usize) -> Self {
+        Self { multiprocessors, shared, memory_rate: 4.9e12 }
+    }
+    pub(super) const RTX_4090: Self = Self { multiprocessors: 128, shared: 101_376, memory_rate: 1.008e12 };
 }
 
 /// `INPUT` and `ACTIVATION` of `gemv.cuh`.
@@ -266,7 +277,7 @@ mod tests {
                         if dec.is_some_and(|dec| dec.input == 1) && shape.0 > 8192 {
                             continue;
                         }
-                        let room = Room { multiprocessors, shared };
+                        let room = Room::h200(multiprocessors, shared);
                         let launch = gemv_launch(format, shape, Tuning::default(), dec, room);
                         let launch = launch.unwrap_or_else(|e| panic!("{format:?} {shape:?} {dec:?} {room:?}: {e:#}"));
                         assert!(launch.shared <= shared && launch.dec_at <= launch.shared, "{launch:?}");
@@ -280,7 +291,7 @@ mod tests {
     #[test]
     fn large_cards_take_what_was_tuned() {
         let tuning = Tuning::default();
-        let room = Room { multiprocessors: 132, shared: 232_448 };
+        let room = Room::h200(132, 232_448);
         for format in &FORMATS[..4] {
             for shape in &SHAPES[..4] {
                 let plain = gemv_launch(*format, *shape, tuning, None, room).unwrap();
@@ -293,7 +304,7 @@ mod tests {
 
     #[test]
     fn a_row_that_is_too_long_is_named() {
-        let room = Room { multiprocessors: 20, shared: 49_152 };
+        let room = Room::h200(20, 49_152);
         let error = gemv_launch(FORMATS[0], (65_536, 4096), Tuning::default(), None, room).unwrap_err().to_string();
         assert!(error.contains("65536 channels") && error.contains("49152"), "{error}");
     }

@@ -72,7 +72,10 @@ impl Cuda {
     ) -> usize {
         let Some(first) = layers.first() else { return 0 };
         let (wanted, attention) = (format(first), sequence.cache.attention(number));
-        let possible = self.together.get() && self.driver.numbers().major >= 9 && self.options.compile > 0;
+        // Compensation within layers is fetched by the bulk copy engine.
+        let compensates = first.plans.iter().flatten().any(|p| p.k_chunk > 0);
+        let has_engine = self.driver.numbers().major >= 9;
+        let possible = self.together.get() && self.options.compile > 0 && (has_engine || !compensates);
         if wanted.is_none() || !possible || Program::of(first.program).is_none() {
             return 0;
         }
@@ -112,9 +115,7 @@ impl Cuda {
             return Ok(false);
         }
         let dec = compensates.then_some(Compensated { list: longest, n_tb, products: plans.map(|p| p.is_some()) });
-        let numbers = self.driver.numbers();
-        let (multiprocessors, shared) = (numbers.multiprocessors, numbers.shared_per_block);
-        let launch = layers_launch(format, (shapes, layers.len()), tuning, dec, multiprocessors, shared);
+        let launch = layers_launch(format, (shapes, layers.len()), tuning, dec, &self.room());
         let Some(launch) = launch else { return Ok(false) };
         let mut defines = self.layers_defines(format, shapes, launch, compensates);
         defines.extend(sequence.cache.defines(first, self.options.dtype, launch.splits));
@@ -184,7 +185,7 @@ impl Cuda {
             format!("PARTS={}", launch.parts),
             format!("NARROW_PARTS={}", launch.narrow_parts),
             format!("BOOKS={}", launch.books),
-            format!("MOST_LAYERS={}", launch.layers),
+            format!("TURNS={}", launch.turns),
             format!("LAYER_BYTES={}", LAYER_WORDS * 8),
             format!("SETS={SETS}"),
         ]);

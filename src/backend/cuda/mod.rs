@@ -7,7 +7,7 @@
 //! - `options`: how it is set up; `pack`, `plain`: stored formats to the layouts of the fast and of the generic kernels
 //! - `matrix`, `vector`, `sequence`: what lives on the device; `attention`: what a text remembers, and how it is looked at
 //! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
-//! - `occupy`: holds multiprocessors, so that fewer are left; `memory`: what a model will take
+//! - `card`, `occupy`: another card than the one that is there, and what is held of it; `memory`: what a model will take
 //! - `quantize`: what quantization asks of a device
 //! - `decode`: the operations of a token; `product`: which kernel multiplies what; `layers`: whole layers in one launch; the kernels are in `kernels-cuda/`
 
@@ -15,6 +15,7 @@ mod arguments;
 mod attention;
 mod blas;
 mod buffer;
+mod card;
 pub(crate) mod compiler;
 mod cupti;
 mod decode;
@@ -47,6 +48,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
+pub use card::Card;
 pub use decode::Graph;
 pub use launch::Tuning;
 pub use matrix::{Matrix, Plan};
@@ -142,14 +144,16 @@ impl Cuda {
     ///
     /// # Errors
     /// What is missing (driver, GPU, NVRTC) or too old, and how to get it.
-    pub fn new(ordinal: usize, options: Options) -> Result<Self> {
+    pub fn new(ordinal: usize, mut options: Options) -> Result<Self> {
         ensure!(options.compile <= 2, "--compile is {}, 0 to 2 are allowed", options.compile);
         let mut driver = Driver::open(ordinal)?;
-        if let Some(most) = options.multiprocessors {
-            driver = driver.limited(most)?;
+        options.card = options.card.map_or_else(Card::of_environment, |card| Ok(Some(card)))?;
+        if let Some(card) = &options.card {
+            driver = driver.acting_as(card)?;
         }
         let numbers = driver.numbers();
-        let architecture = format!("sm_{}{}", numbers.major, numbers.minor);
+        let kind = if numbers.translated { "compute" } else { "sm" };
+        let architecture = format!("{kind}_{}{}", numbers.major, numbers.minor);
         let compiler = Compiler::open(&architecture, compiler::cache_directory())?;
         let blas = Blas::open(&driver)
             .inspect_err(|e| tracing::warn!("{e:#}; until then prompts are processed token by token"))

@@ -1,4 +1,4 @@
-//! Blocks that do nothing but hold multiprocessors, so that a large card measures as a small one would.
+//! Blocks that hold multiprocessors, and memory, so that a large card measures as a small one would.
 
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,16 +14,25 @@ use super::host::Mapped;
 /// How long blocks may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How much is read, of zeros: more than a second-level cache holds.
+const READ: usize = 512 << 20;
+
+/// What a block reads at once, bytes: `PIECE` of `occupy.cu`.
+const PIECE: f64 = 65536.0;
+
 /// Multiprocessors that are held until this is dropped, or for the time it was made for.
 pub struct Occupied {
     arrived: Mapped, // u32 for every block
     end: Buffer,     // u32, written by a stream of its own
+    read: Option<Rc<Buffer>>,
+    read_rate: Option<f64>,
     driver: Rc<Driver>,
 }
 
 impl Cuda {
-    /// Holds the multiprocessors that [`super::Options::multiprocessors`] leaves out, `None` if it leaves out none, for
-    /// at most `most`. Allocate, compile and record before: what waits for the whole device waits for these blocks.
+    /// Holds the multiprocessors that the card that this one [acts as](super::Options::card) does not have, `None` if there
+    /// are none, for at most `most`; if its memory is slower, they read as fast as leaves others so much. Allocate, compile
+    /// and record before: what waits for the whole device waits for these blocks.
     ///
     /// # Errors
     /// Blocks that do not arrive, because something else holds the device.
@@ -33,18 +42,78 @@ impl Cuda {
         if rest == 0 {
             return Ok(None);
         }
+        let Some(wanted) = self.options.card.and_then(|card| card.memory_rate) else {
+            return self.occupy(rest, most, None).map(Some);
+        };
+        let zeros = Rc::new(Buffer::new(&self.driver, READ)?);
+        zeros.clear()?;
+        let out = Buffer::new(&self.driver, 4)?;
+        let free = self.read_rate(&zeros, &out)?;
+        ensure!(
+            free > wanted,
+            "cuda: memory reads {:.0} GB/s on {} multiprocessors, {:.0} are to be left of it",
+            free / 1e9,
+            numbers.multiprocessors,
+            wanted / 1e9
+        );
+        // Between a clock of a quarter of a gigahertz a piece and one that hardly reads, in equal steps of its logarithm.
+        let (mut fast, mut slow) = (PIECE / 256.0, PIECE * 16.0);
+        for _ in 0..14 {
+            let cycles = f64::sqrt(fast * slow);
+            let held = self.occupy(rest, most, Some((&zeros, cycles)))?;
+            let left = self.read_rate(&zeros, &out);
+            drop(held);
+            if left? < wanted { fast = cycles } else { slow = cycles }
+        }
+        let mut held = self.occupy(rest, most, Some((&zeros, slow)))?;
+        held.read_rate = Some(self.read_rate(&zeros, &out)?);
+        Ok(Some(held))
+    }
+
+    /// Bytes a second of a plain read by the multiprocessors that are left: the best of a few.
+    fn read_rate(&self, zeros: &Buffer, out: &Buffer) -> Result<f64> {
+        let kernel = self.kernel("read.cu", "read", &[])?;
+        let (from, count, to) = (zeros.pointer(), (READ / 16) as u64, out.pointer());
+        let mut best = Duration::MAX;
+        for blocks in [1, 2, 4].map(|each| each * self.driver.numbers().multiprocessors) {
+            let launch = Launch { overlap: false, ..Launch::new(blocks, 256) };
+            for _ in 0..3 {
+                let took = self.driver.time(&mut || {
+                    self.driver.launch(&kernel, launch, &mut Arguments::new().with(&from).with(&count).with(&to))
+                })?;
+                best = best.min(took);
+            }
+        }
+        Ok(READ as f64 / best.as_secs_f64())
+    }
+
+    /// Holds `rest` multiprocessors; `reading`: what they read, and in how many clock cycles a piece.
+    fn occupy(&self, rest: usize, most: Duration, reading: Option<(&Rc<Buffer>, f64)>) -> Result<Occupied> {
         let kernel = self.kernel("occupy.cu", "occupy", &[])?;
         kernel.function()?;
         let driver = self.driver.beside()?;
         let ender = driver.beside()?;
         let end = Buffer::of(&ender, &[0u32])?;
         ender.wait()?;
-        let occupied = Occupied { arrived: Mapped::new(&driver, 4 * rest)?, end, driver };
+        let arrived = Mapped::new(&driver, 4 * rest)?;
+        let read = reading.map(|(zeros, _)| Rc::clone(zeros));
+        let occupied = Occupied { arrived, end, read, read_rate: None, driver };
         let (end, arrived) = (occupied.end.pointer(), occupied.arrived.pointer());
         let most_ns = most.as_nanos() as u64;
+        let from = occupied.read.as_ref().map_or(0, |zeros| zeros.pointer());
+        let (count, cycles) = ((READ / 16) as u64, reading.map_or(0, |(_, cycles)| cycles as u64));
         self.driver.wait()?;
-        let launch = Launch { shared: numbers.shared_per_block, overlap: false, ..Launch::new(rest, 32) };
-        let mut arguments = Arguments::new().with(&end).with(&arrived).with(&most_ns);
+        let threads = if reading.is_some() { 1024 } else { 32 };
+        let shared = self.driver.numbers().all_shared_per_block;
+        let launch = Launch { shared, overlap: false, ..Launch::new(rest, threads) };
+        let mut arguments = Arguments::new()
+            .with(&end)
+            .with(&arrived)
+            .with(&most_ns)
+            .with(&from)
+            .with(&count)
+            .with(&cycles)
+            .with(&from);
         occupied.driver.launch(&kernel, launch, &mut arguments)?;
         let start = Instant::now();
         let missing = || (0..rest).filter(|&i| occupied.word(i).load(Ordering::Acquire) == 0).count();
@@ -52,7 +121,7 @@ impl Cuda {
             std::hint::spin_loop();
         }
         ensure!(missing() == 0, "cuda: {} of {rest} blocks that hold multiprocessors did not start", missing());
-        Ok(Some(occupied))
+        Ok(occupied)
     }
 }
 
@@ -64,6 +133,11 @@ impl Occupied {
     pub fn check(&self) -> Result<()> {
         ensure!(!self.driver.idle()?, "cuda: the blocks that hold multiprocessors ended before the measurement did");
         Ok(())
+    }
+
+    /// Bytes a second of a plain read beside them, where they slow memory down.
+    pub fn read_rate(&self) -> Option<f64> {
+        self.read_rate
     }
 
     fn word(&self, i: usize) -> &AtomicU32 {

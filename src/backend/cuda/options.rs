@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 
-use super::Tuning;
+use super::{Card, Tuning};
 
 /// The type that weights and activations are multiplied in; sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -65,19 +65,12 @@ pub struct Options {
     pub compile: u8,
     /// Launch parameters of the products.
     pub tuning: Tuning,
-    /// Launches are made for so many multiprocessors, in place of all that there are: to see what a smaller card does,
-    /// with [`Cuda::occupy_rest`](super::Cuda::occupy_rest).
-    pub multiprocessors: Option<usize>,
+    /// The device acts as this one.
+    pub card: Option<Card>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            dtype: Dtype::Float16,
-            residuals: Residuals::Host,
-            compile: 2,
-            tuning: Tuning::default(),
-            multiprocessors: None,
-        }
+        Self { dtype: Dtype::Float16, residuals: Residuals::Host, compile: 2, tuning: Tuning::default(), card: None }
     }
 }

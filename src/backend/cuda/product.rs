@@ -245,9 +245,13 @@ impl Cuda {
         self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))
     }
 
-    fn room(&self) -> Room {
+    pub(super) fn room(&self) -> Room {
         let numbers = self.driver.numbers();
-        Room { multiprocessors: numbers.multiprocessors, shared: numbers.shared_per_block }
+        Room {
+            multiprocessors: numbers.multiprocessors,
+            shared: numbers.shared_per_block,
+            memory_rate: numbers.memory_rate,
+        }
     }
 
     /// The product's kernel for a matrix, compiled once per shape.

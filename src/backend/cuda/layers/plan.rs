@@ -4,12 +4,16 @@ use std::cmp::Reverse;
 use std::ops::RangeInclusive;
 
 use super::super::attention::attend_shared;
-use super::super::launch::{Tuning, operand_bytes, unit};
+use super::super::launch::{Room, Tuning, operand_bytes, unit};
 use super::super::matrix::Format;
 use super::super::pack::{CODE_UNIT, TILE, book_bytes};
 
-/// Most layers of one launch: their table lies in shared memory.
+/// Most layers of one launch: where the table in shared memory has all of them, there is room for no more.
 pub(super) const MOST_LAYERS: usize = 40;
+
+/// Layers that the table has, in turn, where a warp's ring holds no more than a layer: the one before the current one, that
+/// one, the two that the stream may have come to.
+const TURNS: usize = 4;
 
 /// Words of 8 bytes of `struct Layer` of `layers.cu`.
 pub(super) const LAYER_WORDS: usize = 50;
@@ -73,8 +77,8 @@ pub(super) struct Compensated {
 pub(super) struct LayersLaunch {
     pub(super) warps: usize,
     pub(super) stages: usize,
-    /// Layers that the table in shared memory has room for.
-    pub(super) layers: usize,
+    /// Layers that the table in shared memory has room for: all, or [`TURNS`].
+    pub(super) turns: usize,
     pub(super) blocks: usize,
     /// Those of them that compensate instead of multiplying.
     pub(super) n_tb: usize,
@@ -90,14 +94,20 @@ pub(super) struct LayersLaunch {
     pub(super) shared: usize,
 }
 
-/// Bytes of weights on their way below which one launch for layers does not pay: memory idles while blocks wait. From 74 KB
-/// on it does (H200, Llama-3-70B: 106 tokens/s, 92 operation by operation).
-const PAYS: usize = 48 << 10;
+/// How much of memory's time a ring has to cover, seconds, so that one launch pays: with less, memory idles while blocks wait
+/// for each other. (A ring of 74 KB covers 2 µs of an H200 and pays: Llama-3-70B, 106 tokens/s, 92 operation by operation.)
+const COVERED: f64 = 1.3e-6;
+
+/// Whether a ring of `warps` times `stages` units covers so much.
+fn covers(format: Format, warps: usize, stages: usize, room: &Room) -> bool {
+    let needed = room.memory_rate / room.multiprocessors as f64 * COVERED;
+    (warps * stages * slot(format)) as f64 >= needed
+}
 
 /// Whether one launch is faster than the operations one by one. Decided here alone: by what was measured, and by whether
 /// three of four multiprocessors have work, since each block has a part of the narrowest product.
-fn pays(format: Format, launch: &LayersLaunch, multiprocessors: usize) -> bool {
-    launch.warps * launch.stages * slot(format) >= PAYS && 4 * launch.blocks >= 3 * multiprocessors
+fn pays(format: Format, launch: &LayersLaunch, room: &Room) -> bool {
+    covers(format, launch.warps, launch.stages, room) && 4 * launch.blocks >= 3 * room.multiprocessors
 }
 
 /// Warps of a block: fewer leave a multiprocessor's schedulers without work, more leave a thread fewer than 128 registers.
@@ -131,13 +141,12 @@ pub(super) fn layers_launch(
     (shapes, count): (Shapes, usize),
     tuning: Tuning,
     dec: Option<Compensated>,
-    multiprocessors: usize,
-    most_shared: usize,
+    room: &Room,
 ) -> Option<LayersLaunch> {
     let units = shapes.hidden.div_ceil(CODE_UNIT);
     let warps = tuning.layers.map_or_else(|| warps_for(units), |warps| vec![warps]);
-    let of = |warps| launch_of_warps(format, (shapes, count), (warps, dec), multiprocessors, most_shared);
-    let pays = |launch: &LayersLaunch| pays(format, launch, multiprocessors);
+    let of = |warps| launch_of_warps(format, (shapes, count), (warps, dec), room);
+    let pays = |launch: &LayersLaunch| pays(format, launch, room);
     warps.into_iter().find_map(of).filter(|launch| tuning.one_launch.unwrap_or_else(|| pays(launch)))
 }
 
@@ -145,8 +154,7 @@ fn launch_of_warps(
     format: Format,
     (shapes, count): (Shapes, usize),
     (warps, dec): (usize, Option<Compensated>),
-    multiprocessors: usize,
-    most_shared: usize,
+    room: &Room,
 ) -> Option<LayersLaunch> {
     let products = shapes.products();
     let fits =
@@ -163,7 +171,7 @@ fn launch_of_warps(
     // Gate and up stream apart and are summed up together.
     let tiles: [usize; 4] = std::array::from_fn(|i| products[i].1 / TILE / if i == 2 { 2 } else { 1 });
     // Every block that multiplies has a part of every product.
-    let multiplying = multiprocessors.checked_sub(n_tb)?.min(*tiles.iter().min()?);
+    let multiplying = room.multiprocessors.checked_sub(n_tb)?.min(*tiles.iter().min()?);
     // Selection goes by four warps together; what four do not go into does not select.
     if multiplying == 0 || dec.is_some() && warps < SELECTORS {
         return None;
@@ -186,23 +194,35 @@ fn launch_of_warps(
     let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
     let books = qkv.max(o).max(pairs).max(down) * (unit(format).1 - slot(format));
-    // Runs of a few layers more or less have one kernel.
-    let layers = count.next_multiple_of(8).min(MOST_LAYERS);
-    let table = (layers * LAYER_WORDS * 8).next_multiple_of(128);
     let stream = shapes.hidden.next_multiple_of(CODE_UNIT) * 4;
-    let fixed = 384 + 128 + 24 + 3 * books + table + stream + xs + parts + narrow_parts + list;
+    let fixed = 384 + 128 + 24 + 3 * books + stream + xs + parts + narrow_parts + list;
     let stage = warps * slot(format);
-    let stages = most_shared.checked_sub(fixed)? / stage;
-    if stages < 2 {
-        return None;
-    }
-    let stages = stages.min(MOST_STAGES);
-    let shared = fixed + stages * stage;
+    let with_table = |turns: usize| {
+        let fixed = fixed + (turns * LAYER_WORDS * 8).next_multiple_of(128);
+        let stages = (room.shared.checked_sub(fixed)? / stage).min(MOST_STAGES);
+        (stages >= 2).then_some((turns, stages, fixed + stages * stage))
+    };
+    // Units of a layer that each warp has at least.
+    let fewest: usize = products
+        .iter()
+        .zip(tiles)
+        .enumerate()
+        .map(|(i, (&(k, _), tiles))| {
+            let units = k.div_ceil(CODE_UNIT);
+            let of_block = if cut > 0 && i != 2 { tiles * units / multiplying } else { tiles / multiplying * units };
+            of_block / warps * if i == 2 { 2 } else { 1 }
+        })
+        .sum();
+    // Runs of a few layers more or less have one kernel. Where all of them leave too little room for the ring, a few in turn.
+    let all = with_table(count.next_multiple_of(8).min(MOST_LAYERS));
+    let in_turn = || with_table(TURNS).filter(|&(_, stages, _)| stages <= fewest && count > TURNS);
+    let (turns, stages, shared) =
+        all.filter(|&(_, stages, _)| covers(format, warps, stages, room)).or_else(in_turn).or(all)?;
     let splits = crate::backend::cuda::splits(multiplying, shapes.kv_heads);
     Some(LayersLaunch {
         warps,
         stages,
-        layers,
+        turns,
         blocks: multiplying + n_tb,
         n_tb,
         splits,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::plan::{MOST_STAGES, STRIPE};
 use super::*;
-use crate::backend::cuda::launch::Tuning;
+use crate::backend::cuda::launch::{Room, Tuning};
 use crate::config::{Activation, FeedForward, LayerConfig, Mixer, ModelConfig, NormPlacement, QkNorm, QueryScaling};
 
 fn by(n_tb: usize) -> Compensated {
@@ -23,7 +23,7 @@ fn shared_memory_is_used_and_not_exceeded() {
         (Format::LutGemm { bits: 4, group: 32 }, 132, 232_448, None),
         (Format::AnyPrec { bits: 4, planes: 2 }, 132, 166_912, None),
     ] {
-        let launch = layers_launch(format, (LLAMA, 32), always, dec, multiprocessors, shared);
+        let launch = layers_launch(format, (LLAMA, 32), always, dec, &Room::h200(multiprocessors, shared));
         let launch = launch.unwrap_or_else(|| panic!("no room for {format:?} in {shared}"));
         assert!(launch.shared <= shared && launch.stages >= 2, "{launch:?}");
         // One more stage would not have fitted.
@@ -35,7 +35,7 @@ fn shared_memory_is_used_and_not_exceeded() {
 #[test]
 fn one_launch_is_for_where_it_pays() {
     let pays = |format, shapes, dec, shared| {
-        layers_launch(format, (shapes, 32), Tuning::default(), dec, 132, shared).is_some()
+        layers_launch(format, (shapes, 32), Tuning::default(), dec, &Room::h200(132, shared)).is_some()
     };
     for bits in [3, 4] {
         for dec in [None, Some(by(4))] {
@@ -68,9 +68,14 @@ fn no_compensating_block_is_idle() {
         (LLAMA, [true; 4], 100, 100),
     ] {
         let dec = Compensated { products, ..by(n_tb) };
-        let launch =
-            layers_launch(Format::AnyPrec { bits: 3, planes: 1 }, (shapes, 32), always, Some(dec), 132, 232_448)
-                .unwrap();
+        let launch = layers_launch(
+            Format::AnyPrec { bits: 3, planes: 1 },
+            (shapes, 32),
+            always,
+            Some(dec),
+            &Room::h200(132, 232_448),
+        )
+        .unwrap();
         assert_eq!(launch.n_tb, wanted, "{shapes:?}, {products:?}, n_tb {n_tb}");
         // `Stripe::of` of dec.cuh, pieces of 32 rows.
         for (_, rows) in shapes.products().into_iter().zip(products).filter(|p| p.1).map(|p| p.0) {
@@ -89,10 +94,14 @@ fn no_compensating_block_is_idle() {
 #[test]
 fn too_little_room_is_said() {
     let always = Tuning { one_launch: Some(true), ..Tuning::default() };
-    let small = layers_launch(Format::AnyPrec { bits: 3, planes: 1 }, (LLAMA, 32), always, None, 20, 101_376);
+    let small =
+        layers_launch(Format::AnyPrec { bits: 3, planes: 1 }, (LLAMA, 32), always, None, &Room::h200(20, 101_376));
     assert_eq!(small, None, "90 tiles of partial sums do not fit");
     let odd = Shapes { intermediate: 1000, ..LLAMA };
-    assert_eq!(layers_launch(Format::AnyPrec { bits: 3, planes: 1 }, (odd, 32), always, None, 132, 232_448), None);
+    assert_eq!(
+        layers_launch(Format::AnyPrec { bits: 3, planes: 1 }, (odd, 32), always, None, &Room::h200(132, 232_448)),
+        None
+    );
 }
 
 /// The programs of all families are taken, each compiled otherwise; one of another order is not.
@@ -139,18 +148,34 @@ fn layers_of_one_launch_have_the_same_heads() {
     assert!(!goes(&|a| a.qk_norm = Some(QkNorm::PerHead)));
 }
 
-/// A table has room for all layers that are in a launch, and a model of many goes in launches of as many each.
+/// A table has room for all layers of a launch, or for those that a warp's ring may be in; a model of many goes in launches of as
+/// many each.
 #[test]
 fn many_layers_go_in_equal_launches() {
     for (count, at_once) in [(0, 0), (1, 1), (32, 32), (40, 40), (41, 21), (48, 24), (62, 31), (80, 40), (126, 32)] {
         assert_eq!(layers_at_once(count), at_once, "{count} layers");
     }
+    let always = Tuning { one_launch: Some(true), ..Tuning::default() };
+    let format = Format::AnyPrec { bits: 3, planes: 1 };
+    let launch = |shapes, count, room: &Room| layers_launch(format, (shapes, count), always, None, room).unwrap();
     for count in 1..=MOST_LAYERS {
-        let always = Tuning { one_launch: Some(true), ..Tuning::default() };
-        let launch =
-            layers_launch(Format::AnyPrec { bits: 3, planes: 1 }, (LLAMA, count), always, None, 132, 232_448).unwrap();
-        assert!(launch.layers >= count && launch.layers <= MOST_LAYERS, "{count} layers: {launch:?}");
+        assert_eq!(launch(LLAMA, count, &Room::h200(132, 232_448)).turns, count.next_multiple_of(8), "{count} layers");
     }
+    assert_eq!(launch(LLAMA, 32, &Room::RTX_4090).turns, 4, "no room for a table and a ring");
+    // Here some warps have no unit at all, so that their rings are at the last layer from the beginning.
+    let small = Shapes { hidden: 512, intermediate: 1024, heads: 8, kv_heads: 8, head_dim: 64 };
+    assert_eq!(launch(small, 32, &Room { memory_rate: 4.9e12, ..Room::RTX_4090 }).turns, 32);
+}
+
+/// What is slow to read needs no large ring: a card with 100 KB takes Llama-3-8B's layers in one launch.
+#[test]
+fn small_rings_are_enough_for_slow_memory() {
+    let launch = |bits, room: &Room| {
+        layers_launch(Format::AnyPrec { bits, planes: 1 }, (LLAMA, 32), Tuning::default(), None, room)
+    };
+    let room = Room::RTX_4090;
+    assert!(launch(3, &room).is_some());
+    assert_eq!(launch(3, &Room { memory_rate: 4.9e12, ..room }), None, "memory would idle");
 }
 
 /// Units of a row go round the warps, for most widths that models have; where they do not, few warps wait. (Of 8192 channels
@@ -174,10 +199,10 @@ fn warps_go_with_the_shape() {
         let always = Tuning { one_launch: Some(true), ..Tuning::default() };
         for format in [Format::AnyPrec { bits: 3, planes: 1 }, Format::LutGemm { bits: 4, group: 128 }] {
             for dec in [None, Some(by(4))] {
-                let launch = layers_launch(format, (shapes, 32), always, dec, 132, 232_448).expect("room");
+                let launch = layers_launch(format, (shapes, 32), always, dec, &Room::h200(132, 232_448)).expect("room");
                 assert_eq!(launch.warps, warps, "{shapes:?}");
                 let asked = Tuning { layers: Some(8), ..always };
-                let launch = layers_launch(format, (shapes, 32), asked, dec, 132, 232_448);
+                let launch = layers_launch(format, (shapes, 32), asked, dec, &Room::h200(132, 232_448));
                 assert!(launch.is_none_or(|launch| launch.warps == 8), "{shapes:?}: eight warps were asked for");
             }
         }

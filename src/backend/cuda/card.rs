@@ -111,6 +111,7 @@ mod tests {
             shared_per_block: 232_448,
             all_shared_per_block: 232_448,
             memory_rate: 4.9e12,
+            clock: 1.98e9,
             translated: false,
         }
     }

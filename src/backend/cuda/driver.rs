@@ -37,6 +37,8 @@ pub(super) struct Numbers {
     pub(super) all_shared_per_block: usize,
     /// Bytes a second that memory is made for: twice its clock, times its width.
     pub(super) memory_rate: f64,
+    /// Cycles a second of its multiprocessors.
+    pub(super) clock: f64,
     /// Kernels are compiled for an older compute capability than it has, and translated by the driver.
     pub(super) translated: bool,
 }
@@ -132,6 +134,7 @@ impl Driver {
                 * f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?)
                 * f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?)
                 / 8.0,
+            clock: 1e3 * f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?),
             translated: false,
         };
         ensure!(

@@ -31,14 +31,15 @@ pub struct Occupied {
 
 impl Cuda {
     /// Holds the multiprocessors that the card that this one [acts as](super::Options::card) does not have, `None` if there
-    /// are none, for at most `most`; if its memory is slower, they read as fast as leaves others so much. Allocate, compile
-    /// and record before: what waits for the whole device waits for these blocks.
+    /// are none, for at most `most`; if its memory is slower, they read what is too much of it at a steady pace. Allocate,
+    /// compile and record before: what waits for the whole device waits for these blocks.
     ///
     /// # Errors
-    /// Blocks that do not arrive, because something else holds the device.
+    /// Blocks that do not arrive, because something else holds the device; memory that is slower than it is to be.
     pub fn occupy_rest(&self, most: Duration) -> Result<Option<Occupied>> {
         let numbers = self.driver.numbers();
-        let rest = numbers.all_multiprocessors - numbers.multiprocessors;
+        let (own, all) = (numbers.multiprocessors, numbers.all_multiprocessors);
+        let rest = all - own;
         if rest == 0 {
             return Ok(None);
         }
@@ -48,41 +49,27 @@ impl Cuda {
         let zeros = Rc::new(Buffer::new(&self.driver, READ)?);
         zeros.clear()?;
         let out = Buffer::new(&self.driver, 4)?;
-        let free = self.read_rate(&zeros, &out)?;
-        ensure!(
-            free > wanted,
-            "cuda: memory reads {:.0} GB/s on {} multiprocessors, {:.0} are to be left of it",
-            free / 1e9,
-            numbers.multiprocessors,
-            wanted / 1e9
-        );
-        // Between a clock of a quarter of a gigahertz a piece and one that hardly reads, in equal steps of its logarithm.
-        let (mut fast, mut slow) = (PIECE / 256.0, PIECE * 16.0);
-        for _ in 0..14 {
-            let cycles = f64::sqrt(fast * slow);
-            let held = self.occupy(rest, most, Some((&zeros, cycles)))?;
-            let left = self.read_rate(&zeros, &out);
-            drop(held);
-            if left? < wanted { fast = cycles } else { slow = cycles }
-        }
-        let mut held = self.occupy(rest, most, Some((&zeros, slow)))?;
-        held.read_rate = Some(self.read_rate(&zeros, &out)?);
+        let whole = self.read_rate(&zeros, &out, 4 * all)?;
+        let (gb, left) = (1e-9, whole - wanted);
+        ensure!(left > 0.0, "cuda: memory reads {:.0} GB/s, {:.0} are to be left of it", whole * gb, wanted * gb);
+        let cycles = PIECE * rest as f64 * numbers.clock / left;
+        let mut held = self.occupy(rest, most, Some((&zeros, cycles)))?;
+        // With no more on its way than a product has: whoever asks for much at once takes from those who read steadily.
+        held.read_rate = Some(self.read_rate(&zeros, &out, own)?);
         Ok(Some(held))
     }
 
-    /// Bytes a second of a plain read by the multiprocessors that are left: the best of a few.
-    fn read_rate(&self, zeros: &Buffer, out: &Buffer) -> Result<f64> {
+    /// Bytes a second of a plain read by so many blocks: the best of a few.
+    fn read_rate(&self, zeros: &Buffer, out: &Buffer, blocks: usize) -> Result<f64> {
         let kernel = self.kernel("read.cu", "read", &[])?;
         let (from, count, to) = (zeros.pointer(), (READ / 16) as u64, out.pointer());
+        let launch = Launch { overlap: false, ..Launch::new(blocks, 256) };
         let mut best = Duration::MAX;
-        for blocks in [1, 2, 4].map(|each| each * self.driver.numbers().multiprocessors) {
-            let launch = Launch { overlap: false, ..Launch::new(blocks, 256) };
-            for _ in 0..3 {
-                let took = self.driver.time(&mut || {
-                    self.driver.launch(&kernel, launch, &mut Arguments::new().with(&from).with(&count).with(&to))
-                })?;
-                best = best.min(took);
-            }
+        for _ in 0..4 {
+            let took = self.driver.time(&mut || {
+                self.driver.launch(&kernel, launch, &mut Arguments::new().with(&from).with(&count).with(&to))
+            })?;
+            best = best.min(took);
         }
         Ok(READ as f64 / best.as_secs_f64())
     }

@@ -4,8 +4,7 @@
 //
 //   qkv    f32 [rows, (HEADS + 2·KV_HEADS)·HEAD_DIM]; queries and keys not yet rotated
 //   delta  f32 like qkv, added to it, or null
-//   rows   of each row its text's slot in the cache and its position there (TextRow)
-//   keys, values  the layer's part of the cache (stored.cuh)
+//   rows   of each row where its text is (TextRow)
 //   angles f32 [max_seq_len, HEAD_DIM / 2, (cos, sin)], or null: nothing is rotated
 //   beyond u32, in mapped host memory: 1 if numbers were beyond float16 (common.cuh)
 //   parts  f32 [rows, MOST_SHARES, PLACES, AT_ONCE, HEAD_DIM + 2], tickets u32 [rows, PLACES], zero before and after, or null
@@ -30,7 +29,7 @@
 // otherwise lanes' (attend_lanes.cuh).
 //
 // Constants: HEADS, KV_HEADS, HEAD_DIM (at most 256, % 8 == 0), KV (stored.cuh; a 16-bit type is DTYPE), SPLITS: the most
-// blocks of a place (at most 32); QK_NORM (0 where there is none, or where a kernel of its own has normalized them already:
+// blocks of a place (those of the grid, where it is a kernel of its own); QK_NORM (0 where there is none, or where a kernel of its own has normalized them already:
 // rows.cu); ATTEND_THREADS of a block, 256 at least.
 #pragma once
 #include "flow.cuh"
@@ -50,18 +49,27 @@
 #define LEAST_SHARE 64
 #define MOST_SHARES 32
 // Numbers that a tile or a share comes to for one query: its largest score, the sum of its weights, and its results.
-#define PART (HEAD_DIM + 2)
+#define RESULT (HEAD_DIM + 2)
 #define QKV_WIDTH ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
 
-static_assert(ATTEND_WARPS >= AT_ONCE && ATTEND_WARPS <= 32 && SPLITS <= MOST_SHARES, "a warp merges each query");
+static_assert(ATTEND_WARPS >= AT_ONCE, "a warp merges each query");
 
 struct State {
     u32 position, sampled, last;
 };
 
-// A row's text and where it stands in it.
+// Where a row's text is, and how far behind its end the row stands.
 struct TextRow {
-    u32 slot, position;
+    const State* state;
+    char *keys, *values; // its cache: that of all layers (stored.cuh)
+    u32 behind;
+    u32 row; // of qkv and out
+};
+
+// The rows of a launch.
+#define MOST_ROWS 16
+struct TextRows {
+    TextRow rows[MOST_ROWS];
 };
 
 // Numbers that earlier kernels left, in two parts; the second may be null. Sum (flow.cuh) is for those still on their way.
@@ -85,10 +93,8 @@ struct Numbers {
 struct Attend : Numbers {
     const float* qkv;
     const float* delta;
-    void* keys;
-    void* values;
+    long long offset; // of the layer in a cache's keys, and in its values
     const float2* angles;
-    const TextRow* rows;
     float* parts;
     u32* tickets;
     float* out;
@@ -96,17 +102,14 @@ struct Attend : Numbers {
     int max_seq_len; // positions of angles
     int appended;    // whether the rows' own keys and values are in the cache already
 
-    __device__ __forceinline__ Cache cache(u32 slot, int kv, int position) const {
-        return Cache(keys, values, capacity, window > 0, slot, kv, position);
+    __device__ __forceinline__ Cache cache(const TextRow& row, int kv, int position) const {
+        return Cache(row.keys + offset, row.values + offset, capacity, window > 0, kv, position);
     }
 
     // A row's queries, keys and values.
-    __device__ __forceinline__ Settled row(long long row) const {
+    __device__ __forceinline__ Settled numbers(long long row) const {
         return Settled{qkv + row * QKV_WIDTH, delta ? delta + row * QKV_WIDTH : nullptr};
     }
-
-    // Where a row's text ends: never past the cache, whatever its position says.
-    __device__ __forceinline__ int position(u32 position) const { return (int)min(position, (u32)max_seq_len - 1); }
 };
 
 // Norms of queries and keys: of each head alone (QK_NORM 1), or of all queries and of all keys (2).
@@ -262,7 +265,7 @@ __device__ __forceinline__ void prefetch(const Cache& cache, const Span& span, i
 }
 
 // Shared memory: queries [QUERY_FLOATS], room for a key and a value, then what warps' tiles came to
-// [ATTEND_WARPS, AT_ONCE, PART].
+// [ATTEND_WARPS, AT_ONCE, RESULT].
 __device__ __forceinline__ float* results_of(float* queries) { return queries + QUERY_FLOATS + 2 * HEAD_DIM; }
 
 // A block's shares of one place: to `out` if there is one for all, otherwise to parts from `parts` on, `stride` numbers from one
@@ -290,23 +293,23 @@ __device__ __forceinline__ void attend_shares(const Cache& cache, Tile& tile, fl
         if (base > from) T::sync();
         if (own < to) {
             if (LATE) tile.fetch_values(cache, own, span);
-            tile.put(cache, weighted, own, span, results + warp * (AT_ONCE * PART));
+            tile.put(cache, weighted, own, span, results + warp * (AT_ONCE * RESULT));
             if (!LATE && next < to) tile.fetch_values(cache, next, span);
         }
         T::sync();
         if (warp >= AT_ONCE) continue;
-        const float* mine = results + warp * PART;
+        const float* mine = results + warp * RESULT;
         int tiles = min(ATTEND_WARPS, (to - base) / TILE), t = 0;
 #pragma unroll 1
         while (t < tiles) {
             int count = min(tiles - t, (ends - base) / TILE - t);
-            const float* head = mine + (t + min(lane, count - 1)) * (AT_ONCE * PART);
+            const float* head = mine + (t + min(lane, count - 1)) * (AT_ONCE * RESULT);
             Merge::Scales scales = merge.scales(count, head[0]);
             float l = head[1];
-#pragma unroll 4
+#pragma unroll 2
             for (int i = 0; i < count; i++)
                 merge.part(i, scales, l, [&](float own, float old) {
-                    const float* tile = mine + (t + i) * (AT_ONCE * PART) + 2;
+                    const float* tile = mine + (t + i) * (AT_ONCE * RESULT) + 2;
 #pragma unroll
                     for (int j = 0; j < PAIRS; j++)
                         if (64 * j + 2 * lane < HEAD_DIM) {
@@ -316,7 +319,7 @@ __device__ __forceinline__ void attend_shares(const Cache& cache, Tile& tile, fl
                 });
             t += count;
             if (base + t * TILE < ends) continue;
-            float* part = out ? out + warp * HEAD_DIM - 2 : parts + (long long)share * stride + warp * PART;
+            float* part = out ? out + warp * HEAD_DIM - 2 : parts + (long long)share * stride + warp * RESULT;
 #pragma unroll
             for (int j = 0; j < PAIRS; j++)
                 if (64 * j + 2 * lane < HEAD_DIM) {
@@ -402,19 +405,19 @@ __device__ __forceinline__ void largest_of_heads(const float (&v)[STEPS], int fi
     }
 }
 
-// Shares of block `split` of one row, which is the text's in `slot` at `position`, and the merge, as above. x: the row's
+// Shares of block `split` of one row at `position`, and the merge, as above. x: the row's
 // queries, keys and values; `ready` is called when they are there; parts and tickets are the row's own.
 template <class T, class Source, class Ready>
 __device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& norms, const Source& x, float* queries,
-                                             u32* ticket, int place, int split, u32 slot, int position, float* out,
-                                             float* parts, u32* tickets, Ready ready) {
+                                             u32* ticket, int place, int split, const TextRow& row, int position,
+                                             float* out, float* parts, u32* tickets, Ready ready) {
     Span span(position, g.window);
     if (split >= span.splits) return;
     int kv = place / GROUP_PLACES, first_head = kv * HEAD_GROUP + place % GROUP_PLACES * AT_ONCE;
     int heads = min(AT_ONCE, (kv + 1) * HEAD_GROUP - first_head), splits = span.splits;
     // Every place's block appends, since it may read what it has appended: the same numbers.
     bool has_newest = split == splits - 1 && !g.appended;
-    Cache cache = g.cache(slot, kv, position);
+    Cache cache = g.cache(row, kv, position);
     // Queries, and behind them the new key and value for the block that they belong to. All loads first.
     constexpr int OWN = AT_ONCE * HEAD_DIM, STEPS = (OWN + 2 * HEAD_DIM + ATTEND_THREADS - 1) / ATTEND_THREADS;
     int t = this_thread(), count = has_newest ? OWN + 2 * HEAD_DIM : OWN;
@@ -504,8 +507,8 @@ __device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& n
     T::sync();
     ready();
     if (has_newest && busy) tile.replace(newest, position - first_tile);
-    constexpr int STRIDE = PLACES * AT_ONCE * PART;
-    out += first_head * HEAD_DIM, parts += place * (AT_ONCE * PART);
+    constexpr int STRIDE = PLACES * AT_ONCE * RESULT;
+    out += first_head * HEAD_DIM, parts += place * (AT_ONCE * RESULT);
     bool alone = span.shares == 1;
     // Of queries that there are no heads for nothing is kept; they have rows of their own in parts.
     attend_shares<T>(cache, tile, queries, g.softcap, span, split, alone && heads == AT_ONCE ? out : nullptr, parts, STRIDE);
@@ -527,7 +530,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& n
 #pragma unroll 1
     for (int piece = first + this_thread() / 32; piece < last; piece += ATTEND_WARPS) {
         int h = piece / HEAD_LANES, lane = this_thread() % 32, d = piece % HEAD_LANES * 32 + lane;
-        const float* from = parts + h * PART;
+        const float* from = parts + h * RESULT;
         float m = -INFINITY, l = 0, shares[MOST_SHARES] = {};
         Patience patience;
         do {

@@ -94,7 +94,7 @@ struct Tile {
         return w;
     }
 
-    // What the tile comes to, to `to` [AT_ONCE, PART].
+    // What the tile comes to, to `to` [AT_ONCE, RESULT].
     __device__ __forceinline__ void put(const Cache& cache, const Weighted& w, int tile, const Span& span, float* to) const {
         bool active = dimension() < HEAD_DIM;
         float sums[AT_ONCE][8] = {};
@@ -119,7 +119,7 @@ struct Tile {
 #pragma unroll
                 for (int d = LANES; d < 32; d *= 2)
                     sums[h][i] = __fadd_rn(sums[h][i], __shfl_xor_sync(FULL, sums[h][i], d));
-            float* part = to + h * PART;
+            float* part = to + h * RESULT;
             if (this_thread() % 32 == 0) part[0] = w.most[h], part[1] = w.sum[h];
             if (active && this_thread() % 32 < LANES)
 #pragma unroll

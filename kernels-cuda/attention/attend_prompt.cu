@@ -1,8 +1,7 @@
-// Attention of many consecutive rows of one text, whose keys and values are in the cache already (`append` of attend.cu), on
-// tensor cores: the bits of attend.cu. Which models it is for, attend_tensor.cuh says.
+// Attention of `count` consecutive rows of one text on tensor cores: `append_prompt` puts their keys and values into the cache,
+// `attend_prompt` attends, with the bits of attend.cu. Which models it is for, attend_tensor.cuh says.
 //
-//   first  the row of the launch that is the text's first here
-//   count  how many rows it has
+//   text  the first of the rows
 //
 // A block has QUERIES of one key-value head, eight a warp: those of consecutive tokens, token by token. Keys and values come
 // through shared memory, STAGE positions at a time, two stages in turn, and serve all of them; bytes are widened on the way.
@@ -14,7 +13,7 @@
 #define PROMPT_WARPS (HEAD_DIM > 128 ? 8 : 12)
 #endif
 #define ATTEND_THREADS (32 * PROMPT_WARPS)
-#include "attend.cuh"
+#include "append.cuh"
 
 #if TENSOR
 #define QUERIES (8 * PROMPT_WARPS)
@@ -145,31 +144,39 @@ __device__ __forceinline__ void add_tile(Running& share, const Weighted& w, cons
         float d[2][4] = {};
         mma(d[0], w.a[0], w.a[1], w.a[2], w.a[3], v[0], v[1]);
         mma(d[1], w.a[0], w.a[1], w.a[2], w.a[3], v[2], v[3]);
-        share.add(own, halves(d[0]), t);
-        share.add(own, halves(d[1]), t + 1);
+        share.add(own, w.results(d[0]), t);
+        share.add(own, w.results(d[1]), t + 1);
     }
 }
 #endif
 
+// Grid (count, KV_HEADS).
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
+    append_prompt(const __grid_constant__ Attend g, const __grid_constant__ TextRow text, int count) {
+    wait_for_previous();
+    let_next_start();
+    append_row(g, text, blockIdx.x, blockIdx.y);
+}
+
 // Grid (count · HEAD_GROUP / QUERIES rounded up, KV_HEADS); the longest blocks begin first.
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
-    attend_prompt(const __grid_constant__ Attend g, int first_row, int count) {
+    attend_prompt(const __grid_constant__ Attend g, const __grid_constant__ TextRow text, int count) {
 #if TENSOR
     extern __shared__ __align__(16) char shared[];
     Stage* stages = (Stage*)shared;
     wait_for_previous();
     let_next_start();
-    TextRow text = g.rows[first_row];
+    int start = position_of(text.state, g.max_seq_len, text.behind);
     int kv = blockIdx.y, lane = this_lane(), all = count * HEAD_GROUP, block = gridDim.x - 1 - blockIdx.x;
     int warp_query = block * QUERIES + this_thread() / 32 * 8, query = min(warp_query + lane / 4, all - 1);
-    auto position_of = [&](int query) { return g.position(text.position + query / HEAD_GROUP); };
-    int position = position_of(query), head = kv * HEAD_GROUP + query % HEAD_GROUP;
-    long long row = first_row + query / HEAD_GROUP;
+    auto position_at = [&](int query) { return min(start + query / HEAD_GROUP, g.max_seq_len - 1); };
+    int position = position_at(query), head = kv * HEAD_GROUP + query % HEAD_GROUP;
+    long long row = text.row + query / HEAD_GROUP;
     Span span(position, g.window);
 
     // This lane's part of its query: rotated, scaled and divided in two.
     u32 a[HEAD_DIM / 16][4];
-    Settled x = g.row(row);
+    Settled x = g.numbers(row);
     const float2* angles = angles_at(g, position);
     float scale = query_scale(g, position);
 #pragma unroll
@@ -185,12 +192,12 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     }
 
     // What the block and the warp see, from the first of their tokens to the last.
-    Span block_first(position_of(block * QUERIES), g.window);
-    Span warp_first(position_of(min(warp_query, all - 1)), g.window);
-    int end = position_of(min((block + 1) * QUERIES, all) - 1) + 1, warp_end = position_of(min(warp_query + 8, all) - 1) + 1;
+    Span block_first(position_at(block * QUERIES), g.window);
+    Span warp_first(position_at(min(warp_query, all - 1)), g.window);
+    int end = position_at(min((block + 1) * QUERIES, all) - 1) + 1, warp_end = position_at(min(warp_query + 8, all) - 1) + 1;
     int from = block_first.first / STAGE * STAGE;
     // Of the latest position that the launch knows, so that all that is seen lies in one turn of the ring or the one before.
-    Cache cache = g.cache(text.slot, kv, end - 1);
+    Cache cache = g.cache(text, kv, end - 1);
     Running before, share;
     int ends = span.begin + span.share;
     fetch_stage(stages[0], cache, from, block_first.first, end);

@@ -37,7 +37,7 @@ __device__ __forceinline__ u32 widened_bytes(u32 two) {
 // How SHARERS lanes share a position's dimensions, two in a word: 16 bytes of DTYPE each as long as all have some, then 8,
 // then 4.
 template <int SHARERS>
-struct Part {
+struct RowPart {
     static constexpr int WORDS = HEAD_DIM / 2 / SHARERS, BY_FOUR = WORDS / 4 * 4, BY_TWO = WORDS / 2 * 2;
     u32 raw[IN_BYTES ? (WORDS + 1) / 2 : WORDS];
 
@@ -87,8 +87,8 @@ struct Part {
         return widened_bytes(prmt(raw[w / 2], 0, w % 2 ? 0x4342 : 0x4140));
     }
 };
-typedef Part<4> Key;
-typedef Part<8> Value;
+typedef RowPart<4> Key;
+typedef RowPart<8> Value;
 
 // Dimension d of query h, for the products.
 __device__ __forceinline__ void put_query(float* queries, int h, int d, float v) {
@@ -104,10 +104,17 @@ __device__ __forceinline__ float2 halves(const float (&d)[4]) {
 }
 
 // Of a tile, what this lane has for its query: the largest score, the sum of the weights scaled by that, and its weights as the
-// products' first operand.
+// products' first operand. Of bytes, weights are multiplied by their positions' steps over `unit`, the power of two below the
+// largest of these, so that two float16 have room for them whatever the values' size; results are multiples of it.
 struct Weighted {
-    float most, sum;
+    float most, sum, unit;
     u32 a[4];
+
+    // What two columns of a product come to.
+    __device__ __forceinline__ float2 results(const float (&d)[4]) const {
+        float2 v = halves(d);
+        return IN_BYTES ? make_float2(__fmul_rn(v.x, unit), __fmul_rn(v.y, unit)) : v;
+    }
 };
 
 // A tile's weights. scores: as they are; those that are not `seen` have no weight. key_steps, value_steps: what positions'
@@ -126,14 +133,31 @@ __device__ __forceinline__ Weighted weights_of(float2 (&scores)[2], float softca
     }
     w.most = fmaxf(w.most, __shfl_xor_sync(FULL, w.most, 1));
     w.most = fmaxf(w.most, __shfl_xor_sync(FULL, w.most, 2));
-    float sums[2];
+    float sums[2], inverse = 1;
+    if (IN_BYTES) {
+        float largest = 0;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if (seen(8 * j)) largest = fmaxf(largest, value_steps[j].x);
+            if (seen(8 * j + 1)) largest = fmaxf(largest, value_steps[j].y);
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(FULL, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(FULL, largest, 2));
+        u32 power = __float_as_uint(largest) & 0x7f800000u;
+        // Steps too small for a power of two are as good as none, and an infinite one is NaN's.
+        bool usual = power >= 0x01000000u && power < 0x7f000000u;
+        w.unit = usual ? __uint_as_float(power) : largest < 1 ? 1.0f : __uint_as_float(0x7fc00000u);
+        if (usual) inverse = __uint_as_float(0x7f000000u - power);
+    }
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         float2 v = make_float2(rescale(scores[j].x, w.most), rescale(scores[j].y, w.most));
         sums[j] = __fadd_rn(v.x, v.y);
         // What is not seen may have no step.
-        if (IN_BYTES)
-            v = make_float2(v.x == 0 ? 0 : __fmul_rn(v.x, value_steps[j].x), v.y == 0 ? 0 : __fmul_rn(v.y, value_steps[j].y));
+        if (IN_BYTES) {
+            v.x = v.x == 0 ? 0 : __fmul_rn(v.x, __fmul_rn(value_steps[j].x, inverse));
+            v.y = v.y == 0 ? 0 : __fmul_rn(v.y, __fmul_rn(value_steps[j].y, inverse));
+        }
         u32 high = narrow2(v.x, v.y);
         w.a[2 * j] = high;
         w.a[2 * j + 1] = narrow2(__fsub_rn(v.x, widen((u16)high)), __fsub_rn(v.y, widen((u16)(high >> 16))));
@@ -222,11 +246,11 @@ struct Tile {
         return halves(d);
     }
 
-    // What the tile comes to, to `to` [AT_ONCE, PART].
+    // What the tile comes to, to `to` [AT_ONCE, RESULT].
     __device__ __forceinline__ void put(const Cache&, const Weighted& w, int, const Span&, float* to) const {
         int query = this_thread() % 32 / 4, column = this_thread() % 4 * 2;
         bool kept = query < AT_ONCE;
-        to += query * PART;
+        to += query * RESULT;
         if (kept && column == 0) *(float2*)to = make_float2(w.most, w.sum);
 #pragma unroll
         for (int t = 0; t < HEAD_DIM / 16; t++) {
@@ -235,7 +259,7 @@ struct Tile {
             float first[4] = {}, second[4] = {};
             mma(first, w.a[0], w.a[1], w.a[2], w.a[3], prmt(v0, v1, 0x5410), prmt(v2, v3, 0x5410));
             mma(second, w.a[0], w.a[1], w.a[2], w.a[3], prmt(v0, v1, 0x7632), prmt(v2, v3, 0x7632));
-            float2 a = halves(first), b = halves(second);
+            float2 a = w.results(first), b = w.results(second);
             if (!kept) continue;
             *(float2*)(to + 2 + Value::dimension(column, t)) = make_float2(a.x, b.x);
             *(float2*)(to + 2 + Value::dimension(column + 1, t)) = make_float2(a.y, b.y);

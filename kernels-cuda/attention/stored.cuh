@@ -1,7 +1,7 @@
 // How a text's keys and values lie in the cache: in KV's type, 0 float16, 1 bfloat16, 2 float32, or 3: bytes, and for each
 // head of each position a step of its own.
 //
-//   keys, values  per slot [KV_HEADS, capacity, HEAD_DIM], and behind them, of bytes, f32 [KV_HEADS, capacity] steps
+//   keys, values  of a layer [KV_HEADS, capacity, HEAD_DIM], and behind them, of bytes, f32 [KV_HEADS, capacity] steps
 //
 // A byte is 128 more than the number's multiple of the step, −127 to 127, which is the head's largest number over 127,
 // rounded to the nearest. Multiples are exact in either 16-bit type: products are of them, and steps come after.
@@ -53,18 +53,16 @@ struct Step {
     }
 };
 
-// A key-value head's part of a slot while a token at `position` reads it: what it sees begins in this turn of the ring or in
-// the one before.
+// A key-value head's part of a layer's cache while a token at `position` reads it: what it sees begins in this turn of the ring
+// or in the one before.
 struct Cache {
     Stored *keys, *values;
     int turn, capacity, kv;
 
-    __device__ __forceinline__ Cache(void* all_keys, void* all_values, int capacity, bool ring, u32 slot, int kv, int position)
-        : turn(ring ? position - position % capacity : 0), capacity(capacity), kv(kv) {
-        long long numbers = (long long)capacity * HEAD_DIM * sizeof(Stored);
-        long long bytes = slot * (numbers + (IN_BYTES ? 4LL * capacity : 0)) * KV_HEADS + kv * numbers;
-        keys = (Stored*)((char*)all_keys + bytes), values = (Stored*)((char*)all_values + bytes);
-    }
+    __device__ __forceinline__ Cache(void* all_keys, void* all_values, int capacity, bool ring, int kv, int position)
+        : keys((Stored*)all_keys + (long long)kv * capacity * HEAD_DIM),
+          values((Stored*)all_values + (long long)kv * capacity * HEAD_DIM),
+          turn(ring ? position - position % capacity : 0), capacity(capacity), kv(kv) {}
 
     // The place of a position in the ring.
     __device__ __forceinline__ int place(int position) const {

@@ -145,10 +145,7 @@ impl DecodeBackend for Cuda {
     }
 
     fn attend(&self, cache: &mut Cache, layer: usize, rows: &[Rows], qkv: &Vector, out: &mut Vector) -> Result<()> {
-        numbered(rows).try_for_each(|(first, Rows { slot, count, .. })| {
-            let text = cache.text(slot)?;
-            text.cache.attend(self, layer, &text.state, (qkv, out), (first, count))
-        })
+        self.attend_rows(cache, layer, rows, qkv, out)
     }
 
     fn layers(

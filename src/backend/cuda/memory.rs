@@ -104,10 +104,8 @@ impl Cuda {
         let on_device = self.options.residuals == Residuals::Device;
         Ok(MemoryTable {
             weights: bytes,
-            cache: attention::cache_bytes(config, self.options.dtype, max_seq_len),
-            workspace: tokens * width * 4 * 2
-                + attention::pass_bytes(config, self.options.dtype, tokens)
-                + if self.blas.is_some() { largest * number } else { 0 },
+            cache: attention::cache_bytes(config, self.options.dtype, max_seq_len, tokens),
+            workspace: tokens * width * 4 * 2 + if self.blas.is_some() { largest * number } else { 0 },
             device_residuals: if on_device { residuals } else { 0 },
             pinned: host::STAGING + if on_device { 0 } else { residuals },
             free_device: self.driver.memory()?.0,

@@ -109,7 +109,7 @@ impl Sequence {
         // Nothing may still write tokens of the text before.
         cuda.driver.wait()?;
         self.state.write(0, &[0, 0, NO_TOKEN])?;
-        self.cache.begin()?;
+        cuda.clear_tickets()?;
         self.best.clear()?;
         let rules = [
             sampling.temperature.to_bits(),

@@ -285,7 +285,7 @@ impl<'a> Text<'a> {
 
 /// All layers of a model over one text: what each put out for every token, `[tokens, num_heads · head_dim]`.
 fn run<B: DecodeBackend>(backend: &B, config: &ModelConfig, texts: &[Vec<f32>], passes: &[usize]) -> Vec<Vec<f32>> {
-    let mut cache = backend.cache(config, 1, MAX_SEQ_LEN).unwrap();
+    let mut cache = backend.cache(config, 1, MAX_SEQ_LEN, Default::default()).unwrap();
     backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut all = vec![Vec::new(); texts.len()];
     let mut start = 0;
@@ -326,7 +326,7 @@ fn run_beside<B: DecodeBackend>(
     len: usize,
     noise: &mut Noise,
 ) -> Vec<Vec<f32>> {
-    let mut cache = backend.cache(config, 3, MAX_SEQ_LEN).unwrap();
+    let mut cache = backend.cache(config, 3, MAX_SEQ_LEN, Default::default()).unwrap();
     (0..3).for_each(|slot| backend.begin(&mut cache, slot, &Sampling::GREEDY, &[]).unwrap());
     let mut all = vec![Vec::new(); texts.len()];
     let mut at = [70 + noise.below(50), 0, 10 + noise.below(20)];
@@ -438,7 +438,7 @@ fn on_cuda(dtype: Dtype) {
     let every_kernel = &mut || -> anyhow::Result<()> {
         for shape in SHAPES {
             let attentions = layers(shape, &mut Noise::new(1));
-            let mut cache = cuda.cache(&model(&attentions), 1, 32)?;
+            let mut cache = cuda.cache(&model(&attentions), 1, 32, Default::default())?;
             cuda.begin(&mut cache, 0, &Sampling::GREEDY, &[])?;
             let (qkv, mut out) = (cuda.vector(17 * attentions[0].qkv_rows())?, cuda.vector(17 * shape.0 * shape.2)?);
             [1, 2, 17].into_iter().try_for_each(|count| {

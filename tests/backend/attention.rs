@@ -23,7 +23,7 @@ fn read<B: UnderTest>(
     parts: &[usize],
 ) -> Vec<Vec<f32>> {
     let len: usize = parts.iter().sum();
-    let mut cache = backend.cache(&model(attentions, ropes.to_vec()), 1, len).unwrap();
+    let mut cache = backend.cache(&model(attentions, ropes.to_vec()), 1, len, Default::default()).unwrap();
     backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut got = vec![Vec::new(); attentions.len()];
     let mut start = 0;

@@ -7,7 +7,7 @@ use super::driver::{Arguments, Launch};
 use super::sequence::Cache as Slots;
 use super::vector::Vector;
 use super::{Cuda, Dtype, Scratch, splits};
-use crate::backend::{Rows, cached_positions, numbered};
+use crate::backend::{KvBits, Rows, cached_positions, numbered};
 use crate::config::{Attention, ModelConfig};
 
 /// Positions of a tile, `TILE` of `stored.cuh`: capacities are multiples of it.
@@ -31,9 +31,10 @@ const MOST_HEAD_DIM: usize = 256;
 /// The keys and values of all layers of a text, and the angles by which their heads turn.
 pub(super) struct Cache {
     max_seq_len: usize,
+    bits: KvBits,
     layers: Vec<Layer>,
-    keys: Buffer,        // per layer [num_kv_heads, capacity, head_dim]
-    values: Buffer,      // the same
+    keys: Buffer, // per layer [num_kv_heads, capacity, head_dim], and steps of bytes behind it (stored.cuh)
+    values: Buffer, // the same
     tables: Vec<Buffer>, // per RoPE f32 [max_seq_len, head_dim / 2, (cos, sin)]
 }
 
@@ -177,25 +178,26 @@ fn capacity(attention: &Attention, max_seq_len: usize, tokens: usize) -> usize {
 }
 
 /// Bytes of so many keys of a layer, or of its values.
-fn layer_bytes(attention: &Attention, positions: usize, dtype: Dtype) -> usize {
-    attention.num_kv_heads * positions * attention.head_dim * dtype_bytes(dtype)
-}
-
-fn dtype_bytes(dtype: Dtype) -> usize {
-    if dtype == Dtype::Float32 { 4 } else { 2 }
+fn layer_bytes(attention: &Attention, positions: usize, (dtype, bits): (Dtype, KvBits)) -> usize {
+    let head = match (bits, dtype) {
+        (KvBits::Eight, _) => attention.head_dim + 4,
+        (KvBits::Whole, Dtype::Float32) => attention.head_dim * 4,
+        (KvBits::Whole, _) => attention.head_dim * 2,
+    };
+    attention.num_kv_heads * positions * head
 }
 
 /// Bytes of the cache of all layers, keys and values, and of the angles of a text of `max_seq_len` tokens, of which a pass has
 /// up to `tokens`.
-pub(super) fn cache_bytes(config: &ModelConfig, dtype: Dtype, max_seq_len: usize, tokens: usize) -> usize {
+pub(super) fn cache_bytes(config: &ModelConfig, kept: (Dtype, KvBits), max_seq_len: usize, tokens: usize) -> usize {
     let attentions = config.layers.iter().map(|layer| layer.attention());
-    let cached = attentions.map(|a| 2 * layer_bytes(a, capacity(a, max_seq_len, tokens), dtype));
+    let cached = attentions.map(|a| 2 * layer_bytes(a, capacity(a, max_seq_len, tokens), kept));
     let tables = config.ropes.iter().map(|rope| max_seq_len * rope.head_dim * 4);
     cached.chain(tables).sum()
 }
 
 impl Cache {
-    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
+    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize, bits: KvBits) -> Result<Self> {
         check(config)?;
         let driver = &cuda.driver;
         let (mut layers, mut offset) = (Vec::new(), 0);
@@ -203,13 +205,14 @@ impl Cache {
         for layer in &config.layers {
             let attention = layer.attention().clone();
             let capacity = capacity(&attention, max_seq_len, longest);
-            let bytes = layer_bytes(&attention, capacity, cuda.options.dtype);
+            let bytes = layer_bytes(&attention, capacity, (cuda.options.dtype, bits));
             layers.push(Layer { attention, capacity, offset });
             offset += bytes;
         }
         let tables = config.ropes.iter().map(|rope| Buffer::of(driver, &rope.table(max_seq_len)));
         Ok(Self {
             max_seq_len,
+            bits,
             keys: Buffer::new(driver, offset)?,
             values: Buffer::new(driver, offset)?,
             tables: tables.collect::<Result<_>>()?,
@@ -254,7 +257,7 @@ impl Cache {
             format!("HEADS={num_heads}"),
             format!("KV_HEADS={num_kv_heads}"),
             format!("HEAD_DIM={head_dim}"),
-            format!("KV={}", dtype as u8),
+            format!("KV={}", if self.bits == KvBits::Eight { 3 } else { dtype as u8 }),
         ]
     }
 
@@ -397,8 +400,11 @@ mod tests {
             (Some(6000), 5000, 512, 5008 + 5008),
             (Some(1), 9, 9, 16 + 16),
         ] {
-            let bytes = cache_bytes(&window(sliding), Dtype::Float16, max_seq_len, tokens);
-            assert_eq!(bytes, positions * row + tables(max_seq_len), "window {sliding:?} of {max_seq_len}");
+            let bytes = |bits| cache_bytes(&window(sliding), (Dtype::Float16, bits), max_seq_len, tokens);
+            let tables = tables(max_seq_len);
+            assert_eq!(bytes(KvBits::Whole), positions * row + tables, "window {sliding:?} of {max_seq_len}");
+            // A byte a number, and a step for each head.
+            assert_eq!(bytes(KvBits::Eight), positions * 2 * 4 * 132 + tables, "window {sliding:?} of {max_seq_len}");
         }
     }
 

@@ -4,7 +4,7 @@
 #include "append.cuh"
 
 // Blocks of a multiprocessor: where registers allow it, room for the next kernel, which starts while this one ends.
-#define RESIDENT (TENSOR && HEAD_DIM <= 128 ? 2 : 1)
+#define RESIDENT (TENSOR && HEAD_DIM <= 128 && AT_ONCE <= 5 ? 2 : 1)
 
 // Grid (rows, KV_HEADS).
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)

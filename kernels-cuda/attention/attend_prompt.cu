@@ -167,16 +167,16 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     wait_for_previous();
     let_next_start();
     int start = position_of(text.state, g.max_seq_len, text.behind);
-    int kv = blockIdx.y, lane = this_lane(), all = count * HEAD_GROUP, block = gridDim.x - 1 - blockIdx.x;
-    int warp_query = block * QUERIES + this_thread() / 32 * 8, query = min(warp_query + lane / 4, all - 1);
+    int kv = blockIdx.y, all = count * HEAD_GROUP, block = gridDim.x - 1 - blockIdx.x;
+    int warp_query = block * QUERIES + this_thread() / 32 * 8, query = min(warp_query + (int)this_lane() / 4, all - 1);
     auto position_at = [&](int query) { return min(start + query / HEAD_GROUP, g.max_seq_len - 1); };
-    int position = position_at(query), head = kv * HEAD_GROUP + query % HEAD_GROUP;
-    long long row = text.row + query / HEAD_GROUP;
+    int position = position_at(query);
     Span span(position, g.window);
 
     // This lane's part of its query: rotated, scaled and divided in two.
     u32 a[HEAD_DIM / 16][4];
-    Settled x = g.numbers(row);
+    Settled x = g.numbers(text.row + query / HEAD_GROUP);
+    int first = (kv * HEAD_GROUP + query % HEAD_GROUP) * HEAD_DIM;
     const float2* angles = angles_at(g, position);
     float scale = query_scale(g, position);
 #pragma unroll
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
         u16 high[2], low[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float v = __fmul_rn(rotated(x, head * HEAD_DIM, angles, Key::dimension(lane % 4, w) + e), scale);
+            float v = __fmul_rn(rotated(x, first, angles, Key::dimension(this_lane() % 4, w) + e), scale);
             check_size(g, v);
             high[e] = narrow(v), low[e] = narrow(__fsub_rn(v, widen(high[e])));
         }
@@ -232,8 +232,11 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
         }
     }
     before.add(share);
-    if (warp_query + lane / 4 >= all) return;
-    float* out = g.out + (row * HEADS + head) * HEAD_DIM + lane % 4 * 2;
+    // Made again, not kept.
+    query = block * QUERIES + this_thread() / 4;
+    if (query >= all) return;
+    long long head = (long long)(text.row + query / HEAD_GROUP) * HEADS + kv * HEAD_GROUP + query % HEAD_GROUP;
+    float* out = g.out + head * HEAD_DIM + this_lane() % 4 * 2;
 #pragma unroll
     for (int t = 0; t < HEAD_DIM / 8; t++)
         *(float2*)(out + 8 * t) =

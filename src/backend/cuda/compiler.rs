@@ -423,8 +423,9 @@ mod tests {
                 let hot = *file != "sample.cu" && !(*file == "layers.cu" && architecture == "sm_120");
                 let most = match (*file, compiler.version.0) {
                     ("layers.cu", _) => LAYERS_KEEP,
-                    // In float32, of sixteen queries to a key: 12 bytes on sm_120.
-                    ("attend_prompt.cu", _) | (_, ..13) => 16,
+                    // Kept between making queries and the loop over positions.
+                    ("attend.cu" | "attend_prompt.cu", _) => 64,
+                    (_, ..13) => 16,
                     _ => 0,
                 };
                 for line in log.lines().filter(|line| hot && line.contains("bytes stack frame")) {

@@ -2,8 +2,9 @@
 //         over the positions s ≤ position + t, at most `window` of the latest; kv = head · num_kv_heads / num_heads
 //
 // rotated  f32 [tokens, (num_heads + 2 · num_kv_heads) · head_dim]: q, and k and v of the positions from `position` on
-// keys     f32 [capacity, num_kv_heads · head_dim]: k of an earlier position s is row s mod capacity
-// values   f32 [capacity, num_kv_heads · head_dim], likewise v
+// keys     f32 [capacity, num_kv_heads · head_dim]: k of an earlier position s is row s mod capacity; with BYTES as
+//          append_bytes writes them
+// values   likewise v
 // out      f32 [tokens, num_heads · head_dim], overwritten
 //
 // One group per head and token. Positions come in tiles of 256: a thread computes every 64th score of a
@@ -27,10 +28,12 @@ struct Parameters {
 }
 
 @group(0) @binding(0) var<storage, read> rotated: array<f32>;
-@group(0) @binding(1) var<storage, read> keys: array<f32>;
-@group(0) @binding(2) var<storage, read> values: array<f32>;
+@group(0) @binding(1) var<storage, read> keys: array<u32>;
+@group(0) @binding(2) var<storage, read> values: array<u32>;
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
 var<immediate> p: Parameters;
+
+override BYTES: u32 = 0u;
 
 const TILE: u32 = 256u;
 const FEATURES: u32 = 4u; // of one thread, at most
@@ -42,13 +45,32 @@ fn place(t: u32, head: u32) -> u32 {
     return (t * (p.num_heads + 2u * p.num_kv_heads) + head) * p.head_dim;
 }
 
+// Signed byte j of a row, of which this is the word.
+fn byte(word: u32, j: u32) -> f32 {
+    return f32(extractBits(bitcast<i32>(word), 8u * (j % 4u), 8u));
+}
+
+// Words of bytes of a row; its step follows.
+fn bytes_width() -> u32 {
+    return (p.head_dim + 3u) / 4u;
+}
+
 // q · k of the query at `query` and a position.
 fn product(query: u32, position: u32, kv: u32) -> f32 {
     var sum = 0.0;
     if position < p.position {
-        let key = (position % p.capacity * p.num_kv_heads + kv) * p.head_dim;
+        let row = position % p.capacity * p.num_kv_heads + kv;
+        if BYTES == 1u {
+            let key = row * (bytes_width() + 1u);
+            let step = bitcast<f32>(keys[key + bytes_width()]);
+            for (var j = 0u; j < p.head_dim; j++) {
+                sum += rotated[query + j] * (step * byte(keys[key + j / 4u], j));
+            }
+            return sum;
+        }
+        let key = row * p.head_dim;
         for (var j = 0u; j < p.head_dim; j++) {
-            sum += rotated[query + j] * keys[key + j];
+            sum += rotated[query + j] * bitcast<f32>(keys[key + j]);
         }
     } else {
         let key = place(position - p.position, p.num_heads + kv);
@@ -62,7 +84,12 @@ fn product(query: u32, position: u32, kv: u32) -> f32 {
 // Number j of v of a position.
 fn value(position: u32, kv: u32, j: u32) -> f32 {
     if position < p.position {
-        return values[(position % p.capacity * p.num_kv_heads + kv) * p.head_dim + j];
+        let row = position % p.capacity * p.num_kv_heads + kv;
+        if BYTES == 1u {
+            let start = row * (bytes_width() + 1u);
+            return bitcast<f32>(values[start + bytes_width()]) * byte(values[start + j / 4u], j);
+        }
+        return bitcast<f32>(values[row * p.head_dim + j]);
     }
     return rotated[place(position - p.position, p.num_heads + p.num_kv_heads + kv) + j];
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::backend::{DecodeBackend, DeviceInfo, LayerOperands, Norm};
+use crate::backend::{DecodeBackend, DeviceInfo, KvBits, LayerOperands, Norm};
 use crate::config::{ModelConfig, Op, Projection};
 use crate::dec::{DecPlan, Selection};
 use crate::format::Dense;
@@ -60,6 +60,8 @@ impl Compensation {
 pub struct Model<'b, B: DecodeBackend> {
     backend: &'b B,
     config: ModelConfig,
+    /// How states keep keys and values.
+    kv_bits: KvBits,
     embedding: B::Matrix,
     /// What its rows are multiplied by.
     embedding_scale: f32,
@@ -155,7 +157,13 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
             loaded(l + 1);
         }
         let (id, planned) = (unique(), unique());
-        Ok(Self { backend, config, embedding, embedding_scale, head, final_norm, layers, id, planned })
+        let kv_bits = KvBits::default();
+        Ok(Self { backend, config, kv_bits, embedding, embedding_scale, head, final_norm, layers, id, planned })
+    }
+
+    /// States that are made from now on keep keys and values so.
+    pub fn keep_in(&mut self, kv_bits: KvBits) {
+        self.kv_bits = kv_bits;
     }
 
     /// Shapes and constants.

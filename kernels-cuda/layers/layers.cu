@@ -71,8 +71,7 @@ enum At {
     ATTENDED = Q_K_V + QKV_ROWS,
     FROM_O = ATTENDED + A,
     ACT = FROM_O + H,
-    SHARES = ACT + I / 2,
-    WITHOUT_DEC = SHARES + (KV_HEADS * SPLITS * HEAD_GROUP * (HEAD_DIM + 2) + 3) / 4 * 4,
+    WITHOUT_DEC = ACT + I / 2,
     DOWN_DELTA = WITHOUT_DEC,
     DOWN_REST = DOWN_DELTA + H,
     QKV_DELTA = DOWN_REST + H,
@@ -81,8 +80,15 @@ enum At {
     O_REST = O_DELTA + H,
     GU_DELTA = O_REST + H,
     ACT32 = GU_DELTA + 2 * I,
-    WORDS = DEC ? ACT32 + I : WITHOUT_DEC,
+    SHARES = DEC ? ACT32 + I : WITHOUT_DEC,
+    WORDS = SHARES + (MOST_SHARES * PLACES * AT_ONCE * RESULT + 3) / 4 * 4,
 };
+
+// How many of these a token at `position` uses: shares come last.
+__device__ __forceinline__ int words_for(int position) {
+    int shares = min(MOST_SHARES, position / LEAST_SHARE + 1);
+    return SHARES + (shares * (PLACES * AT_ONCE * RESULT) + 3) / 4 * 4;
+}
 
 __device__ __forceinline__ int rows_of(int op) {
     return op == QKV ? QKV_ROWS : op == GU ? 2 * I : H;
@@ -406,23 +412,24 @@ struct Multiplier {
 __device__ __noinline__ void attention(const Layers& g, const Layer& layer, float* set, char* shared, u64* stamp) {
     int position = *(const int*)(shared + POSITION), share = blockIdx.x;
     Span span(position, layer.numbers.window);
-    if (share >= KV_HEADS * span.splits) return;
-    Attend a{layer.numbers, nullptr, nullptr, layer.keys, layer.values, layer.angles, g.state, set + SHARES, nullptr,
-             set + ATTENDED, g.beyond, g.max_seq_len};
+    if (share >= PLACES * span.splits) return;
+    TextRow row{g.state, (char*)layer.keys, (char*)layer.values, 0, 0};
+    Attend a{layer.numbers, nullptr, nullptr, 0, layer.angles, nullptr, nullptr, nullptr, g.beyond, g.max_seq_len, 0};
     if (!CAPPED) a.softcap = 0;
     if (!GROWS) a.query_beta = 0;
     HeadNorms norms{layer.norms[QUERY], layer.norms[KEY]};
     // Where heads are divided, there are no more shares than blocks.
 #pragma unroll 1
     do {
-        int kv = share % KV_HEADS, split = share / KV_HEADS;
-        prefetch(Cache(a, kv, position), span.begin_of(split), span.end_of(split));
+        int place = share % PLACES, split = share / PLACES;
+        prefetch(a.cache(row, place / GROUP_PLACES, position), span, split);
         Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, QKV_REST, DEC && layer.products[QKV].k_chunk > 0);
         // What was in shared memory before has been used.
         All::sync();
-        attend_token<All>(a, norms, qkv, (float*)(shared + X), nullptr, kv, split, position, [&] { note_time(stamp); });
+        attend_token<All>(a, norms, qkv, (float*)(shared + X), nullptr, place, split, row, position, set + ATTENDED,
+                          set + SHARES, nullptr, [&] { note_time(stamp); });
         share += BLOCKS - g.n_tb;
-    } while (SPLITS == 1 && share < KV_HEADS * span.splits);
+    } while (SPLITS == 1 && share < PLACES * span.splits);
 }
 
 // What the other blocks do.
@@ -456,7 +463,7 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Table& ta
 
         Later norm = stage_hidden(from_down(g, table, l), h, scratch, Operand::of<H>(x));
         multiplier.run<H>(m + QKV, p[QKV], parts, norm, set + Q_K_V, set + QKV_REST);
-        empty(set_of(g, l + 2), WORDS, blocks);
+        empty(set_of(g, l + 2), words_for(*(const int*)(shared + POSITION)), blocks);
 
         attention(g, layer, set, shared, grid.here());
         grid.stamped++;
@@ -498,7 +505,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
         ((u64*)table.kept)[i] = ((const u64*)g.layers)[i];
     wait_for_previous();
     // Two sets: the third is made missing in the first layer.
-    empty(g.flow, 2 * WORDS, BLOCKS);
+    for (int l = 0; l < 2; l++) empty(set_of(g, l), words_for(position_of(g.state, g.max_seq_len, 0)), BLOCKS);
     Grid grid{g.grid, __ldcg(g.grid + 1), g.stamps, 0};
     if (DEC)
         for (int i = blockIdx.x * THREADS + this_thread(); i < 4 * g.longest; i += BLOCKS * THREADS) g.list[i] = 0;

@@ -23,6 +23,10 @@ const fn renamed(wgsl: &'static str, cuda: &'static str, why: &'static str) -> T
     Twin { wgsl: Some(wgsl), cuda: Some(cuda), why }
 }
 
+const fn wgsl_only(wgsl: &'static str, why: &'static str) -> Twin {
+    Twin { wgsl: Some(wgsl), cuda: None, why }
+}
+
 const fn cuda_only(cuda: &'static str, why: &'static str) -> Twin {
     Twin { wgsl: None, cuda: Some(cuda), why }
 }
@@ -49,11 +53,9 @@ pub const TWINS: &[Twin] = &[
     renamed("rms_norm", "stage", "on CUDA one kernel normalizes, gates or only rounds the input of a product"),
     twins("embed"),
     twins("norm_qk"),
-    renamed(
-        "rope",
-        "set_aside",
-        "on CUDA keys and values take the cache's type, queries are rotated where they are used",
-    ),
+    wgsl_only("rope", "on CUDA queries and keys are rotated where they are used and where they are appended"),
+    wgsl_only("round_bytes", "on CUDA append and attend round what they append"),
+    wgsl_only("append_bytes", "on CUDA append is compiled for the cache's type"),
     twins("append"),
     twins("attend"),
     twins("gated"),
@@ -61,6 +63,7 @@ pub const TWINS: &[Twin] = &[
     twins("add_norm"),
     twins("softcap"),
     renamed("argmax", "sample", "in WGSL only greedy choices stay on the device, others are the host's"),
+    cuda_only("append_prompt", "as append, of many tokens of one text"),
     cuda_only("attend_prompt", "the WGSL attend takes any number of tokens"),
     cuda_only("decode_layers", "the operations of a token's layers in one launch; in WGSL each is a kernel of its own"),
     cuda_only("gemv_any", "widths and types without a fast form; the WGSL products take all"),

@@ -16,6 +16,7 @@ pub mod cpu;
 pub mod cuda;
 mod exit;
 pub mod kernels;
+mod kv;
 pub mod record;
 mod rows;
 #[cfg(feature = "reference-wgpu")]
@@ -27,6 +28,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 pub use self::exit::exit_at_once;
+pub use self::kv::KvBits;
 pub use self::rows::{DECODE_ROWS, Input, Pass, Rows, count, numbered};
 
 use self::record::{Clock, Recorder};
@@ -225,7 +227,7 @@ pub trait DecodeBackend: GemvBackend {
     ///
     /// # Errors
     /// A model that the backend has no kernels for.
-    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Self::Cache>;
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<Self::Cache>;
 
     /// The slot holds an empty text from now on. `draws[i]`, uniform in `[0, 1)`, decides the `i`-th token sampled in it;
     /// where there is none, 0 does.

@@ -77,6 +77,12 @@ pub(super) fn head_bits(text: &str) -> Result<usize, String> {
     number.ok_or_else(|| "16, 8 and 4 are allowed".into())
 }
 
+/// Bits of keys and values.
+pub(super) fn kv_bits(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|bits| [16, 8].contains(bits));
+    number.ok_or_else(|| "16 and 8 are allowed".into())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -114,7 +120,7 @@ mod tests {
         #[test]
         fn what_is_no_number_is_refused(text in "[a-z .-]{0,8}|[0-9]{21,40}|0x[0-9]|1e3|[0-9]+ ") {
             prop_assert!(whole(0..=usize::MAX)(&text).is_err() && seed(&text).is_err() && mode(&text).is_err());
-            prop_assert!(head_bits(&text).is_err());
+            prop_assert!(head_bits(&text).is_err() && kv_bits(&text).is_err());
             prop_assert!(speculate(&text).is_err() || ["auto", "off"].contains(&&text[..]));
         }
     }

@@ -10,7 +10,7 @@ use decdec::device::{Dtype, Residuals};
 use decdec::format::Format;
 use decdec::quantize::Calibration;
 
-use super::numbers::{head_bits, own_share, seed, whole};
+use super::numbers::{head_bits, kv_bits, own_share, seed, whole};
 
 /// A parser of the names of formats, which help lists.
 pub(super) fn backend() -> impl TypedValueParser<Value = Format> {
@@ -145,6 +145,9 @@ pub(crate) struct RunArgs {
     /// Bits of the head: 16 as it is stored, 8 or 4 rounded while loading, which moves fewer bytes for each token
     #[arg(long, value_name = "BITS", default_value_t = 16, value_parser = head_bits)]
     pub(crate) head_bits: usize,
+    /// Bits of keys and values: 16 keeps them in the type of products, 8 rounds them, so that a text takes half the memory
+    #[arg(long, value_name = "BITS", default_value_t = 16, value_parser = kv_bits)]
+    pub(crate) kv_bits: usize,
     /// Leave the residual scales of a reference directory in the order in which the reference leaves them
     #[arg(long)]
     pub(crate) compat_scale_order: bool,

@@ -21,8 +21,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let device = super::devices::open(&args.run, device::Options { watch: args.timeline, ..Default::default() })?;
     let engine = super::engine(&device, &opened, &args.run, longest, false)?;
     let info = engine.device();
-    let bits = args.run.head_bits;
-    let title = format!("{}, {} ({}), context {}, head {bits} bits", opened.name(), info.name, info.id, args.context);
+    let (bits, kv_bits) = (args.run.head_bits, args.run.kv_bits);
+    let kept = if kv_bits == 16 { String::new() } else { format!(", keys and values {kv_bits} bits") };
+    let title =
+        format!("{}, {} ({}), context {}, head {bits} bits{kept}", opened.name(), info.name, info.id, args.context);
     output::line(&title)?;
     let us = whole_tokens(&device, &engine, args)?.as_secs_f64() * 1e6 / args.tokens as f64;
     let rate = 1e6 / us;

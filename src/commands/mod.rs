@@ -15,7 +15,7 @@ pub(crate) mod tune;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use decdec::backend::DeviceInfo;
+use decdec::backend::{DeviceInfo, KvBits};
 use decdec::config::{ModelConfig, Projection};
 use decdec::device::Device;
 use decdec::engine::{self, Compensate, Engine};
@@ -92,6 +92,7 @@ pub(crate) fn engine<'d>(
         compensate: asked(opened, device.info(), args)?,
         selection: args.on.selection.into(),
         head_bits: args.head_bits,
+        kv_bits: if args.kv_bits == 8 { KvBits::Eight } else { KvBits::Whole },
         text,
         ..engine::Options::default()
     };

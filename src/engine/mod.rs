@@ -33,7 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result as Anyhow, anyhow, ensure};
 
-use crate::backend::{DECODE_ROWS, DecodeBackend, DeviceInfo};
+use crate::backend::{DECODE_ROWS, DecodeBackend, DeviceInfo, KvBits};
 use crate::config::ModelConfig;
 use crate::dec::Selection;
 use crate::device::{Device, Job};
@@ -88,6 +88,8 @@ pub struct Options {
     pub selection: Selection,
     /// Bits of the head: 16 as it is stored, 8 or 4 rounded while loading, which moves fewer bytes for each token.
     pub head_bits: usize,
+    /// How keys and values are kept: in 8 bits a text takes about half the memory.
+    pub kv_bits: KvBits,
     /// Tokens become text, and those that the model's files name end one. Otherwise there are tokens only, and a text
     /// ends where it is full.
     pub text: bool,
@@ -96,7 +98,15 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let (compensate, selection) = (Compensate::default(), Selection::Bucket);
-        Self { max_seq_len: None, slots: DECODE_ROWS, compensate, selection, head_bits: 16, text: true }
+        Self {
+            max_seq_len: None,
+            slots: DECODE_ROWS,
+            compensate,
+            selection,
+            head_bits: 16,
+            kv_bits: KvBits::Whole,
+            text: true,
+        }
     }
 }
 
@@ -142,7 +152,7 @@ impl<'d> Engine<'d> {
         }
         let has_text = options.text && opened.texts().is_some();
         let tokenizer = has_text.then(|| opened.tokenizer()).transpose().map_err(Error::input)?;
-        device.ensure_memory(opened.weights(), max_seq_len)?;
+        device.ensure_memory(opened.weights(), max_seq_len, options.kv_bits)?;
         let loaded = device.run(Load { opened, options, max_seq_len, progress })?;
         Ok(Self { tokenizer, interrupt: device.interrupt(), ..loaded })
     }
@@ -275,6 +285,7 @@ impl<'d> Job<'d> for Load<'_> {
         progress.set_message("loading");
         progress.set_length(weights.config().layers.len() as u64);
         let mut model = Model::load_with_head(backend, weights, head, |_| progress.inc(1))?;
+        model.keep_in(options.kv_bits);
         let by_bits = settled(&model, opened.path(), &options.compensate).map_err(Error::input)?;
         let compensation = by_bits.map(|by_bits| Compensation { by_bits, selection: options.selection });
         model.compensate(compensation.as_ref()).map_err(Error::input)?;

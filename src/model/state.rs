@@ -54,7 +54,7 @@ impl<B: DecodeBackend> Model<'_, B> {
         let attended = c.layers.iter().map(|l| l.attention().num_heads * l.attention().head_dim).max().unwrap_or(0);
         let branches = c.layers.iter().any(|layer| layer.norms != NormPlacement::Before);
         let mut state = State {
-            cache: b.cache(c, slots, max_seq_len)?,
+            cache: b.cache(c, slots, max_seq_len, self.kv_bits)?,
             activations: Activations {
                 h: b.vector(max_tokens * c.hidden_size)?,
                 qkv: b.vector(max_tokens * c.widest(Projection::Qkv))?,

@@ -1,5 +1,6 @@
 //! Attention as families have it: by layer its own heads, rotation, window, scale, cap and growth of queries.
 
+use decdec::backend::KvBits;
 use decdec::backend::Rows;
 use decdec::config::{Attention, Pairing, QueryScaling, Rope, RopeScaling};
 use decdec::sampling::Sampling;
@@ -21,9 +22,10 @@ fn read<B: UnderTest>(
     ropes: &[Rope],
     texts: &[Vec<f32>],
     parts: &[usize],
+    bits: KvBits,
 ) -> Vec<Vec<f32>> {
     let len: usize = parts.iter().sum();
-    let mut cache = backend.cache(&model(attentions, ropes.to_vec()), 1, len).unwrap();
+    let mut cache = backend.cache(&model(attentions, ropes.to_vec()), 1, len, bits).unwrap();
     backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     let mut got = vec![Vec::new(); attentions.len()];
     let mut start = 0;
@@ -60,7 +62,7 @@ fn check_attention<B: UnderTest>(backend: &B, layers: &[(Attention, Vec<Attentio
     let attentions: Vec<Attention> = layers.iter().map(|(attention, _)| attention.clone()).collect();
     let text = |l: usize| common::uniform(l as u64 + 1, len * attentions[l].qkv_rows());
     let texts: Vec<Vec<f32>> = (0..layers.len()).map(text).collect();
-    let got = read(backend, &attentions, ropes, &texts, parts);
+    let got = read(backend, &attentions, ropes, &texts, parts, KvBits::Whole);
     for (l, (attention, wrong)) in layers.iter().enumerate() {
         let qkv: Vec<Vec<f64>> = texts[l].chunks_exact(attention.qkv_rows()).map(exact).collect();
         let want = oracle::attend(attention, ropes, &qkv).concat();
@@ -174,6 +176,10 @@ pub(crate) fn attention_of_any_shape<B: UnderTest>(backend: &B) {
 /// What layers remember of a text does not depend on how many of its tokens came at once, to the bit: a token behind it has
 /// the same answer. That answer depends on the oldest token of the window and on none before.
 pub(crate) fn what_layers_remember<B: UnderTest>(backend: &B) {
+    [KvBits::Whole, KvBits::Eight].into_iter().for_each(|bits| remember_in(backend, bits));
+}
+
+fn remember_in<B: UnderTest>(backend: &B, bits: KvBits) {
     let (most, len, behind) = (backend.device().max_tokens.min(61), 61, 3);
     let ropes = [rope(10_000.0, 16), rope(10_000.0, 24)];
     let of = |rope, window| {
@@ -188,12 +194,12 @@ pub(crate) fn what_layers_remember<B: UnderTest>(backend: &B) {
         let mut parts = vec![at_once; len / at_once];
         parts.extend(Some(len % at_once).filter(|&rest| rest > 0));
         parts.extend(vec![1; behind]);
-        let got = read(backend, &attentions, &ropes, texts, &parts);
-        let bits = |(out, attention): (Vec<f32>, &Attention)| {
+        let got = read(backend, &attentions, &ropes, texts, &parts, bits);
+        let words = |(out, attention): (Vec<f32>, &Attention)| {
             let width = attention.num_heads * attention.head_dim;
             out[len * width..].iter().map(|x| x.to_bits()).collect::<Vec<u32>>()
         };
-        got.into_iter().zip(&attentions).map(bits).collect::<Vec<_>>()
+        got.into_iter().zip(&attentions).map(words).collect::<Vec<_>>()
     };
     let one_by_one = answers(&texts, 1);
     for at_once in [2, 7, 16.min(most), most] {
@@ -211,5 +217,37 @@ pub(crate) fn what_layers_remember<B: UnderTest>(backend: &B) {
             let same = answers(&other, most)[l] == one_by_one[l];
             assert_eq!(same, !seen, "layer {l}, {attention:?}: another token {token}");
         }
+    }
+}
+
+/// With keys and values in bytes, attention is that to what bytes keep of them: within what f32 sums are off, and not that to
+/// the numbers themselves.
+pub(crate) fn attention_to_bytes<B: UnderTest>(backend: &B) {
+    let most = backend.device().max_tokens.min(20);
+    for (attention, window) in [(attention(4, 2, 16), None), (attention(5, 1, 24), Some(7))] {
+        let attention = Attention { rope: None, window, ..attention };
+        let (width, dim) = (attention.qkv_rows(), attention.head_dim);
+        let parts = [1, most, 3, most, 1, 1];
+        let len: usize = parts.iter().sum();
+        let text = common::uniform(9, len * width);
+        let texts = std::slice::from_ref(&text);
+        let got = read(backend, std::slice::from_ref(&attention), &[], texts, &parts, KvBits::Eight);
+        let round = |head: &[f32]| {
+            let largest = head.iter().fold(0f32, |most, x| most.max(x.abs()));
+            let byte = |&x: &f32| largest / 127.0 * (x * (127.0 / largest)).round_ties_even();
+            head.iter().map(byte).collect::<Vec<_>>()
+        };
+        let rounded = |qkv: &[f32]| {
+            let (queries, rest) = qkv.split_at(attention.num_heads * dim);
+            exact(&[queries.to_vec(), rest.chunks_exact(dim).flat_map(round).collect()].concat())
+        };
+        let whole: Vec<Vec<f64>> = text.chunks_exact(width).map(exact).collect();
+        let kept: Vec<Vec<f64>> = text.chunks_exact(width).map(rounded).collect();
+        let want = oracle::attend(&attention, &[], &kept).concat();
+        let score = common::tolerance(0.0, 0.0, dim + 16, 2.0 * dim as f64 * attention.scale_at(len).abs());
+        let allowed = |i: usize| common::tolerance(B::ROUNDING, want[i], len + 16, 1.0) + 2.0 * score;
+        assert_eq!(common::misfit(&got[0], &want, allowed), None, "{attention:?}");
+        let other = oracle::attend(&attention, &[], &whole).concat();
+        assert!(common::misfit(&got[0], &other, allowed).is_some(), "{attention:?}: bytes go unseen");
     }
 }

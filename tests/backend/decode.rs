@@ -44,7 +44,7 @@ pub(crate) fn embed_and_gather<B: UnderTest>(backend: &B) {
         let rows = table.values.to_f32().into_owned();
         let row = |id: u32| rows[72 * id as usize..][..72].to_vec();
         let matrix = backend.matrix(&Linear::plain(weight.clone())).unwrap();
-        let mut cache = backend.cache(&config(), 1, 16).unwrap();
+        let mut cache = backend.cache(&config(), 1, 16, Default::default()).unwrap();
         let of = |count| [Rows { slot: 0, position: 0, count }];
         backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
         let mut h = backend.vector(3 * 72).unwrap();
@@ -131,7 +131,7 @@ fn check_attention<B: UnderTest>(backend: &B, config: &ModelConfig, parts: &[usi
     let (dim, width) = (attention.head_dim, attention.qkv_rows());
     let q_width = attention.num_heads * dim;
     let texts: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, len * width));
-    let mut cache = backend.cache(config, 1, len).unwrap();
+    let mut cache = backend.cache(config, 1, len, Default::default()).unwrap();
     // The second round shows that beginning again forgets the first.
     for _ in 0..2 {
         backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
@@ -205,7 +205,7 @@ pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
         let width = (num_heads + 2 * num_kv_heads) * head_dim;
         // Scores of about 1: shares that an error of an angle moves.
         let tokens: [Vec<f32>; 2] = [1, 2].map(|seed| common::uniform(seed, width).iter().map(|x| 2.0 * x).collect());
-        let mut cache = backend.cache(&config, 1, LAST + 1).unwrap();
+        let mut cache = backend.cache(&config, 1, LAST + 1, Default::default()).unwrap();
         backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
         backend.advance(&mut cache, &[Rows { slot: 0, position: 0, count: LAST - 1 }]).unwrap();
         let mut out = backend.vector(num_heads * head_dim).unwrap();
@@ -249,7 +249,7 @@ pub(crate) fn rotation_far_out<B: UnderTest>(backend: &B) {
         );
     }
     // Nothing is attended to, or advanced over, behind the end.
-    let mut cache = backend.cache(&config(), 1, 3).unwrap();
+    let mut cache = backend.cache(&config(), 1, 3, Default::default()).unwrap();
     backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     if !backend.device().id.starts_with("cuda") {
         let error = backend.advance(&mut cache, &[Rows { slot: 0, position: 0, count: 4 }]).unwrap_err().to_string();

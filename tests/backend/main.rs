@@ -139,6 +139,7 @@ on_every_backend! {
     operations::operations_of_any_shape,
     attention::attention_of_any_shape,
     attention::what_layers_remember,
+    attention::attention_to_bytes,
     sampling::greedy,
     sampling::draws_decide,
     sampling::awkward_logits,

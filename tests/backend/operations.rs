@@ -65,7 +65,7 @@ pub(crate) fn any<S: Strategy>(cases: u32, strategy: &S, body: impl Fn(S::Value)
 }
 
 pub(crate) fn embedding_scale<B: UnderTest>(backend: &B) {
-    let mut cache = backend.cache(&model(&[attention(4, 2, 16)], Vec::new()), 1, 16).unwrap();
+    let mut cache = backend.cache(&model(&[attention(4, 2, 16)], Vec::new()), 1, 16, Default::default()).unwrap();
     backend.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
     let rows = [Rows { slot: 0, position: 0, count: 2 }];
     for stored in Stored::ALL {
@@ -213,7 +213,7 @@ pub(crate) fn after_a_compensated_product<B: UnderTest>(backend: &B) {
     let linear = common::compensable(7, common::anyprec(8, width, rows, 3, Stored::F16));
     let matrix = backend.matrix(&linear).unwrap();
     let plan = backend.plan(&matrix, &plan_of_all(&linear)).unwrap();
-    let cache = backend.cache(&model(std::slice::from_ref(&attention), Vec::new()), 1, 8).unwrap();
+    let cache = backend.cache(&model(std::slice::from_ref(&attention), Vec::new()), 1, 8, Default::default()).unwrap();
     let product = |add| Product { feed: Feed::Plain, matrix: &matrix, plan: Some(&plan), compensated: 1, add };
     let (mut y, x) = (backend.vector(rows).unwrap(), upload(backend, &common::uniform(9, width)));
     let gamma = common::uniform(10, 16);
@@ -264,7 +264,7 @@ fn check_norm_qk<B: UnderTest>(backend: &B, attention: &Attention, whole: bool, 
     let other = crate::operations::attention(2, 1, 8);
     // Not the first layer: another's shape would show.
     let config = model(&[other, Attention { qk_norm, ..attention.clone() }], Vec::new());
-    let cache = backend.cache(&config, 1, 32).unwrap();
+    let cache = backend.cache(&config, 1, 32, Default::default()).unwrap();
     let qkv: Vec<f32> = common::heavy_tailed(7, tokens * width);
     let [query, key] = [(8, lens[0]), (9, lens[1])].map(|(seed, len)| common::uniform(seed, len));
     // A large ε, so that it shows, and another one for keys.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use decdec::backend::record::{ByClock, Clock};
-use decdec::backend::{DecodeBackend, DeviceInfo, Feed, GemvBackend, Input, Norm, Product, Rows, count};
+use decdec::backend::{DecodeBackend, DeviceInfo, Feed, GemvBackend, Input, KvBits, Norm, Product, Rows, count};
 use decdec::config::ModelConfig;
 use decdec::dec::DecPlan;
 use decdec::sampling::Sampling;
@@ -120,8 +120,8 @@ impl<B: DecodeBackend> DecodeBackend for Recording<'_, B> {
     type Cache = B::Cache;
     type Graphs = HashMap<Vec<usize>, Option<Vec<Queued>>>;
 
-    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<B::Cache> {
-        self.inner.cache(config, slots, max_seq_len)
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<B::Cache> {
+        self.inner.cache(config, slots, max_seq_len, bits)
     }
 
     fn begin(&self, cache: &mut B::Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {

@@ -15,7 +15,7 @@ const BORDER: f64 = 1e-9;
 /// The tokens that are sampled from `texts`, one after the other.
 fn sample<B: UnderTest>(backend: &B, sampling: &Sampling, draws: &[f32], texts: &[Vec<f32>]) -> Vec<Result<u32>> {
     let config = ModelConfig { vocab_size: texts[0].len(), ..config() };
-    let mut cache = backend.cache(&config, 1, texts.len()).unwrap();
+    let mut cache = backend.cache(&config, 1, texts.len(), Default::default()).unwrap();
     backend.begin(&mut cache, 0, sampling, draws).unwrap();
     for logits in texts {
         backend.sample(&mut cache, &[0], &upload(backend, logits)).unwrap();
@@ -199,7 +199,7 @@ pub(crate) fn awkward_logits<B: UnderTest>(backend: &B) {
 /// A text without a next token has none ever after, and says so for each; one that begins anew has.
 pub(crate) fn after_no_token<B: UnderTest>(backend: &B) {
     let config = ModelConfig { vocab_size: 96, ..config() };
-    let mut cache = backend.cache(&config, 1, 8).unwrap();
+    let mut cache = backend.cache(&config, 1, 8, Default::default()).unwrap();
     let bad = upload(backend, &[f32::NAN; 96]);
     let good = upload(backend, &common::uniform(1, 96));
     for sampling in [Sampling::GREEDY, Sampling { temperature: 1.0, ..Sampling::GREEDY }] {

@@ -76,6 +76,7 @@ fn numbers_out_of_range() {
         "generate --checkpoint-path plain --device cpu --n-tbs 0",
         "generate --checkpoint-path plain --compile 3",
         "generate --checkpoint-path plain --head-bits 5",
+        "generate --checkpoint-path plain --kv-bits 4",
         "generate --checkpoint-path plain --bitwidth nan",
         "bench --checkpoint-path plain --context 0",
         "bench --checkpoint-path plain --context 100 --tokens 18446744073709551615",

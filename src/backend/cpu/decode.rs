@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::attention::{Cached, cap_all};
 use super::{Cpu, MIN_NUMBERS, Matrix, kernels};
 use crate::backend::{
-    DecodeBackend, Feed, Input, Norm, Product, Rows, ensure_room, ensure_slot, holds_no_text, numbered,
+    DecodeBackend, Feed, Input, KvBits, Norm, Product, Rows, ensure_room, ensure_slot, holds_no_text, numbered,
 };
 use crate::config::{Attention, ModelConfig};
 use crate::host;
@@ -16,6 +16,7 @@ use crate::sampling::{self, NO_TOKEN, Sampling};
 pub struct Cache {
     max_seq_len: usize,
     vocab_size: usize,
+    bits: KvBits,
     attentions: Vec<Attention>, // of each layer
     tables: Vec<Vec<[f32; 2]>>, // of every RoPE: cos and sin, [max_seq_len, head_dim / 2]
     slots: Vec<Option<Text>>,
@@ -47,10 +48,12 @@ impl Cache {
 
     /// Room for another text.
     fn open(&self) -> Result<Text> {
-        let cached: usize = self.attentions.iter().map(|attention| Cached::numbers(attention, self.max_seq_len)).sum();
+        let bytes = |attention| Cached::bytes(attention, self.max_seq_len, self.bits);
+        let cached: usize = self.attentions.iter().map(bytes).sum();
         let what = format!("a context of {} tokens", self.max_seq_len);
-        host::ensure_memory(4 * cached as u64, &what, "make fewer tokens, or set --max-seq-len")?;
-        let layers = self.attentions.iter().map(|attention| Cached::new(attention, self.max_seq_len)).collect();
+        host::ensure_memory(cached as u64, &what, "make fewer tokens, or set --max-seq-len")?;
+        let layers =
+            self.attentions.iter().map(|attention| Cached::new(attention, self.max_seq_len, self.bits)).collect();
         Ok(Text { layers, len: 0, sampling: Sampling::GREEDY, draws: Vec::new(), sampled: Vec::new() })
     }
 }
@@ -60,13 +63,14 @@ impl DecodeBackend for Cpu {
     /// Operations are not recorded: there is no queue to replay them into.
     type Graphs = ();
 
-    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Cache> {
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<Cache> {
         ensure!(max_seq_len > 0, "the context has no room for a single token");
         let tables: usize = config.ropes.iter().map(|rope| max_seq_len * rope.head_dim).sum();
         let what = format!("a context of {max_seq_len} tokens");
         host::ensure_memory(4 * tables as u64, &what, "make fewer tokens, or set --max-seq-len")?;
         Ok(Cache {
             max_seq_len,
+            bits,
             vocab_size: config.vocab_size,
             attentions: config.layers.iter().map(|layer| layer.attention().clone()).collect(),
             tables: config.ropes.iter().map(|rope| rope.table(max_seq_len)).collect(),

@@ -10,6 +10,7 @@ mod dense;
 mod digits;
 mod kernels;
 mod octets;
+mod remembered;
 mod team;
 
 use std::time::{Duration, Instant};

@@ -365,12 +365,13 @@ mod tests {
                 (4, 2, 8),
             ] {
                 let heads = format!("HEADS={heads} KV_HEADS={kv_heads} HEAD_DIM={head_dim}");
-                for file in ["attend.cu", "attend_prompt.cu"] {
-                    all.push((file, split(&format!("DTYPE={dtype} KV={dtype} SPLITS=16 {heads}"))));
+                for (file, kv) in
+                    [("attend.cu", dtype), ("attend_prompt.cu", dtype), ("attend.cu", 3), ("attend_prompt.cu", 3)]
+                {
+                    all.push((file, split(&format!("DTYPE={dtype} KV={kv} {heads}"))));
                 }
             }
         }
-        all.push(("attend.cu", split("DTYPE=0 KV=0 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));
         let formats = [(3, "FORMAT=0"), (4, "FORMAT=0"), (3, "FORMAT=1 GROUP=128"), (4, "FORMAT=1 GROUP=128")];
         for (i, (model, program)) in LAYERS.into_iter().enumerate() {
             // Formats and types with the first one's shapes.
@@ -422,8 +423,9 @@ mod tests {
                 let hot = *file != "sample.cu" && !(*file == "layers.cu" && architecture == "sm_120");
                 let most = match (*file, compiler.version.0) {
                     ("layers.cu", _) => LAYERS_KEEP,
-                    // In float32, of sixteen queries to a key: 12 bytes on sm_120.
-                    ("attend_prompt.cu", _) | (_, ..13) => 16,
+                    // Kept between making queries and the loop over positions.
+                    ("attend.cu" | "attend_prompt.cu", _) => 64,
+                    (_, ..13) => 16,
                     _ => 0,
                 };
                 for line in log.lines().filter(|line| hot && line.contains("bytes stack frame")) {

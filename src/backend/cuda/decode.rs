@@ -15,7 +15,7 @@ use super::sequence::Cache;
 use super::vector::Vector;
 use super::{Cuda, Scratch};
 use crate::backend::{
-    Activations, DecodeBackend, Input, LayerOperands, Norm, Pass, Product, Rows, numbered, one_by_one,
+    Activations, DecodeBackend, Input, KvBits, LayerOperands, Norm, Pass, Product, Rows, numbered, one_by_one,
 };
 use crate::config::{Attention, ModelConfig};
 use crate::sampling::Sampling;
@@ -34,8 +34,8 @@ impl DecodeBackend for Cuda {
     /// By the slots whose tokens they make.
     type Graphs = HashMap<Vec<usize>, Graph>;
 
-    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Cache> {
-        Cache::new(config, slots, max_seq_len)
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<Cache> {
+        Cache::new(config, slots, max_seq_len, bits)
     }
 
     fn begin(&self, cache: &mut Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
@@ -145,10 +145,7 @@ impl DecodeBackend for Cuda {
     }
 
     fn attend(&self, cache: &mut Cache, layer: usize, rows: &[Rows], qkv: &Vector, out: &mut Vector) -> Result<()> {
-        numbered(rows).try_for_each(|(first, Rows { slot, count, .. })| {
-            let text = cache.text(slot)?;
-            text.cache.attend(self, layer, &text.state, (qkv, out), (first, count))
-        })
+        self.attend_rows(cache, layer, rows, qkv, out)
     }
 
     fn layers(

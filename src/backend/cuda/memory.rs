@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::pack::Packing;
 use super::{Cuda, Dtype, Residuals, attention, host};
+use crate::backend::KvBits;
 use crate::config::{NormPlacement, Projection};
 use crate::weights::{ModelWeights, Weight};
 
@@ -78,11 +79,11 @@ impl MemoryTable {
 }
 
 impl Cuda {
-    /// What `weights` will take with texts of at most `max_seq_len` tokens.
+    /// What `weights` will take with texts of at most `max_seq_len` tokens, whose keys and values are kept in `bits`.
     ///
     /// # Errors
     /// Tensors that cannot be read, or a lost device.
-    pub fn memory_table(&self, weights: &dyn ModelWeights, max_seq_len: usize) -> Result<MemoryTable> {
+    pub fn memory_table(&self, weights: &dyn ModelWeights, max_seq_len: usize, bits: KvBits) -> Result<MemoryTable> {
         let config = weights.config();
         let (mut bytes, mut residuals, mut largest) = (0, 0, 0);
         for layer in 0..config.layers.len() {
@@ -104,10 +105,8 @@ impl Cuda {
         let on_device = self.options.residuals == Residuals::Device;
         Ok(MemoryTable {
             weights: bytes,
-            cache: attention::cache_bytes(config, self.options.dtype, max_seq_len),
-            workspace: tokens * width * 4 * 2
-                + attention::pass_bytes(config, self.options.dtype, tokens)
-                + if self.blas.is_some() { largest * number } else { 0 },
+            cache: attention::cache_bytes(config, (self.options.dtype, bits), max_seq_len, tokens),
+            workspace: tokens * width * 4 * 2 + if self.blas.is_some() { largest * number } else { 0 },
             device_residuals: if on_device { residuals } else { 0 },
             pinned: host::STAGING + if on_device { 0 } else { residuals },
             free_device: self.driver.memory()?.0,

@@ -113,10 +113,14 @@ pub(crate) enum Scratch {
     Grid,
     /// What blocks of one launch tell each other, f32.
     Flow,
+    /// What shares of a text come to in attention, f32.
+    Shares,
+    /// Blocks that are done with their shares; zeros between launches.
+    Tickets,
 }
 
 impl Scratch {
-    const ALL: usize = 7;
+    const ALL: usize = 9;
 }
 
 /// What `decdec devices` lists: one entry per GPU.
@@ -247,16 +251,11 @@ impl Cuda {
         }
         Ok(buffer)
     }
-
-    /// Blocks that share one key-value head's text.
-    fn splits(&self, kv_heads: usize) -> usize {
-        splits(self.driver.numbers().multiprocessors, kv_heads)
-    }
 }
 
-/// Into how many shares one key-value head's text goes among `blocks`.
-fn splits(blocks: usize, kv_heads: usize) -> usize {
-    (blocks / kv_heads).clamp(1, 16)
+/// Into how many blocks a row's text goes for each of so many places (`attend.cuh`), of `blocks` in all.
+fn splits(blocks: usize, places: usize) -> usize {
+    (blocks / places).clamp(1, 16)
 }
 
 impl GemvBackend for Cuda {

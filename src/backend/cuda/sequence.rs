@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::host::Mapped;
 use super::vector::Vector;
-use crate::backend::{ensure_slot, holds_no_text};
+use crate::backend::{KvBits, ensure_slot, holds_no_text};
 use crate::config::{Attention, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
@@ -35,12 +35,13 @@ const SAMPLE_BLOCKS: usize = 64;
 /// Slots for texts.
 pub struct Cache {
     max_seq_len: usize,
+    bits: KvBits,
     config: ModelConfig,
     slots: Vec<Option<Sequence>>,
 }
 
 impl Cache {
-    pub(super) fn new(config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Self> {
+    pub(super) fn new(config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<Self> {
         ensure!(max_seq_len > 0, "a sequence of 0 tokens, at least 1 is expected");
         attention::check(config)?;
         ensure!(
@@ -48,13 +49,13 @@ impl Cache {
             "cuda: a vocabulary of {} tokens, fewer than {MOST_VOCABULARY} are supported, use --device cpu",
             config.vocab_size
         );
-        Ok(Self { max_seq_len, config: config.clone(), slots: (0..slots).map(|_| None).collect() })
+        Ok(Self { max_seq_len, bits, config: config.clone(), slots: (0..slots).map(|_| None).collect() })
     }
 
     pub(super) fn begin(&mut self, cuda: &Cuda, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
         ensure_slot(slot, self.slots.len())?;
         if self.slots[slot].is_none() {
-            self.slots[slot] = Some(Sequence::new(cuda, &self.config, self.max_seq_len)?);
+            self.slots[slot] = Some(Sequence::new(cuda, &self.config, self.max_seq_len, self.bits)?);
         }
         self.text(slot)?.begin(cuda, sampling, draws)
     }
@@ -87,13 +88,13 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
+    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize, bits: KvBits) -> Result<Self> {
         let driver = &cuda.driver;
         let tokens = Mapped::new(driver, (max_seq_len + 2) * 4)?;
         Ok(Self {
             max_seq_len,
             vocab_size: config.vocab_size,
-            cache: attention::Cache::new(cuda, config, max_seq_len)?,
+            cache: attention::Cache::new(cuda, config, max_seq_len, bits)?,
             state: Buffer::new(driver, 16)?,
             rules: Buffer::new(driver, 16)?,
             draws: Buffer::new(driver, (max_seq_len + 1) * 4)?,
@@ -109,7 +110,7 @@ impl Sequence {
         // Nothing may still write tokens of the text before.
         cuda.driver.wait()?;
         self.state.write(0, &[0, 0, NO_TOKEN])?;
-        self.cache.begin()?;
+        cuda.clear_tickets()?;
         self.best.clear()?;
         let rules = [
             sampling.temperature.to_bits(),

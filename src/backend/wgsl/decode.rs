@@ -2,11 +2,13 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::kernels::{ADD_NORM, APPEND, ARGMAX, ATTEND, GATED, NORM_QK, RMS_NORM, ROPE, SOFTCAP};
+use super::kernels::{
+    ADD_NORM, APPEND, APPEND_BYTES, ARGMAX, ATTEND, GATED, NORM_QK, RMS_NORM, ROPE, ROUND_BYTES, SOFTCAP,
+};
 use super::matrix::{Matrix, ROWS, words};
 use super::{Vector, Wgpu, scratch};
 use crate::backend::{
-    DecodeBackend, Feed, GemvBackend, Input, Norm, Product, Rows, cached_positions, ensure_room, ensure_slot,
+    DecodeBackend, Feed, GemvBackend, Input, KvBits, Norm, Product, Rows, cached_positions, ensure_room, ensure_slot,
     holds_no_text, kernels, numbered,
 };
 use crate::config::{Attention, ModelConfig};
@@ -23,6 +25,7 @@ const MAX_SOFTCAP_GROUPS: usize = 4096;
 pub struct Cache {
     vocab_size: usize,
     max_seq_len: usize,
+    bits: KvBits,
     attentions: Vec<Attention>, // of each layer
     angles: Vec<wgpu::Buffer>,  // of every RoPE: cosine and sine, [max_seq_len, head_dim / 2, 2]
     slots: Vec<Option<Text>>,
@@ -43,7 +46,7 @@ struct Text {
 #[derive(Debug)]
 struct Cached {
     capacity: usize,
-    keys: wgpu::Buffer,   // [capacity, num_kv_heads · head_dim]
+    keys: wgpu::Buffer,   // [capacity, num_kv_heads · head_dim], or as append_bytes.wgsl says
     values: wgpu::Buffer, // likewise
 }
 
@@ -57,11 +60,19 @@ impl Cache {
     }
 }
 
+/// Words that a head's keys or values of one position take.
+fn head_words(head_dim: usize, bits: KvBits) -> usize {
+    match bits {
+        KvBits::Whole => head_dim,
+        KvBits::Eight => head_dim.div_ceil(4) + 1,
+    }
+}
+
 impl Wgpu {
-    fn cached(&self, attention: &Attention, max_seq_len: usize) -> Result<Cached> {
+    fn cached(&self, attention: &Attention, max_seq_len: usize, bits: KvBits) -> Result<Cached> {
         let Attention { num_kv_heads, head_dim, .. } = *attention;
         let capacity = cached_positions(attention, max_seq_len);
-        let zeros = || self.gpu.zeros(4 * capacity * num_kv_heads * head_dim);
+        let zeros = || self.gpu.zeros(4 * capacity * num_kv_heads * head_words(head_dim, bits));
         let [keys, values] = [zeros(), zeros()]
             .map(|zeros| zeros.with_context(|| format!("no text of {max_seq_len} tokens fits, ask for fewer")));
         Ok(Cached { capacity, keys: keys?, values: values? })
@@ -71,7 +82,7 @@ impl Wgpu {
     fn open_text(&self, cache: &Cache) -> Result<Text> {
         let max_seq_len = cache.max_seq_len;
         Ok(Text {
-            layers: cache.attentions.iter().map(|a| self.cached(a, max_seq_len)).collect::<Result<_>>()?,
+            layers: cache.attentions.iter().map(|a| self.cached(a, max_seq_len, cache.bits)).collect::<Result<_>>()?,
             tokens: self.gpu.zeros(4 * (max_seq_len + 1))?,
             len: 0,
             sampled: 0,
@@ -121,16 +132,32 @@ impl Wgpu {
         let parameters = words(&[&heads[..], &[usize::from(rope.is_some())]].concat());
         let groups = (attention.qkv_rows() / 2).div_ceil(ROWS);
         self.gpu.dispatch(&ROPE, &[], &[qkv, angles, &rotated], &parameters, [groups, tokens]);
+        let steps = match cache.bits {
+            KvBits::Whole => None,
+            KvBits::Eight => {
+                let steps = scratch(&self.gpu, &self.scratch.steps, tokens * 2 * num_kv_heads)?;
+                let parameters = words(&heads[..3]);
+                self.gpu.dispatch(&ROUND_BYTES, &[], &[&steps, &rotated], &parameters, [2 * num_kv_heads, tokens]);
+                Some(steps)
+            }
+        };
         let mut parameters = words(&[&heads[..], &[window.unwrap_or(cache.max_seq_len), *capacity]].concat());
         parameters.extend([attention.scale, attention.softcap.unwrap_or(0.0)].map(|x| (x as f32).to_bits()));
         let (beta, original) = attention.query_scaling.map_or((0.0, 1), |scaling| (scaling.beta, scaling.original));
         parameters.extend([(beta as f32).to_bits(), original as u32]);
-        self.gpu.dispatch(&ATTEND, &[], &[&rotated, keys, values, out], &parameters, [num_heads, tokens]);
+        let overrides = [("BYTES", u32::from(steps.is_some()))];
+        self.gpu.dispatch(&ATTEND, &overrides, &[&rotated, keys, values, out], &parameters, [num_heads, tokens]);
         // Behind all answers: what these tokens replace is seen by the first of them.
         let kept = tokens.min(*capacity);
         let parameters = words(&[&heads[..], &[*capacity, tokens - kept]].concat());
-        let groups = (2 * num_kv_heads * head_dim).div_ceil(ROWS);
-        self.gpu.dispatch(&APPEND, &[], &[&rotated, keys, values], &parameters, [groups, kept]);
+        let groups = (2 * num_kv_heads * head_words(head_dim, cache.bits)).div_ceil(ROWS);
+        match steps {
+            None => self.gpu.dispatch(&APPEND, &[], &[&rotated, keys, values], &parameters, [groups, kept]),
+            Some(steps) => {
+                let buffers = [&rotated, &steps, keys, values];
+                self.gpu.dispatch(&APPEND_BYTES, &[], &buffers, &parameters, [groups, kept]);
+            }
+        }
         Ok(())
     }
 
@@ -168,7 +195,7 @@ impl DecodeBackend for Wgpu {
     /// Operations are queued anew for every token.
     type Graphs = ();
 
-    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Cache> {
+    fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<Cache> {
         let attentions: Vec<_> = config.layers.iter().map(|layer| layer.attention().clone()).collect();
         if let Some(Attention { head_dim, .. }) = attentions.iter().find(|a| a.head_dim > MAX_HEAD_DIM) {
             anyhow::bail!("heads are {head_dim} wide, {} allows {MAX_HEAD_DIM}, use --device cpu", self.gpu.info.id);
@@ -177,6 +204,7 @@ impl DecodeBackend for Wgpu {
         Ok(Cache {
             vocab_size: config.vocab_size,
             max_seq_len,
+            bits,
             attentions,
             angles: angles.collect::<Result<_>>()?,
             slots: (0..slots).map(|_| None).collect(),
@@ -338,7 +366,7 @@ mod tests {
             let mut config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap().with(fields.clone()).unwrap();
             let Mixer::Attention(attention) = &mut config.layers[0].mixer;
             attention.window = window;
-            let mut cache = gpu.cache(&config, 1, 600).unwrap();
+            let mut cache = gpu.cache(&config, 1, 600, Default::default()).unwrap();
             gpu.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
             let Cached { keys, values, .. } = &cache.text(0).unwrap().layers[0];
             let bytes = 4 * 2 * 16 * positions;

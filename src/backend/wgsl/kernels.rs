@@ -58,7 +58,9 @@ kernels! {
     NORM_QK         "norm_qk"      2     1      None,    6;
     ROPE            "rope"         2     1      None,    5;
     ATTEND          "attend"       3     1      None,    10;
+    ROUND_BYTES     "round_bytes"  0     2      None,    3;
     APPEND          "append"       1     2      None,    6;
+    APPEND_BYTES    "append_bytes" 2     2      None,    6;
     GATED           "gated"        1     1      None,    2;
     ADD_NORM        "add_norm"     2     1      None,    2;
     SOFTCAP         "softcap"      0     1      None,    2;

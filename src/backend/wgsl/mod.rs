@@ -49,6 +49,8 @@ struct Scratch {
     x: RefCell<Option<wgpu::Buffer>>,
     /// Rotated queries and keys, and values, `[tokens, qkv_rows]`.
     rotated: RefCell<Option<wgpu::Buffer>>,
+    /// Of keys and values in bytes.
+    steps: RefCell<Option<wgpu::Buffer>>,
     /// Selected channels, `[tokens, selected]`.
     list: RefCell<Option<wgpu::Buffer>>,
     /// Queries, keys and values of one text of several, `[tokens, qkv_rows]`.

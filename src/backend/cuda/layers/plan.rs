@@ -3,9 +3,10 @@
 use std::cmp::Reverse;
 use std::ops::RangeInclusive;
 
-use super::super::attention::attend_shared;
+use super::super::attention::Shape;
 use super::super::launch::{Room, Tuning, operand_bytes, unit};
 use super::super::matrix::Format;
+use super::super::options::Dtype;
 use super::super::pack::{CODE_UNIT, TILE, book_bytes};
 
 /// Most layers of one launch: where the table in shared memory has all of them, there is room for no more.
@@ -33,10 +34,15 @@ pub(super) struct Shapes {
 
 impl Shapes {
     /// Numbers between the blocks of one layer: `WORDS` of `layers.cu`.
-    pub(super) fn flow_words(self, splits: usize, compensated: bool) -> usize {
+    pub(super) fn flow_words(self, warps: usize, compensated: bool) -> usize {
         let [(_, qkv), (attended, h), (_, gu), (i, _)] = self.products();
-        let shares = (splits * self.heads * (self.head_dim + 2)).next_multiple_of(4);
+        let shares = self.attention(warps).parts().next_multiple_of(4);
         qkv + attended + 2 * h + i / 2 + shares + if compensated { 2 * qkv + 4 * h + gu + i } else { 0 }
+    }
+
+    /// How blocks of so many warps attend: products of layers in one launch have 16 bits.
+    pub(super) fn attention(self, warps: usize) -> Shape {
+        Shape::of((self.heads, self.kv_heads, self.head_dim), Dtype::Float16, 32 * warps)
     }
 
     /// `(in_features, out_features)` of the four projections.
@@ -190,8 +196,8 @@ fn launch_of_warps(
     let parts = qkv.max(2 * pairs) * warps * TILE * 4;
     let narrow_parts = o.max(down) * warps * TILE * 4;
     // Attention uses both while no product does.
-    let attention = attend_shared(shapes.heads / shapes.kv_heads, shapes.head_dim, 32 * warps)?;
-    let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
+    let attention = shapes.attention(warps);
+    let parts = parts.max(attention.shared(warps).saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
     let books = qkv.max(o).max(pairs).max(down) * (unit(format).1 - slot(format));
     let stream = shapes.hidden.next_multiple_of(CODE_UNIT) * 4;
@@ -218,7 +224,7 @@ fn launch_of_warps(
     let in_turn = || with_table(TURNS).filter(|&(_, stages, _)| stages <= fewest && count > TURNS);
     let (turns, stages, shared) =
         all.filter(|&(_, stages, _)| covers(format, warps, stages, room)).or_else(in_turn).or(all)?;
-    let splits = crate::backend::cuda::splits(multiplying, shapes.kv_heads);
+    let splits = crate::backend::cuda::splits(multiplying, attention.places());
     Some(LayersLaunch {
         warps,
         stages,

@@ -33,17 +33,17 @@ impl InBytes {
     pub(crate) fn byte(&self, number: f32) -> i8 {
         (number * self.inverse).round_ties_even().clamp(-127.0, 127.0) as i8
     }
-
-    /// Numbers as their bytes say them.
-    pub(crate) fn round(numbers: &mut [f32]) {
-        let bytes = Self::of(numbers);
-        numbers.iter_mut().for_each(|x| *x = bytes.step * f32::from(bytes.byte(*x)));
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Numbers as their bytes say them.
+    fn round(numbers: &mut [f32]) {
+        let bytes = InBytes::of(numbers);
+        numbers.iter_mut().for_each(|x| *x = bytes.step() * f32::from(bytes.byte(*x)));
+    }
 
     /// The largest number is kept as it is, but for the rounding of its step, every other one within half a step, zeros as
     /// zeros, and NaN is not lost.
@@ -52,7 +52,7 @@ mod tests {
         for most in [1e-30f32, 0.03, 1.0, 700.0, 1e30] {
             let numbers: Vec<f32> = (0..255).map(|i| most * (i as f32 - 127.0) / 127.3).chain([-most]).collect();
             let mut rounded = numbers.clone();
-            InBytes::round(&mut rounded);
+            round(&mut rounded);
             let step = f64::from(most) / 127.0;
             let errors = || numbers.iter().zip(&rounded).map(|(&x, &r)| (f64::from(x) - f64::from(r)).abs() / step);
             assert!(errors().all(|error| error <= 0.5 + 1e-4), "{most}");
@@ -60,10 +60,10 @@ mod tests {
             assert!((rounded[255] + most).abs() <= most * 2f32.powi(-22), "{most}: {}", rounded[255]);
         }
         let mut zeros = [0.0f32; 8];
-        InBytes::round(&mut zeros);
+        round(&mut zeros);
         assert_eq!(zeros, [0.0; 8]);
         let mut bad = [1.0, f32::NAN, 0.5];
-        InBytes::round(&mut bad);
+        round(&mut bad);
         assert!(bad.iter().all(|x| x.is_nan()), "{bad:?}");
     }
 }

@@ -424,7 +424,7 @@ mod tests {
     /// The sizes of `attend.cuh`: a product's rows of queries, or lanes' own, and results for each query of each warp.
     #[test]
     fn shared_memory_is_what_the_kernel_uses() {
-        let shape = |group, head_dim, dtype, threads| Shape::of((2 * group, 2, head_dim), dtype, threads);
+        let shape = |group: usize, head_dim, dtype, threads| Shape::of((2 * group, 2, head_dim), dtype, threads);
         let shared = |group, head_dim, dtype, threads: usize| {
             let shape = shape(group, head_dim, dtype, threads);
             (shape.at_once, shape.places(), shape.shared(threads / 32))

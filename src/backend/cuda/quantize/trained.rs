@@ -78,7 +78,7 @@ impl Quantizer<'_> {
                 kept
             }
         };
-        ensure!(codebook.len() % kept.original.rows == 0, "a codebook for each row is expected");
+        ensure!(codebook.len().is_multiple_of(kept.original.rows), "a codebook for each row is expected");
         Ok(OfBook { kept, codebook: self.sent(codebook)? })
     }
 

@@ -50,6 +50,6 @@ pub fn numbered(rows: &[Rows]) -> impl Iterator<Item = (usize, Rows)> {
 pub enum Input<'a> {
     /// These tokens, one a row.
     Tokens(&'a [u32]),
-    /// The token that [`DecodeBackend::sample`] chose last in each slot; each has one row.
+    /// The token that [`DecodeBackend::sample`](super::DecodeBackend::sample) chose last in each slot; each has one row.
     Sampled,
 }

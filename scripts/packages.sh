@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the other scripts need and this machine lacks: scripts/packages.sh [cc] [c++] [pip] [sqlite3] [vulkan]
+# Installs what the other scripts need and this machine lacks: scripts/packages.sh [cc] [c++] [pip] [sqlite3] [vulkan] [chromium]
 set -euo pipefail
 # Where ldconfig is, which users' paths may leave out.
 PATH=$PATH:/usr/sbin:/sbin
@@ -8,14 +8,17 @@ for what in "$@"; do
     case $what in
         cc) command -v cc >/dev/null || missing+=(gcc libc6-dev) ;;
         c++) command -v c++ >/dev/null || missing+=(g++) ;;
-        pip) python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip) ;;
+        pip)
+            python3 -c "import pip, ensurepip" >/dev/null 2>&1 || missing+=(python3 python3-pip python3-venv)
+            ;;
         sqlite3) command -v sqlite3 >/dev/null || missing+=(sqlite3) ;;
+        chromium) command -v chromium >/dev/null || missing+=(chromium) ;;
         vulkan)
             # A loader, and a driver for it.
             { ldconfig -p | grep libvulkan.so.1 && compgen -G '/usr/share/vulkan/icd.d/*.json'; } >/dev/null 2>&1 ||
                 missing+=(libvulkan1 mesa-vulkan-drivers)
             ;;
-        *) echo "error: $what, cc, c++, pip, sqlite3 and vulkan are known" >&2; exit 1 ;;
+        *) echo "error: $what, cc, c++, pip, sqlite3, vulkan and chromium are known" >&2; exit 1 ;;
     esac
 done
 [ ${#missing[@]} -gt 0 ] || exit 0

@@ -28,10 +28,10 @@ step() {
 
 # SmolLM2, and NVIDIA's compilers: every CUDA kernel is compiled for every architecture, GPU or not.
 fetch() {
-    scripts/model.sh && scripts/cuda-toolchain.sh tests && CUDA_SERIES=12.8 scripts/cuda-toolchain.sh tests
+    scripts/model.sh && scripts/clients.sh && scripts/cuda-toolchain.sh tests && CUDA_SERIES=12.8 scripts/cuda-toolchain.sh tests
 }
 
-needed=(cc c++ pip sqlite3)
+needed=(cc c++ pip sqlite3 chromium)
 [[ $DECDEC_TEST_DEVICES != *wgpu* ]] || needed+=(vulkan)
 step packages scripts/packages.sh "${needed[@]}"
 # While cargo builds.
@@ -52,6 +52,7 @@ step docs env RUSTDOCFLAGS="-D warnings" cargo doc "${build[@]}" --no-deps
 step build cargo test "${build[@]}" --no-run
 wait $fetching || cat "$out/downloads.log"
 step tests env DECDEC_CUDA_LIBRARIES="${DECDEC_CUDA_LIBRARIES:-.cache/cuda/lib}" \
+    DECDEC_PYTHON="${DECDEC_PYTHON:-.cache/clients/bin/python}" DECDEC_ROUTERS="${DECDEC_ROUTERS:-.cache}" \
     cargo test "${build[@]}" --no-fail-fast
 step examples scripts/examples.sh
 # The oldest series whose NVRTC knows sm_120, too; of the architectures, the newest two.

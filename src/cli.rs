@@ -10,6 +10,8 @@ mod flags;
 mod generate;
 mod numbers;
 mod profile;
+#[cfg(feature = "serve")]
+mod serve;
 mod shared;
 
 use std::path::PathBuf;
@@ -28,6 +30,8 @@ pub(crate) use eval::{CompareArgs, PerplexityArgs};
 pub(crate) use generate::GenerateArgs;
 use numbers::whole;
 pub(crate) use profile::{ProfileArgs, ProfileName, TuneArgs};
+#[cfg(feature = "serve")]
+pub(crate) use serve::ServeArgs;
 pub(crate) use shared::{CalibrationArgs, JsonArg, ModelArgs, OutArgs, RunArgs, WidthArg};
 
 /// What the list of commands does not say: in which order they come.
@@ -35,6 +39,7 @@ const ROAD: &str = "\
 From a model to its answers:
   decdec quantize MODEL --backend ap --bitwidth 3 --out my-model
   decdec generate --checkpoint-path my-model --chat --prompt TEXT
+  decdec serve --checkpoint-path my-model
 
 The n_tb and k_chunk that suit this machine:
   decdec profile RUN --checkpoint-path my-model
@@ -99,6 +104,9 @@ pub(crate) enum Command {
     Residuals(ResidualsArgs),
     /// Generate text and measure how fast
     Generate(GenerateArgs),
+    /// Answer OpenAI's and Anthropic's requests over HTTP
+    #[cfg(feature = "serve")]
+    Serve(ServeArgs),
     /// Measure how good a model is: eval perplexity
     #[command(subcommand)]
     Eval(EvalCommand),

@@ -34,6 +34,7 @@
 //! | [`model`] | a decoder on a device: weights, state, forward |
 //! | [`device`], [`engine`], [`progress`] | a device by its name; a model on it that makes texts, and how far it is |
 //! | [`sampling`], [`eval`] | from logits to a token, to a number |
+//! | `serve` | a server of OpenAI's and Anthropic's protocols on an engine: the feature `serve` |
 //! | [`mod@profile`], [`nsys`], [`tune`], [`tuned`] | the sweep, its two files, the search and its report; what was found |
 //! | [`timeline`] | where a token's time goes: bytes, floors and times of its parts, text and picture |
 //! | `fingerprint`, `interrupted` | what tells one model from another; how a long job hears that it is to stop |
@@ -74,6 +75,8 @@ pub mod progress;
 pub mod quantize;
 pub mod random;
 pub mod sampling;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod source;
 pub mod tensors;
 pub mod timeline;

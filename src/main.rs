@@ -33,6 +33,8 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Convert(args) => commands::convert::convert(args),
         Command::Residuals(args) => commands::convert::residuals(args),
         Command::Generate(args) => commands::generate::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => commands::serve::run(args),
         Command::Eval(EvalCommand::Perplexity(args)) => commands::eval::perplexity(args),
         Command::Eval(EvalCommand::Compare(args)) => commands::eval::compare(args),
         Command::Bench(args) => commands::bench::run(args),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Crate, and the only files of `src` that may name it.
-const DOORS: [(&str, &[&str]); 19] = [
+const DOORS: [(&str, &[&str]); 24] = [
     ("cudarc", &["backend/cuda", "cupti"]),
     ("wgpu", &["backend/wgsl"]),
     ("pollster", &["backend/wgsl"]),
@@ -19,7 +19,12 @@ const DOORS: [(&str, &[&str]); 19] = [
     ("dejavu", &["fonts.rs"]),
     ("ctrlc", &["commands/interrupt.rs"]),
     ("tracing_subscriber", &["main.rs"]),
-    ("blake3", &["fingerprint.rs", "backend/cuda/compiler.rs"]),
+    ("axum", &["serve"]),
+    ("hyper", &["serve/http.rs"]),
+    ("hyper_util", &["serve/http.rs"]),
+    ("llguidance", &["serve/guide.rs"]),
+    ("tokio", &["serve"]),
+    ("blake3", &["fingerprint.rs", "backend/cuda/compiler.rs", "serve/keys.rs"]),
     ("libc", &["mapped.rs"]),
     ("memmap2", &["mapped.rs", "backend/cuda/host.rs"]),
     ("plotters", &["tune", "timeline/plot.rs", "eval/picture.rs", "fonts.rs"]),
@@ -87,6 +92,7 @@ const FLOORS: [&str; 36] = [
     "timeline",
     "device",
     "engine",
+    "serve",
     "eval",
     "nsys",
     "profile",
@@ -201,7 +207,10 @@ fn a_library_needs_no_command_line() {
             .collect::<std::collections::BTreeSet<_>>()
     };
     let (without, with) = (tree(&["--no-default-features"]), tree(&[]));
-    let found: Vec<_> = crates.iter().filter(|name| without.contains(**name)).collect();
+    let server = manifest.split("\nserve = [").nth(1).and_then(|rest| rest.split(']').next()).expect("the feature");
+    let server: Vec<_> = server.split('"').filter_map(|part| part.strip_prefix("dep:")).collect();
+    assert!(server.len() >= 5 && library.contains("\n#[cfg(feature = \"serve\")]\npub mod serve;\n"), "{server:?}");
+    let found: Vec<_> = crates.iter().chain(&server).filter(|name| without.contains(**name)).collect();
     assert!(found.is_empty(), "a library has {found:?}");
     assert!(crates.iter().all(|name| with.contains(*name)), "the program lacks some of {crates:?}");
     assert!(with.len() > without.len() + crates.len(), "{} crates with, {} without", with.len(), without.len());

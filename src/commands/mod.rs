@@ -10,6 +10,8 @@ pub(crate) mod inspect;
 pub(crate) mod interrupt;
 pub(crate) mod profile;
 pub(crate) mod quantize;
+#[cfg(feature = "serve")]
+pub(crate) mod serve;
 pub(crate) mod tune;
 
 use std::path::Path;
@@ -87,7 +89,21 @@ pub(crate) fn engine<'d>(
     max_seq_len: usize,
     text: bool,
 ) -> Result<Engine<'d>> {
-    let options = engine::Options {
+    load(device, opened, &options(device, opened, args, max_seq_len, text)?)
+}
+
+/// How the flags of a run set an engine up.
+///
+/// # Errors
+/// Those of [`asked`].
+pub(crate) fn options(
+    device: &Device,
+    opened: &Opened,
+    args: &RunArgs,
+    max_seq_len: usize,
+    text: bool,
+) -> Result<engine::Options> {
+    Ok(engine::Options {
         max_seq_len: Some(max_seq_len),
         compensate: asked(opened, device.info(), args)?,
         selection: args.on.selection.into(),
@@ -95,8 +111,7 @@ pub(crate) fn engine<'d>(
         kv_bits: if args.kv_bits == 8 { KvBits::Eight } else { KvBits::Whole },
         text,
         ..engine::Options::default()
-    };
-    load(device, opened, &options)
+    })
 }
 
 /// An engine, loaded layer by layer with a bar.

@@ -6,38 +6,44 @@ use crate::tokenizer::TextStream;
 
 /// A text in the making.
 #[derive(Debug)]
-pub(super) struct Answer<'a> {
+pub(crate) struct Answer<'a> {
     stream: Option<TextStream<'a>>, // none where there is no tokenizer: there is no text then
     stops: Vec<String>,
     text: String,
     shown: usize, // bytes
-    stopped: bool,
+    stopped: Option<String>,
 }
 
 impl<'a> Answer<'a> {
     /// A text that ends before the first of `stops`; empty ones never stop it.
-    pub(super) fn new(stream: Option<TextStream<'a>>, stops: &[String]) -> Self {
+    pub(crate) fn new(stream: Option<TextStream<'a>>, stops: &[String]) -> Self {
         let stops = stops.iter().filter(|stop| !stop.is_empty()).cloned().collect();
-        Self { stream, stops, text: String::new(), shown: 0, stopped: false }
+        Self { stream, stops, text: String::new(), shown: 0, stopped: None }
     }
 
     /// A stop text has come.
-    pub(super) fn is_stopped(&self) -> bool {
-        self.stopped
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.is_some()
+    }
+
+    /// The stop text that has come.
+    #[cfg(feature = "serve")]
+    pub(crate) fn stopped_by(&self) -> Option<&str> {
+        self.stopped.as_deref()
     }
 
     /// Takes the next token; what can be shown now.
-    pub(super) fn push(&mut self, id: u32) -> Result<&str> {
+    pub(crate) fn push(&mut self, id: u32) -> Result<&str> {
         let piece = self.stream.as_mut().map(|stream| stream.push(id)).transpose()?.flatten();
         if let Some(piece) = piece {
             self.append(&piece);
         }
-        let held = if self.stopped { 0 } else { self.may_become_stop() };
+        let held = if self.is_stopped() { 0 } else { self.may_become_stop() };
         Ok(self.show(self.text.len() - held))
     }
 
     /// What was held back, when no token comes any more.
-    pub(super) fn flush(&mut self) -> Result<&str> {
+    pub(crate) fn flush(&mut self) -> Result<&str> {
         let rest = self.stream.as_mut().map(|stream| stream.flush()).transpose()?.flatten();
         if let Some(rest) = rest {
             self.append(&rest);
@@ -46,7 +52,7 @@ impl<'a> Answer<'a> {
     }
 
     fn append(&mut self, piece: &str) {
-        if self.stopped {
+        if self.is_stopped() {
             return;
         }
         // A stop text may have begun in what is there already.
@@ -56,10 +62,10 @@ impl<'a> Answer<'a> {
             from -= 1;
         }
         self.text.push_str(piece);
-        let found = self.stops.iter().filter_map(|stop| self.text[from..].find(stop.as_str())).min();
-        if let Some(at) = found {
+        let found = self.stops.iter().filter_map(|stop| Some((self.text[from..].find(stop.as_str())?, stop))).min();
+        if let Some((at, stop)) = found {
+            self.stopped = Some(stop.clone());
             self.text.truncate(from + at);
-            self.stopped = true;
         }
     }
 

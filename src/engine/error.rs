@@ -46,7 +46,7 @@ impl Error {
         Self { kind: ErrorKind::Input, cause }
     }
 
-    pub(super) fn new(kind: ErrorKind, said: String) -> Self {
+    pub(crate) fn new(kind: ErrorKind, said: String) -> Self {
         Self { kind, cause: anyhow::Error::msg(said) }
     }
 

@@ -18,11 +18,11 @@
 //! # Ok::<(), anyhow::Error>(())
 //! ```
 
-mod answer;
+pub(crate) mod answer;
 mod batch;
 mod error;
 mod made;
-mod runner;
+pub(crate) mod runner;
 mod session;
 mod speculation;
 
@@ -112,7 +112,7 @@ impl Default for Options {
 
 /// A model on a device.
 pub struct Engine<'d> {
-    runner: RefCell<Box<dyn Runner + 'd>>,
+    pub(crate) runner: RefCell<Box<dyn Runner + 'd>>,
     config: ModelConfig,
     device: DeviceInfo,
     tokenizer: Option<Arc<Tokenizer>>,

@@ -11,7 +11,7 @@ use crate::timeline::{self, Timeline};
 use crate::weights::ModelWeights;
 
 /// A model on a device, and the texts that it makes, whatever the backend.
-pub(super) trait Runner {
+pub(crate) trait Runner {
     /// A slot with an empty text.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ use anyhow::{Result, anyhow, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind, context};
+use serde_json::{Map, Value as Json};
 
 use limits::{MAX_TEXT, Writer};
 use marks::Marks;
@@ -26,13 +27,25 @@ pub struct Message {
     pub role: String,
     /// What was said. It is text whatever it says: the spelling of a special token does not become that token.
     pub content: String,
+    /// What else a template may look for, such as `tool_calls`. All strings in it are text, too.
+    pub more: Map<String, Json>,
 }
 
 impl Message {
     /// A turn of `role`.
     pub fn new(role: &str, content: &str) -> Self {
-        Self { role: role.to_owned(), content: content.to_owned() }
+        Self { role: role.to_owned(), content: content.to_owned(), more: Map::new() }
     }
+}
+
+/// What a template may be told beside the messages.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Extras {
+    /// Functions that the model may call, as OpenAI's requests describe them; null for none. All strings in it are
+    /// text.
+    pub tools: Json,
+    /// More variables, such as `enable_thinking`. What they say is the caller's own: special tokens in it count.
+    pub variables: Map<String, Json>,
 }
 
 const NAME: &str = "chat template";
@@ -67,7 +80,8 @@ impl Chat {
 
     fn render_within(&self, limit: Duration, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let (chat, messages) = (self.clone(), messages.to_vec());
-        limits::bounded(limit, move || chat.write(&chat.compile()?, &messages, add_generation_prompt))
+        let write = move || chat.write(&chat.compile()?, &messages, &Extras::default(), add_generation_prompt);
+        limits::bounded(limit, write)
     }
 
     /// The text of a conversation, and which of its characters came with the messages.
@@ -78,21 +92,26 @@ impl Chat {
     pub(super) fn render_marked(
         &self,
         messages: &[Message],
+        extras: &Extras,
         add_generation_prompt: bool,
         specials: Vec<String>,
     ) -> Result<Rendering> {
-        let (chat, messages) = (self.clone(), messages.to_vec());
+        let (chat, messages, extras) = (self.clone(), messages.to_vec(), extras.clone());
         limits::bounded(limits::MAX_TIME, move || {
             let environment = chat.compile()?;
-            let text = chat.write(&environment, &messages, add_generation_prompt)?;
-            let marks = Marks::new(&specials, &messages, &[&text, &chat.template]);
-            for messages in marks.choices(&messages) {
-                match chat.write(&environment, &messages, add_generation_prompt) {
+            let text = chat.write(&environment, &messages, &extras, add_generation_prompt)?;
+            let marks = Marks::new(&specials, (&messages, &extras.tools), &[&text, &chat.template]);
+            if let Some(token) = marks.named(&messages, &extras.tools) {
+                return Err(anyhow!("the special token {token} is in the name of a field, leave it out"));
+            }
+            for (messages, tools) in marks.choices(&messages, &extras.tools) {
+                let extras = Extras { tools, variables: extras.variables.clone() };
+                match chat.write(&environment, &messages, &extras, add_generation_prompt) {
                     Ok(marked) if marks.remove(&marked) == text => return Ok(Rendering { text, marked }),
                     _ => (),
                 }
             }
-            let token = marks.spelled(&messages).unwrap_or_default();
+            let token = marks.spelled(&messages, &extras.tools).unwrap_or_default();
             Err(anyhow!(
                 "the chat template acts on the special token {token} in a message, leave it out of the message"
             ))
@@ -118,6 +137,7 @@ impl Chat {
         &self,
         environment: &Environment<'_>,
         messages: &[Message],
+        extras: &Extras,
         add_generation_prompt: bool,
     ) -> Result<String> {
         let is_word = |role: &str| !role.is_empty() && role.chars().all(|c| c.is_alphanumeric() || "_-".contains(c));
@@ -126,14 +146,39 @@ impl Chat {
         }
         let bytes: usize = messages.iter().map(|m| m.content.len()).sum();
         ensure!(bytes <= MAX_TEXT, "the messages of a chat have {bytes} bytes, at most {MAX_TEXT} are allowed");
-        let messages: Vec<Value> =
-            messages.iter().map(|m| context! { role => &m.role, content => &m.content }).collect();
+        let messages: Vec<Value> = messages.iter().map(value).collect();
         let tokens = self.tokens.iter().map(|(name, token)| (name.clone(), Value::from(token)));
-        let tokens = Value::from_object(tokens.collect::<BTreeMap<String, Value>>());
-        let context = context! { messages, add_generation_prompt, tools => (), documents => (), ..tokens };
+        let variables = extras.variables.iter().map(|(name, value)| (name.clone(), json_value(value)));
+        let own = Value::from_object(tokens.chain(variables).collect::<BTreeMap<String, Value>>());
+        let tools = json_value(&extras.tools);
+        let context = context! { messages, add_generation_prompt, tools, documents => (), ..own };
         let mut writer = Writer::default();
         environment.get_template(NAME).and_then(|t| t.render_captured_to(context, &mut writer)).map_err(one_line)?;
         String::from_utf8(writer.0).map_err(|_| anyhow!("the chat template writes what is not UTF-8"))
+    }
+}
+
+/// A message as a template sees it.
+fn value(message: &Message) -> Value {
+    let own = [("role", Value::from(&message.role)), ("content", Value::from(&message.content))];
+    let more = message.more.iter().map(|(name, value)| (name.clone(), json_value(value)));
+    let own = own.map(|(name, value)| (name.to_owned(), value));
+    Value::from_object(own.into_iter().chain(more).collect::<BTreeMap<String, Value>>())
+}
+
+/// JSON as a template sees it, fields in their order.
+fn json_value(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(flag) => Value::from(*flag),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(number), _) => Value::from(number),
+            (None, Some(number)) => Value::from(number),
+            (None, None) => Value::from(number.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(text) => Value::from(text),
+        Json::Array(list) => Value::from(list.iter().map(json_value).collect::<Vec<_>>()),
+        Json::Object(map) => Value::from_pairs(map.iter().map(|(name, value)| (name.as_str(), json_value(value)))),
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 
 use super::Tokenizer;
-use super::chat::{Message, Rendering, private};
+use super::chat::{Extras, Message, Rendering, private};
 use super::guard::guard;
 
 /// A special token in a text: its id, and the characters that it takes, white space that it strips included.
@@ -21,9 +21,22 @@ impl Tokenizer {
     /// As [`Tokenizer::chat`] and [`Tokenizer::encode`]; a template that looks for special tokens in messages, and a
     /// message that has one.
     pub fn chat_ids(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>> {
+        self.chat_ids_with(messages, &Extras::default(), add_generation_prompt)
+    }
+
+    /// As [`Tokenizer::chat_ids`], with tools and variables for the template.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::chat_ids`].
+    pub fn chat_ids_with(
+        &self,
+        messages: &[Message],
+        extras: &Extras,
+        add_generation_prompt: bool,
+    ) -> Result<Vec<u32>> {
         let specials = self.specials();
         let spellings = specials.values().cloned().collect();
-        let rendering = self.template()?.render_marked(messages, add_generation_prompt, spellings)?;
+        let rendering = self.template()?.render_marked(messages, extras, add_generation_prompt, spellings)?;
         let encode = || self.inner.encode_char_offsets(rendering.text.as_str(), false);
         let encoding = guard(|| encode().map_err(|e| anyhow!("cannot tokenize the text: {e}")))?;
         let ids = match own_places(&encoding, &rendering, &specials) {

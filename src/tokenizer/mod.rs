@@ -10,6 +10,7 @@ mod merge;
 mod openings;
 mod stream;
 mod text;
+mod tokens;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,7 +19,7 @@ use tokenizers::ModelWrapper;
 
 use crate::config::ModelConfig;
 use chat::Chat;
-pub use chat::Message;
+pub use chat::{Extras, Message};
 pub use files::TextFiles;
 use guard::guard;
 pub(crate) use merge::post_processor;
@@ -34,6 +35,8 @@ pub struct Tokenizer {
     vocab_size: usize,
     bos: Option<u32>,
     stop_ids: Vec<u32>,
+    /// Special tokens by name, such as `bos_token`.
+    named: Vec<(String, String)>,
 }
 
 impl Tokenizer {
@@ -66,8 +69,10 @@ impl Tokenizer {
         for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
             tokens.extend(token.map(|token| (name.to_owned(), token)));
         }
-        let tokens = tokens.into_iter().collect();
+        let named: Vec<_> = tokens.into_iter().collect();
+        let tokens = named.clone();
         Ok(Self {
+            named,
             chat: files.chat_template.as_deref().map(|template| Chat::new(template, tokens)),
             vocab_size: config.vocab_size,
             bos: bos_id,

@@ -190,7 +190,7 @@ fn decode(decoder: &DecoderWrapper, tokens: Vec<String>) -> Result<Vec<String>> 
 
 /// The bytes that a token of a byte-level vocabulary spells, one a character; a token with any other character
 /// stands for its own text.
-fn bytes(token: &str) -> Vec<u8> {
+pub(super) fn bytes(token: &str) -> Vec<u8> {
     token.chars().map(byte).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
 }
 

@@ -36,6 +36,8 @@ fn help_of_every_command() {
         "convert",
         "residuals",
         "generate",
+        #[cfg(feature = "serve")]
+        "serve",
         "eval",
         "eval perplexity",
         "bench",

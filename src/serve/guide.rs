@@ -1,0 +1,147 @@
+//! Texts that have to look like something: JSON, a schema, a regular expression, a grammar. `llguidance` says which
+//! tokens may come next.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
+use llguidance::{Matcher, ParserFactory};
+use serde_json::{Value, json};
+
+use crate::tokenizer::Tokenizer;
+
+/// What a text has to look like.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Form {
+    /// Any JSON object.
+    Json,
+    /// JSON of a schema.
+    Schema(Value),
+    /// A regular expression matches all of it.
+    Regex(String),
+    /// A grammar in llguidance's Lark.
+    Grammar(String),
+}
+
+/// Makes guides for one vocabulary.
+pub(super) struct Guides {
+    factory: ParserFactory,
+    vocab_size: usize,
+}
+
+impl Guides {
+    /// Takes note of every token's bytes.
+    ///
+    /// # Errors
+    /// A model without a token that ends texts.
+    pub(super) fn new(tokenizer: &Tokenizer) -> Result<Self> {
+        let ends = tokenizer.stop_ids();
+        let end = *ends.first().context("the model names no token that ends a text")?;
+        let word = |id: u32| {
+            let bytes = tokenizer.token_bytes(id).unwrap_or_default();
+            // llguidance tells special tokens from text by this byte, which no text has.
+            if tokenizer.is_special(id) { [&[TokTrie::SPECIAL_TOKEN_MARKER], bytes.as_slice()].concat() } else { bytes }
+        };
+        let vocab_size = tokenizer.vocab_size();
+        let words: Vec<Vec<u8>> = (0..vocab_size as u32).map(word).collect();
+        let trie = TokTrie::from(&TokRxInfo::new(vocab_size as u32, end), &words).with_eos_tokens(ends);
+        let env: TokEnv = Arc::new(Env(ApproximateTokEnv::new(trie)));
+        let mut factory = ParserFactory::new_simple(&env)?;
+        factory.quiet();
+        Ok(Self { factory, vocab_size })
+    }
+
+    /// A guide to `form`.
+    ///
+    /// # Errors
+    /// What is no schema, regular expression or grammar, and what llguidance has no way to hold a text to.
+    pub(super) fn guide(&self, form: &Form) -> Result<Guide> {
+        let grammar = match form {
+            Form::Json => TopLevelGrammar::from_json_schema(spaced(json!({ "type": "object" }))),
+            Form::Schema(schema) => TopLevelGrammar::from_json_schema(spaced(schema.clone())),
+            Form::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            Form::Grammar(lark) => TopLevelGrammar::from_lark(lark.clone()),
+        };
+        let parser = self.factory.create_parser(grammar).map_err(|error| anyhow!("{}", line(&error.to_string())))?;
+        let mut matcher = Matcher::new(Ok(parser));
+        let warnings = matcher.grammar_warnings();
+        ensure!(warnings.is_empty(), "{}", line(&warnings.join("; ")));
+        Ok(Guide { matcher, vocab_size: self.vocab_size })
+    }
+}
+
+/// A schema whose texts have a blank, or a line's end and some blanks, between any two of their parts, and no more: a
+/// model that does not know what to say would else say white space for ever.
+fn spaced(mut schema: Value) -> Value {
+    if let Some(map) = schema.as_object_mut() {
+        map.insert("x-guidance".into(), json!({ "whitespace_pattern": r"(\x20|\x0A\x20{0,16})" }));
+    }
+    schema
+}
+
+/// A message in one line of bearable length.
+fn line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect()
+}
+
+/// A vocabulary as llguidance sees it.
+struct Env(ApproximateTokEnv);
+
+impl TokenizerEnv for Env {
+    fn tok_trie(&self) -> &TokTrie {
+        self.0.tok_trie()
+    }
+
+    fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<u32> {
+        self.0.tokenize_bytes(bytes)
+    }
+
+    fn tokenize_is_canonical(&self) -> bool {
+        false
+    }
+}
+
+/// Which tokens may come next in one text.
+pub(super) struct Guide {
+    matcher: Matcher,
+    vocab_size: usize,
+}
+
+impl Clone for Guide {
+    fn clone(&self) -> Self {
+        Self { matcher: self.matcher.deep_clone(), vocab_size: self.vocab_size }
+    }
+}
+
+impl std::fmt::Debug for Guide {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guide").field("vocab_size", &self.vocab_size).finish_non_exhaustive()
+    }
+}
+
+impl Guide {
+    /// Leaves the logits of what may come next.
+    ///
+    /// # Errors
+    /// A form that needs more time or memory than it may, or that no token fits.
+    pub(super) fn mask(&mut self, logits: &mut [f32]) -> Result<()> {
+        let allowed = self.matcher.compute_mask_or_eos().map_err(|error| anyhow!("{}", line(&error.to_string())))?;
+        ensure!(allowed.num_set() > 0, "no token of the vocabulary fits what was asked for");
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if id >= self.vocab_size || !allowed.is_allowed(id as u32) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes note of a token; true where nothing may follow.
+    ///
+    /// # Errors
+    /// A token that may not come.
+    pub(super) fn took(&mut self, id: u32) -> Result<bool> {
+        self.matcher.consume_token(id).map_err(|error| anyhow!("{}", line(&error.to_string())))?;
+        Ok(self.matcher.is_stopped())
+    }
+}

@@ -64,7 +64,7 @@ fn each_outside_crate_has_one_door() {
 }
 
 /// The modules of `src`, lowest first: none names one that comes after it.
-const FLOORS: [&str; 36] = [
+const FLOORS: [&str; 37] = [
     "interrupted",
     "processor",
     "files",

@@ -217,7 +217,7 @@ impl Told {
     }
 
     fn ended(&mut self, i: usize, end: &End) {
-        self.usage.add(end, i % self.asked.best_of == 0);
+        self.usage.add(end, i.is_multiple_of(self.asked.best_of));
         self.choices[i].finish = Some(end.finish.clone());
         self.choices[i].timings = timings(end);
     }

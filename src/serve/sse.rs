@@ -58,11 +58,6 @@ impl Out {
         self.0.push('\n');
         self.data(value);
     }
-
-    #[cfg(test)]
-    pub(super) fn take(&mut self) -> String {
-        std::mem::take(&mut self.0)
-    }
 }
 
 /// The answer whose events `protocol` makes of those of `count` texts.

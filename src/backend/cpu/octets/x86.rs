@@ -95,13 +95,14 @@ pub(super) mod wide {
     fn product_of<const T: usize>(matrix: &Octets, octet: usize, x: [&Digits; T]) -> [[f32; ROWS]; T] {
         let octet_lines = matrix.octet_lines();
         let mut sums = x.map(|x| Sums::new(matrix, x, octet));
-        let mut lines = &matrix.lines[octet * octet_lines..][..octet_lines];
+        let lines = &matrix.lines[octet * octet_lines..][..octet_lines];
         let planes = matrix.planes_of(octet);
-        for s in 0..matrix.in_features.div_ceil(matrix.segment) {
-            let channels = (matrix.in_features - s * matrix.segment).min(matrix.segment);
-            let (these, rest) = lines.split_at(2 * matrix.segment_lines(channels));
-            lines = rest;
-            let x_s = x.map(|x| &x.digits[s * matrix.segment / LANE..][..channels / LANE]);
+        let mut digits = x.map(|x| x.digits.chunks(matrix.segment / LANE));
+        for (s, these) in lines.chunks(2 * matrix.segment_lines(matrix.segment)).enumerate() {
+            let mut x_s = [&[][..]; T];
+            for (x_s, digits) in x_s.iter_mut().zip(&mut digits) {
+                *x_s = digits.next().expect("as many segments as of lines");
+            }
             if planes.is_empty() {
                 let all = segment::<CODES, T>(matrix, [_mm512_setzero_si512(); 2], these, x_s);
                 for (sums, all) in sums.iter_mut().zip(all) {

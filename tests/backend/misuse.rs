@@ -4,7 +4,7 @@ use anyhow::Result;
 use decdec::backend::cpu::Cpu;
 use decdec::config::Op;
 use decdec::dec::Selection;
-use decdec::engine::{Engine, ErrorKind, Settings};
+use decdec::engine::{Engine, ErrorKind, Event, Settings};
 use decdec::eval;
 use decdec::model::{Compensation, Model, Operation, State};
 use decdec::sampling::Sampling;
@@ -269,4 +269,49 @@ pub(crate) fn two_texts<B: UnderTest>(backend: &B) {
     texts::interleaved(&model);
     model.compensate(Some(&Compensation::uniform(2, 200, Selection::Bucket))).unwrap();
     texts::interleaved(&model);
+}
+
+/// A device that fails in a pass fails the texts of that pass, and no others; their slots are free again.
+#[test]
+fn a_failed_pass_ends_its_texts_and_no_others() {
+    let cpu = Cpu::new();
+    let recording = Recording::new(&cpu);
+    let engine = Engine::of(model(&recording, &weights()), 40);
+    let settings = Settings { max_new_tokens: 5, ..Settings::default() };
+    let alone = |prompt: &[u32]| {
+        let mut session = engine.session(settings.clone()).unwrap();
+        session.prompt(prompt).unwrap();
+        session.rest().unwrap().tokens.clone()
+    };
+    let prompts: [&[u32]; 3] = [&[5, 42], &[7; 9], &[1, 2, 3, 4]];
+    let want = prompts.map(alone);
+    let mut batch = engine.batch();
+    let first = batch.join(prompts[0], settings.clone()).unwrap();
+    batch.step().unwrap();
+    // Four rows of the second prompt are beside the first text's token, and none of the third.
+    batch.prompt_rows = 4;
+    let [second, third] = [1, 2].map(|i| batch.join(prompts[i], settings.clone()).unwrap());
+    recording.fails.set(true);
+    let events = batch.step().unwrap();
+    recording.fails.set(false);
+    let failed: Vec<_> = events
+        .iter()
+        .map(|event| match event {
+            Event::Failed(id, error) => (*id, error.kind(), error.to_string().contains("the device fails")),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(failed, [(first, ErrorKind::Other, true), (second, ErrorKind::Other, true)]);
+    assert_eq!(batch.len(), 1);
+    let again = batch.join(prompts[0], settings.clone()).unwrap();
+    let mut ends = Vec::new();
+    while !batch.is_empty() {
+        for event in batch.step().unwrap() {
+            if let Event::End(id, made) = event {
+                ends.push((id, made.tokens));
+            }
+        }
+    }
+    ends.sort();
+    assert_eq!(ends, [(third, want[2].clone()), (again, want[0].clone())]);
 }

@@ -209,7 +209,7 @@ pub(crate) fn passes_that_cannot_be<B: UnderTest>(backend: &B) {
     let mut state = model.state(3, 8).unwrap();
     let of = |slot, tokens: &'static [u32], choices| Part { slot, tokens: Some(tokens), choices, compensated: false };
     model.begin(&mut state, 1, &Sampling::GREEDY, &[]).unwrap();
-    model.pass(&mut state, &[of(0, &[1, 2, 3], 1), of(1, &[4, 5, 6, 7, 8, 9], 1)]).unwrap();
+    model.pass(&mut state, &[of(0, &[1, 2, 3], 1), of(1, &[4, 5, 6, 7, 8], 1)]).unwrap();
     let mut refused = |parts: &[Part<'_>], said: &[&str]| {
         let error = format!("{:#}", model.pass(&mut state, parts).unwrap_err());
         assert!(said.iter().all(|said| error.contains(said)) && !error.contains('\n'), "{error}: {said:?} expected");
@@ -218,14 +218,15 @@ pub(crate) fn passes_that_cannot_be<B: UnderTest>(backend: &B) {
     refused(&[Part::next(0), Part::next(0)], &["slot 0", "twice"]);
     refused(&[Part::next(0), Part::next(2)], &["slot 2 holds no text"]);
     refused(&[Part::next(0), Part::next(3)], &["slot 3", "there are 3"]);
-    refused(&[Part::next(0), of(1, &[1, 2, 3], 0)], &["3 more tokens", "context of 8 has room for 2"]);
+    refused(&[Part::next(0), of(1, &[1, 2, 3, 4], 0)], &["4 more tokens", "context of 8 has room for 3"]);
     refused(&[Part::next(0), of(1, &[96], 0)], &["token id 96", "95"]);
     refused(&[Part::next(0), of(1, &[], 0)], &["empty"]);
+    refused(&[of(0, &[1; 5], 0), of(1, &[1; 3], 0), Part::next(0)], &["slot 0", "twice"]);
     refused(&[Part::next(0), of(1, &[1], 2)], &["2 tokens to be chosen", "1 rows"]);
     model.step(&mut state, &[0, 1]).unwrap();
     let got = [0, 1].map(|slot| [0, 1].map(|i| model.sampled(&state, slot, i).unwrap()));
     let mut one = model.state(1, 8).unwrap();
-    let want = [&[1, 2, 3][..], &[4, 5, 6, 7, 8, 9]].map(|prompt| {
+    let want = [&[1, 2, 3][..], &[4, 5, 6, 7, 8]].map(|prompt| {
         model.begin(&mut one, 0, &Sampling::GREEDY, &[]).unwrap();
         model.prompt(&mut one, 0, prompt, false).unwrap();
         model.step(&mut one, &[0]).unwrap();

@@ -95,13 +95,14 @@ pub(super) mod wide {
     fn product_of<const T: usize>(matrix: &Octets, octet: usize, x: [&Digits; T]) -> [[f32; ROWS]; T] {
         let octet_lines = matrix.octet_lines();
         let mut sums = x.map(|x| Sums::new(matrix, x, octet));
-        let mut lines = &matrix.lines[octet * octet_lines..][..octet_lines];
+        let lines = &matrix.lines[octet * octet_lines..][..octet_lines];
         let planes = matrix.planes_of(octet);
-        for s in 0..matrix.in_features.div_ceil(matrix.segment) {
-            let channels = (matrix.in_features - s * matrix.segment).min(matrix.segment);
-            let (these, rest) = lines.split_at(2 * matrix.segment_lines(channels));
-            lines = rest;
-            let x_s = x.map(|x| &x.digits[s * matrix.segment / LANE..][..channels / LANE]);
+        let mut digits = x.map(|x| x.digits.chunks(matrix.segment / LANE));
+        for (s, these) in lines.chunks(2 * matrix.segment_lines(matrix.segment)).enumerate() {
+            let mut x_s = [&[][..]; T];
+            for (x_s, digits) in x_s.iter_mut().zip(&mut digits) {
+                *x_s = digits.next().expect("as many segments as of lines");
+            }
             if planes.is_empty() {
                 let all = segment::<CODES, T>(matrix, [_mm512_setzero_si512(); 2], these, x_s);
                 for (sums, all) in sums.iter_mut().zip(all) {
@@ -232,35 +233,39 @@ macro_rules! narrow {
             /// Codes that were read for the first of `x` are near for the others.
             #[target_feature(enable = $features)]
             pub(in super::super) fn product(matrix: &Octets, first: usize, x: &[&Digits], y: &mut [f32]) {
-                let octet_lines = matrix.octet_lines();
                 let rows = y.len() / x.len();
                 for (octet, at) in (first..).zip((0..rows / ROWS * ROWS).step_by(ROWS)) {
                     for (x, y) in x.iter().zip(y.chunks_exact_mut(rows)) {
-                    let mut sums = Sums::new(matrix, x, octet);
-                    let mut lines = &matrix.lines[octet * octet_lines..][..octet_lines];
-                    for s in 0..x.steps.len() {
-                        let channels = (matrix.in_features - s * matrix.segment).min(matrix.segment);
-                        let (these, rest) = lines.split_at(2 * matrix.segment_lines(channels));
-                        lines = rest;
-                        let x_s = &x.$digits[s * matrix.segment / LANE..][..channels / LANE];
-                        let planes = matrix.planes_of(octet);
-                        if planes.is_empty() {
-                            let [upper, lower] = both::<CODES>(matrix, these, &[], x_s, [0; 2]);
-                            sums.take(s, None, &upper, &lower);
-                        }
-                        let excess = x.sums[s].map(|sum| -128 * sum);
-                        for plane in planes.clone() {
-                            let table = &matrix.tables[plane][..];
-                            let [upper, lower] = match plane < planes.start + 2 {
-                                true => both::<FIRST>(matrix, these, table, x_s, excess),
-                                false => both::<LATER>(matrix, these, table, x_s, [excess[0], 0]),
-                            };
-                            sums.take(s, Some(plane), &upper, &lower);
-                        }
-                    }
-                    y[at..at + ROWS].copy_from_slice(&sums.rounded());
+                        y[at..at + ROWS].copy_from_slice(&product_of(matrix, octet, x));
                     }
                 }
+            }
+
+            /// `W·x` of one octet.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn product_of(matrix: &Octets, octet: usize, x: &Digits) -> [f32; ROWS] {
+                let octet_lines = matrix.octet_lines();
+                let mut sums = Sums::new(matrix, x, octet);
+                let lines = &matrix.lines[octet * octet_lines..][..octet_lines];
+                let lines = lines.chunks(2 * matrix.segment_lines(matrix.segment));
+                let planes = matrix.planes_of(octet);
+                for (s, (these, x_s)) in lines.zip(x.$digits.chunks(matrix.segment / LANE)).enumerate() {
+                    if planes.is_empty() {
+                        let [upper, lower] = both::<CODES>(matrix, these, &[], x_s, [0; 2]);
+                        sums.take(s, None, &upper, &lower);
+                    }
+                    let excess = x.sums[s].map(|sum| -128 * sum);
+                    for plane in planes.clone() {
+                        let table = &matrix.tables[plane][..];
+                        let [upper, lower] = match plane < planes.start + 2 {
+                            true => both::<FIRST>(matrix, these, table, x_s, excess),
+                            false => both::<LATER>(matrix, these, table, x_s, [excess[0], 0]),
+                        };
+                        sums.take(s, Some(plane), &upper, &lower);
+                    }
+                }
+                sums.rounded()
             }
 
             /// The sums of `upper` and of `lower` of all rows, `excess` added.

@@ -14,7 +14,7 @@ use super::head::{HEAD_ROWS, LmHead};
 use super::host::Host;
 use super::product::product;
 use super::refine::Effort;
-use super::regress::Together;
+use super::regress::{Together, predicted};
 use super::sqllm;
 use super::{Calibration, Options, Refine, awq, backward, calibrate, divergence, fit, mixed, plan, polish, sample};
 use crate::checkpoint::Manifest;
@@ -204,7 +204,8 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
     let truth = 4 * options.calibration.samples() * seq_len * config.hidden_size;
     let rows = sum(config, |layer| config.shapes(layer).iter().map(|s| s.1).sum());
     let codebooks = 3 * 4 * (rows << manifest.bits.high());
-    let traces = seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
+    let windows = polish::at_once(config, polish::steps(options.calibration.samples()), seq_len);
+    let traces = windows * seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
     let layer = most(config, |layer| {
         let tokens = 2 * 4 * seq_len * config.shapes(layer).iter().map(|s| s.0 + s.1).sum::<usize>();
         (1 + 4 + 4 + 4) * sample::layer_weights(config, layer) + tokens
@@ -240,7 +241,8 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
         seconds += widths * (sample.product()? * hessians + sample.fit(manifest)? * refining);
     }
     if trains_codebooks(options, manifest) {
-        let (steps, tokens) = (polish::steps(texts) as f64, (polish::steps(texts) * seq_len) as f64);
+        let (windows, tokens) = (polish::steps(texts), (polish::steps(texts) * seq_len) as f64);
+        let steps = windows.div_ceil(polish::at_once(config, windows, seq_len)) as f64;
         seconds += tokens * weights * learn_layer(config, options)?;
         seconds += steps * weights * sample.learn_weight(manifest)?;
         seconds += tokens * (config.vocab_size * config.hidden_size) as f64 * learn_head(config)?;
@@ -388,7 +390,7 @@ impl Sample {
         fastest(CHANNELS * ROWS, || {
             let mut lost = super::lost(&self.linear, &weight);
             let taken = Taken::select(&self.x, CHANNELS, 8)?;
-            Together::of(&self.x, CHANNELS, &taken).regress(&mut lost);
+            Together::of(&self.x, CHANNELS, &taken).regress(predicted, &mut lost)?;
             Residual::quantize_weighted(CHANNELS, ROWS, &lost, &[1.0; CHANNELS]).map(drop)
         })
     }

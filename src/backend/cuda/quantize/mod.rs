@@ -2,7 +2,7 @@
 //!
 //! - `pool`: memory that is used again; here: tensors, matrices, norms, and which kernel does what
 //! - `attention`: over whole texts, forwards and backwards
-//! - `entered`: what is learned of what enters a projection; `fit`: codes and parameters against its Hessian
+//! - `entered`: what is learned of what enters a projection; `fit`: codes and parameters against its Hessian; `regress`: what the taken channels say of the others
 //! - `trained`: projections whose codebooks are trained; `head`: what comes behind the last layer; `rates`: for estimates
 //!
 //! One stream, no atomic sums: the same device gives the same bits for the same work.
@@ -13,6 +13,7 @@ mod fit;
 mod head;
 mod pool;
 mod rates;
+mod regress;
 mod trained;
 
 use std::any::Any;

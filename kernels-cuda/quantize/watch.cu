@@ -170,3 +170,13 @@ extern "C" __global__ void damp(float* h, double divisor, float damping, float f
     if (i % (n + 1) == 0) v += damping * v + floor;
     h[i] = v;
 }
+
+// out = the rows of h that `list` names, [rows, width]; with `among`, of these the columns that it names. One thread an
+// element of out.
+extern "C" __global__ void gather(const float* h, const u32* list, float* out, int n, int width, int among,
+                                  long long count) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    int column = (int)(i % width);
+    out[i] = h[(long long)list[i / width] * n + (among ? list[column] : column)];
+}

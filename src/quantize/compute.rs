@@ -128,6 +128,8 @@ pub(crate) trait Entered {
     fn fit(&self, k_chunk: usize) -> Result<Metric<'_>>;
     /// What the channels that are taken of `k_chunk`, one of those watched, have in common with each other and the rest.
     fn together(&self, k_chunk: usize) -> Result<Together>;
+    /// As [`super::regress::predicted`] says.
+    fn predicted(&self, across: &[f32], triangle: &[f32], lost: &[f32]) -> Result<Vec<f32>>;
     /// The numbers, `[tokens, in_features]`, where [`Watch::all`] was asked for.
     fn all(&self) -> &[f32];
 }

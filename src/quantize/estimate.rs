@@ -14,7 +14,7 @@ use super::head::{HEAD_ROWS, LmHead};
 use super::host::Host;
 use super::product::product;
 use super::refine::Effort;
-use super::regress::Together;
+use super::regress::{Together, predicted};
 use super::sqllm;
 use super::{Calibration, Options, Refine, awq, backward, calibrate, divergence, fit, mixed, plan, polish, sample};
 use crate::checkpoint::Manifest;
@@ -204,7 +204,8 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
     let truth = 4 * options.calibration.samples() * seq_len * config.hidden_size;
     let rows = sum(config, |layer| config.shapes(layer).iter().map(|s| s.1).sum());
     let codebooks = 3 * 4 * (rows << manifest.bits.high());
-    let traces = seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
+    let windows = polish::at_once(config, polish::steps(options.calibration.samples()), seq_len);
+    let traces = windows * seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
     let layer = most(config, |layer| {
         let tokens = 2 * 4 * seq_len * config.shapes(layer).iter().map(|s| s.0 + s.1).sum::<usize>();
         (1 + 4 + 4 + 4) * sample::layer_weights(config, layer) + tokens
@@ -240,7 +241,8 @@ fn time(config: &ModelConfig, options: &Options, manifest: &Manifest) -> Result<
         seconds += widths * (sample.product()? * hessians + sample.fit(manifest)? * refining);
     }
     if trains_codebooks(options, manifest) {
-        let (steps, tokens) = (polish::steps(texts) as f64, (polish::steps(texts) * seq_len) as f64);
+        let (windows, tokens) = (polish::steps(texts), (polish::steps(texts) * seq_len) as f64);
+        let steps = windows.div_ceil(polish::at_once(config, windows, seq_len)) as f64;
         seconds += tokens * weights * learn_layer(config, options)?;
         seconds += steps * weights * sample.learn_weight(manifest)?;
         seconds += tokens * (config.vocab_size * config.hidden_size) as f64 * learn_head(config)?;
@@ -388,7 +390,7 @@ impl Sample {
         fastest(CHANNELS * ROWS, || {
             let mut lost = super::lost(&self.linear, &weight);
             let taken = Taken::select(&self.x, CHANNELS, 8)?;
-            Together::of(&self.x, CHANNELS, &taken).regress(&mut lost);
+            Together::of(&self.x, CHANNELS, &taken).regress(predicted, &mut lost)?;
             Residual::quantize_weighted(CHANNELS, ROWS, &lost, &[1.0; CHANNELS]).map(drop)
         })
     }
@@ -425,101 +427,4 @@ fn fastest(count: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::checkpoint::BitWidth;
-    use crate::config::NormPlacement;
-    use crate::format::Format;
-
-    /// A model of which one layer has twice the width between gate-up and down, and norms behind both branches.
-    #[test]
-    fn every_layer_counts_as_it_is() {
-        let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
-        let small = json!({
-            "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 16, "num_hidden_layers": 4, "vocab_size": 1000,
-        });
-        let config = config.with(small).unwrap();
-        let mut uneven = config.clone();
-        let FeedForward::Dense { intermediate_size, .. } = &mut uneven.layers[2].feed_forward;
-        *intermediate_size = 192;
-        uneven.layers[2].norms = NormPlacement::Both;
-        let options = Options {
-            backend: Format::AnyPrec,
-            bits: BitWidth::try_from(3.0).unwrap(),
-            group_size: None,
-            awq: false,
-            refine: Refine::DEFAULT,
-            calibration: Calibration::of_text(vec![1; 8192], 512, 16, "t"),
-            source: "random".into(),
-            overwrite: false,
-        };
-        let manifest = plan(&uneven, &options).unwrap();
-        for layer in 0..4 {
-            let [even, own] = [&config, &uneven].map(|c| layer_bytes(c, layer, &manifest));
-            // 96 channels more of gate, up and down; 192 rows of gate and up; 96 channels of down; two norms.
-            let (codes, residuals) =
-                (3 * 96 * 64 * 3 / 8 + 2 * 8 * 192 + 2 * 4 * 64, 3 * 96 * 64 / 2 + 2 * 192 + 4 * 96);
-            let more = if layer == 2 { (codes, residuals) } else { (0, 0) };
-            assert_eq!((own.0 - even.0, own.1 - even.1), more, "layer {layer}");
-            let [even, own] = [&config, &uneven].map(|c| backward::trace_bytes(c, layer));
-            assert_eq!(own - even, if layer == 2 { 2 * 2 * 64 } else { 0 }, "what enters two norms is kept");
-        }
-        let [even, own] = [&config, &uneven].map(|c| memory(c, &options, &manifest));
-        assert!(own > even, "{own}, {even}");
-    }
-
-    /// Layer by layer, a model of 70 billion weights goes through a GPU of 24 GB.
-    #[test]
-    fn a_model_of_70_billion_weights_fits_a_gpu_of_24_gb() {
-        let tokens = vec![1; 200_704];
-        let options = Options {
-            backend: Format::AnyPrec,
-            bits: BitWidth::try_from(3.0).unwrap(),
-            group_size: None,
-            awq: false,
-            refine: Refine::DEFAULT,
-            calibration: Calibration::of_text(tokens, 512, 392, "t"),
-            source: "random".into(),
-            overwrite: false,
-        };
-        let bytes = |preset| {
-            let config = ModelConfig::preset(preset).unwrap();
-            gpu::memory(&config, &options, &plan(&config, &options).unwrap())
-        };
-        let (small, large) = (bytes("Meta-Llama-3-8B-Instruct"), bytes("Meta-Llama-3-70B-Instruct"));
-        assert!(large <= gpu::USUAL, "{large}");
-        // One layer's matrix in f32, its derivatives and a Hessian of its widest input are there at once.
-        assert!(large > 4 * (57344 * 8192 + 28672 * 28672) && small < large, "{small}, {large}");
-    }
-
-    /// While a small model writes its own calibration text, all of its layers are in memory in f32.
-    #[test]
-    fn own_text_takes_the_memory_of_all_layers() {
-        let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
-        let config = config.with(json!({
-            "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8,
-            "head_dim": 128, "num_hidden_layers": 64, "vocab_size": 1000,
-        }));
-        let config = config.unwrap();
-        let memory = |calibration| {
-            let options = Options {
-                backend: Format::AnyPrec,
-                bits: BitWidth::try_from(3.0).unwrap(),
-                group_size: None,
-                awq: false,
-                refine: Refine::DEFAULT,
-                calibration,
-                source: "random".into(),
-                overwrite: false,
-            };
-            estimate(&config, &options).unwrap().memory_bytes
-        };
-        let layers = 4 * 64 * (4 + 4 + 2) * 1024 * 1024;
-        let text = Calibration::of_text(vec![1; 16 * 256], 256, 16, "t");
-        assert!(memory(Calibration::of_own(256, 16, 0)) > layers);
-        assert!(memory(text) < layers / 2);
-    }
-}
+mod tests;

@@ -3,6 +3,8 @@
 //! What enters is that of the model in full precision. Letting it come through the quantized and compensated layers
 //! before, as GPTQ does, was tried and measured worse (benches/runs/2026-11-25-xeon).
 
+use std::time::Instant;
+
 use anyhow::Result;
 
 use super::compute::{Curvature, Entered, Metric};
@@ -49,10 +51,15 @@ impl<'a> Fit<'a> {
             };
             return finish(linear, x, weight, &vec![1.0; n], None);
         };
+        let start = Instant::now();
         let weight = self.against(&*hessian, linear, self.job.options.awq.then(|| x.all()))?;
         drop(hessian);
+        let fitted = start.elapsed();
         let together = (self.k_chunk > 0).then(|| x.together(self.k_chunk)).transpose()?;
-        finish(linear, x, weight, &weigh(&taken, &x.energy()?), together)
+        let summed = start.elapsed();
+        let done = finish(linear, x, weight, &weigh(&taken, &x.energy()?), together);
+        tracing::debug!("codes {fitted:.1?}, sums {summed:.1?}, residual {:.1?}", start.elapsed());
+        done
     }
 
     /// Codes and what they stand for; with `clipping`, groups of channels begin with the ranges best for these inputs.

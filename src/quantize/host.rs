@@ -14,7 +14,7 @@ use super::forward::{Affine, Ropes, add_parallel, norm, norm_qk};
 use super::gram::{Hessian, Taken};
 use super::head::LmHead;
 use super::refine::{AnyGrid, Effort, refine};
-use super::regress::Together;
+use super::regress::{self, Together};
 use super::{backward, calibrate, sample};
 use crate::config::{Activation, Attention, LayerConfig, ModelConfig, Projection};
 
@@ -259,6 +259,10 @@ impl Entered for Whole {
     fn together(&self, k_chunk: usize) -> Result<Together> {
         let taken = Taken::select(&self.x, self.in_features, k_chunk)?;
         Ok(Together::of(&self.x, self.in_features, &taken))
+    }
+
+    fn predicted(&self, across: &[f32], triangle: &[f32], lost: &[f32]) -> Result<Vec<f32>> {
+        regress::predicted(across, triangle, lost)
     }
 
     fn all(&self) -> &[f32] {

@@ -129,7 +129,9 @@ impl Job<'_> {
         for index in first..config.layers.len() {
             let of_layer = || format!("layer {index}");
             self.progress.set_message(&format!("layer {} of {}", index + 1, config.layers.len()));
+            let start = Instant::now();
             let layer = Layer::read(self.source, index).with_context(of_layer)?;
+            let read = start.elapsed();
             let mut missing = widths(index, &layer)?;
             missing.retain(|&bits| !self.writer.has_layer(index, bits));
             let mut entered = Vec::new();
@@ -144,6 +146,7 @@ impl Job<'_> {
             advanced.with_context(of_layer)?;
             // A device needs the room.
             drop(placed);
+            let through = start.elapsed();
             if let Ok(entered) = <[_; 4]>::try_from(entered) {
                 for bits in missing {
                     super::ensure_running(self.stop)?;
@@ -151,6 +154,10 @@ impl Job<'_> {
                     self.writer.write_layer(config, (index, bits), &norms, &linears)?;
                 }
             }
+            tracing::debug!(
+                "layer {index}: read {read:.1?}, texts through {through:.1?}, made {:.1?}",
+                start.elapsed()
+            );
             self.progress.inc(work);
             // What leaves a layer may be gigabytes, and takes little time to make again.
             if index + 1 == config.layers.len() || kept.elapsed() > KEEP_EVERY {

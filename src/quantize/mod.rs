@@ -299,7 +299,7 @@ fn finish<'a>(
 ) -> Result<Linear<'a>> {
     let mut lost = lost(linear, &weight);
     if let Some(taken) = taken {
-        taken.regress(&mut lost);
+        taken.regress(|across, triangle, lost| x.predicted(across, triangle, lost), &mut lost)?;
     }
     let residual = Some(Residual::quantize_weighted(linear.in_features, linear.out_features, &lost, importance)?);
     let thresholds = Some(Cow::Owned(x.thresholds()?));

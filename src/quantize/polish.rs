@@ -2,7 +2,7 @@
 //!
 //! Layer by layer, every error counts alike; what it does to the predictions does not. So, with codes as they are,
 //! codebooks follow the gradient of the Kullback-Leibler divergence from the full-precision model's predictions over
-//! the calibration text (EfficientQAT trains steps end to end, Chen et al. 2024, §3.3), one window a step, by Adam
+//! the calibration text (EfficientQAT trains steps end to end, Chen et al. 2024, §3.3), a few windows a step, by Adam
 //! (Kingma and Ba, 2015). What a compensated channel is multiplied by, codes and residual together, stays as it is while
 //! they move. Towards the end the forward pass takes codebooks as they are stored, bytes of a row's range, so that what is
 //! learned last makes up for the rounding. Then residuals are made anew.
@@ -11,12 +11,13 @@
 //! Only AnyPrec: of LUT-GEMM's layers the originals that AWQ scaled are not kept.
 
 use std::borrow::Cow;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use half::f16;
 use rayon::prelude::*;
 
-use super::backward::Compensated;
+use super::backward::{Compensated, trace_bytes};
 use super::calibrate::Activations;
 use super::compute::{Coded, Compute, Tensor};
 use super::fit;
@@ -24,7 +25,7 @@ use super::forward::{Affine, Layer, Placed, Ropes};
 use super::head::LmHead;
 use super::host::{Host, stand_for};
 use super::job::Job;
-use crate::config::Projection;
+use crate::config::{ModelConfig, Projection};
 use crate::format::{AnyPrec, Residual, Storage, bytes};
 use crate::progress::Silent;
 use crate::sampling;
@@ -49,6 +50,11 @@ const SHUFFLE: u64 = 1;
 pub(super) const STEP_PASSES: u64 = 3;
 /// The share of steps that take codebooks as they are stored: the last ones.
 const STORED: f32 = 1.0 / 3.0;
+
+/// Steps that are enough: of more text a step reads several windows.
+const STEPS: usize = 160;
+/// Bytes that the windows of a step leave for the way back, unless one alone leaves more.
+pub(super) const TRACES: usize = 4 << 30;
 
 /// How many windows are read: all of the text, and half of it again.
 pub(super) fn steps(windows: usize) -> usize {
@@ -117,40 +123,53 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [Codebooks]) ->
     let truth = truth(job, ids)?;
     let mut means: Vec<[Means; 4]> =
         learned.iter().map(|l| l.each_ref().map(|l| Means(vec![0.0; l.len()], vec![0.0; l.len()]))).collect();
-    let order = order(ids.len() / seq_len);
-    for (step, &window) in order.iter().enumerate() {
-        let stored = (order.len() - step) as f32 <= STORED * order.len() as f32;
-        let ids = &ids[window * seq_len..][..seq_len];
-        let truth = &truth[window * seq_len * config.hidden_size..][..seq_len * config.hidden_size];
-        let mut h = job.on.put(Activations::embed(config, &embedding, ids, seq_len)?.h)?;
+    let (order, hidden) = (order(ids.len() / seq_len), config.hidden_size);
+    let groups: Vec<&[usize]> = order.chunks(at_once(config, order.len(), seq_len)).collect();
+    let start = Instant::now();
+    for (step, windows) in groups.iter().enumerate() {
+        let stored = (groups.len() - step) as f32 <= STORED * groups.len() as f32;
+        let (texts, tokens) = ((windows.len(), seq_len), windows.len() * seq_len);
+        let of_windows = windows.iter().map(|&window| &ids[window * seq_len..][..seq_len]);
+        let ids = of_windows.collect::<Vec<_>>().concat();
+        let of_windows = windows.iter().map(|&window| &truth[window * seq_len * hidden..][..seq_len * hidden]);
+        let truth = of_windows.collect::<Vec<_>>().concat();
+        let mut h = job.on.put(Activations::embed(config, &embedding, &ids, seq_len)?.h)?;
         let mut traces = Vec::with_capacity(bits.len());
         for (index, (learned, &bits)) in learned.iter().zip(bits).enumerate() {
             super::ensure_running(job.stop)?;
             let layer = read(job, index, bits, learned, stored)?;
-            let (trace, _) = layer.forward(job.on, config, &ropes, (1, seq_len), &mut h)?;
+            let (trace, _) = layer.forward(job.on, config, &ropes, texts, &mut h)?;
             traces.push(trace);
-            job.progress.inc(seq_len as u64);
+            job.progress.inc(tokens as u64);
         }
-        let (loss, mut d) = lm_head.divergence(truth, &h)?;
+        let up = start.elapsed();
+        let (loss, mut d) = lm_head.divergence(&truth, &h)?;
         drop(h);
-        tracing::debug!("step {step}, window {window}: divergence {loss:.5}");
-        even_out(&mut d, config.hidden_size);
+        tracing::debug!("step {step}, windows {windows:?}: divergence {loss:.5}; {up:.1?}, {:.1?}", start.elapsed());
+        d.chunks_exact_mut(seq_len * hidden).for_each(|d| even_out(d, hidden));
         let mut d = job.on.put(d)?;
-        let rate = RATE * ((step + 1) as f32 / WARMUP).min(1.0) * (1.0 - step as f32 / order.len() as f32);
+        let rate = RATE * ((step + 1) as f32 / WARMUP).min(1.0) * (1.0 - step as f32 / groups.len() as f32);
         while let Some(trace) = traces.pop() {
             super::ensure_running(job.stop)?;
             let index = traces.len();
             let layer = read(job, index, bits[index], &learned[index], stored)?;
-            let gradients = layer.backward(job.on, config, &ropes, (1, seq_len), trace, &mut d)?;
+            let gradients = layer.backward(job.on, config, &ropes, texts, trace, &mut d)?;
             let each = learned[index].iter_mut().zip(&mut means[index]).zip(layer.projections.iter().zip(&gradients));
             for ((l, means), (projection, gradient)) in each {
                 let slopes = job.on.slopes(projection, 1 << bits[index], gradient)?;
                 follow(1 << bits[index], l, means, &slopes, rate, step);
             }
-            job.progress.inc(2 * seq_len as u64);
+            job.progress.inc(2 * tokens as u64);
         }
     }
     Ok(())
+}
+
+/// Windows that a step reads together, of so many that are read in all: one, until there are [`STEPS`]; as many as leave no
+/// more for the way back than [`TRACES`] bytes.
+pub(super) fn at_once(config: &ModelConfig, windows: usize, seq_len: usize) -> usize {
+    let window = seq_len * (0..config.layers.len()).map(|layer| trace_bytes(config, layer)).sum::<usize>();
+    windows.div_ceil(STEPS).min(TRACES / window.max(1)).max(1)
 }
 
 /// The windows in the order in which they are read: all, then half of them again, each time shuffled, as what comes last

@@ -5,6 +5,7 @@
 //! least of `Σ |R·x − D·z|²`, with `H_x̄z = Σ x̄ zᵀ` and `H_zz = Σ z zᵀ` over the calibration text. `H_zz` is damped, so that
 //! channels that are seldom taken keep their own residual.
 
+use anyhow::Result;
 use rayon::prelude::*;
 
 use super::exponential::dot;
@@ -65,14 +66,8 @@ impl Together {
         Self { channels: Vec::new(), square: Vec::new(), across: Vec::new(), energy }
     }
 
-    /// The same from `Σ z²`, `[n]`, and `Σ z zᵀ` and `Σ z x̄ᵀ` over all channels, both `[n, n]`.
-    pub(crate) fn among_all(energy: Vec<f32>, square: &[f32], across: &[f32]) -> Self {
-        let n = energy.len();
-        let channels = regressed(&energy);
-        let row = |of: &'_ [f32], k: u32| of[k as usize * n..][..n].to_vec();
-        let across = channels.iter().flat_map(|&k| row(across, k)).collect();
-        let of_row = |&k: &u32| channels.iter().map(move |&j| square[k as usize * n + j as usize]);
-        let square = channels.iter().flat_map(of_row).collect();
+    /// The same from `Σ z²`, `[n]`, the channels that [`regressed`] says, and among them `Σ z zᵀ` and to all `Σ z x̄ᵀ`.
+    pub(crate) fn summed(energy: Vec<f32>, channels: Vec<u32>, square: Vec<f32>, across: Vec<f32>) -> Self {
         Self { channels, square, across, energy }
     }
 
@@ -82,30 +77,49 @@ impl Together {
     }
 
     /// Turns the residual `lost` `[rows, n]` into the one that also corrects what the taken channels predict of the
-    /// others. Channels that no token takes stay as they are.
-    pub(crate) fn regress(mut self, lost: &mut [f32]) {
+    /// others, which `predict` says: [`predicted`], or the same where a device computes. Channels that no token takes stay as
+    /// they are.
+    ///
+    /// # Errors
+    /// Those of `predict`.
+    pub(crate) fn regress(
+        mut self,
+        predict: impl FnOnce(&[f32], &[f32], &[f32]) -> Result<Vec<f32>>,
+        lost: &mut [f32],
+    ) -> Result<()> {
         let (n, u) = (self.energy.len(), self.channels.len());
         let mean = self.square.iter().step_by(u + 1).sum::<f32>() / u.max(1) as f32;
         if mean <= 0.0 || !mean.is_finite() {
-            return;
+            return Ok(());
         }
         self.square.iter_mut().step_by(u + 1).for_each(|h| *h += DAMPING * mean);
         factor(&mut self.square, u);
-        let m = lost.len() / n;
-        let mut predicted = vec![0.0; m * u];
-        let rows = Strided { values: lost, row: n, column: 1 };
-        let turned = Strided { values: &self.across, row: 1, column: n };
-        multiply([m, u, n], rows, turned, &mut predicted, gemm::Parallelism::Rayon(0));
-        predicted.par_chunks_mut(ROWS * u).for_each(|rows| solve(&self.square, u, rows));
+        let predicted = predict(&self.across, &self.square, lost)?;
         lost.par_chunks_exact_mut(n).zip(predicted.par_chunks_exact(u)).for_each(|(lost, more)| {
             let finite = self.channels.iter().zip(more).filter(|(_, more)| more.is_finite());
             finite.for_each(|(&k, more)| lost[k as usize] += more);
         });
+        Ok(())
     }
 }
 
+/// `lost·acrossᵀ·(L·Lᵀ)⁻¹`, `[rows, u]`, for `across` `[u, n]`, a triangle `L` `[u, u]`, of which the upper half is anything,
+/// and `lost` `[rows, n]`: on this machine's cores.
+#[allow(clippy::unnecessary_wraps, reason = "a device's may fail")]
+pub(crate) fn predicted(across: &[f32], triangle: &[f32], lost: &[f32]) -> Result<Vec<f32>> {
+    let u = triangle.len().isqrt();
+    let n = across.len() / u;
+    let m = lost.len() / n;
+    let mut predicted = vec![0.0; m * u];
+    let rows = Strided { values: lost, row: n, column: 1 };
+    let turned = Strided { values: across, row: 1, column: n };
+    multiply([m, u, n], rows, turned, &mut predicted, gemm::Parallelism::Rayon(0));
+    predicted.par_chunks_mut(ROWS * u).for_each(|rows| solve(triangle, u, rows));
+    Ok(predicted)
+}
+
 /// The channels that are regressed on, ascending: those with some energy, [`MOST`] with the most of it.
-fn regressed(energy: &[f32]) -> Vec<u32> {
+pub(crate) fn regressed(energy: &[f32]) -> Vec<u32> {
     let mut channels: Vec<u32> = (0..energy.len() as u32).filter(|&k| energy[k as usize] > 0.0).collect();
     channels.sort_by(|&a, &b| energy[b as usize].total_cmp(&energy[a as usize]));
     channels.truncate(MOST);
@@ -188,7 +202,7 @@ mod tests {
         let x = inputs(1, 900);
         let taken = Taken::select(&x, N, 96).unwrap();
         let (lost, mut residual) = (lost(), lost());
-        Together::of(&x, N, &taken).regress(&mut residual);
+        Together::of(&x, N, &taken).regress(predicted, &mut residual).unwrap();
         // Where it is least, the slope is what damping pulls: 2·0.1·mean·(R − D).
         let energy: Vec<f32> = taken.energy(&x, N);
         let some = taken.union(N).len();
@@ -210,7 +224,7 @@ mod tests {
         let taken = Taken::select(&x, N, 48).unwrap();
         let taken_later = Taken::select(&later, N, 48).unwrap();
         let (lost, mut residual) = (lost(), lost());
-        Together::of(&x, N, &taken).regress(&mut residual);
+        Together::of(&x, N, &taken).regress(predicted, &mut residual).unwrap();
         let [own, plain] = [&residual, &lost].map(|residual| left(residual, &lost, &later, &taken_later).0);
         assert!(own < 0.9 * plain, "{own} is left, {plain} by the plain residual");
         let union = taken.union(N);
@@ -218,7 +232,7 @@ mod tests {
         assert!(untouched.clone().count() > 0 && untouched.clone().all(|i| lost[i] == residual[i]));
         let none = Taken::select(&x, N, 0).unwrap();
         let mut same = lost.clone();
-        Together::of(&x, N, &none).regress(&mut same);
+        Together::of(&x, N, &none).regress(predicted, &mut same).unwrap();
         assert_eq!(same, lost);
     }
 
@@ -237,8 +251,13 @@ mod tests {
         let (mut own, mut all) = (lost(), lost());
         let sparse = Together::of(&x, N, &taken);
         assert!(sparse.energy().iter().zip(taken.energy(&x, N)).all(|(a, b)| *a == b));
-        sparse.regress(&mut own);
-        Together::among_all(taken.energy(&x, N), &square, &across).regress(&mut all);
+        sparse.regress(predicted, &mut own).unwrap();
+        let energy = taken.energy(&x, N);
+        let channels = regressed(&energy);
+        let rows = channels.iter().flat_map(|&k| across[k as usize * N..][..N].to_vec()).collect();
+        let among = channels.iter().flat_map(|&k| channels.iter().map(move |&j| (k, j)));
+        let among = among.map(|(k, j)| square[k as usize * N + j as usize]).collect();
+        Together::summed(energy, channels, among, rows).regress(predicted, &mut all).unwrap();
         let off = own.iter().zip(&all).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
         assert!(off < 1e-4 && own != lost(), "{off}");
     }

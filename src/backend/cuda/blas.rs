@@ -58,12 +58,18 @@ type GemmStridedBatchedEx = unsafe extern "C" fn(
     c_int,
 ) -> c_int;
 
+type Trsm =
+    unsafe extern "C" fn(Handle, c_int, c_int, c_int, c_int, c_int, c_int, *const f32, u64, c_int, u64, c_int) -> c_int;
+
 // Values of cublas_api.h and library_types.h.
 const TRANSPOSE: c_int = 1;
 const AS_IS: c_int = 0;
 const R_32F: c_int = 0;
 const R_16F: c_int = 2;
 const R_16BF: c_int = 14;
+const LEFT: c_int = 0;
+const UPPER: c_int = 1;
+const NON_UNIT: c_int = 0;
 const COMPUTE_32F: c_int = 68;
 const COMPUTE_32F_FAST_TF32: c_int = 77;
 const ALGORITHM_DEFAULT: c_int = -1;
@@ -113,6 +119,7 @@ pub(super) struct Blas {
     handle: Handle,
     gemm: GemmEx,
     gemm_batched: GemmStridedBatchedEx,
+    trsm: Trsm,
     destroy: unsafe extern "C" fn(Handle) -> c_int,
     driver: Rc<Driver>,
     libraries: Vec<libloading::Library>,
@@ -129,22 +136,23 @@ impl Blas {
         let stream = driver.enter()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: the types are those of cublas_api.h, unchanged from CUDA 12 to 13.
-        let (gemm, gemm_batched, destroy, status) = unsafe {
+        let (gemm, gemm_batched, trsm, destroy, status) = unsafe {
             let create: unsafe extern "C" fn(*mut Handle) -> c_int = *library.get(b"cublasCreate_v2\0")?;
             let set_stream: unsafe extern "C" fn(Handle, *mut c_void) -> c_int =
                 *library.get(b"cublasSetStream_v2\0")?;
             let gemm: GemmEx = *library.get(b"cublasGemmEx\0")?;
             let batched: GemmStridedBatchedEx = *library.get(b"cublasGemmStridedBatchedEx\0")?;
+            let trsm: Trsm = *library.get(b"cublasStrsm_v2\0")?;
             let destroy: unsafe extern "C" fn(Handle) -> c_int = *library.get(b"cublasDestroy_v2\0")?;
             let _undisturbed = undisturbed();
             let mut status = create(&mut handle);
             if status == 0 {
                 status = set_stream(handle, stream.cast());
             }
-            (gemm, batched, destroy, status)
+            (gemm, batched, trsm, destroy, status)
         };
         ensure!(status == 0, "cuda: cuBLAS does not start: status {status}");
-        Ok(Self { handle, gemm, gemm_batched, destroy, driver: Rc::clone(driver), libraries })
+        Ok(Self { handle, gemm, gemm_batched, trsm, destroy, driver: Rc::clone(driver), libraries })
     }
 
     /// `y[tokens, rows] = x[tokens, k] · w[rows, k]ᵀ` (`+ y` if `add`), sums and `y` in f32.
@@ -247,6 +255,23 @@ impl Blas {
             )
         };
         ensure!(status == 0, "cuda: a product of {m} × {k} and {k} × {n} failed in cuBLAS: status {status}");
+        Ok(())
+    }
+
+    /// Overwrites `rows` `[m, n]` with `rows · (L·Lᵀ)⁻¹`, for a lower triangle `L` `[n, n]` whose upper half is anything.
+    ///
+    /// # Errors
+    /// A lost device, or sizes beyond what the library takes.
+    pub(super) fn solve(&self, triangle: u64, n: usize, rows: u64, m: usize) -> Result<()> {
+        let (one, n, m) = (1f32, c_int::try_from(n)?, c_int::try_from(m)?);
+        self.driver.enter()?;
+        // Column by column, L is an upper triangle U = Lᵀ, and rows are columns x of Uᵀ·U·x.
+        for turned in [TRANSPOSE, AS_IS] {
+            // SAFETY: the caller's buffers hold these shapes.
+            let status =
+                unsafe { (self.trsm)(self.handle, LEFT, UPPER, turned, NON_UNIT, n, m, &one, triangle, n, rows, n) };
+            ensure!(status == 0, "cuda: a triangle of {n} and {m} rows failed in cuBLAS: status {status}");
+        }
         Ok(())
     }
 }

@@ -54,14 +54,16 @@ pub(super) fn memory(config: &ModelConfig, options: &Options, manifest: &Manifes
     let fitted = most(config, |layer| (5 * 4 + 1) * FITTED.min(largest(layer)) + grams(layer));
     let mut all = watched.max(fitted);
     if trains_codebooks(options, manifest) {
-        let traces = seq_len * sum(config, |layer| backward::trace_bytes(config, layer));
+        let windows = polish::at_once(config, polish::steps(options.calibration.samples()), seq_len);
+        let tokens = windows * seq_len;
+        let traces = tokens * sum(config, |layer| backward::trace_bytes(config, layer));
         let kept = 5 * sum(config, weights);
         let step = most(config, |layer| {
             let features: usize = config.shapes(layer).iter().map(|s| s.0 + s.1).sum();
             // A projection as it is kept, one in f32, and the derivatives of all four.
-            5 * largest(layer) + 4 * (largest(layer) + weights(layer)) + 2 * 4 * seq_len * features + 3 * SCORES
+            5 * largest(layer) + 4 * (largest(layer) + weights(layer)) + 2 * 4 * tokens * features + 3 * SCORES
         });
-        let head = 2 * 4 * LOGITS.min(seq_len * config.vocab_size)
+        let head = 2 * 4 * LOGITS.min(tokens * config.vocab_size)
             + 4 * HEAD_WEIGHTS.min(config.vocab_size * config.hidden_size);
         let work = table_bytes(config) + traces + step.max(head);
         all = all.max(work + kept.min(USUAL.saturating_sub(work)));
@@ -102,8 +104,9 @@ pub(super) fn time(config: &ModelConfig, options: &Options, manifest: &Manifest,
         seconds += widths * (3.0 * tokens * squares / rates.fast + refining / rates.full);
     }
     if trains_codebooks(options, manifest) {
-        let steps = polish::steps(options.calibration.samples()) as f64;
-        let learned = steps * seq_len;
+        let windows = polish::steps(options.calibration.samples());
+        let learned = windows as f64 * seq_len;
+        let steps = windows.div_ceil(polish::at_once(config, windows, options.calibration.seq_len)) as f64;
         let gate_up = sum(config, |layer| {
             let (inputs, outputs) = config.shape(layer, Projection::GateUp);
             inputs * outputs

@@ -181,7 +181,14 @@ impl Entered for Watched<'_> {
         let fit = self.fits.iter().find(|fit| fit.k_chunk == k_chunk).expect("only what is watched is asked for");
         let [taken, _] = fit.sums.energies(self.on)?;
         let Some([square, across]) = &fit.together else { return Ok(Together::none(taken)) };
-        Ok(Together::among_all(taken, &self.on.read(square)?, &self.on.read(across)?))
+        let channels = regress::regressed(&taken);
+        let square = self.on.gathered(square, self.n, &channels, true)?;
+        let across = self.on.gathered(across, self.n, &channels, false)?;
+        Ok(Together::summed(taken, channels, square, across))
+    }
+
+    fn predicted(&self, across: &[f32], triangle: &[f32], lost: &[f32]) -> Result<Vec<f32>> {
+        self.on.predicted(across, triangle, lost)
     }
 
     fn all(&self) -> &[f32] {

@@ -1,8 +1,8 @@
 //! What quantization asks of a GPU: products by cuBLAS, all else by the kernels of `kernels-cuda/quantize`.
 //!
-//! - `pool`: memory that is used again; here: tensors, matrices, norms, and which kernel does what
+//! - `pool`: memory that is used again; `memory`: tensors and matrices in it; here: which kernel does what
 //! - `attention`: over whole texts, forwards and backwards
-//! - `entered`: what is learned of what enters a projection; `fit`: codes and parameters against its Hessian
+//! - `entered`: what is learned of what enters a projection; `fit`: codes and parameters against its Hessian; `regress`: what the taken channels say of the others
 //! - `trained`: projections whose codebooks are trained; `head`: what comes behind the last layer; `rates`: for estimates
 //!
 //! One stream, no atomic sums: the same device gives the same bits for the same work.
@@ -11,8 +11,10 @@ mod attention;
 mod entered;
 mod fit;
 mod head;
+mod memory;
 mod pool;
 mod rates;
+mod regress;
 mod trained;
 
 use std::any::Any;
@@ -22,28 +24,23 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
-use rayon::prelude::*;
 
 use super::Cuda;
 use super::blas::{Blas, Operand, Precision};
 use super::driver::{Arguments, Launch};
-use super::host::Staging;
 use crate::backend::kernels;
 use crate::config::{Activation, Attention, LayerConfig, ModelConfig, Projection};
 use crate::quantize::compute::{Cache, Coded, Compute, Entered, Head, Matrix, Selected, Short, Tensor, Trained, Watch};
 use crate::quantize::forward::{Affine, Ropes};
 use crate::quantize::gpu::{SAMPLED_CACHE, USUAL, batch_tokens};
 use crate::quantize::head::LmHead;
+use memory::{Floats, Mask, Placed, Shorts, Stored};
 use pool::{Pool, Room};
 
 /// Bytes that a layer needs beside what stays of others, of any model up to 70B with windows of some thousand tokens.
 const WORK: usize = 14_000_000_000;
 /// Device memory that others may need meanwhile: the driver, cuBLAS, what draws the screen.
 const SPARED: usize = 1 << 30;
-/// Constants that stay on the device: norms and angles; when there are more, all are sent again.
-const CONSTANTS: usize = 1024;
-/// Bytes that one thread of the host prepares at a time.
-const PIECE: usize = 1 << 18;
 
 /// A GPU that quantization computes on.
 pub(crate) struct Quantizer<'c> {
@@ -58,44 +55,6 @@ pub(crate) struct Quantizer<'c> {
     kept: Cell<usize>,
     /// Work space for one matrix in f32.
     wide: RefCell<Option<Rc<Floats>>>,
-}
-
-/// f32 numbers on the device.
-pub(super) struct Floats {
-    room: Room,
-    len: usize,
-}
-
-impl Floats {
-    fn at(&self) -> u64 {
-        self.room.at()
-    }
-}
-
-/// 16-bit numbers on the device.
-struct Shorts {
-    room: Room,
-    len: usize,
-    kind: i32,
-}
-
-/// A matrix as it is kept on the device: in the 16 bits that say all of it, where some do.
-struct Stored {
-    room: Room,
-    kind: i32, // as `lengthen` of elements.cu numbers types
-    rows: usize,
-    columns: usize,
-}
-
-/// A linear layer on the device.
-struct Placed {
-    weight: Stored,
-    bias: Option<Rc<Floats>>,
-}
-
-/// Channels that are taken: a bit for each, `[tokens, in_features / 32]`; none if nothing is.
-struct Mask {
-    bits: Option<Room>,
 }
 
 fn wrap(floats: Floats) -> Tensor {
@@ -169,10 +128,6 @@ impl Quantizer<'_> {
         self.pool.most()
     }
 
-    fn floats(&self, len: usize) -> Result<Floats> {
-        Ok(Floats { room: self.pool.room(4 * len)?, len })
-    }
-
     /// Queues a kernel of so many blocks and threads.
     fn launch(
         &self,
@@ -215,106 +170,6 @@ impl Quantizer<'_> {
         precision: Precision,
     ) -> Result<()> {
         self.blas.multiply(sizes, operands, factors, count, precision)
-    }
-
-    /// Sends numbers through pinned memory; `fill` overwrites a piece of them from the given one on.
-    fn send(&self, room: &Room, bytes: usize, fill: impl Fn(usize, &mut [u8]) + Sync) -> Result<()> {
-        if self.cuda.staging.get().is_none() {
-            let _ = self.cuda.staging.set(Staging::new(&self.cuda.driver)?);
-        }
-        let staging = self.cuda.staging.get().expect("set above");
-        let (whole, piece) = (bytes / PIECE, PIECE);
-        if whole > 0 {
-            staging.send(room.buffer(), piece, whole, |i, out| fill(i * piece, out))?;
-        }
-        if whole * piece < bytes {
-            let mut rest = vec![0u8; bytes - whole * piece];
-            fill(whole * piece, &mut rest);
-            room.buffer().write(whole * piece, &rest)?;
-        }
-        Ok(())
-    }
-
-    /// A copy of `values` on the device.
-    fn sent(&self, values: &[f32]) -> Result<Floats> {
-        let floats = self.floats(values.len())?;
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        self.send(&floats.room, bytes.len(), |at, out| out.copy_from_slice(&bytes[at..][..out.len()]))?;
-        Ok(floats)
-    }
-
-    /// Numbers that come again and again; sent once.
-    fn constant(&self, values: &[f32]) -> Result<Rc<Floats>> {
-        let mut constants = self.constants.borrow_mut();
-        if let Some((_, found)) = constants.iter().find(|(known, _)| known == values) {
-            return Ok(Rc::clone(found));
-        }
-        if constants.len() >= CONSTANTS {
-            constants.clear();
-        }
-        let sent = Rc::new(self.sent(values)?);
-        constants.push((values.to_vec(), Rc::clone(&sent)));
-        Ok(sent)
-    }
-
-    fn read(&self, floats: &Floats) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; floats.len];
-        floats.room.buffer().read(&mut values)?;
-        Ok(values)
-    }
-
-    /// A matrix `[rows, columns]`, in 16 bits where they say all of it.
-    fn stored(&self, values: &[f32], columns: usize) -> Result<Stored> {
-        let fits =
-            |of: fn(f32) -> f32| values.par_chunks(PIECE).all(|v| v.iter().all(|&x| of(x).to_bits() == x.to_bits()));
-        let rows = values.len() / columns;
-        let kind = if fits(|x| half::bf16::from_f32(x).to_f32()) {
-            1
-        } else if fits(|x| half::f16::from_f32(x).to_f32()) {
-            0
-        } else {
-            2
-        };
-        let size = if kind == 2 { 4 } else { 2 };
-        let room = self.pool.room(size * values.len())?;
-        let fill = |at: usize, out: &mut [u8]| {
-            let values = &values[at / size..][..out.len() / size];
-            match kind {
-                2 => out.copy_from_slice(bytemuck::cast_slice(values)),
-                kind => out.as_chunks_mut::<2>().0.iter_mut().zip(values).for_each(|(out, &x)| {
-                    *out = match kind {
-                        1 => half::bf16::from_f32(x).to_le_bytes(),
-                        _ => half::f16::from_f32(x).to_le_bytes(),
-                    }
-                }),
-            }
-        };
-        self.send(&room, size * values.len(), fill)?;
-        Ok(Stored { room, kind, rows, columns })
-    }
-
-    /// Work space for `len` numbers, which the next who asks gets again.
-    fn wide(&self, len: usize) -> Result<Rc<Floats>> {
-        let mut wide = self.wide.borrow_mut();
-        if let Some(floats) = wide.as_ref().filter(|floats| floats.len >= len) {
-            return Ok(Rc::clone(floats));
-        }
-        *wide = None;
-        let floats = Rc::new(self.floats(len)?);
-        *wide = Some(Rc::clone(&floats));
-        Ok(floats)
-    }
-
-    /// Rows of a stored matrix in f32, in work space.
-    fn widened(&self, stored: &Stored, first: usize, rows: usize) -> Result<Rc<Floats>> {
-        let count = rows * stored.columns;
-        let wide = self.wide(count)?;
-        let size = if stored.kind == 2 { 4 } else { 2 };
-        let from = stored.room.at() + (first * stored.columns * size) as u64;
-        let (to, kind, all) = (wide.at(), stored.kind, count as i64);
-        let arguments = Arguments::new().with(&from).with(&to).with(&kind).with(&all);
-        self.launch("elements.cu", "lengthen", &[], blocks(count), arguments)?;
-        Ok(wide)
     }
 
     /// `[tokens, rows]` with `bias` in every row, to which a product is added; any numbers without one, and the factor by

@@ -67,7 +67,7 @@ fn tokens(answer: &Value) -> Vec<String> {
 
 fn body(i: usize) -> Value {
     json!({ "prompt": format!("text {i}, which is not like others {}", "x".repeat(5 * (i % 4))), "max_tokens": 12,
-        "temperature": if i % 2 == 0 { 0.0 } else { 0.8 }, "seed": i, "logprobs": 0, "ignore_eos": true,
+        "temperature": if i.is_multiple_of(2) { 0.0 } else { 0.8 }, "seed": i, "logprobs": 0, "ignore_eos": true,
         "return_tokens_as_token_ids": true })
 }
 

@@ -77,7 +77,7 @@ struct Settled {
     const float* x;
     const float* delta;
 
-    __device__ __forceinline__ Asked ask(int i) const { return Asked{load1(x, delta, i), 0, 0}; }
+    __device__ __forceinline__ Asked ask(int i) const { return Asked{load1(x, delta, i), 0}; }
 };
 
 // A layer's attention in numbers.

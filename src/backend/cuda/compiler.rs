@@ -24,6 +24,10 @@ const SOURCES: &[(&str, &str)] = texts![
     "product/gemv_lutgemm.cu",
     "product/gemv_dense.cu",
     "product/gemv_any.cu",
+    "product/digits.cu",
+    "product/tokens_anyprec.cu",
+    "product/tokens_lutgemm.cu",
+    "product/tokens_dense.cu",
     "compensation/dec.cu",
     "token/rows.cu",
     "attention/attend.cu",
@@ -57,8 +61,10 @@ const HEADERS: &[(&str, &str)] = texts![
     "product/dequant.cuh",
     "product/gemv.cuh",
     "product/operand.cuh",
+    "product/tokens.cuh",
     "product/unit.cuh",
     "quantize/block.cuh",
+    "sums.cuh",
 ];
 
 /// A path's last part.
@@ -339,6 +345,7 @@ mod tests {
                 all.push(("gemv_lutgemm.cu", split(&format!("DTYPE={dtype} INPUT=1 BITS=8 {shape} {rest}"))));
             }
         }
+        all.extend(products_of_many_tokens());
         // SmolLM2's shapes: rows that are no whole tiles, channels that are no whole units, narrow residuals.
         let small = "K=576 R=72 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=1 DTYPE=0 INPUT=1 DEC=1";
         all.push(("gemv_anyprec.cu", split(&format!("{small} BITS=3 PLANES=1"))));
@@ -396,6 +403,43 @@ mod tests {
         }
         for codes in ["LEVELS=8 GROUP=0", "LEVELS=256 GROUP=0", "LEVELS=8 GROUP=64"] {
             all.push(("codes.cu", split(codes)));
+        }
+        all
+    }
+
+    /// Eight and sixteen tokens, whole rows and slices, a row of no whole number of chains.
+    fn products_of_many_tokens() -> Vec<(&'static str, Vec<String>)> {
+        let split = |s: &str| s.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let mut all = Vec::new();
+        let long = "K=14336 R=4096 WARPS=16 STAGES=3 BATCH=8";
+        for dtype in [0, 1] {
+            for eights in [1, 2] {
+                for (i, shape) in [
+                    &*format!("K=4096 R=6144 WARPS=16 STAGES=3 BATCH=4 SLICES={eights}"),
+                    &format!("{long} SLICES={}", 4 * eights),
+                    "K=576 R=72 WARPS=16 STAGES=6 BATCH=11 SLICES=2",
+                ]
+                .into_iter()
+                .enumerate()
+                {
+                    let common = format!("DTYPE={dtype} EIGHTS={eights} {shape}");
+                    for bits in [3, 4] {
+                        all.push(("tokens_anyprec.cu", split(&format!("{common} BITS={bits} PLANES=1"))));
+                        let two = common.replace("WARPS=16", if eights == 1 { "WARPS=16" } else { "WARPS=12" });
+                        all.push(("tokens_anyprec.cu", split(&format!("{two} BITS={bits} PLANES=2"))));
+                    }
+                    for (bits, group) in [(3, 128), (4, 128), (8, 128), (4, 32)] {
+                        let groups = format!("{common} BITS={bits} GROUP={group}");
+                        all.push(("tokens_lutgemm.cu", split(&groups)));
+                    }
+                    if i != 1 {
+                        all.push(("tokens_dense.cu", split(&common)));
+                    }
+                }
+                for rest in ["INTEGERS=0", "INTEGERS=1 GROUP=256", "INTEGERS=1 GROUP=32"] {
+                    all.push(("digits.cu", split(&format!("DTYPE={dtype} EIGHTS={eights} {rest}"))));
+                }
+            }
         }
         all
     }

@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::host::Mapped;
 use super::vector::Vector;
-use crate::backend::{KvBits, ensure_slot, holds_no_text};
+use crate::backend::{DECODE_ROWS, KvBits, Rows, ensure_slot, holds_no_text};
 use crate::config::{Attention, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
@@ -31,6 +31,34 @@ const PATIENCE_PER_TOKEN: Duration = Duration::from_millis(250);
 
 /// Blocks that look for the largest logit.
 const SAMPLE_BLOCKS: usize = 64;
+
+/// `struct Texts` of `rows.cu`: where the states of texts are.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Texts([u64; DECODE_ROWS]);
+
+/// `struct Growing` of `rows.cu`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Growing {
+    texts: Texts,
+    progress: [u64; DECODE_ROWS],
+    tokens: [u32; DECODE_ROWS],
+    count: u32,
+}
+
+/// `struct Chooser` of `sample.cu`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Chooser {
+    rules: u64,
+    draws: u64,
+    state: u64,
+    best: u64,
+    ticket: u64,
+    list: u64,
+    tokens: u64,
+}
 
 /// Slots for texts.
 pub struct Cache {
@@ -65,6 +93,56 @@ impl Cache {
         self.slots.get(slot).and_then(Option::as_ref).with_context(|| holds_no_text(slot))
     }
 
+    /// Queues that texts have grown by the rows that all layers have attended to.
+    pub(super) fn advance(&self, cuda: &Cuda, rows: &[Rows]) -> Result<()> {
+        for rows in rows.chunks(DECODE_ROWS) {
+            let mut growing = Growing::default();
+            growing.count = rows.len() as u32;
+            for (i, &Rows { slot, count, .. }) in rows.iter().enumerate() {
+                let text = self.text(slot)?;
+                text.longest_pass.set(text.longest_pass.get().max(count));
+                // A single token is progress itself.
+                growing.progress[i] = if count > 1 { text.progress() } else { 0 };
+                (growing.texts.0[i], growing.tokens[i]) = (text.state.pointer(), count as u32);
+            }
+            let kernel = cuda.kernel("rows.cu", "advance", &[])?;
+            cuda.driver.launch(&kernel, Launch::new(1, 32), &mut Arguments::new().with(&growing))?;
+        }
+        Ok(())
+    }
+
+    /// Queues a choice after each row of `logits`, for the text of its slot.
+    pub(super) fn sample(&self, cuda: &Cuda, slots: &[usize], logits: &Vector) -> Result<()> {
+        // Choices of one text follow each other: each has the next draw.
+        let apart = slots.iter().enumerate().all(|(i, slot)| !slots[..i].contains(slot));
+        let at_once = if apart { DECODE_ROWS } else { 1 };
+        for (i, slots) in slots.chunks(at_once).enumerate() {
+            let mut choosers = [Chooser::default(); DECODE_ROWS];
+            for (chooser, &slot) in choosers.iter_mut().zip(slots) {
+                *chooser = self.text(slot)?.chooser();
+            }
+            let vocab = self.config.vocab_size as u32;
+            let at = logits.at() + (i * at_once * self.config.vocab_size * 4) as u64;
+            let (delta, most) = (logits.delta(), self.max_seq_len as u32 + 1);
+            let launch = Launch { grid: (SAMPLE_BLOCKS, slots.len(), 1), ..Launch::new(1, 512) };
+            cuda.driver.launch(
+                &cuda.kernel("sample.cu", "sample", &[format!("NO_TOKEN={NO_TOKEN}")])?,
+                launch,
+                &mut Arguments::new().with(&at).with(&delta).with(&vocab).with(&most).with(&choosers),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The states of texts, one of each of `rows`, as kernels take them.
+    pub(super) fn states(&self, rows: &[Rows]) -> Result<Texts> {
+        let mut texts = Texts::default();
+        for (state, rows) in texts.0.iter_mut().zip(rows) {
+            *state = self.text(rows.slot)?.state.pointer();
+        }
+        Ok(texts)
+    }
+
     /// The attention of a layer.
     pub(super) fn attention(&self, layer: usize) -> &Attention {
         self.config.layers[layer].attention()
@@ -74,7 +152,6 @@ impl Cache {
 /// One text: its key-value cache, its length, its sampled tokens.
 pub(super) struct Sequence {
     pub(super) max_seq_len: usize,
-    vocab_size: usize,
     pub(super) cache: attention::Cache,
     pub(super) state: Buffer,
     rules: Buffer,
@@ -93,7 +170,6 @@ impl Sequence {
         let tokens = Mapped::new(driver, (max_seq_len + 2) * 4)?;
         Ok(Self {
             max_seq_len,
-            vocab_size: config.vocab_size,
             cache: attention::Cache::new(cuda, config, max_seq_len, bits)?,
             state: Buffer::new(driver, 16)?,
             rules: Buffer::new(driver, 16)?,
@@ -136,41 +212,22 @@ impl Sequence {
         self.state.write(0, &[tokens as u32, sampled as u32, last])
     }
 
-    pub(super) fn advance(&self, cuda: &Cuda, tokens: usize) -> Result<()> {
-        self.longest_pass.set(self.longest_pass.get().max(tokens));
-        // A single token is progress itself.
-        let progress = if tokens > 1 { self.tokens.pointer() + 4 * (self.max_seq_len as u64 + 1) } else { 0 };
-        let (state, tokens) = (self.state.pointer(), tokens as u32);
-        cuda.driver.launch(
-            &cuda.kernel("rows.cu", "advance", &[])?,
-            Launch::new(1, 32),
-            &mut Arguments::new().with(&state).with(&tokens).with(&progress),
-        )
+    /// Where the device says how far a long pass is.
+    fn progress(&self) -> u64 {
+        self.tokens.pointer() + 4 * (self.max_seq_len as u64 + 1)
     }
 
-    /// Chooses a token from row `row` of `logits`.
-    pub(super) fn sample(&self, cuda: &Cuda, logits: &Vector, row: usize) -> Result<()> {
-        let at = logits.at() + (row * self.vocab_size * 4) as u64;
-        let (delta, vocab) = (logits.delta(), self.vocab_size as u32);
-        let (rules, draws, state) = (self.rules.pointer(), self.draws.pointer(), self.state.pointer());
-        let (best, list, tokens) = (self.best.pointer(), self.list.pointer(), self.tokens.pointer());
-        let (ticket, most) = (best + (SAMPLE_BLOCKS * 8) as u64, self.max_seq_len as u32 + 1);
-        cuda.driver.launch(
-            &cuda.kernel("sample.cu", "sample", &[format!("NO_TOKEN={NO_TOKEN}")])?,
-            Launch::new(SAMPLE_BLOCKS, 512),
-            &mut Arguments::new()
-                .with(&at)
-                .with(&delta)
-                .with(&vocab)
-                .with(&rules)
-                .with(&draws)
-                .with(&state)
-                .with(&best)
-                .with(&ticket)
-                .with(&list)
-                .with(&tokens)
-                .with(&most),
-        )
+    fn chooser(&self) -> Chooser {
+        let best = self.best.pointer();
+        Chooser {
+            rules: self.rules.pointer(),
+            draws: self.draws.pointer(),
+            state: self.state.pointer(),
+            best,
+            ticket: best + (SAMPLE_BLOCKS * 8) as u64,
+            list: self.list.pointer(),
+            tokens: self.tokens.pointer(),
+        }
     }
 
     pub(super) fn sampled(&self, cuda: &Cuda, i: usize) -> Result<u32> {

@@ -27,7 +27,7 @@ pub(crate) use convert::{ConvertArgs, ResidualsArgs};
 pub(crate) use eval::{CompareArgs, PerplexityArgs};
 pub(crate) use generate::GenerateArgs;
 use numbers::whole;
-pub(crate) use profile::{ProfileArgs, ProfileName, TuneArgs};
+pub(crate) use profile::{ObjectiveArg, ProfileArgs, ProfileName, TuneArgs};
 pub(crate) use shared::{CalibrationArgs, JsonArg, ModelArgs, OutArgs, RunArgs, WidthArg};
 
 /// What the list of commands does not say: in which order they come.

@@ -55,6 +55,9 @@ fn options(dir: &Path, format: Format) -> Options {
         max_k_chunk: Some(3),
         k_chunks: None,
         selection: Selection::Bucket,
+        kind: None,
+        dearest: Options::DEAREST,
+        choices: Vec::new(),
     }
 }
 
@@ -161,6 +164,7 @@ fn tunes(options: &Options, dir: &Path) {
         shapes: [None; 4],
         targets: vec![5.0, 500.0],
         exhaustive: true,
+        objective: tune::Objective::Channels,
     })
     .unwrap();
     for tuning in &outcome.tunings {
@@ -183,7 +187,14 @@ fn what_is_verified_holds() {
     let swept = sweep(&mut ByClock::default(), &options).unwrap().measured.unwrap().capture;
     assert_eq!(swept.k_chunks, [256, 1024]);
     let (identity, targets) = (options.identity.clone(), vec![0.0, 10.0, 1e6]);
-    let tuning = tune::Options { identity, dir: options.dir.clone(), shapes: [None; 4], targets, exhaustive: false };
+    let tuning = tune::Options {
+        identity,
+        dir: options.dir.clone(),
+        shapes: [None; 4],
+        targets,
+        exhaustive: false,
+        objective: tune::Objective::Channels,
+    };
     let mut outcome = tune::run(&tuning).unwrap();
     let weights = RandomWeights::new(tiny(), Storage::ANYPREC, 3, 7).unwrap();
     let cpu = Cpu::new();

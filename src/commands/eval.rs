@@ -69,7 +69,7 @@ fn measure(
     windows: &[&[u32]],
 ) -> Result<Evaluation> {
     let device = super::devices::open(&args.run, device::Options::default())?;
-    let engine = super::engine(&device, opened, &args.run, args.seq_len, false)?;
+    let engine = super::engine(&device, opened, &args.run, args.seq_len, false, Compensate::AsMade)?;
     let plain =
         Options { max_seq_len: Some(args.seq_len), compensate: Compensate::Off, text: false, ..Options::default() };
     let source = source.map(|source| super::load(&device, source, &plain)).transpose()?;

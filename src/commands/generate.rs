@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::device;
-use decdec::engine::{self, Drafting, Engine, ErrorKind, Finish, Generated, Session, Settings, Speculate, per_second};
+use decdec::engine::{self, Compensate, Drafting, Engine, ErrorKind, Finish, Generated, Session, Settings, Speculate, per_second};
 use decdec::open::Opened;
 use decdec::sampling::Sampling;
 use decdec::tokenizer::{Message, Tokenizer};
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         super::devices::open(&args.run, device::Options { compile: args.compile, ..device::Options::default() })?;
     let loading = Instant::now();
     let max_seq_len = limit.min(prompt.len().saturating_add(args.max_new_tokens));
-    let engine = super::engine(&device, &opened, &args.run, max_seq_len, true)?;
+    let engine = super::engine(&device, &opened, &args.run, max_seq_len, true, Compensate::Tuned)?;
     let draft = args.draft.as_deref().map(|path| draft(&device, &opened, path, args, max_seq_len)).transpose()?;
     let mut session = engine.session(settings(args))?;
     if let Some(draft) = &draft {

@@ -4,6 +4,7 @@
 //! underscores before anything is parsed.
 
 mod bench;
+mod chat;
 mod convert;
 mod eval;
 mod flags;
@@ -23,12 +24,13 @@ use decdec::format::Format;
 
 use crate::output;
 pub(crate) use bench::BenchArgs;
+pub(crate) use chat::ChatArgs;
 pub(crate) use convert::{ConvertArgs, ResidualsArgs};
 pub(crate) use eval::{CompareArgs, PerplexityArgs};
 pub(crate) use generate::GenerateArgs;
 use numbers::whole;
 pub(crate) use profile::{ObjectiveArg, ProfileArgs, ProfileName, TuneArgs};
-pub(crate) use shared::{CalibrationArgs, JsonArg, ModelArgs, OutArgs, RunArgs, WidthArg};
+pub(crate) use shared::{CalibrationArgs, JsonArg, ModelArgs, OutArgs, RunArgs, SamplingArgs, WidthArg};
 
 /// What the list of commands does not say: in which order they come.
 const ROAD: &str = "\
@@ -99,6 +101,8 @@ pub(crate) enum Command {
     Residuals(ResidualsArgs),
     /// Generate text and measure how fast
     Generate(GenerateArgs),
+    /// Talk with a model in the terminal
+    Chat(ChatArgs),
     /// Measure how good a model is: eval perplexity
     #[command(subcommand)]
     Eval(EvalCommand),

@@ -173,7 +173,7 @@ impl Tuned {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KlWeights {
-    /// Version of the file's format: 1.
+    /// Version of the file's format.
     pub format: u32,
     /// Nats of the divergence from the source that a unit of `k_chunk` gives back: qkv, o, gu and d.
     pub per_k_chunk: [f64; 4],
@@ -186,6 +186,8 @@ pub struct KlWeights {
 }
 
 impl KlWeights {
+    /// The version of the format.
+    pub const FORMAT: u32 = 1;
     /// The file's name.
     pub const FILE: &str = "kl_weights.json";
 
@@ -198,9 +200,16 @@ impl KlWeights {
         if !path.is_file() {
             return Ok(None);
         }
-        let no_weights = || format!("{} has no weights: decdec eval --write-weights writes them", path.display());
+        let no_weights =
+            || format!("{} holds no weights: decdec eval perplexity --write-weights writes them", path.display());
         let read: Self = serde_json::from_value(read_json(&path).with_context(no_weights)?).with_context(no_weights)?;
-        ensure!(read.format == 1, "{}: format {}, this program reads 1: measure again", path.display(), read.format);
+        ensure!(
+            read.format == Self::FORMAT,
+            "{}: format {}, this program reads {}: measure again",
+            path.display(),
+            read.format,
+            Self::FORMAT
+        );
         let sound = read.per_k_chunk.iter().all(|w| w.is_finite() && *w >= 0.0) && read.per_k_chunk != [0.0; 4];
         ensure!(
             sound,

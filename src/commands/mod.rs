@@ -1,6 +1,7 @@
 //! One file for each command: arguments in, library calls, results out.
 
 pub(crate) mod bench;
+pub(crate) mod chat;
 pub(crate) mod convert;
 pub(crate) mod devices;
 pub(crate) mod doctor;

@@ -211,7 +211,8 @@ fn notices(timings: &Timings, tunings: &[Tuning]) -> Vec<String> {
     let mut notices = Vec::new();
     if let Some(token) = &timings.token {
         notices.push(format!(
-            "whole tokens were measured: a layer's time is its part of a token but {:.2} us before and after all layers,              the slowdown is the token's",
+            "whole tokens were measured: a layer's time is its part of a token but {:.2} us before and after all layers, \
+             the slowdown is the token's",
             token.outside_us
         ));
         let least = token.measured.iter().min_by(|a, b| a.2.total_cmp(&b.2));

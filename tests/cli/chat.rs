@@ -7,6 +7,8 @@ use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use predicates::boolean::PredicateBooleanExt;
+
 use super::{Command, Workshop, contains, decdec, refuses, settle};
 
 /// A checkpoint that has a chat template and a context of so many tokens, and never ends an answer by itself.
@@ -89,12 +91,13 @@ fn a_chat_needs_text_and_a_context_that_fits() {
     refuses(random, &["--max-new-tokens"]);
     // A conversation that has become too long is told, and can be begun anew.
     let long = format!("{}\n/reset\nab\n", "a b ".repeat(200));
-    let output = chat(&checkpoint, &["--max-new-tokens", "3"]).write_stdin(long);
-    let mut output = output;
-    output.assert().success().stderr(contains("/reset forgets the conversation").and(contains(" tokens/s, 3 tokens")));
+    let mut command = chat(&checkpoint, &["--max-new-tokens", "3"]);
+    command
+        .write_stdin(long)
+        .assert()
+        .success()
+        .stderr(contains("/reset forgets the conversation").and(contains(" tokens/s, 3 tokens")));
 }
-
-use predicates::boolean::PredicateBooleanExt;
 
 /// What a program on a pseudo-terminal has said so far.
 struct Screen {

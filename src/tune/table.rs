@@ -163,7 +163,8 @@ impl Table {
         let fit = (most / stretches.iter().sum::<f64>()).min(1.0);
         let base_us = stretches.map(|us| us * fit);
         // Held against tokens that were measured beside them, so that a clock that drifts moves both.
-        let us = |token: &TokenTime| token.token_ns as f64 / token.base_ns as f64 * layer_us;
+        // Compensation makes no token faster: what is below the base is noise.
+        let us = |token: &TokenTime| (token.token_ns as f64 / token.base_ns as f64).max(1.0) * layer_us;
         let of = |token: &TokenTime| token.k_chunks.iter().filter(|&&k| k > 0).count();
         let nothing: BTreeMap<usize, f64> =
             tokens.iter().filter(|token| of(token) == 0).map(|token| (token.n_tb, us(token))).collect();

@@ -2,7 +2,7 @@
 # Profiles and tunes random models of real shapes on an NVIDIA GPU, and measures what was promised with whole tokens.
 #
 #   scripts/gpu-tune.sh DIR                 # everything
-#   scripts/gpu-tune.sh DIR ap3 lut4        # only these: ap3 lut4 phi3 70b clocks small
+#   scripts/gpu-tune.sh DIR ap3 lut4        # only these: ap3 lut4 phi3 70b grid clocks small
 #
 # Tables, logs and pictures go to DIR; the profiles themselves, which are large, to DIR/nsys. DECDEC is the program
 # [default: cargo run]. What fails is printed, and the rest goes on.
@@ -12,7 +12,7 @@ dir=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 decdec=${DECDEC:-cargo run --release --quiet --}
-what=${*:-ap3 lut4 clocks phi3 70b small}
+what=${*:-ap3 lut4 grid phi3 70b clocks small}
 nsys=${NSYS_DIR:-$dir/nsys}
 failed=0
 
@@ -54,16 +54,23 @@ $decdec devices 2>&1 | tee -a "$dir/gpu.log"
 
 for part in $what; do
     case $part in
-        # Few n_tb, of the better half of a full sweep. Targets at which little or nothing is compensated, and ones at
-        # which something must be.
-        ap3) one ap3 $llama8 sqllm 3 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 15 --max-n-tb 17 --max-k-chunk 16 ;;
-        lut4) one lut4 $llama8 awq 4 2.5,5,10,20,30,50 100 --tokens 4 --min-n-tb 15 --max-n-tb 17 --max-k-chunk 16 ;;
-        phi3) one phi3 $phi3 sqllm 3 10,20,40 60 --tokens 2 --halve-layers --min-n-tb 16 --max-n-tb 33 --max-k-chunk 12 ;;
-        70b) one 70b $llama70 sqllm 3 10,20,40 24 --tokens 2 --halve-layers --min-n-tb 16 --max-n-tb 33 --max-k-chunk 12 ;;
+        ap3) one ap3 $llama8 sqllm 3 2.5,5,10,20 100 ;;
+        lut4) one lut4 $llama8 awq 4 2.5,5,10,20 100 ;;
+        phi3) one phi3 $phi3 sqllm 3 2.5,5,10,20 60 --tokens 5 ;;
+        70b) one 70b $llama70 sqllm 3 2.5,5,10,20 24 --tokens 4 --halve-layers --min-n-tb 8 --max-n-tb 32 ;;
+        grid)
+            # Every mix of a few k_chunk, measured as it is: no choice within a target is worth more than what was found.
+            of="--model-name $llama8 --algo sqllm --bitwidth 3 --nsys-dir $nsys"
+            step profile-grid 240 profile grid $of --device cuda --overwrite --tokens 5 --min-n-tb 4 --max-n-tb 16 \
+                --max-k-chunk 16 --mixes 0,4,8,16 &&
+                step tune-grid 60 tune grid $of --device cuda --target-slowdown 2.5,5,10,20 --exhaustive --verify \
+                    --csv-dir "$dir" --plots-dir "$dir" --tuned-dir "$dir"
+            ;;
         clocks)
             # The same few configurations by both clocks: which comes closer to whole tokens?
             for clock in cupti events; do
-                one "$clock" $llama8 sqllm 3 5,20 100 --clock $clock --min-n-tb 28 --max-n-tb 34 --max-k-chunk 12
+                one "$clock" $llama8 sqllm 3 5,20 100 --measure products --clock $clock --min-n-tb 28 --max-n-tb 34 \
+                    --max-k-chunk 12
             done
             # What was tuned before, measured again by itself.
             tuned=$(ls "$dir"/ap3_*_10.0.json 2>/dev/null | head -1)
@@ -72,12 +79,12 @@ for part in $what; do
             ;;
         small)
             # Kernels without a fast form have several launches a product; other types and selections.
-            step profile-bf16 60 profile bf16 --model-name $llama8 --algo sqllm --bitwidth 4 --fp-dtype bf16 --nsys-dir "$nsys" \
+            step profile-bf16 60 profile bf16 --measure products --model-name $llama8 --algo sqllm --bitwidth 4 --fp-dtype bf16 --nsys-dir "$nsys" \
                 --device cuda --overwrite --tokens 2 --min-n-tb 16 --max-n-tb 17 --max-k-chunk 2 --selection exact
-            step profile-5bit 60 profile any --model-name $llama8 --algo sqllm --bitwidth 5 --nsys-dir "$nsys" \
+            step profile-5bit 60 profile any --measure products --model-name $llama8 --algo sqllm --bitwidth 5 --nsys-dir "$nsys" \
                 --device cuda --overwrite --tokens 1 --min-n-tb 16 --max-n-tb 16 --max-k-chunk 2 --halve-layers
             ;;
-        *) echo "no part $part: ap3 lut4 phi3 70b clocks small" >&2; failed=1 ;;
+        *) echo "no part $part: ap3 lut4 phi3 70b grid clocks small" >&2; failed=1 ;;
     esac
 done
 
@@ -86,8 +93,8 @@ echo "======== summary ========"
 for log in "$dir"/profile-*.log "$dir"/tune-*.log; do
     [ -e "$log" ] || continue
     echo "-- $(basename "$log" .log): $(grep '^(.* s)$' "$log" | tail -1)"
-    grep -E '^(device memory|host link|R_bw|configurations|tuned  )|in a graph:|until then|FAILED|^error' "$log" || true
-    grep -E 'took .* again' "$log" || true
+    grep -E '^(device memory|host link|R_bw|a token|configurations|tuned  )|in a graph:|until then|FAILED|^error' "$log" || true
+    grep -E 'took .* %: too slow' "$log" || true
 done
 echo
 echo "======== model and format; predicted (slowdown) and real slowdown ========"

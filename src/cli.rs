@@ -4,6 +4,7 @@
 //! underscores before anything is parsed.
 
 mod bench;
+mod chat;
 mod convert;
 mod eval;
 mod flags;
@@ -25,14 +26,15 @@ use decdec::format::Format;
 
 use crate::output;
 pub(crate) use bench::BenchArgs;
+pub(crate) use chat::ChatArgs;
 pub(crate) use convert::{ConvertArgs, ResidualsArgs};
 pub(crate) use eval::{CompareArgs, PerplexityArgs};
 pub(crate) use generate::GenerateArgs;
 use numbers::whole;
-pub(crate) use profile::{ProfileArgs, ProfileName, TuneArgs};
+pub(crate) use profile::{ObjectiveArg, ProfileArgs, ProfileName, TuneArgs};
 #[cfg(feature = "serve")]
 pub(crate) use serve::ServeArgs;
-pub(crate) use shared::{CalibrationArgs, JsonArg, ModelArgs, OutArgs, RunArgs, WidthArg};
+pub(crate) use shared::{CalibrationArgs, JsonArg, ModelArgs, OutArgs, RunArgs, SamplingArgs, WidthArg};
 
 /// What the list of commands does not say: in which order they come.
 const ROAD: &str = "\
@@ -104,6 +106,8 @@ pub(crate) enum Command {
     Residuals(ResidualsArgs),
     /// Generate text and measure how fast
     Generate(GenerateArgs),
+    /// Talk with a model in the terminal
+    Chat(ChatArgs),
     /// Answer OpenAI's and Anthropic's requests over HTTP
     #[cfg(feature = "serve")]
     Serve(ServeArgs),

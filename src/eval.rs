@@ -10,9 +10,13 @@ use std::ops::Range;
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
+use crate::dec::{CHUNK, Selection};
 use crate::engine::{Engine, Session, Settings};
 use crate::format::Floats;
+use crate::model::{Compensation, LayerCompensation};
 use crate::sampling::argmax;
+use crate::tuned::KlWeights;
+
 #[cfg(feature = "cli")]
 pub use picture::{Choice, draw};
 use statistics::Token;
@@ -146,6 +150,47 @@ pub fn perplexity_behind(
         recovered: (base.is_some() && alone != theirs).then(|| (alone - own) / (alone - theirs)),
         figures: (sums.compared.len() > 1).then(|| Figures::of(&sums.compared)),
     })
+}
+
+/// The `k_chunk` that [`kl_weights`] compensates each projection with; more, where that is no channel of a narrow one.
+const WEIGHED_K_CHUNK: usize = 8;
+
+/// What a unit of each projection's `k_chunk` gives back of the divergence of `model` from `source`: each is compensated
+/// by itself and held against none. One that makes nothing better is worth nothing. `done` hears of every window, 5 times.
+///
+/// # Errors
+/// Those of [`perplexity`]; a model without residuals; compensation that gives nothing back, of which projection ever.
+pub fn kl_weights(
+    model: &Engine<'_>,
+    source: &Engine<'_>,
+    windows: &[&[u32]],
+    selection: Selection,
+    mut done: impl FnMut(usize) -> Result<()>,
+) -> Result<KlWeights> {
+    let before = model.compensation();
+    let n_tb = LayerCompensation::by_default(model.device()).n_tb;
+    let narrowest = model.config().shapes(0).map(|(inputs, _)| inputs).into_iter().min().unwrap_or(1);
+    let k_chunk = WEIGHED_K_CHUNK.max(CHUNK.div_ceil(narrowest.clamp(1, CHUNK)));
+    let mut divergence = |k_chunks: [usize; 4]| -> Result<(f64, usize)> {
+        let by_bits = vec![LayerCompensation { n_tb, k_chunks }];
+        model.compensate(Some(&Compensation { by_bits, selection }))?;
+        let read = perplexity(model, Some(source), windows, &mut done)?;
+        Ok((read.kl_divergence.context("a source was given")?, read.predictions))
+    };
+    let (uncompensated, tokens) = divergence([0; 4])?;
+    let mut per_k_chunk = [0.0; 4];
+    for (i, worth) in per_k_chunk.iter_mut().enumerate() {
+        let mut k_chunks = [0; 4];
+        k_chunks[i] = k_chunk;
+        *worth = ((uncompensated - divergence(k_chunks)?.0) / k_chunk as f64).max(0.0);
+    }
+    model.compensate(before.as_ref())?;
+    ensure!(
+        per_k_chunk != [0.0; 4],
+        "compensating {k_chunk} of 1024 channels of any projection gives back nothing of the divergence {uncompensated:.5}: \
+         read more windows"
+    );
+    Ok(KlWeights { format: KlWeights::FORMAT, per_k_chunk, k_chunk, uncompensated, tokens })
 }
 
 /// The length of all `windows`.

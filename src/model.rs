@@ -1,12 +1,13 @@
 //! A decoder on a device: weights, the texts in the making, and the passes over their rows. Generic over the backend.
 
 mod operations;
+mod pace;
 mod pass;
 mod state;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::backend::{DecodeBackend, DeviceInfo, KvBits, LayerOperands, Norm};
 use crate::config::{ModelConfig, Op, Projection};
@@ -15,6 +16,8 @@ use crate::format::Dense;
 use crate::weights::{Linear, ModelWeights, Weight};
 
 pub use operations::Operation;
+pub(crate) use pace::growth;
+pub use pace::share;
 pub use pass::Part;
 pub use state::State;
 
@@ -221,10 +224,42 @@ impl<'b, B: DecodeBackend> Model<'b, B> {
                 });
             }
         }
+        self.take_plans(plans);
+        Ok(())
+    }
+
+    /// Compensates the layers of `bits` so and no others, even where nothing is selected: what it costs to be ready to
+    /// compensate is a price of its own. For clocks.
+    ///
+    /// # Errors
+    /// Those of [`Model::compensate`].
+    pub fn compensate_width(&mut self, bits: u32, own: LayerCompensation, selection: Selection) -> Result<()> {
+        let mut plans = Vec::with_capacity(4 * self.layers.len());
+        for (l, layer) in self.layers.iter().enumerate() {
+            for (p, projected) in Projection::ALL.into_iter().zip(&layer.projections) {
+                let place = || format!("layer {l}, {p}");
+                plans.push(match &projected.thresholds {
+                    Some(thresholds) if layer.bits == Some(bits) => {
+                        let ((inputs, outputs), k_chunk) = (projected.shape, own.k_chunks[p.index()]);
+                        let plan = DecPlan::new(inputs, outputs, thresholds, k_chunk, own.n_tb, selection);
+                        let plan = plan.and_then(|plan| self.backend.plan(&projected.matrix, &plan));
+                        Some(plan.with_context(place)?)
+                    }
+                    None if layer.bits == Some(bits) => {
+                        bail!("{} has no residual or no thresholds: make them first with decdec residuals", place())
+                    }
+                    _ => None,
+                });
+            }
+        }
+        self.take_plans(plans);
+        Ok(())
+    }
+
+    fn take_plans(&mut self, plans: Vec<Option<B::Plan>>) {
         self.planned = unique();
         let projections = self.layers.iter_mut().flat_map(|layer| &mut layer.projections);
         projections.zip(plans).for_each(|(projected, plan)| projected.plan = plan);
-        Ok(())
     }
 
     /// True if any projection is compensated.

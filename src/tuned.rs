@@ -56,6 +56,9 @@ pub struct Tuned {
     pub base_layer_us: f64,
     /// The same as tuned, µs.
     pub layer_us: f64,
+    /// What was made the most of, `k` or `kl`, where the file says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objective: Option<String>,
     /// Thread blocks that compensate, for `--n-tbs`.
     pub n_tb: usize,
     /// Channels per chunk of qkv, o, gu and d, for `--k-chunks`.
@@ -162,6 +165,69 @@ impl Tuned {
         if !tuned.is_empty() && *tuned != device.driver {
             tracing::warn!("tuned with driver {tuned}, now {}: profile again if it got slower", device.driver);
         }
+    }
+}
+
+/// What a unit of each projection's `k_chunk` is worth, measured with the model's own weights: a file of a checkpoint,
+/// beside `tuned.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KlWeights {
+    /// Version of the file's format.
+    pub format: u32,
+    /// Nats of the divergence from the source that a unit of `k_chunk` gives back: qkv, o, gu and d.
+    pub per_k_chunk: [f64; 4],
+    /// The `k_chunk` that it was measured at.
+    pub k_chunk: usize,
+    /// Divergence without compensation, nats.
+    pub uncompensated: f64,
+    /// Tokens that it was measured on.
+    pub tokens: usize,
+}
+
+impl KlWeights {
+    /// The version of the format.
+    pub const FORMAT: u32 = 1;
+    /// The file's name.
+    pub const FILE: &str = "kl_weights.json";
+
+    /// Reads the weights of `checkpoint`; `None` where it has none.
+    ///
+    /// # Errors
+    /// A damaged file, one of another version, weights that are no numbers of at least 0 or all 0.
+    pub fn read(checkpoint: &Path) -> Result<Option<Self>> {
+        let path = checkpoint.join(Self::FILE);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let no_weights =
+            || format!("{} holds no weights: decdec eval perplexity --write-weights writes them", path.display());
+        let read: Self = serde_json::from_value(read_json(&path).with_context(no_weights)?).with_context(no_weights)?;
+        ensure!(
+            read.format == Self::FORMAT,
+            "{}: format {}, this program reads {}: measure again",
+            path.display(),
+            read.format,
+            Self::FORMAT
+        );
+        let sound = read.per_k_chunk.iter().all(|w| w.is_finite() && *w >= 0.0) && read.per_k_chunk != [0.0; 4];
+        ensure!(
+            sound,
+            "{}: weights {:?}, numbers of at least 0 are expected, not all 0",
+            path.display(),
+            read.per_k_chunk
+        );
+        Ok(Some(read))
+    }
+
+    /// Puts the file into `checkpoint`; returns its path.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn save(&self, checkpoint: &Path) -> Result<PathBuf> {
+        let path = checkpoint.join(Self::FILE);
+        files::replace(&path, |path| Ok(fs::write(path, json(self)?)?))?;
+        Ok(path)
     }
 }
 

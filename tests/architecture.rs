@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Crate, and the only files of `src` that may name it.
-const DOORS: [(&str, &[&str]); 24] = [
+const DOORS: [(&str, &[&str]); 25] = [
     ("cudarc", &["backend/cuda", "cupti"]),
     ("wgpu", &["backend/wgsl"]),
     ("pollster", &["backend/wgsl"]),
@@ -16,6 +16,7 @@ const DOORS: [(&str, &[&str]); 24] = [
     ("indicatif", &["commands/mod.rs", "profile/sweep.rs"]),
     ("comfy_table", &["commands/mod.rs", "tune"]),
     ("csv", &["tune"]),
+    ("rustyline", &["commands/chat.rs"]),
     ("dejavu", &["fonts.rs"]),
     ("ctrlc", &["commands/interrupt.rs"]),
     ("tracing_subscriber", &["main.rs"]),

@@ -308,6 +308,12 @@ pub trait DecodeBackend: GemvBackend {
         one_by_one(self, cache, pass, first, layers, activations)
     }
 
+    /// Whether this device runs layers as one launch where their shapes allow it: single products do not tell then what
+    /// a token takes.
+    fn fuses_layers(&self) -> bool {
+        false
+    }
+
     /// When the last fused launch of layers, if this backend has one and watches it, began and went on from one part of
     /// a layer to the next: nanoseconds, ascending; `qkv`, `attend`, `o`, `gu`, `d`.
     fn layer_stamps(&self) -> Result<Vec<u64>> {

@@ -25,6 +25,8 @@ const RESULT: &str = "checkpoint";
 const REPLACED: &str = "replaced";
 /// What `decdec tune --save` leaves in a checkpoint; it is of the checkpoint that it was tuned for.
 const TUNED: &str = "tuned.json";
+/// What `decdec eval perplexity --write-weights` leaves there.
+const KL_WEIGHTS: &str = "kl_weights.json";
 
 /// The place of a checkpoint in the making; nobody else's while this value lives.
 #[derive(Debug)]
@@ -185,7 +187,7 @@ impl Place {
 
 /// The files of a checkpoint.
 fn is_of_checkpoint(name: &str, is_directory: bool) -> bool {
-    let own = [CONFIG, MODEL, RESIDUALS, THRESHOLDS, BITWIDTHS, TUNED];
+    let own = [CONFIG, MODEL, RESIDUALS, THRESHOLDS, BITWIDTHS, TUNED, KL_WEIGHTS];
     !is_directory && (own.contains(&name) || TextFiles::NAMES.contains(&name))
 }
 

@@ -30,6 +30,10 @@ pub(crate) struct PerplexityArgs {
     /// A full-precision source to measure divergence from
     #[arg(long, value_name = "SOURCE")]
     pub(crate) compare: Option<PathBuf>,
+    /// Also measure what compensating each projection by itself gives back of the divergence, and put it into the
+    /// checkpoint, where tune --objective kl finds it
+    #[arg(long, requires = "compare")]
+    pub(crate) write_weights: bool,
     /// Count the second half of every window alone, as llama-perplexity does
     #[arg(long)]
     pub(crate) second_half: bool,

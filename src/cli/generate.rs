@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use decdec::engine::Speculate;
 
-use super::numbers::{mode, seed, share, speculate, temperature, whole};
-use super::{JsonArg, ModelArgs, RunArgs};
+use super::numbers::{mode, speculate, whole};
+use super::{JsonArg, ModelArgs, RunArgs, SamplingArgs};
 
 /// `decdec generate`
 #[derive(Debug, Args)]
@@ -22,21 +22,8 @@ pub(crate) struct GenerateArgs {
     /// The most tokens to make in each, the prompt not counted
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = whole(0..=usize::MAX))]
     pub(crate) max_new_tokens: usize,
-    /// Sample among this many of the most probable tokens; 0 for all
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = whole(0..=usize::MAX))]
-    pub(crate) top_k: usize,
-    /// Sample among the fewest tokens whose probabilities reach this sum
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
-    pub(crate) top_p: f32,
-    /// Sample among tokens at least this share as probable as the most probable one
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = share)]
-    pub(crate) min_p: f32,
-    /// 0 takes the most probable token; above, tokens are sampled
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
-    pub(crate) temperature: f32,
-    /// Decides what is sampled; printed when it was not given
-    #[arg(long, value_name = "N", value_parser = seed)]
-    pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
     /// 0 generic kernels, 1 specialized kernels, 2 specialized and recorded in a graph (cuda)
     #[arg(long, value_name = "MODE", default_value_t = 2, value_parser = mode)]
     pub(crate) compile: u8,

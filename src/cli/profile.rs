@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use decdec::dec::CHUNK;
 use decdec::format::Format;
-use decdec::nsys::Precision;
-use decdec::profile::Clock;
+use decdec::nsys::{Kind, Precision};
+use decdec::profile::{Clock, Options};
 
 use super::numbers::{MOST_FEATURES, MOST_PROFILED, slowdown, whole};
 use super::shared::{DeviceArgs, NamedArgs, WidthArg};
@@ -69,8 +69,26 @@ pub(crate) struct ProfileArgs {
     /// Measure only what decdec tune found, and say what it costs now
     #[arg(long, value_name = "FILE", conflicts_with_all = ["min_n_tb", "max_n_tb", "max_k_chunk"])]
     pub(crate) tuned: Option<PathBuf>,
+    /// What is measured: whole tokens, or single products [default: tokens where the device runs layers as one launch]
+    #[arg(long, value_name = "tokens|products")]
+    pub(crate) measure: Option<Kind>,
+    /// Of whole tokens: k_chunk is raised no further where a token is slower by so many per cent already
+    #[arg(long, value_name = "PERCENT", default_value_t = 100.0 * Options::DEAREST, value_parser = slowdown)]
+    pub(crate) max_slowdown: f64,
+    /// Of whole tokens: also measure every mix of these k_chunk, as in 0,4,8, for tune --exhaustive
+    #[arg(long, value_name = "K", value_delimiter = ',', value_parser = whole(0..=CHUNK))]
+    pub(crate) mixes: Option<Vec<usize>>,
     #[command(flatten)]
     pub(crate) on: DeviceArgs,
+}
+
+/// What a search makes the most of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ObjectiveArg {
+    /// Channels: the sum of k_chunk, times bytes where whole tokens were measured
+    K,
+    /// What compensation gives back of the divergence from the source, by the weights of the checkpoint
+    Kl,
 }
 
 /// `decdec tune`
@@ -93,9 +111,12 @@ pub(crate) struct TuneArgs {
     /// Slowdowns to aim for, per cent: one, or several as in 2.5,5,10,20
     #[arg(long, value_name = "PERCENT", value_delimiter = ',', value_parser = slowdown)]
     pub(crate) target_slowdown: Vec<f64>,
-    /// Also find the true optimum over everything measured
+    /// Also find the true optimum over everything measured; of whole tokens, over the choices measured as they are
     #[arg(long)]
     pub(crate) exhaustive: bool,
+    /// What to make the most of [default: kl if the checkpoint has weights for it, else k]
+    #[arg(long, value_enum)]
+    pub(crate) objective: Option<ObjectiveArg>,
     /// Measure real tokens at what was found, on --device, and search again where they are slower than the target
     #[arg(long)]
     pub(crate) verify: bool,

@@ -9,8 +9,9 @@ use decdec::dec::{CHUNK, Selection};
 use decdec::device::{Dtype, Residuals};
 use decdec::format::Format;
 use decdec::quantize::Calibration;
+use decdec::sampling::Sampling;
 
-use super::numbers::{head_bits, kv_bits, own_share, seed, whole};
+use super::numbers::{head_bits, kv_bits, own_share, seed, share, temperature, whole};
 
 /// A parser of the names of formats, which help lists.
 pub(super) fn backend() -> impl TypedValueParser<Value = Format> {
@@ -185,6 +186,47 @@ pub(crate) struct CalibrationArgs {
     /// Where to compute: auto, cpu or cuda[:N]
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+pub(crate) struct SamplingArgs {
+    /// Sample among this many of the most probable tokens; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = whole(0..=usize::MAX))]
+    pub(crate) top_k: usize,
+    /// Sample among the fewest tokens whose probabilities reach this sum
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    pub(crate) top_p: f32,
+    /// Sample among tokens at least this share as probable as the most probable one
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = share)]
+    pub(crate) min_p: f32,
+    /// 0 takes the most probable token; above, tokens are sampled
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub(crate) temperature: f32,
+    /// Decides what is sampled; printed when it was not given
+    #[arg(long, value_name = "N", value_parser = seed)]
+    pub(crate) seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// The rules that they are.
+    pub(crate) fn rules(&self) -> Sampling {
+        Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, min_p: self.min_p }
+    }
+
+    /// What decides choices: as it was given, or a seed that differs from run to run and is said where it matters.
+    pub(crate) fn seed(&self) -> u64 {
+        let fresh = || {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            // Short enough to be typed back.
+            let seed = u64::from(now.subsec_nanos()) ^ (now.as_secs() & 0xffff_ffff);
+            if self.temperature > 0.0 {
+                tracing::info!("--seed {seed}");
+            }
+            seed
+        };
+        self.seed.unwrap_or_else(fresh)
+    }
 }
 
 /// How a result is printed.

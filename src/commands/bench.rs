@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use decdec::device::{self, Device, Occupied};
-use decdec::engine::{Engine, Settings};
+use decdec::engine::{Compensate, Engine, Settings};
 use decdec::timeline::{self, Timeline};
 
 use crate::cli::BenchArgs;
@@ -19,7 +19,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         "a text of {longest} tokens is to be made, the model's context is {max}: give less --context or --tokens"
     );
     let device = super::devices::open(&args.run, device::Options { watch: args.timeline, ..Default::default() })?;
-    let engine = super::engine(&device, &opened, &args.run, longest, false)?;
+    let engine = super::engine(&device, &opened, &args.run, longest, false, Compensate::Tuned)?;
     let info = engine.device();
     let (bits, kv_bits) = (args.run.head_bits, args.run.kv_bits);
     let kept = if kv_bits == 16 { String::new() } else { format!(", keys and values {kv_bits} bits") };

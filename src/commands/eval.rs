@@ -3,6 +3,7 @@
 mod compare;
 
 use anyhow::{Result, bail, ensure};
+use decdec::checkpoint::Manifest;
 use decdec::device;
 use decdec::engine::{Compensate, Options};
 use decdec::eval::{self, Evaluation};
@@ -29,6 +30,12 @@ pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let tokens = super::read_tokens(&args.text, &*opened.tokenizer()?, wanted)?;
     let range = args.windows.clone().unwrap_or(0..tokens.len() / args.seq_len.max(1));
     let windows = eval::windows(&tokens, args.seq_len, range)?;
+    let writable = opened.manifest().is_some_and(Manifest::has_residuals);
+    ensure!(
+        !args.write_weights || writable,
+        "--write-weights needs a checkpoint with residuals, {} is none: make one with decdec quantize or convert",
+        args.path.display()
+    );
     let evaluation = measure(args, (&opened, source.as_ref()), &windows)?;
     let Evaluation { perplexity, kl_divergence, source_perplexity, base_perplexity, recovered, .. } =
         evaluation.clone();
@@ -69,14 +76,25 @@ fn measure(
     windows: &[&[u32]],
 ) -> Result<Evaluation> {
     let device = super::devices::open(&args.run, device::Options::default())?;
-    let engine = super::engine(&device, opened, &args.run, args.seq_len, false)?;
+    let engine = super::engine(&device, opened, &args.run, args.seq_len, false, Compensate::AsMade)?;
     let plain =
         Options { max_seq_len: Some(args.seq_len), compensate: Compensate::Off, text: false, ..Options::default() };
     let source = source.map(|source| super::load(&device, source, &plain)).transpose()?;
     let bar = super::Bar::new(windows.len(), "reading");
     let uncounted = if args.second_half { args.seq_len / 2 } else { 0 };
-    eval::perplexity_behind(&engine, source.as_ref(), windows, uncounted, |_| {
+    let evaluation = eval::perplexity_behind(&engine, source.as_ref(), windows, uncounted, |_| {
         bar.inc(1);
         Ok(())
-    })
+    })?;
+    drop(bar);
+    if let Some(source) = source.as_ref().filter(|_| args.write_weights) {
+        let bar = super::Bar::new(5 * windows.len(), "weighing projections");
+        let weights = eval::kl_weights(&engine, source, windows, args.run.on.selection.into(), |_| {
+            bar.inc(1);
+            Ok(())
+        })?;
+        drop(bar);
+        tracing::info!("wrote {}", weights.save(&args.path)?.display());
+    }
+    Ok(evaluation)
 }

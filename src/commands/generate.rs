@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use decdec::device;
-use decdec::engine::{self, Drafting, Engine, ErrorKind, Finish, Generated, Session, Settings, Speculate, per_second};
+use decdec::engine::{
+    self, Compensate, Drafting, Engine, ErrorKind, Finish, Generated, Session, Settings, Speculate, per_second,
+};
 use decdec::open::Opened;
-use decdec::sampling::Sampling;
 use decdec::tokenizer::{Message, Tokenizer};
 
 use super::interrupt::{Interrupted, stop_flag};
@@ -41,7 +42,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         super::devices::open(&args.run, device::Options { compile: args.compile, ..device::Options::default() })?;
     let loading = Instant::now();
     let max_seq_len = limit.min(prompt.len().saturating_add(args.max_new_tokens));
-    let engine = super::engine(&device, &opened, &args.run, max_seq_len, true)?;
+    let engine = super::engine(&device, &opened, &args.run, max_seq_len, true, Compensate::Tuned)?;
     let draft = args.draft.as_deref().map(|path| draft(&device, &opened, path, args, max_seq_len)).transpose()?;
     let mut session = engine.session(settings(args))?;
     if let Some(draft) = &draft {
@@ -50,10 +51,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let loaded = Instant::now();
     session.prepare(prompt.len())?;
     let ready = Instant::now();
-    let seed = args.seed.unwrap_or_else(fresh_seed);
-    if args.seed.is_none() && args.temperature > 0.0 {
-        tracing::info!("--seed {seed}");
-    }
+    let seed = args.sampling.seed();
     stop_flag("");
     let samples = args.num_samples.unwrap_or(if args.prompt.is_some() { 1 } else { 5 });
     let (out, mut means) = (Out { args, engine: &engine, limit }, Means::default());
@@ -77,7 +75,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
 /// How the flags say that a text is made.
 fn settings(args: &GenerateArgs) -> Settings {
     Settings {
-        sampling: Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p },
+        sampling: args.sampling.rules(),
         seed: 0,
         max_new_tokens: args.max_new_tokens,
         stop: args.stop.clone(),
@@ -226,7 +224,7 @@ impl Out<'_, '_> {
             "guessed": made.guessed,
             "guessed_right": made.right,
             "seed": seed,
-            "temperature": self.args.temperature,
+            "temperature": self.args.sampling.temperature,
             "device": self.engine.device().id,
             "n_tbs": compensation.map(|c| c.by_bits.iter().map(|l| l.n_tb).collect::<Vec<_>>()),
             "k_chunks": compensation.map(|c| c.by_bits.iter().flat_map(|l| l.k_chunks).collect::<Vec<_>>()),
@@ -258,11 +256,4 @@ impl Display for Means {
         let [all, prompt, decode] = [self.all, self.prompt, self.decode].map(|sum| sum / self.samples.max(1) as f64);
         write!(f, "Average tokens/sec: {all:.2} (prompt {prompt:.2} tokens/sec, decode {decode:.2} tokens/sec)")
     }
-}
-
-/// A seed that differs from run to run.
-fn fresh_seed() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    // Short enough to be typed back.
-    u64::from(now.subsec_nanos()) ^ (now.as_secs() & 0xffff_ffff)
 }

@@ -14,6 +14,8 @@ pub(crate) const EXIT_CODE: u8 = 130;
 const GRACE: Duration = Duration::from_millis(500);
 
 static STOP: AtomicBool = AtomicBool::new(false);
+/// Ctrl-C stops what is being done, and nothing else.
+static ANSWERING: AtomicBool = AtomicBool::new(false);
 /// What is said where a job is ended before it has stopped; empty until a job wants to stop by itself.
 static LAST_WORDS: OnceLock<String> = OnceLock::new();
 
@@ -21,6 +23,10 @@ static LAST_WORDS: OnceLock<String> = OnceLock::new();
 /// [`stop_flag`].
 pub(crate) fn listen() -> Result<()> {
     let heard = || {
+        // A second one, before the first was heeded, ends the program.
+        if ANSWERING.load(Ordering::SeqCst) && !STOP.swap(true, Ordering::SeqCst) {
+            return;
+        }
         if let Some(words) = LAST_WORDS.get() {
             STOP.store(true, Ordering::SeqCst);
             std::thread::sleep(GRACE);
@@ -38,6 +44,24 @@ pub(crate) fn listen() -> Result<()> {
 pub(crate) fn stop_flag(last_words: impl std::fmt::Display) -> &'static AtomicBool {
     LAST_WORDS.get_or_init(|| last_words.to_string());
     &STOP
+}
+
+/// While this value lives, Ctrl-C sets the flag and ends nothing; then the flag is taken back.
+pub(crate) struct Answering(());
+
+impl Answering {
+    pub(crate) fn begin() -> Self {
+        STOP.store(false, Ordering::SeqCst);
+        ANSWERING.store(true, Ordering::SeqCst);
+        Self(())
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        ANSWERING.store(false, Ordering::SeqCst);
+        STOP.store(false, Ordering::SeqCst);
+    }
 }
 
 /// The same flag, for what a job waits for: it is set only where one has asked for it.

@@ -1,6 +1,7 @@
 //! One file for each command: arguments in, library calls, results out.
 
 pub(crate) mod bench;
+pub(crate) mod chat;
 pub(crate) mod convert;
 pub(crate) mod devices;
 pub(crate) mod doctor;
@@ -78,7 +79,7 @@ impl Progress for Bar {
 }
 
 /// The engine of a run, for texts of at most `max_seq_len` tokens, loaded layer by layer with a bar; `text` says
-/// whether tokens are to become text.
+/// whether tokens are to become text, `otherwise` how the model is compensated where no flag does.
 ///
 /// # Errors
 /// Those of [`Engine::load`] and [`asked`].
@@ -88,8 +89,9 @@ pub(crate) fn engine<'d>(
     args: &RunArgs,
     max_seq_len: usize,
     text: bool,
+    otherwise: Compensate,
 ) -> Result<Engine<'d>> {
-    load(device, opened, &options(device, opened, args, max_seq_len, text)?)
+    load(device, opened, &options(device, opened, args, max_seq_len, text, otherwise)?)
 }
 
 /// How the flags of a run set an engine up.
@@ -102,10 +104,11 @@ pub(crate) fn options(
     args: &RunArgs,
     max_seq_len: usize,
     text: bool,
+    otherwise: Compensate,
 ) -> Result<engine::Options> {
     Ok(engine::Options {
         max_seq_len: Some(max_seq_len),
-        compensate: asked(opened, device.info(), args)?,
+        compensate: asked(opened, device.info(), args, otherwise)?,
         selection: args.on.selection.into(),
         head_bits: args.head_bits,
         kv_bits: if args.kv_bits == 8 { KvBits::Eight } else { KvBits::Whole },
@@ -122,12 +125,13 @@ pub(crate) fn load<'d>(device: &'d Device, opened: &Opened, options: &engine::Op
     Ok(Engine::load(device, opened, options, &Bar::new(0, "loading"))?)
 }
 
-/// How the flags say that a model is compensated: a set for all layers, or one for each bit width.
+/// How the flags say that a model is compensated: a set for all layers, or one for each bit width; `otherwise` where none
+/// does.
 ///
 /// # Errors
 /// Counts that do not fit the model's bit widths, `n_tb` above what the device holds, anything for a full-precision
 /// model.
-fn asked(opened: &Opened, device: &DeviceInfo, args: &RunArgs) -> Result<Compensate> {
+fn asked(opened: &Opened, device: &DeviceInfo, args: &RunArgs, otherwise: Compensate) -> Result<Compensate> {
     let weights = opened.weights();
     let widths = decdec::model::widths((0..weights.config().layers.len()).map(|layer| weights.bits(layer)));
     if widths.is_empty() {
@@ -136,7 +140,7 @@ fn asked(opened: &Opened, device: &DeviceInfo, args: &RunArgs) -> Result<Compens
         return Ok(Compensate::Off);
     }
     if args.n_tbs.is_none() && args.k_chunks.is_none() {
-        return Ok(args.tuned.clone().map_or(Compensate::Tuned, Compensate::File));
+        return Ok(args.tuned.clone().map_or(otherwise, Compensate::File));
     }
     let sets = by_flags(&widths, device, args)?;
     if args.n_tbs.is_none() || args.k_chunks.is_none() {

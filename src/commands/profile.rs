@@ -8,7 +8,7 @@ use decdec::backend::DecodeBackend;
 use decdec::checkpoint::BitWidth;
 use decdec::config::ModelConfig;
 use decdec::device::{self, Device, Dtype, Job};
-use decdec::nsys::{self, Identity, Precision};
+use decdec::nsys::{self, Identity, Kind, Precision};
 use decdec::open::Opened;
 use decdec::profile::{self, Clock, Options, Outcome};
 use decdec::tune;
@@ -33,6 +33,10 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         max_k_chunk: args.max_k_chunk,
         k_chunks: None,
         selection: args.on.selection.into(),
+        // A profiler from outside sees kernels, not parts of one.
+        kind: args.measure.or((args.nsys_path.is_some() || args.clock == Clock::Once).then_some(Kind::Products)),
+        dearest: args.max_slowdown / 100.0,
+        choices: args.mixes.as_deref().map(profile::every_mix).unwrap_or_default(),
     };
     let tuned = args.tuned.as_deref().map(|file| tuned_for(file, &options.identity)).transpose()?;
     if let Some(nsys) = &args.nsys_path {
@@ -41,7 +45,7 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
     } else {
         let weights = named.opened.weights();
         let sweep = Sweep { weights, options: &options, clock: args.clock, tuned: tuned.as_deref() };
-        output::text(device(&args.on.device, args.name.fp_dtype)?.run(sweep)?.to_string())?;
+        output::text(device(&args.on.device, args.name.fp_dtype, true)?.run(sweep)?.to_string())?;
     }
     if let Some(tuned) = &tuned {
         output::line(now(tuned, &options)?)?;
@@ -50,8 +54,8 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
 }
 
 /// The device of `--device` with the type of `--fp-dtype`; backends that compute in one type only are not asked
-/// for another.
-pub(crate) fn device(name: &str, precision: Precision) -> Result<Device> {
+/// for another. `watch`: fused launches note when they pass from one part of a layer to the next.
+pub(crate) fn device(name: &str, precision: Precision, watch: bool) -> Result<Device> {
     let dtype = match precision {
         Precision::Fp16 => Dtype::Float16,
         Precision::Bf16 => Dtype::Bfloat16,
@@ -59,7 +63,7 @@ pub(crate) fn device(name: &str, precision: Precision) -> Result<Device> {
     };
     let asked = name.starts_with("cuda") || name == "auto" && precision != Precision::Fp16;
     let interrupt = Some(super::interrupt::heard());
-    Device::open_with(name, &device::Options { dtype: asked.then_some(dtype), interrupt, ..Default::default() })
+    Device::open_with(name, &device::Options { dtype: asked.then_some(dtype), interrupt, watch, ..Default::default() })
 }
 
 /// The results in `file` for this model's algorithm and width, of whatever device.
@@ -90,7 +94,7 @@ fn now(tuned: &[Tuned], options: &Options) -> Result<String> {
     let device = profile.capture.as_ref().map_or("", |capture| &capture.device_name);
     let of_device = |tuned: &&Tuned| tuned.device.name.is_empty() || tuned.device.name == device;
     let tuned = tuned.iter().find(of_device).with_context(|| format!("nothing was tuned on {device}"))?;
-    let timings = tune::Table::new(&profile)?.timings(tuned.shapes);
+    let timings = tune::timings(&tune::Table::new(&profile)?, &profile, tuned.shapes)?;
     let (n_tb, k_chunks) = (tuned.n_tb, tuned.k_chunks);
     let missing = || format!("the profile that is there lacks n_tb {n_tb}, k_chunk {k_chunks:?}: use --overwrite");
     let (base, layer) = (timings.base_us(), timings.layer_us(n_tb, k_chunks).with_context(missing)?);
@@ -139,6 +143,7 @@ impl<'d> Job<'d> for Sweep<'_> {
             let tuned = &Tuned::choose(tuned, backend.device(), shapes, &width)?[0];
             (options.min_n_tb, options.max_n_tb) = (Some(tuned.n_tb), Some(tuned.n_tb));
             options.k_chunks = Some(measured_k_chunks(tuned));
+            options.choices = vec![tuned.k_chunks];
         }
         profile::run(backend, &mut backend.recorder(self.clock)?, self.weights, &options)
     }

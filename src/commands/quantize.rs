@@ -74,7 +74,12 @@ fn refine(args: &QuantizeArgs, config: &ModelConfig) -> Result<Refine> {
         (RefineArg::Output, ..) => Refine::Output,
         (RefineArg::Compensated, _, Some(path)) => Refine::Compensated { k_chunks: tuned(path, args, config)? },
         (RefineArg::Compensated, Some(k), None) => Refine::Compensated { k_chunks: [std::array::from_fn(|i| k[i]); 2] },
-        (RefineArg::Compensated, None, None) => Refine::DEFAULT,
+        (RefineArg::Compensated, None, None) => {
+            tracing::info!(
+                "codes are fitted for k_chunk 8 of all projections (--for-k-chunks or --for-tuned say otherwise)"
+            );
+            Refine::DEFAULT
+        }
     })
 }
 

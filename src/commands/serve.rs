@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use decdec::device;
-use decdec::engine;
+use decdec::engine::{self, Compensate};
 use decdec::open::Opened;
 use decdec::serve::{App, Ending, Keys, Line, Options, Scheduler, Server, Slots};
 use decdec::tokenizer::{TextFiles, Tokenizer};
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let app = App::new(Arc::clone(&line), Arc::clone(&tokenizer), served);
     let server = Server::start(listener, app, args.connections, ending)?;
     let address = server.address();
-    let options = super::options(&device, &opened, &args.run, max_seq_len, true)?;
+    let options = super::options(&device, &opened, &args.run, max_seq_len, true, Compensate::Tuned)?;
     let engine = super::load(&device, &opened, &engine::Options { slots: args.slots, ..options })?;
     let texts = Slots::new(&engine, args.slots)?;
     let patience = Duration::from_millis(args.max_wait as u64);

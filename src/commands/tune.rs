@@ -3,10 +3,11 @@
 use anyhow::{Result, bail, ensure};
 use decdec::config::{ModelConfig, Projection};
 use decdec::engine::{self, Compensate};
-use decdec::tune::{self, Directories, Options, Verification};
+use decdec::tune::{self, Directories, Objective, Options, Verification};
+use decdec::tuned::KlWeights;
 
 use super::profile::{Named, device, one_width};
-use crate::cli::TuneArgs;
+use crate::cli::{ObjectiveArg, TuneArgs};
 use crate::output;
 
 /// Runs the command.
@@ -48,6 +49,7 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
         shapes,
         targets: args.target_slowdown.clone(),
         exhaustive: args.exhaustive,
+        objective: objective(args)?,
     })?;
     let to = Directories { csv: args.csv_dir.clone(), plots: args.plots_dir.clone(), tuned: args.tuned_dir.clone() };
     if args.verify {
@@ -58,7 +60,7 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
         let context = named.opened.weights().config().max_position_embeddings;
         let tokens = args.verify_tokens.min(context.saturating_sub(Verification::OVERHEAD));
         let how = Verification { tokens, rounds: ROUNDS, selection: args.on.selection.into() };
-        let device = device(&args.on.device, name.fp_dtype)?;
+        let device = device(&args.on.device, name.fp_dtype, false)?;
         let options = engine::Options {
             max_seq_len: Some(how.max_seq_len()),
             compensate: Compensate::Off,
@@ -78,6 +80,23 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     }
     // Last, so that all is written where the reader of the report has gone.
     output::text(outcome.to_string())
+}
+
+/// What is asked for; where nothing is, what the checkpoint has weights for.
+fn objective(args: &TuneArgs) -> Result<Objective> {
+    let checkpoint = &args.name.named.checkpoint_path;
+    let weights = match args.objective {
+        Some(ObjectiveArg::K) => None,
+        _ => KlWeights::read(checkpoint)?,
+    };
+    ensure!(
+        weights.is_some() || args.objective != Some(ObjectiveArg::Kl),
+        "--objective kl needs weights, but {} has none: measure them with decdec eval perplexity {} --compare SOURCE \
+         --write-weights",
+        checkpoint.display(),
+        checkpoint.display()
+    );
+    Ok(weights.map_or(Objective::Channels, |weights| Objective::Divergence(weights.per_k_chunk)))
 }
 
 /// Texts that a choice is measured with.

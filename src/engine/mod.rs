@@ -20,7 +20,9 @@
 
 pub(crate) mod answer;
 mod batch;
+mod compensate;
 mod error;
+mod first_use;
 mod made;
 pub(crate) mod runner;
 mod session;
@@ -31,7 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result as Anyhow, anyhow, ensure};
+use anyhow::anyhow;
 
 use crate::backend::{DECODE_ROWS, DecodeBackend, DeviceInfo, KvBits};
 use crate::config::ModelConfig;
@@ -42,7 +44,6 @@ use crate::open::Opened;
 use crate::progress::{Progress, Silent};
 use crate::timeline::Timeline;
 use crate::tokenizer::Tokenizer;
-use crate::tuned::Tuned;
 use crate::weights::{ModelWeights, Weight};
 
 pub use batch::{Batch, Event, TextId};
@@ -51,6 +52,7 @@ pub use made::{Finish, Generated, Piece, Settings, per_second};
 pub use session::Session;
 pub use speculation::{Draft, Drafting, Lookup, MOST_GUESSED, Speculate};
 
+use compensate::settled;
 use runner::{OnDevice, Runner};
 
 /// What may go wrong in an engine.
@@ -62,10 +64,13 @@ const DEFAULT_SEQ_LEN: usize = 8192;
 /// How a model is compensated.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Compensate {
-    /// As `tuned.json` of the checkpoint says, if it fits the device and the model; else by default, if the model has
-    /// residuals.
+    /// As `tuned.json` of the checkpoint says, if it fits the device and the model; else, if the model has residuals, as
+    /// was measured in two seconds at first use on the device: what costs a token 10 % at most.
     #[default]
     Tuned,
+    /// As the checkpoint was made to be, or 8 of 1024 channels where it does not say: results do not depend on the
+    /// device, and nothing is timed.
+    AsMade,
     /// As this file says, which `decdec tune` wrote.
     File(PathBuf),
     /// So: one set for all layers, or one for each bit width, fewest bits first.
@@ -286,7 +291,7 @@ impl<'d> Job<'d> for Load<'_> {
         progress.set_length(weights.config().layers.len() as u64);
         let mut model = Model::load_with_head(backend, weights, head, |_| progress.inc(1))?;
         model.keep_in(options.kv_bits);
-        let by_bits = settled(&model, opened.path(), &options.compensate).map_err(Error::input)?;
+        let by_bits = settled(&mut model, opened, options).map_err(Error::input)?;
         let compensation = by_bits.map(|by_bits| Compensation { by_bits, selection: options.selection });
         model.compensate(compensation.as_ref()).map_err(Error::input)?;
         Ok(Engine {
@@ -295,49 +300,4 @@ impl<'d> Job<'d> for Load<'_> {
             ..Engine::with_slots(model, options.slots, max_seq_len)
         })
     }
-}
-
-/// How `model`, opened from `path`, is to be compensated; what was not asked for in so many words is noted.
-fn settled<B: DecodeBackend>(
-    model: &Model<'_, B>,
-    path: Option<&Path>,
-    asked: &Compensate,
-) -> Anyhow<Option<Vec<LayerCompensation>>> {
-    let is_full_precision = model.bit_widths().is_empty();
-    let beside = path.map(|path| path.join("tuned.json")).filter(|file| file.is_file());
-    match asked {
-        Compensate::Off => return Ok(None),
-        Compensate::Sets(sets) => return Ok(Some(sets.clone())),
-        Compensate::File(file) => {
-            ensure!(!is_full_precision, "a full-precision model has nothing to compensate, leave the tuned file out");
-            return tuned(model, file).with_context(|| file.display().to_string()).map(Some);
-        }
-        Compensate::Tuned if is_full_precision => return Ok(None),
-        Compensate::Tuned => {}
-    }
-    if let Some(file) = beside {
-        // A damaged file is an error; one of another device or model is not.
-        Tuned::read(&file)?;
-        match tuned(model, &file) {
-            Ok(sets) => return Ok(Some(sets)),
-            Err(error) => tracing::info!("{} is left aside: {error:#}", file.display()),
-        }
-    }
-    if !model.has_residuals() {
-        tracing::info!("the model has no residuals: nothing is compensated");
-        return Ok(None);
-    }
-    let sets = vec![LayerCompensation::by_default(model.backend().device())];
-    tracing::info!("compensating with {} (not tuned for this device)", LayerCompensation::spelled(&sets));
-    Ok(Some(sets))
-}
-
-/// What `file` says of this device and model: a set for each bit width.
-fn tuned<B: DecodeBackend>(model: &Model<'_, B>, file: &Path) -> Anyhow<Vec<LayerCompensation>> {
-    let shapes = model.config().shapes(0);
-    let chosen = Tuned::choose(&Tuned::read(file)?, model.backend().device(), shapes, &model.bit_widths())?;
-    let sets: Vec<_> =
-        chosen.iter().map(|tuned| LayerCompensation { n_tb: tuned.n_tb, k_chunks: tuned.k_chunks }).collect();
-    tracing::info!("compensating with {}, as {} says", LayerCompensation::spelled(&sets), file.display());
-    Ok(sets)
 }

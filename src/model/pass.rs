@@ -196,7 +196,7 @@ impl<B: DecodeBackend> Model<'_, B> {
     }
 
     /// The operations of a pass: the model, and a choice after rows `which` of it, each for the text of its slot.
-    fn run(
+    pub(super) fn run(
         &self,
         state: &mut State<B>,
         input: Input<'_>,

@@ -2,6 +2,7 @@
 //! file in the export schema of Nsight Systems that says when it ran.
 //!
 //! - [`trace`]: the lines of the trace;
+//! - [`TokenTime`]: what whole tokens took, in a table of our own beside the kernels;
 //! - [`Writer`]: both files, one transaction per configuration, resumable;
 //! - [`read`]: both files, of ours or of a real Nsight Systems;
 //! - [`adopt`]: a profile whose times are replaced by those of a real Nsight Systems.
@@ -11,6 +12,7 @@ pub mod trace;
 mod adopt;
 mod reader;
 mod rows;
+mod tokens;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +27,7 @@ pub use crate::backend::record::KernelRecord;
 pub use adopt::adopt;
 pub(crate) use reader::capture;
 pub use reader::{Profile, read};
+pub use tokens::TokenTime;
 pub use writer::Writer;
 
 /// The compensation kernel's name in both files.
@@ -108,9 +111,42 @@ impl Identity {
     }
 }
 
+/// The version of what a profile of ours says of itself. Version 1 knew single products only and did not say so.
+const FORMAT: usize = 2;
+
+/// What a profile's times are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Single products, each with its compensation, one launch behind the other.
+    Products,
+    /// Whole tokens, as they are decoded; the rows of a product are its stretch of a token.
+    Tokens,
+}
+
+impl Kind {
+    /// `products` or `tokens`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Products => "products",
+            Self::Tokens => "tokens",
+        }
+    }
+}
+
+impl FromStr for Kind {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let found = [Self::Products, Self::Tokens].into_iter().find(|kind| kind.name() == name);
+        found.with_context(|| format!("{name:?}, products or tokens is expected"))
+    }
+}
+
 /// How and on what a profile was taken; kept in `META_DATA_CAPTURE`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Capture {
+    /// What was measured.
+    pub kind: Kind,
     /// What the profile is of.
     pub identity: Identity,
     /// `(in_features, out_features)` of the four projections.
@@ -129,8 +165,10 @@ pub struct Capture {
     pub driver: String,
     /// Tokens measured per configuration.
     pub tokens: usize,
-    /// Layers that take turns, so that caches do not serve the weights.
+    /// Layers of a token; of single products, layers that take turns, so that caches do not serve the weights.
     pub layers: usize,
+    /// What all layers of a token without compensation take, ns; 0 where products were measured.
+    pub layers_ns: u64,
     /// Bytes per second of device memory, measured.
     pub device_memory: f64,
     /// Bytes per second of the host link, measured.
@@ -147,6 +185,8 @@ impl Capture {
         let id = &self.identity;
         let list = |v: &[usize]| v.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
         let mut rows = vec![
+            ("FORMAT", FORMAT.to_string()),
+            ("KIND", self.kind.name().into()),
             ("PREFIX", id.prefix.clone()),
             ("MODEL", id.model.clone()),
             ("FP_DTYPE", id.precision.name().into()),
@@ -160,6 +200,7 @@ impl Capture {
             ("DRIVER", self.driver.clone()),
             ("TOKENS", self.tokens.to_string()),
             ("LAYERS", self.layers.to_string()),
+            ("LAYERS_NS", self.layers_ns.to_string()),
             ("DEVICE_MEMORY_BYTES_PER_SECOND", self.device_memory.to_string()),
             ("HOST_LINK_BYTES_PER_SECOND", self.host_link.to_string()),
             ("N_TBS", list(&self.n_tbs)),
@@ -187,6 +228,11 @@ impl Capture {
         };
         let number = |name: &str| numbers(name)?.first().copied().with_context(|| format!("{PREFIX}{name} is empty"));
         let speed = |name: &str| -> Result<f64> { text(name)?.parse().with_context(|| format!("{PREFIX}{name}")) };
+        let format = if text("FORMAT").is_ok() { number("FORMAT")? } else { 1 };
+        ensure!(
+            format == FORMAT,
+            "a profile of format {format}, this program reads {FORMAT}: take it again with decdec profile --overwrite"
+        );
         let mut shapes = [(0, 0); 4];
         for (shape, name) in shapes.iter_mut().zip(SHAPE_ROWS) {
             let [inputs, outputs] = numbers(name)?[..] else {
@@ -196,6 +242,7 @@ impl Capture {
         }
         let choice = |name: &str| format!("META_DATA_CAPTURE: {PREFIX}{name} is not one that we know");
         Ok(Some(Self {
+            kind: text("KIND")?.parse().with_context(|| choice("KIND"))?,
             identity: Identity {
                 prefix: text("PREFIX")?.into(),
                 model: text("MODEL")?.into(),
@@ -212,6 +259,7 @@ impl Capture {
             driver: text("DRIVER")?.into(),
             tokens: number("TOKENS")?,
             layers: number("LAYERS")?,
+            layers_ns: number("LAYERS_NS")? as u64,
             device_memory: speed("DEVICE_MEMORY_BYTES_PER_SECOND")?,
             host_link: speed("HOST_LINK_BYTES_PER_SECOND")?,
             n_tbs: numbers("N_TBS")?,

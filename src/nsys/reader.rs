@@ -9,7 +9,7 @@ use rusqlite::Connection;
 
 use super::trace::{self, Line};
 use super::writer::meta_rows;
-use super::{Capture, DEC_KERNEL, Identity, KernelRecord, rows};
+use super::{Capture, DEC_KERNEL, Identity, KernelRecord, TokenTime, rows, tokens};
 use crate::files;
 use crate::format::Format;
 
@@ -25,6 +25,8 @@ pub struct Profile {
     pub device_name: Option<String>,
     /// Every line of the trace and when its kernel ran, in the order of launch.
     pub kernels: Vec<(Line, KernelRecord)>,
+    /// What whole tokens took, in the order of measurement; empty where products were measured.
+    pub tokens: Vec<TokenTime>,
 }
 
 /// Reads the trace and the SQLite file that belong to `identity`.
@@ -51,7 +53,7 @@ pub(crate) fn capture(sqlite: &Path) -> Result<Option<Capture>> {
     if !rows::tables(&db).with_context(in_file)?.iter().any(|table| table == "META_DATA_CAPTURE") {
         return Ok(None);
     }
-    Capture::from_rows(&meta_rows(&db, "META_DATA_CAPTURE").with_context(in_file)?)
+    Capture::from_rows(&meta_rows(&db, "META_DATA_CAPTURE").with_context(in_file)?).with_context(in_file)
 }
 
 fn join(db: &Connection, lines: &[Line], identity: &Identity) -> Result<Profile> {
@@ -86,7 +88,8 @@ fn join(db: &Connection, lines: &[Line], identity: &Identity) -> Result<Profile>
     let mut next = |line: &Line| queues.get_mut(line.kernel_name(identity.format)).and_then(Iterator::next);
     let kernels =
         lines.iter().map(|line| Ok((*line, next(line).context("counts were checked")?))).collect::<Result<_>>()?;
-    Ok(Profile { capture, device_name, kernels })
+    let tokens = if has(tokens::TABLE) { tokens::read(db)? } else { Vec::new() };
+    Ok(Profile { capture, device_name, kernels, tokens })
 }
 
 fn check_identity(found: &Identity, asked: &Identity) -> Result<()> {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::trace::{Line, Role};
-use super::{Capture, KernelRecord, PREFIX};
+use super::{Capture, KernelRecord, PREFIX, TokenTime, tokens};
 use crate::files::{self, Lock};
 
 /// Tables of the export schema with the columns that describe a kernel, in Nsight's order.
@@ -32,6 +32,8 @@ CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INTEGER NOT NULL, end INTEGER NOT
     staticSharedMemory INTEGER NOT NULL, dynamicSharedMemory INTEGER NOT NULL,
     localMemoryPerThread INTEGER NOT NULL, localMemoryTotal INTEGER NOT NULL, gridId INTEGER NOT NULL,
     sharedMemoryExecuted INTEGER, graphNodeId INTEGER, sharedMemoryLimitConfig INTEGER);
+CREATE TABLE DECDEC_TOKENS (n_tb INTEGER NOT NULL, qkv INTEGER NOT NULL, o INTEGER NOT NULL, gu INTEGER NOT NULL,
+    d INTEGER NOT NULL, token_ns INTEGER NOT NULL, base_ns INTEGER NOT NULL);
 CREATE TABLE DECDEC_SWEEP (configuration INTEGER PRIMARY KEY, pairs INTEGER NOT NULL, trace TEXT NOT NULL);
 ";
 
@@ -131,6 +133,14 @@ impl Writer {
         self.configurations
     }
 
+    /// What whole tokens took, as far as that is in.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn tokens(&self) -> Result<Vec<TokenTime>> {
+        tokens::read(&self.db)
+    }
+
     /// The number of the next pair.
     pub fn pairs(&self) -> usize {
         self.pairs
@@ -143,6 +153,14 @@ impl Writer {
     /// # Errors
     /// A record without a time (start or end 0, or an end that is not after its start), or the disk is full.
     pub fn append(&mut self, kernels: &[(Line, KernelRecord)]) -> Result<()> {
+        self.append_token(kernels, None)
+    }
+
+    /// The same with what a whole token took, of which `kernels` are stretches.
+    ///
+    /// # Errors
+    /// Those of [`Writer::append`].
+    pub fn append_token(&mut self, kernels: &[(Line, KernelRecord)], token: Option<&TokenTime>) -> Result<()> {
         for (line, record) in kernels {
             ensure!(
                 record.start_ns > 0 && record.end_ns > record.start_ns,
@@ -175,6 +193,9 @@ impl Writer {
                 trace += &format!("{}\n", line.display(format));
                 pairs += usize::from(matches!(line.role, Role::Concurrent(pair) if pair == self.pairs + pairs));
             }
+        }
+        if let Some(token) = token {
+            tokens::insert(&transaction, token)?;
         }
         transaction.execute("INSERT INTO DECDEC_SWEEP (pairs, trace) VALUES (?1, ?2)", params![pairs as i64, trace])?;
         transaction.commit()?;

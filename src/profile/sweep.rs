@@ -11,7 +11,7 @@ use crate::config::Projection;
 use crate::dec::DecPlan;
 use crate::fingerprint::Fingerprint;
 use crate::nsys::trace::{Kernel, Line, Role};
-use crate::nsys::{Capture, KernelRecord, Writer};
+use crate::nsys::{Capture, KernelRecord, Kind, Writer};
 use crate::sampling::draws;
 use crate::weights::{Linear, ModelWeights};
 
@@ -99,6 +99,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
         n_tbs.sort_unstable();
         n_tbs.dedup();
         Capture {
+            kind: Kind::Products,
             identity: self.options.identity.clone(),
             shapes: self.shapes,
             weights: self.options.weights.clone(),
@@ -109,6 +110,7 @@ impl<'a, B: GemvBackend> Sweep<'a, B> {
             driver: device.driver.clone(),
             tokens: self.options.tokens,
             layers: self.layers.len(),
+            layers_ns: 0,
             device_memory: 0.0,
             host_link: 0.0,
             n_tbs,
@@ -308,7 +310,7 @@ fn inputs<B: GemvBackend>(backend: &B, layer: &Layer<B>, seed: usize) -> Result<
     })
 }
 
-fn progress(configurations: u64) -> ProgressBar {
+pub(super) fn progress(configurations: u64) -> ProgressBar {
     let style = ProgressStyle::with_template("profile {wide_bar} {pos}/{len} configurations, {eta} left");
     ProgressBar::new(configurations).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

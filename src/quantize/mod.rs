@@ -130,10 +130,28 @@ impl Refine {
                 let spell = |k_chunks: [usize; 4]| k_chunks.map(|k| k.to_string()).join(" ");
                 let raised =
                     if bits.is_mixed() && low != high { format!(" and {}", spell(high)) } else { String::new() };
-                format!(", refined for k_chunk {}{raised}", spell(low))
+                format!("{REFINED_FOR}{}{raised}", spell(low))
             }
         }
     }
+}
+
+const REFINED_FOR: &str = ", refined for k_chunk ";
+
+/// What a checkpoint of this `calibration` ([`Manifest::calibration`]) was made to be compensated with: `k_chunk` of qkv,
+/// o, gu and d in the layers with fewest bits and in those with most; `None` where its codes were fitted to weights alone.
+pub fn made_for(calibration: &str) -> Option<[[usize; 4]; 2]> {
+    if calibration.contains(", refined for no compensation") {
+        return Some([[0; 4]; 2]);
+    }
+    let (_, k_chunks) = calibration.rsplit_once(REFINED_FOR)?;
+    let k_chunks = k_chunks.split(',').next()?;
+    let set = |text: &str| -> Option<[usize; 4]> {
+        let k_chunk = |k: &str| k.parse().ok().filter(|k| *k <= CHUNK);
+        text.split(' ').map(k_chunk).collect::<Option<Vec<usize>>>()?.try_into().ok()
+    };
+    let (low, high) = k_chunks.split_once(" and ").unwrap_or((k_chunks, k_chunks));
+    Some([set(low)?, set(high)?])
 }
 
 /// What was made.

@@ -1,6 +1,7 @@
 //! From a profile to `n_tb` and `k_chunk` (spec §4.2): read, search, report.
 //!
 //! - [`search`]: the two phases and the true optimum, pure;
+//! - `weighted`: the best choice where whole tokens were measured, or channels are not worth the same everywhere;
 //! - [`Table`]: medians of a profile's kernel times;
 //! - [`Outcome`]: its `Display` is the report, [`Outcome::write`] leaves CSV, plots and the tuned files;
 //! - [`verify`]: real tokens at the chosen values, and another search where they are too slow;
@@ -12,6 +13,7 @@ mod plot;
 mod report;
 mod table;
 mod verify;
+mod weighted;
 
 use std::fs;
 use std::path::PathBuf;
@@ -20,13 +22,13 @@ use anyhow::{Context, Result, ensure};
 
 use crate::config::Projection;
 use crate::files;
-use crate::nsys::{self, Capture, Identity};
+use crate::nsys::{self, Capture, Identity, Kind, Profile};
 use crate::tuned::{self, Device, Tuned};
 
 use search::{Choice, Found, Timings};
 
 pub use table::{Sample, Table};
-pub use verify::{Verification, Verified, hold, verify};
+pub use verify::{Verification, Verified, search_until_within, settle, verify};
 
 /// What to tune.
 #[derive(Debug, Clone)]
@@ -39,8 +41,41 @@ pub struct Options {
     pub shapes: [Option<(usize, usize)>; 4],
     /// Slowdowns to aim for, per cent.
     pub targets: Vec<f64>,
-    /// Also find the true optimum.
+    /// Also find the true optimum; of whole tokens, the best choice that was measured as it is.
     pub exhaustive: bool,
+    /// What the search makes the most of.
+    pub objective: Objective,
+}
+
+/// What the search makes the most of.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Objective {
+    /// Channels: of single products Σ `k_chunk` as the reference does, of whole tokens Σ `k_chunk` · bytes.
+    #[default]
+    Channels,
+    /// What compensation gives back of the Kullback-Leibler divergence from the source: nats for each unit of `k_chunk`
+    /// of qkv, o, gu and d, as [`KlWeights`](crate::tuned::KlWeights) has them.
+    Divergence([f64; 4]),
+}
+
+impl Objective {
+    /// `k` or `kl`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Channels => "k",
+            Self::Divergence(_) => "kl",
+        }
+    }
+
+    /// What a unit of each module's `k_chunk` is worth; `None` where the two phases of spec §4.2 decide.
+    fn weights(self, timings: &Timings) -> Option<[f64; 4]> {
+        match self {
+            Self::Divergence(weights) => Some(weights),
+            Self::Channels if timings.token.is_none() => None,
+            // Bytes for each channel of a chunk, and chunks.
+            Self::Channels => Some(timings.modules.each_ref().map(|m| m.shape.0 as f64 * m.shape.1 as f64)),
+        }
+    }
 }
 
 /// Where results go; directories are made if missing.
@@ -72,6 +107,8 @@ pub struct Tuning {
 pub struct Outcome {
     /// What the profile is of.
     pub identity: Identity,
+    /// What the search made the most of.
+    pub objective: Objective,
     /// How it was taken, if we took it.
     pub capture: Option<Capture>,
     /// The card's name, if the profile tells.
@@ -103,19 +140,25 @@ pub fn run(options: &Options) -> Result<Outcome> {
     let profile = nsys::read(&identity.trace(&options.dir), &identity.sqlite(&options.dir), identity)?;
     let shapes = shapes(&options.shapes, profile.capture.as_ref())?;
     let table = Table::new(&profile)?;
-    let timings = table.timings(shapes);
+    let timings = timings(&table, &profile, shapes)?;
+    let weights = options.objective.weights(&timings);
     let base = timings.base_us();
     let tunings: Vec<_> = options
         .targets
         .iter()
         .map(|&target| {
             let budget = base * (1.0 + target / 100.0);
-            let exhaustive = options.exhaustive.then(|| timings.exhaustive(budget));
-            Tuning { target, found: timings.search(budget), exhaustive, verified: None }
+            let exhaustive = options.exhaustive.then(|| timings.optimum(budget, weights));
+            let found = match weights {
+                Some(weights) => timings.search_weighted(&|_| budget, weights),
+                None => timings.search(budget),
+            };
+            Tuning { target, found, exhaustive, verified: None }
         })
         .collect();
     Ok(Outcome {
         identity: identity.clone(),
+        objective: options.objective,
         capture: profile.capture,
         device_name: profile.device_name,
         shapes,
@@ -124,6 +167,19 @@ pub fn run(options: &Options) -> Result<Outcome> {
         timings,
         tunings,
     })
+}
+
+/// What the search works on, whatever the profile is of.
+///
+/// # Errors
+/// A profile of whole tokens that has none.
+pub fn timings(table: &Table, profile: &Profile, shapes: [(usize, usize); 4]) -> Result<Timings> {
+    match &profile.capture {
+        Some(capture) if capture.kind == Kind::Tokens => {
+            table.token_timings(shapes, &profile.tokens, (capture.layers, capture.layers_ns))
+        }
+        _ => Ok(table.timings(shapes)),
+    }
 }
 
 /// The projections' shapes: given, or the profile's; never two different ones.
@@ -153,7 +209,21 @@ fn shapes(given: &[Option<(usize, usize)>; 4], capture: Option<&Capture>) -> Res
 /// What the search had to leave out, and where it ended at the edge of what was measured.
 fn notices(timings: &Timings, tunings: &[Tuning]) -> Vec<String> {
     let mut notices = Vec::new();
-    for (projection, module) in Projection::ALL.into_iter().zip(&timings.0) {
+    if let Some(token) = &timings.token {
+        notices.push(format!(
+            "whole tokens were measured: a layer's time is its part of a token but {:.2} us before and after all layers, \
+             the slowdown is the token's",
+            token.outside_us
+        ));
+        let least = token.measured.iter().min_by(|a, b| a.2.total_cmp(&b.2));
+        if let Some((n_tb, k_chunks, us)) = least {
+            let slower = (us / timings.base_us() - 1.0) * 100.0;
+            notices.push(format!(
+                "the least price of any compensation that was measured: {slower:+.2} % for k_chunk {k_chunks:?} at n_tb {n_tb}"
+            ));
+        }
+    }
+    for (projection, module) in Projection::ALL.into_iter().zip(&timings.modules) {
         if module.curves.is_empty() {
             notices.push(format!("{projection} was never measured with compensation, it stays without"));
         }
@@ -198,12 +268,18 @@ impl Outcome {
             clock: if self.capture.is_some() { text(|c| &c.clock) } else { "Nsight Systems".into() },
             target_slowdown: tuning.target,
             slowdown: (fine.us() / base - 1.0) * 100.0,
-            base_layer_us: base,
-            layer_us: fine.us(),
+            base_layer_us: base - self.outside_us(),
+            layer_us: fine.us() - self.outside_us(),
             real_slowdown: tuning.verified.as_ref().map(|verified| verified.slowdown),
+            objective: Some(self.objective.name().into()),
             n_tb: fine.n_tb,
             k_chunks: fine.k_chunks(),
         }
+    }
+
+    /// What a layer's time has in it that is not the layer's: its part of what comes before and after all layers, µs.
+    fn outside_us(&self) -> f64 {
+        self.timings.token.as_ref().map_or(0.0, |token| token.outside_us)
     }
 
     /// Writes the CSV, the plots and one tuned file per target; returns their paths.
@@ -218,7 +294,7 @@ impl Outcome {
         let mut written = vec![to.csv.join(format!("{stem}.csv"))];
         files::replace(&written[0], |path| Ok(fs::write(path, report::csv(self)?)?))?;
         for projection in Projection::ALL {
-            if !self.timings.0[projection.index()].curves.is_empty() {
+            if !self.timings.modules[projection.index()].curves.is_empty() {
                 let path = to.plots.join(format!("{stem}_{projection}.png"));
                 files::replace(&path, |path| plot::module(self, projection, path))?;
                 written.push(path);

@@ -62,7 +62,7 @@ fn picture(
 
 /// Relative time over `k_chunk` of one module, a panel for every `n_tb`; points as measured, a line as smoothed.
 pub(super) fn module(outcome: &Outcome, projection: Projection, path: &Path) -> Result<()> {
-    let module = &outcome.timings.0[projection.index()];
+    let module = &outcome.timings.modules[projection.index()];
     let panels = module.curves.len();
     let columns = ((panels as f64 * 1.2).sqrt().ceil() as usize).max(2).min(panels.max(1));
     let rows = panels.div_ceil(columns);
@@ -82,7 +82,7 @@ pub(super) fn overview(outcome: &Outcome, path: &Path) -> Result<()> {
     let size = (2 * (QUARTER.0 + NOTES), 2 * QUARTER.1 + TITLE);
     let title = format!("all modules, layer base {:.2} µs", outcome.timings.base_us());
     picture(outcome, path, size, &title, |body| {
-        let mut modules = Projection::ALL.into_iter().zip(&outcome.timings.0).zip(body.split_evenly((2, 2)));
+        let mut modules = Projection::ALL.into_iter().zip(&outcome.timings.modules).zip(body.split_evenly((2, 2)));
         modules.try_for_each(|((projection, module), area)| quarter(outcome, projection, module, &area))
     })
 }
@@ -95,7 +95,7 @@ fn panel(
     area: &Area<'_>,
     y: std::ops::Range<f64>,
 ) -> Drawn {
-    let base = outcome.timings.0[projection.index()].base_us;
+    let base = outcome.timings.modules[projection.index()].base_us;
     let x = 0.0..last_k(curve) * 1.04;
     let here = || chosen(outcome, projection).filter(|(chosen, ..)| chosen.n_tb == n_tb);
     let targets: Vec<_> = here().map(|(_, tuning, _)| format!("{} %", per_cent(tuning.target))).collect();
@@ -223,7 +223,7 @@ fn legend(root: &Area<'_>, width: u32, tunings: &[Tuning]) -> Drawn {
 
 /// How far up a module's picture reaches, µs: to its slowest time, but no further than tells the targets apart.
 fn top(outcome: &Outcome, projection: Projection) -> f64 {
-    let module = &outcome.timings.0[projection.index()];
+    let module = &outcome.timings.modules[projection.index()];
     let slowest = module.curves.values().flatten().map(|&(_, us)| us).fold(module.base_us, f64::max);
     let widest = outcome.tunings.iter().map(|t| t.target / 100.0).fold(0.0, f64::max);
     let most = module.base_us * (1.0 + (2.5 * widest).max(0.3));

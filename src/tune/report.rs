@@ -7,12 +7,13 @@ use comfy_table::{Table as TextTable, presets};
 
 use super::search::Choice;
 use super::table::{Sample, Table};
-use super::{Outcome, Tuning, Verified};
+use super::{Objective, Outcome, Tuning, Verified};
 use crate::config::Projection;
 use crate::dec::CHUNK;
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "note: objective {}: {}", self.objective.name(), self.objective_means())?;
         for notice in &self.notices {
             writeln!(f, "note: {notice}")?;
         }
@@ -28,6 +29,17 @@ impl fmt::Display for Outcome {
 }
 
 impl Outcome {
+    fn objective_means(&self) -> String {
+        match self.objective {
+            Objective::Divergence(weights) => {
+                let weights = weights.map(|w| format!("{w:.2e}")).join(", ");
+                format!("the divergence that compensation gives back, nats for a unit of k_chunk {weights}")
+            }
+            Objective::Channels if self.timings.token.is_some() => "the sum of k_chunk times bytes".into(),
+            Objective::Channels => "the sum of k_chunk".into(),
+        }
+    }
+
     /// The report for one target.
     fn one(&self, tuning: &Tuning) -> String {
         let id = &self.identity;
@@ -62,7 +74,7 @@ impl Outcome {
             line(&mut out, &format!("Real slowdown of a token : {slowdown:.2} % ({base_ms:.3} to {tuned_ms:.3} ms)"));
             for (k_chunks, slowdown) in missed {
                 let k_chunks = k_chunks.map(|k| k.to_string()).join(", ");
-                line(&mut out, &format!("    k_chunk {k_chunks} took {slowdown:.2} %: searched again with less"));
+                line(&mut out, &format!("    k_chunk {k_chunks} took {slowdown:.2} %: too slow, others were tried"));
             }
         }
         out
@@ -74,7 +86,7 @@ impl Outcome {
         for ((projection, (inputs, outputs)), m) in modules() {
             line(out, &format!("    {projection} ({inputs} x {outputs}): {} / {CHUNK} (n_tb={})", m.k_chunk, m.n_tb));
         }
-        let (us, slowdown) = (choice.us(), choice.us() / self.timings.base_us());
+        let (us, slowdown) = (choice.us() - self.outside_us(), choice.us() / self.timings.base_us());
         line(out, &format!("{name} layer time: {us:.2} us (Slowdown: {slowdown:.2})"));
         for ((projection, (inputs, outputs)), m) in modules() {
             line(out, &format!("    {projection} ({inputs} x {outputs}): {:.2} us", m.us));
@@ -98,7 +110,7 @@ impl Outcome {
             let mut row = vec![
                 per_cent(tuning.target),
                 format!("{:.2}", (fine.us() / self.timings.base_us() - 1.0) * 100.0),
-                format!("{:.2}", fine.us()),
+                format!("{:.2}", fine.us() - self.outside_us()),
                 fine.n_tb.to_string(),
                 fine.k_chunks().map(|k| k.to_string()).join(", "),
                 fine.sum_k().to_string(),

@@ -1,7 +1,9 @@
 //! The search (spec §4.2; DecDEC §6): pure arithmetic on a table of times.
 //!
-//! First one `k_chunk` for all modules, then single modules raised while the layer fits its target. Times are
-//! smoothed first: in `k_chunk` they can only grow, so that what shrinks is noise.
+//! Of single products: first one `k_chunk` for all modules, then single modules raised while the layer fits its target.
+//! Of whole tokens, whose prices are more than the modules' ([`Token`]), and where channels are worth more in one module
+//! than in another: the best of all choices ([`weighted`](Timings::search_weighted)). Times are smoothed first: in
+//! `k_chunk` they can only grow, so that what shrinks is noise.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,9 +24,28 @@ pub struct Module {
     pub curves: BTreeMap<usize, Curve>,
 }
 
-/// What is known of the four modules, in the order of [`Projection::ALL`].
+/// What is known of a layer. Where whole tokens were measured, a layer's time is a token's, divided by its layers.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Timings(pub [Module; 4]);
+pub struct Timings {
+    /// In the order of [`Projection::ALL`].
+    pub modules: [Module; 4],
+    /// Where whole tokens were measured: what a layer takes besides the four modules.
+    pub token: Option<Token>,
+}
+
+/// What a layer of a token takes besides the four modules, and what was measured of it as a whole.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Token {
+    /// Whatever is compensated, µs: attention, and a layer's part of what comes before and after all layers.
+    pub rest_us: f64,
+    /// The latter of the two, µs.
+    pub outside_us: f64,
+    /// What being ready to compensate adds, by `n_tb`, µs: blocks that compensate are missing elsewhere. Nothing is
+    /// compensated without it.
+    pub ready_us: BTreeMap<usize, f64>,
+    /// Choices that were measured as they are: `n_tb`, `k_chunk` of each module, time of the layer, µs.
+    pub measured: Vec<(usize, [usize; 4], f64)>,
+}
 
 /// One way to run a layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +54,8 @@ pub struct Choice {
     pub n_tb: usize,
     /// What each module makes of it.
     pub modules: [Chosen; 4],
+    /// What the layer takes besides, µs; see [`Token`].
+    pub besides_us: f64,
 }
 
 /// One way to run a module.
@@ -75,7 +98,7 @@ impl Module {
     }
 
     /// The curve at the largest measured `n_tb` that is not above `most`.
-    fn at(&self, most: usize) -> Option<(usize, &Curve)> {
+    pub(super) fn at(&self, most: usize) -> Option<(usize, &Curve)> {
         self.curves.range(..=most).next_back().map(|(&n_tb, curve)| (n_tb, curve))
     }
 }
@@ -98,7 +121,18 @@ fn isotonic(values: impl Iterator<Item = f64>) -> Vec<f64> {
 impl Choice {
     /// Time of the layer, µs.
     pub fn us(&self) -> f64 {
-        self.modules.iter().map(|m| m.us).sum()
+        self.modules.iter().map(|m| m.us).sum::<f64>() + self.besides_us
+    }
+
+    /// What the choice is worth: Σ `k_chunk`, weighted.
+    pub fn worth(&self, weights: [f64; 4]) -> f64 {
+        self.modules.iter().zip(weights).map(|(m, weight)| m.k_chunk as f64 * weight).sum()
+    }
+
+    /// Whether both are the same way to run a layer, whatever was expected of it.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let none = self.sum_k() == 0 && other.sum_k() == 0;
+        none || self.n_tb == other.n_tb && self.k_chunks() == other.k_chunks()
     }
 
     /// Σ `k_chunk`.
@@ -115,7 +149,15 @@ impl Choice {
 impl Timings {
     /// Time of the layer without compensation, µs.
     pub fn base_us(&self) -> f64 {
-        self.0.iter().map(|m| m.base_us).sum()
+        self.modules.iter().map(|m| m.base_us).sum::<f64>() + self.besides_us(0, false)
+    }
+
+    /// What a layer takes besides its modules, µs.
+    pub(super) fn besides_us(&self, n_tb: usize, compensated: bool) -> f64 {
+        let Some(token) = &self.token else { return 0.0 };
+        // Tokens were measured at every n_tb that there is a curve for.
+        let ready = token.ready_us.range(..=n_tb).next_back().map_or(0.0, |(_, us)| *us);
+        token.rest_us + if compensated { ready } else { 0.0 }
     }
 
     /// Time of the layer at these values, µs; `None` where one of them was not measured.
@@ -127,19 +169,24 @@ impl Timings {
             let (_, curve) = module.at(n_tb)?;
             curve.iter().find(|&&(k, _)| k == k_chunk).map(|&(_, us)| us)
         };
-        self.0.iter().zip(k_chunks).map(of_module).sum()
+        let whole = self.token.iter().flat_map(|token| &token.measured);
+        if let Some((.., us)) = whole.into_iter().find(|(n, k, _)| *n == n_tb && *k == k_chunks) {
+            return Some(*us);
+        }
+        let besides_us = self.besides_us(n_tb, k_chunks != [0; 4]);
+        self.modules.iter().zip(k_chunks).map(of_module).sum::<Option<f64>>().map(|us| us + besides_us)
     }
 
     /// Every `n_tb` that was measured, ascending.
     pub fn n_tbs(&self) -> Vec<usize> {
-        let all: BTreeSet<usize> = self.0.iter().flat_map(|m| m.curves.keys().copied()).collect();
+        let all: BTreeSet<usize> = self.modules.iter().flat_map(|m| m.curves.keys().copied()).collect();
         all.into_iter().collect()
     }
 
     /// All modules at the base, with at most `n_tb` thread blocks.
-    fn at_base(&self, n_tb: usize) -> Choice {
+    pub(super) fn at_base(&self, n_tb: usize) -> Choice {
         let chosen = |m: &Module| Chosen { n_tb: m.at(n_tb).map_or(n_tb, |(n, _)| n), k_chunk: 0, us: m.base_us };
-        Choice { n_tb, modules: self.0.each_ref().map(chosen) }
+        Choice { n_tb, modules: self.modules.each_ref().map(chosen), besides_us: self.besides_us(n_tb, false) }
     }
 
     /// The search of both phases, for a layer of at most `budget_us`.
@@ -158,12 +205,17 @@ impl Timings {
             }
             lower = next;
         }
+        Found { clamped: self.clamped(&fine), global, fine, excluded, uneven }
+    }
+
+    /// Modules that end at the largest `k_chunk` measured.
+    pub(super) fn clamped(&self, fine: &Choice) -> Vec<Projection> {
         let clamped = Projection::ALL.into_iter().filter(|p| {
             let chosen = fine.modules[p.index()];
-            let curve = self.0[p.index()].curves.get(&chosen.n_tb);
+            let curve = self.modules[p.index()].curves.get(&chosen.n_tb);
             chosen.k_chunk > 0 && curve.and_then(|c| c.last()).is_some_and(|&(last, _)| last == chosen.k_chunk)
         });
-        Found { clamped: clamped.collect(), global, fine, excluded, uneven }
+        clamped.collect()
     }
 
     /// Modules excluded, the first phase's result and the second's.
@@ -171,9 +223,21 @@ impl Timings {
     /// The second phase starts from every `n_tb` that reaches the common `k_chunk` of the first, and the largest
     /// sum is kept: the quickest start often leaves least to raise.
     fn both_phases(&self, budget_us: f64) -> (Vec<Projection>, Choice, Choice) {
+        let (excluded, starts) = self.all_starts(budget_us);
+        let quicker = |a: &Choice, b: &Choice| a.us().total_cmp(&b.us());
+        let global = starts.iter().min_by(|a, b| quicker(a, b)).cloned();
+        let global = global.unwrap_or_else(|| self.at_base(1));
+        let ends = starts.into_iter().map(|start| self.fine(start, budget_us));
+        let best = ends.max_by(|a, b| a.sum_k().cmp(&b.sum_k()).then_with(|| quicker(b, a)));
+        let fine = best.unwrap_or_else(|| global.clone());
+        (excluded, global, fine)
+    }
+
+    /// The first phase: modules excluded, and one way for every `n_tb` that reaches the largest common `k_chunk`.
+    pub(super) fn all_starts(&self, budget_us: f64) -> (Vec<Projection>, Vec<Choice>) {
         let mut excluded = Vec::new();
         let mut included: Vec<_> = Projection::ALL.to_vec();
-        included.sort_by_key(|p| self.0[p.index()].shape.0 * self.0[p.index()].shape.1);
+        included.sort_by_key(|p| self.modules[p.index()].shape.0 * self.modules[p.index()].shape.1);
         let starts = loop {
             if included.is_empty() {
                 // Single modules may still fit, if not the largest.
@@ -185,13 +249,7 @@ impl Timings {
             }
             excluded.push(included.remove(0));
         };
-        let quicker = |a: &Choice, b: &Choice| a.us().total_cmp(&b.us());
-        let global = starts.iter().min_by(|a, b| quicker(a, b)).cloned();
-        let global = global.unwrap_or_else(|| self.at_base(1));
-        let ends = starts.into_iter().map(|start| self.fine(start, budget_us));
-        let best = ends.max_by(|a, b| a.sum_k().cmp(&b.sum_k()).then_with(|| quicker(b, a)));
-        let fine = best.unwrap_or_else(|| global.clone());
-        (excluded, global, fine)
+        (excluded, starts)
     }
 
     /// One way for every `n_tb` that reaches the largest common `k_chunk` of the `included` modules that fits.
@@ -204,11 +262,11 @@ impl Timings {
 
     /// The largest `k_chunk` above 0 that was measured for all `included` modules and fits.
     fn start(&self, n_tb: usize, included: &[Projection], budget_us: f64) -> Option<(usize, Choice)> {
-        let (_, first) = self.0[included.first()?.index()].at(n_tb)?;
+        let (_, first) = self.modules[included.first()?.index()].at(n_tb)?;
         first.iter().rev().filter(|&&(k_chunk, _)| k_chunk > 0).find_map(|&(k_chunk, _)| {
-            let mut choice = self.at_base(n_tb);
+            let mut choice = Choice { besides_us: self.besides_us(n_tb, true), ..self.at_base(n_tb) };
             for projection in included {
-                let (_, curve) = self.0[projection.index()].at(n_tb)?;
+                let (_, curve) = self.modules[projection.index()].at(n_tb)?;
                 let point = curve.binary_search_by_key(&k_chunk, |&(k, _)| k).ok()?;
                 let chosen = &mut choice.modules[projection.index()];
                 (chosen.k_chunk, chosen.us) = curve[point];
@@ -222,7 +280,7 @@ impl Timings {
     fn fine(&self, mut choice: Choice, budget_us: f64) -> Choice {
         loop {
             let mut best: Option<(f64, usize, Chosen)> = None;
-            for (i, module) in self.0.iter().enumerate() {
+            for (i, module) in self.modules.iter().enumerate() {
                 let now = choice.modules[i];
                 let Some((_, curve)) = module.at(choice.n_tb) else { continue };
                 let next = curve.partition_point(|&(k_chunk, _)| k_chunk <= now.k_chunk);
@@ -247,7 +305,7 @@ impl Timings {
         for n_tb in self.n_tbs() {
             let start = self.at_base(n_tb);
             let mut by_sum = BTreeMap::from([(0, (start.us(), start))]);
-            for (i, module) in self.0.iter().enumerate() {
+            for (i, module) in self.modules.iter().enumerate() {
                 let Some((_, curve)) = module.at(n_tb) else { continue };
                 let mut next = BTreeMap::<usize, (f64, Choice)>::new();
                 for (sum, (_, choice)) in &by_sum {

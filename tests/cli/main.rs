@@ -8,6 +8,8 @@ mod devices;
 mod fixtures;
 
 mod calibration;
+#[cfg(unix)]
+mod chat;
 mod convert;
 mod flags;
 #[cfg(unix)]

@@ -36,6 +36,7 @@ fn help_of_every_command() {
         "convert",
         "residuals",
         "generate",
+        "chat",
         #[cfg(feature = "serve")]
         "serve",
         "eval",

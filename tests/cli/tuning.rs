@@ -65,6 +65,97 @@ fn two_commands_and_generate_takes_what_they_found() {
     refuses(tune(&["--target-slowdown", "5,10", "--save"]), &["--save keeps one result, but 2 targets"]);
 }
 
+/// The same with whole tokens, by weights that were measured with the checkpoint: what was found is taken by itself.
+#[test]
+fn whole_tokens_are_tuned_by_what_each_projection_gives_back() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let flags = ["--measure", "tokens", "--tokens", "2", "--min-n-tb", "1", "--max-n-tb", "1", "--max-k-chunk", "64"];
+    let flags = [&flags[..], &["--max-slowdown", "100000", "--mixes", "0,64"]].concat();
+    about(&shop, "profile", "run", &flags)
+        .assert()
+        .success()
+        .stdout(contains("measured         : whole tokens").and(contains("ready to compensate, nothing selected")));
+    let tune = |more: &[&str]| about(&shop, "tune", "run", &[&["--target-slowdown", "100000"], more].concat());
+    tune(&["--exhaustive"]).assert().success().stdout(
+        contains("note: objective k: the sum of k_chunk times bytes")
+            .and(contains("k_chunk per module       : 64, 64, 64, 64")),
+    );
+    refuses(tune(&["--objective", "kl"]), &["needs weights", "decdec eval perplexity checkpoint --compare SOURCE"]);
+
+    let weigh = |more: &[&str]| {
+        let mut line = decdec();
+        line.args(["eval", "perplexity"]).arg(&checkpoint).args(["--device", "cpu", "--seq-len", "16", "--text"]);
+        line.arg(shop.path("text")).args(more);
+        line
+    };
+    fs::write(shop.path("text"), "a b ab ba aab bba abab ".repeat(20)).expect("written");
+    let source = shop.path("small.gguf");
+    let source = source.to_str().expect("text");
+    refuses(weigh(&["--write-weights"]), &["--compare"]);
+    let weights = checkpoint.join("kl_weights.json");
+    assert!(!weights.exists());
+    let with = ["--compare", source, "--write-weights", "--k-chunks", "64", "64", "64", "64"];
+    weigh(&with).assert().success().stderr(contains("kl_weights.json"));
+    let wrote: serde_json::Value = serde_json::from_str(&fs::read_to_string(&weights).expect("there")).expect("JSON");
+    let worth: Vec<_> = wrote["per_k_chunk"].as_array().expect("a list").iter().filter_map(|w| w.as_f64()).collect();
+    assert!(worth.len() == 4 && worth.iter().any(|w| *w > 0.0) && worth.iter().all(|w| *w >= 0.0), "{wrote}");
+    // Of 64 channels, 16 of 1024 are one.
+    assert_eq!(wrote["k_chunk"], 16);
+    assert!(wrote["uncompensated"].as_f64().expect("a number") > 0.0);
+    let of = |per_k_chunk: &str| {
+        format!(r#"{{"format":1,"per_k_chunk":{per_k_chunk},"k_chunk":8,"uncompensated":0.5,"tokens":99}}"#)
+    };
+    fs::write(&weights, of("[0.0, 0.001, 0.0, 0.0]")).expect("written");
+    tune(&["--verify", "--verify-tokens", "8", "--save"])
+        .assert()
+        .success()
+        .stdout(contains("note: objective kl").and(contains("k_chunk per module       : 0, 64, 0, 0")));
+    let used = contains("k_chunk [0, 64, 0, 0], as ").and(contains("tuned.json says"));
+    shop.generate(&checkpoint, &["--device", "cpu"]).assert().success().stderr(used);
+    for spoiled in [of("[0.0, 0.0, 0.0, 0.0]"), of("[1e999, 0, 0, 0]"), of("[-1, 0, 0, 0]"), "{".into(), String::new()]
+    {
+        fs::write(&weights, spoiled).expect("written");
+        refuses(tune(&[]), &["kl_weights.json"]);
+        tune(&["--objective", "k"]).assert().success();
+    }
+}
+
+/// Where nobody has tuned, a choice is measured once and kept; evaluation takes what the checkpoint was made for.
+#[test]
+fn without_a_tuned_file_a_choice_is_measured_once_and_evaluation_measures_none() {
+    let shop = Workshop::new();
+    let checkpoint = shop.checkpoint();
+    let cache = shop.path("cache");
+    let json = |stdout: &[u8]| -> serde_json::Value { serde_json::from_slice(stdout).expect("one object") };
+    let run = |more: &[&str]| {
+        let mut line = shop.generate(&checkpoint, &["--device", "cpu", "--prompt", "ab", "--json"]);
+        let output = line.env("DECDEC_CACHE_DIR", &cache).args(more).output().expect("it runs");
+        assert!(output.status.success());
+        (json(&output.stdout), String::from_utf8(output.stderr).expect("text"))
+    };
+    let (first, said) = run(&[]);
+    assert!(said.contains("compensating ") && (said.contains("measured now") || said.contains("(now;")), "{said}");
+    let kept: Vec<_> = fs::read_dir(cache.join("compensation")).expect("there").collect();
+    assert_eq!(kept.len(), 1);
+    let (second, said) = run(&[]);
+    assert!(said.contains("kept in") && said.contains("cache"), "{said}");
+    assert_eq!((&second["k_chunks"], &second["tokens"]), (&first["k_chunks"], &first["tokens"]));
+    // What the JSON says repeats the text.
+    if let Some(k_chunks) = first["k_chunks"].as_array() {
+        let k_chunks: Vec<_> = k_chunks.iter().map(ToString::to_string).collect();
+        let flags = ["--k-chunks"].into_iter().chain(k_chunks.iter().map(String::as_str)).collect::<Vec<_>>();
+        assert_eq!(run(&flags).0["tokens"], first["tokens"]);
+    }
+    fs::write(shop.path("text"), "a b ab ba aab bba abab ".repeat(20)).expect("written");
+    let mut evaluate = decdec();
+    evaluate.args(["eval", "perplexity"]).arg(&checkpoint).args(["--device", "cpu", "--seq-len", "16", "--text"]);
+    evaluate.arg(shop.path("text")).env("DECDEC_CACHE_DIR", shop.path("untouched"));
+    let made_for = "k_chunk [8, 8, 8, 8], as the checkpoint was made for";
+    evaluate.assert().success().stderr(contains(made_for));
+    assert!(!shop.path("untouched").exists(), "nothing is timed, and nothing kept");
+}
+
 /// One result for each width of a checkpoint that has two; both are taken, and a file that lacks one is not.
 #[test]
 fn each_width_of_a_mixed_checkpoint_is_tuned_for_itself() {

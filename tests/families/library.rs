@@ -279,6 +279,9 @@ fn sweeps(checkpoint: &Checkpoint, format: Format, dir: &Path) {
         max_k_chunk: None,
         k_chunks: Some(vec![64]),
         selection: Selection::Bucket,
+        kind: None,
+        dearest: profile::Options::DEAREST,
+        choices: Vec::new(),
     };
     let outcome = profile::run(&Cpu::new(), &mut ByClock::default(), checkpoint, &options).unwrap();
     let lines = trace::parse(&fs::read_to_string(&outcome.trace).unwrap(), format).unwrap();

@@ -7,6 +7,7 @@ mod devices;
 mod files;
 mod results;
 mod search;
+mod tokens;
 mod verify;
 
 use std::path::Path;
@@ -14,9 +15,9 @@ use std::path::Path;
 use decdec::config::Projection;
 use decdec::format::Format;
 use decdec::nsys::trace::{Kernel, Line, Role};
-use decdec::nsys::{Capture, Identity, KernelRecord, Precision, Writer};
+use decdec::nsys::{Capture, Identity, KernelRecord, Kind, Precision, Writer};
 use decdec::tune::search::{Module, Timings};
-use decdec::tune::{self, Options, Outcome};
+use decdec::tune::{self, Objective, Options, Outcome};
 
 pub(crate) const LLAMA: [(usize, usize); 4] = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)];
 
@@ -45,11 +46,12 @@ impl Synthetic {
     pub(crate) fn timings(&self) -> Timings {
         let mut shapes = LLAMA.into_iter();
         let mut base = self.base.into_iter();
-        Timings(self.curves.each_ref().map(|curves| {
+        let modules = self.curves.each_ref().map(|curves| {
             let measured =
                 curves.iter().map(|(n_tb, us)| (*n_tb, us.iter().enumerate().map(|(k, &us)| (k + 1, us)).collect()));
             Module::new(shapes.next().unwrap(), base.next().unwrap(), measured.collect())
-        }))
+        });
+        Timings { modules, token: None }
     }
 
     /// As kernels of a run of three tokens: the base product, then pairs in which compensation starts first.
@@ -103,6 +105,7 @@ pub(crate) fn identity() -> Identity {
 
 pub(crate) fn capture() -> Capture {
     Capture {
+        kind: Kind::Products,
         identity: identity(),
         shapes: LLAMA,
         weights: "random:0".into(),
@@ -113,6 +116,7 @@ pub(crate) fn capture() -> Capture {
         driver: "1.2".into(),
         tokens: 3,
         layers: 1,
+        layers_ns: 0,
         device_memory: 3e12,
         host_link: 5e10,
         n_tbs: vec![4, 8, 12, 14],
@@ -130,7 +134,14 @@ pub(crate) fn write(dir: &Path, kernels: &[(Line, KernelRecord)]) {
 
 pub(crate) fn options(dir: &Path, targets: &[f64]) -> Options {
     let (identity, dir) = (identity(), dir.to_path_buf());
-    Options { identity, dir, shapes: [None; 4], targets: targets.to_vec(), exhaustive: false }
+    Options {
+        identity,
+        dir,
+        shapes: [None; 4],
+        targets: targets.to_vec(),
+        exhaustive: false,
+        objective: Objective::Channels,
+    }
 }
 
 pub(crate) fn tuned(dir: &Path, targets: &[f64]) -> Outcome {

@@ -28,7 +28,7 @@ fn spikes_below_the_base_are_noise_too() {
     let mut noisy = Synthetic::manual();
     noisy.curves[2][1].1[5] = 1.0;
     let timings = noisy.timings();
-    for (module, base) in timings.0.iter().zip(noisy.base) {
+    for (module, base) in timings.modules.iter().zip(noisy.base) {
         for curve in module.curves.values() {
             assert_eq!(curve[0], (0, base));
             assert!(curve.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 <= w[1].1), "{curve:?}");
@@ -102,7 +102,7 @@ fn tables() -> impl Strategy<Value = Synthetic> {
 fn brute_force(timings: &Timings, budget: f64) -> (usize, f64) {
     let mut best = (0, timings.base_us());
     for most in timings.n_tbs() {
-        let curves = timings.0.each_ref().map(|m| {
+        let curves = timings.modules.each_ref().map(|m| {
             let curve = m.curves.range(..=most).next_back().map(|(_, curve)| curve.clone());
             curve.unwrap_or_else(|| vec![(0, m.base_us)])
         });
@@ -139,7 +139,7 @@ proptest! {
         prop_assert!((exhaustive.us() - us).abs() < 1e-9);
         prop_assert!(found.fine.sum_k() <= sum);
         // Nothing single fits any more, but where a smaller budget gave more.
-        for (i, module) in timings.0.iter().enumerate() {
+        for (i, module) in timings.modules.iter().enumerate() {
             let now = found.fine.modules[i];
             let curve = module.curves.range(..=found.fine.n_tb).next_back();
             let next = curve.and_then(|(_, curve)| curve.iter().find(|p| p.0 > now.k_chunk));

@@ -9,7 +9,7 @@ use decdec::nsys::Identity;
 use decdec::profile::{self, ByClock};
 use decdec::random::RandomWeights;
 use decdec::tune::search::Choice;
-use decdec::tune::{self, Tuning, hold};
+use decdec::tune::{self, Tuning, search_until_within};
 use decdec::weights::{Linear, ModelWeights};
 use proptest::prelude::*;
 use serde_json::json;
@@ -28,7 +28,7 @@ fn held(target: f64, real: impl Fn(f64) -> f64) -> Tuning {
         let layer = (choice.us() / base - 1.0) * 100.0;
         Ok((2.0, 2.0 * (1.0 + real(layer) / 100.0)))
     };
-    hold(&timings, &mut tuning, &mut measure).unwrap();
+    search_until_within(&timings, &mut tuning, &mut measure).unwrap();
     tuning
 }
 
@@ -133,10 +133,20 @@ fn each_width_of_a_mixed_model_is_verified() {
             max_k_chunk: None,
             k_chunks: Some(vec![1024]),
             selection: Selection::Bucket,
+            kind: None,
+            dearest: profile::Options::DEAREST,
+            choices: Vec::new(),
         };
         profile::run(&cpu, &mut ByClock::default(), &weights, &options).unwrap();
         let (dir, targets) = (options.dir, vec![1e6]);
-        let tuning = tune::Options { identity, dir, shapes: [None; 4], targets, exhaustive: false };
+        let tuning = tune::Options {
+            identity,
+            dir,
+            shapes: [None; 4],
+            targets,
+            exhaustive: false,
+            objective: tune::Objective::Channels,
+        };
         let mut outcome = tune::run(&tuning).unwrap();
         tune::verify(&mut outcome, &engine, &how).unwrap();
         assert_eq!(outcome.tunings[0].found.fine.k_chunks(), [1024; 4]);

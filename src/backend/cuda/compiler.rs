@@ -264,15 +264,6 @@ unsafe fn fetch(
     Ok(bytes)
 }
 
-/// Where compiled kernels are kept: `DECDEC_CACHE_DIR`, or `decdec` in the user's cache directory.
-pub(crate) fn cache_directory() -> Option<PathBuf> {
-    let path = |name| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let base = path("DECDEC_CACHE_DIR")
-        .or_else(|| path("XDG_CACHE_HOME").map(|p| p.join("decdec")))
-        .or_else(|| path("HOME").map(|p| p.join(".cache/decdec")))?;
-    Some(base.join("kernels"))
-}
-
 fn seal(cubin: &[u8]) -> Vec<u8> {
     [MAGIC, blake3::hash(cubin).as_bytes(), cubin].concat()
 }

@@ -179,6 +179,10 @@ impl DecodeBackend for Cuda {
         Ok(())
     }
 
+    fn fuses_layers(&self) -> bool {
+        self.options.compile > 0
+    }
+
     fn layer_stamps(&self) -> Result<Vec<u64>> {
         self.timeline()
     }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{result, sys};
 
 use super::buffer::Buffer;
-use super::compiler::{self, Compiler};
+use super::compiler::Compiler;
 use super::cupti::Cupti;
 use super::driver::{self, Driver};
 use super::host::Mapped;
@@ -82,7 +82,7 @@ pub fn examine() -> Report {
         nvrtc: Compiler::open("sm_80", None).map(|compiler| compiler.version()),
         cublas: cublas_version(),
         cupti: if devices.is_empty() { cupti_version() } else { cupti_at_work() },
-        kernel_cache: compiler::cache_directory(),
+        kernel_cache: crate::files::cache_directory("kernels"),
         devices,
     }
 }

@@ -105,7 +105,8 @@ impl Cuda {
         let Attention { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *sequence.cache.attention(first);
         let (hidden, intermediate) = (operands.matrices[1].out_features, operands.matrices[3].in_features);
         let shapes = Shapes { hidden, intermediate, heads, kv_heads, head_dim };
-        let plans = operands.plans.map(|p| p.filter(|p| p.k_chunk > 0));
+        // Blocks that compensate are there as soon as there is a plan, even one that selects nothing.
+        let plans = operands.plans;
         let compensates = plans.iter().any(Option::is_some);
         let tuning = self.options.tuning;
         let list = |p: &Plan| p.in_features.div_ceil(CHUNK) * p.k_chunk * 8;
@@ -114,7 +115,11 @@ impl Cuda {
         if plans.iter().flatten().any(|p| p.n_tb != n_tb) {
             return Ok(false);
         }
-        let dec = compensates.then_some(Compensated { list: longest, n_tb, products: plans.map(|p| p.is_some()) });
+        let dec = compensates.then_some(Compensated {
+            list: longest,
+            n_tb,
+            products: plans.map(|p| p.is_some_and(|p| p.k_chunk > 0)),
+        });
         let launch = layers_launch(format, (shapes, layers.len()), tuning, dec, &self.room());
         let Some(launch) = launch else { return Ok(false) };
         let mut defines = self.layers_defines(format, shapes, launch, compensates);

@@ -164,7 +164,7 @@ impl Cuda {
         let numbers = driver.numbers();
         let kind = if numbers.translated { "compute" } else { "sm" };
         let architecture = format!("{kind}_{}{}", numbers.major, numbers.minor);
-        let compiler = Compiler::open(&architecture, compiler::cache_directory())?;
+        let compiler = Compiler::open(&architecture, crate::files::cache_directory("kernels"))?;
         let blas = Blas::open(&driver)
             .inspect_err(|e| tracing::warn!("{e:#}; until then long prompts are processed more slowly"))
             .ok();

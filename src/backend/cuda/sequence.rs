@@ -96,8 +96,7 @@ impl Cache {
     /// Queues that texts have grown by the rows that all layers have attended to.
     pub(super) fn advance(&self, cuda: &Cuda, rows: &[Rows]) -> Result<()> {
         for rows in rows.chunks(DECODE_ROWS) {
-            let mut growing = Growing::default();
-            growing.count = rows.len() as u32;
+            let mut growing = Growing { count: rows.len() as u32, ..Growing::default() };
             for (i, &Rows { slot, count, .. }) in rows.iter().enumerate() {
                 let text = self.text(slot)?;
                 text.longest_pass.set(text.longest_pass.get().max(count));

@@ -171,7 +171,7 @@ fn launch_of_warps(
     // A block without rows of a product would not take part in it, and others could be done with what it still reads.
     let n_tb = dec.map_or(0, |dec| {
         let rows = products.iter().zip(dec.products).filter(|&(_, taken)| taken).map(|(&(_, rows), _)| rows);
-        rows.min().map_or(0, |rows| dec.n_tb.min(rows / STRIPE))
+        rows.min().map_or(dec.n_tb, |rows| dec.n_tb.min(rows / STRIPE))
     });
     let list = dec.map_or(0, |dec| dec.list);
     // Gate and up stream apart and are summed up together.

@@ -28,7 +28,7 @@ use crate::tuned::{self, Device, Tuned};
 use search::{Choice, Found, Timings};
 
 pub use table::{Sample, Table};
-pub use verify::{Verification, Verified, search_until_within, settle, verify};
+pub use verify::{Measure, Verification, Verified, search_until_within, settle, verify};
 
 /// What to tune.
 #[derive(Debug, Clone)]

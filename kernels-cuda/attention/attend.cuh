@@ -34,6 +34,7 @@
 #pragma once
 #include "flow.cuh"
 #include "stored.cuh"
+#include "sums.cuh"
 
 #define HEAD_GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
@@ -285,7 +286,7 @@ __device__ __forceinline__ void attend_shares(const Cache& cache, Tile& tile, fl
         int own = base + warp * TILE, next = own + ROUND;
         Weighted weighted;
         if (own < to) {
-            if (LATE && base > from) tile.fetch_keys(cache, own, span);
+            if (LATE) tile.fetch_keys(cache, own, span);
             weighted = tile.weigh(cache, queries, softcap, own, span);
             if (!LATE && next < to) tile.fetch_keys(cache, next, span);
         }
@@ -340,47 +341,54 @@ __device__ __forceinline__ u32 add_ticket(u32* tickets) {
     return ticket;
 }
 
-// What a norm of `len` numbers with these squares divides by, inverted.
-__device__ __forceinline__ float inverse_root(float squares, int len, float eps) { return 1.0f / sqrtf(squares / len + eps); }
-
 // Neighbours of a head that are neighbouring lanes', and how many such pieces it has.
 #define PIECE (HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : 8)
 #define HEAD_PIECES (HEAD_DIM / PIECE)
 
-// The same of each head that the block's numbers are of, of which a thread has one in each step; queries and keys have norms
-// of their own. scratch: a number for each PIECE of them.
+// What a norm divides by, inverted, of each head that the block's numbers are of, of which a thread has one in each step; queries and keys have norms
+// of their own. scratch: the heads' numbers, and one for each head. The order of sums is that of sums.cuh.
 template <class T, int STEPS>
 __device__ __forceinline__ void scales_of_heads(const float (&v)[STEPS], const HeadNorms& norms, float* scratch,
                                                 float (&scales)[STEPS]) {
+    constexpr int NUMBERS = (AT_ONCE + 1) * HEAD_DIM;
+    float* of_heads = scratch + NUMBERS;
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         int i = s * ATTEND_THREADS + this_thread();
-        float squares = __fmul_rn(v[s], v[s]);
-#pragma unroll
-        for (int d = PIECE / 2; d > 0; d /= 2) squares = __fadd_rn(squares, __shfl_xor_sync(FULL, squares, d));
-        if (i % PIECE == 0 && i < (AT_ONCE + 1) * HEAD_DIM) scratch[i / PIECE] = squares;
+        if (i < NUMBERS) scratch[i] = v[s];
+    }
+    T::sync();
+    for (int head = this_thread() / 32; head <= AT_ONCE; head += ATTEND_WARPS) {
+        int d = this_thread() % 32 * 8;
+        Eights own = {};
+        if (d < HEAD_DIM) {
+            const float2* from = (const float2*)(scratch + head * HEAD_DIM + d);
+            own = Eights{make_float4(from[0].x, from[0].y, from[1].x, from[1].y),
+                         make_float4(from[2].x, from[2].y, from[3].x, from[3].y)};
+        }
+        float squares = warp_sum(squares_of(own.a, own.b));
+        float eps = head < AT_ONCE ? norms.query.eps : norms.key.eps;
+        if (this_thread() % 32 == 0) of_heads[head] = inverse_rms(squares, HEAD_DIM, eps);
     }
     T::sync();
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int head = min((s * ATTEND_THREADS + this_thread()) / HEAD_DIM, AT_ONCE);
-        float squares = 0;
-#pragma unroll
-        for (int p = 0; p < HEAD_PIECES; p++) squares = __fadd_rn(squares, scratch[head * HEAD_PIECES + p]);
-        scales[s] = inverse_root(squares, HEAD_DIM, head < AT_ONCE ? norms.query.eps : norms.key.eps);
-    }
+    for (int s = 0; s < STEPS; s++) scales[s] = of_heads[min((s * ATTEND_THREADS + this_thread()) / HEAD_DIM, AT_ONCE)];
     // What follows in scratch is the heads' largest numbers.
     if (IN_BYTES) T::sync();
 }
 
-// The same of numbers `first` to `first + len` of x, which are waited for. scratch: a number for each warp.
+// The same of numbers `first` to `first + len` of x, which are waited for. scratch: a number for each span.
 template <class T, class Source>
 __device__ __forceinline__ float scale_of_row(const Source& x, int first, int len, float eps, float* scratch) {
-    float squares = 0;
 #pragma unroll 1
-    for (int k = this_thread() * 8; k < len; k += ATTEND_THREADS * 8)
-        squares += await_eights(x, first + k, ask_eights(x, first + k, first + len)).squares();
-    return inverse_root(team_sum<T>(squares, scratch), len, eps);
+    for (int s = this_thread() / 32; s < SPANS_OF(len); s += ATTEND_WARPS) {
+        int k = s * SPAN + this_thread() % 32 * 8;
+        Eights v = await_eights(x, first + k, ask_eights(x, first + k, first + len));
+        float squares = warp_sum(squares_of(v.a, v.b));
+        if (this_thread() % 32 == 0) scratch[s] = squares;
+    }
+    T::sync();
+    return inverse_rms_of(len, eps, [&](int s) { return scratch[s]; });
 }
 
 // The largest numbers of the block's key and of its value, of which a thread has one in each step from number `first` on:
@@ -429,7 +437,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& n
     Span before = span;
     if (has_newest) before.end = position;
     bool busy = first_tile < span.end_of(span.share_of(split + 1) - 1);
-    if (busy) tile.fetch_keys(cache, first_tile, before);
+    if (!LATE && busy) tile.fetch_keys(cache, first_tile, before);
     float2 turns[STEPS];
     Asked own[STEPS] = {}, others[STEPS] = {};
     // Of a number and of the one that it is rotated with.
@@ -469,7 +477,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& n
     if constexpr (QK_NORM == 2) {
         float of_queries = scale_of_row<T>(x, 0, HEADS * HEAD_DIM, norms.query.eps, scratch), of_keys = 0;
         if (has_newest)
-            of_keys = scale_of_row<T>(x, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, norms.key.eps, scratch + T::size / 32);
+            of_keys = scale_of_row<T>(x, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, norms.key.eps, scratch + SPANS_OF(HEADS * HEAD_DIM));
 #pragma unroll
         for (int s = 0; s < STEPS; s++) scales[s] = s * ATTEND_THREADS + t < OWN ? of_queries : of_keys;
         if (IN_BYTES) T::sync();
@@ -482,7 +490,10 @@ __device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& n
         int i = s * ATTEND_THREADS + t;
         if (i >= OWN + HEAD_DIM) continue;
         float other = others[s].sum();
-        if (QK_NORM) values[s] *= scales[s] * weights[s].x, other *= scales[s] * weights[s].y;
+        if (QK_NORM) {
+            values[s] = __fmul_rn(__fmul_rn(values[s], scales[s]), weights[s].x);
+            other = __fmul_rn(__fmul_rn(other, scales[s]), weights[s].y);
+        }
         values[s] = rotated(values[s], other, turns[s], i % HEAD_DIM);
         if (i < OWN) values[s] = __fmul_rn(values[s], scale);
     }
@@ -506,7 +517,7 @@ __device__ __forceinline__ void attend_token(const Attend& g, const HeadNorms& n
     }
     T::sync();
     ready();
-    if (has_newest && busy) tile.replace(newest, position - first_tile);
+    if (!LATE && has_newest && busy) tile.replace(newest, position - first_tile);
     constexpr int STRIDE = PLACES * AT_ONCE * RESULT;
     out += first_head * HEAD_DIM, parts += place * (AT_ONCE * RESULT);
     bool alone = span.shares == 1;

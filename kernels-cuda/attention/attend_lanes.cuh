@@ -46,7 +46,7 @@ struct Tile {
 
     __device__ __forceinline__ void fetch_keys(const Cache&, int, const Span&) {}
     __device__ __forceinline__ void fetch_values(const Cache&, int, const Span&) {}
-    // The newest is in the cache when it is read.
+    // Nothing was read before the newest was in the cache.
     __device__ __forceinline__ void replace(const Newest&, int) {}
 
     __device__ __forceinline__ Weighted weigh(const Cache& cache, const float* queries, float softcap, int tile,

@@ -21,7 +21,7 @@
 #include "common.cuh"
 
 #define QUERY_FLOATS (8 * HEAD_DIM)
-// Whether threads have registers for keys and values at once, and for the next ones while they compute.
+// Whether threads have no registers for keys and values before they need them, nor for both at once.
 #define LATE (HEAD_DIM > 128 && ATTEND_THREADS > 256)
 
 // Sums of two numbers of DTYPE each.
@@ -211,7 +211,6 @@ struct Tile {
             if (value_position(2 * i) == row) key_steps[i].x = newest.steps[0], value_steps[i].x = newest.steps[1];
             if (value_position(2 * i + 1) == row) key_steps[i].y = newest.steps[0], value_steps[i].y = newest.steps[1];
         }
-        if (LATE) return;
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (value_position(i) == row) v[i].load(newest.numbers + HEAD_DIM, value_part());

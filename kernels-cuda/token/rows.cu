@@ -97,8 +97,6 @@ extern "C" __global__ void __launch_bounds__(256) gated(const float* gu, const f
     lost.tell(beyond);
 }
 
-__device__ __forceinline__ float squares(float4 v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
-
 __device__ __forceinline__ float4 scaled(float4 v, float scale, float4 gamma) {
     return make_float4(v.x * scale * gamma.x, v.y * scale * gamma.y, v.z * scale * gamma.z, v.w * scale * gamma.w);
 }
@@ -109,7 +107,7 @@ __device__ __forceinline__ float4 scaled(float4 v, float scale, float4 gamma) {
 extern "C" __global__ void __launch_bounds__(256) norm_qk(float* qkv, const float* delta, const float* query,
                                                           const float* key, int queries, int keys, int query_len,
                                                           int key_len, float query_eps, float key_eps) {
-    __shared__ float scratch[8];
+    __shared__ float sums[MOST_SPANS];
     let_next_start();
     int stretch = blockIdx.x, of_queries = queries / query_len, k = 4 * threadIdx.x;
     bool is_key = stretch >= of_queries;
@@ -126,9 +124,8 @@ extern "C" __global__ void __launch_bounds__(256) norm_qk(float* qkv, const floa
         return;
     }
     float4 v = k < len ? load4(x, delta, k) : make_float4(0, 0, 0, 0);
-    float sum = squares(v);
-    for (int i = k + 1024; i < len; i += 1024) sum += squares(load4(x, delta, i));
-    float scale = 1.0f / sqrtf(team_sum<Team<0, 256, 0>>(sum, scratch) / len + (is_key ? key_eps : query_eps));
+    float eps = is_key ? key_eps : query_eps;
+    float scale = block_inverse_rms(len, eps, sums, [&](int k) { return load4(x, delta, k); });
     if (k < len) *(float4*)(x + k) = scaled(v, scale, w);
     for (int i = k + 1024; i < len; i += 1024)
         *(float4*)(x + i) = scaled(load4(x, delta, i), scale, *(const float4*)(gamma + i));

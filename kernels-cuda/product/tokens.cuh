@@ -17,9 +17,9 @@
 // Grid (tiles of 8·EIGHTS tokens, blocks of rows, SLICES). A block has whole tiles of rows and of each the spans s with
 // s mod SLICES its slice, which are whole chains; its part of x is in shared memory. Its warps take chains in turn, each
 // warp streaming its own units (gemv.cuh). The warp that has a tile's last chain finishes its rows, while others go on; there
-// is room for the chains of 2·BATCH tiles. Where a warp has the same span of every tile, it keeps x in registers. With several
-// slices a block leaves the sums of its chains in `parts`, folded as sums.cuh has it as far as they go, and the block of a
-// place that ends last folds what all have left: it does not matter which.
+// is room for the chains of 2·BATCH tiles. Where a warp has the same span of every tile and groups are not short, it keeps x
+// in registers. With several slices a block leaves the sums of its chains in `parts`, folded as sums.cuh has it as far as
+// they go, and the block of a place that ends last folds what all have left: it does not matter which.
 //
 // Constants: K, R; WARPS, STAGES; EIGHTS; SLICES (1, 2, 4, 8, 16, no more than a row has chains); BATCH.
 #pragma once
@@ -33,7 +33,7 @@ constexpr int ROW_CHAINS = CHAINS_OF(SPANS);
 constexpr int OWN_CHAINS = (ROW_CHAINS + SLICES - 1) / SLICES, OWN_SPANS = (SPANS + SLICES - 1) / SLICES;
 // Tiles whose chains there is room for, and a warp has the same span of each tile.
 constexpr int PLACES = 2 * BATCH;
-constexpr bool KEPT = INTEGERS && UNIT == SPAN && SPANS <= CHAINS && ROW_CHAINS % SLICES == 0 &&
+constexpr bool KEPT = INTEGERS && UNIT == SPAN && GROUP >= 128 && SPANS <= CHAINS && ROW_CHAINS % SLICES == 0 &&
                       WARPS % OWN_CHAINS == 0 && (EIGHTS == 1 || WARPS <= 8);
 // Shared memory: scales f32 [TOKENS], of each place how many chains have come and how often it was left (u32 [64] each), a
 // flag, x, sums of chains, the rings.

@@ -414,14 +414,15 @@ mod tests {
                 .enumerate()
                 {
                     let common = format!("DTYPE={dtype} EIGHTS={eights} {shape}");
+                    // As `most_warps` of launch.rs has them.
+                    let fewer = common.replace("WARPS=16", if eights == 1 { "WARPS=16" } else { "WARPS=12" });
                     for bits in [3, 4] {
                         all.push(("tokens_anyprec.cu", split(&format!("{common} BITS={bits} PLANES=1"))));
-                        let two = common.replace("WARPS=16", if eights == 1 { "WARPS=16" } else { "WARPS=12" });
-                        all.push(("tokens_anyprec.cu", split(&format!("{two} BITS={bits} PLANES=2"))));
+                        all.push(("tokens_anyprec.cu", split(&format!("{fewer} BITS={bits} PLANES=2"))));
                     }
-                    for (bits, group) in [(3, 128), (4, 128), (8, 128), (4, 32)] {
-                        let groups = format!("{common} BITS={bits} GROUP={group}");
-                        all.push(("tokens_lutgemm.cu", split(&groups)));
+                    for (bits, group) in [(3, 128), (4, 128), (8, 128), (4, 32), (3, 64)] {
+                        let common = if group < 128 { &fewer } else { &common };
+                        all.push(("tokens_lutgemm.cu", split(&format!("{common} BITS={bits} GROUP={group}"))));
                     }
                     if i != 1 {
                         all.push(("tokens_dense.cu", split(&common)));

@@ -191,9 +191,9 @@ pub(super) fn tokens_launch(
     let (_, stage) = unit(format);
     let (spans, tiles) = (in_features.div_ceil(SPAN), out_features.div_ceil(TILE));
     let chains = spans.min(CHAINS);
-    // Sixteen tokens of codebooks of two bytes take more registers than sixteen warps have.
+    // Sixteen tokens of codebooks of two bytes, or of short groups, take more registers than sixteen warps have.
     let most_warps = |eights: usize| match format {
-        Format::AnyPrec { planes: 2, .. } if eights > 1 => 12,
+        Format::AnyPrec { planes: 2, .. } | Format::LutGemm { group: ..128, .. } if eights > 1 => 12,
         _ => 16,
     };
     let of = |eights: usize, slices: usize, warps: usize, rounds: usize| {

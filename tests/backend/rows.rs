@@ -167,7 +167,7 @@ fn mix<B: UnderTest>(
 pub(crate) fn rows_of_several_texts<B: UnderTest>(backend: &B) {
     let weights = Changed(Quantized { model: SmallModel::new(5, 2, false), lutgemm: false });
     let mut model = Model::load(backend, &weights, |_| ()).unwrap();
-    let (rounds, passes) = if B::CASES > 1000 { (6, 60) } else { (2, 24) };
+    let (rounds, passes) = if B::CASES > 1000 { (2, 40) } else { (2, 24) };
     let mut seen: HashMap<&str, usize> = HashMap::new();
     for (i, selection) in [None, Some(Selection::Bucket), Some(Selection::Exact)].into_iter().enumerate() {
         model.compensate(selection.map(|selection| Compensation::uniform(2, 200, selection)).as_ref()).unwrap();

@@ -38,22 +38,36 @@ pub(super) mod wide {
         }
     }
 
+    /// `mask`'s bits of both quads. No closure does this: what calls it would have to be compiled for the same instructions.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    #[inline]
+    fn masked([a, b]: [__m512i; 2], mask: __m512i) -> [__m512i; 2] {
+        [_mm512_and_si512(a, mask), _mm512_and_si512(b, mask)]
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    #[inline]
+    fn shift_right<const BITS: u32>([a, b]: [__m512i; 2]) -> [__m512i; 2] {
+        [_mm512_srli_epi16::<BITS>(a), _mm512_srli_epi16::<BITS>(b)]
+    }
+
     /// Sums by digit of both quads.
     type Accumulators = [[__m512i; 4]; 2];
 
-    /// Adds the products of one code of every row with each of `x`.
+    /// Adds the products of one code of every row with the `i`-th 16 channels of each of `x`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     #[inline]
     fn add<const KIND: u8, const T: usize>(
         sums: &mut [Accumulators; T],
         tables: [__m512i; 2],
         codes: [__m512i; 2],
-        x: [&[[i8; LANE]; 4]; T],
+        x: &[&[[[i8; LANE]; 4]]; T],
+        i: usize,
     ) {
         let bytes = |q: usize| if KIND == CODES { codes[q] } else { _mm512_shuffle_epi8(tables[q], codes[q]) };
         let bytes = [bytes(0), bytes(1)];
         for (sums, x) in sums.iter_mut().zip(x) {
-            for (d, x) in x.iter().enumerate().take(digits(KIND)) {
+            for (d, x) in x[i].iter().enumerate().take(digits(KIND)) {
                 let x = four(x);
                 for (sums, bytes) in sums.iter_mut().zip(bytes) {
                     sums[d] = _mm512_dpbusd_epi32(sums[d], bytes, x);
@@ -141,47 +155,50 @@ pub(super) mod wide {
         let mut sums = [[[_mm512_setzero_si512(); 4]; 2]; T];
         let (three, four) = (_mm512_set1_epi8(7), _mm512_set1_epi8(15));
         for at in (0..packed).step_by(BLOCK / LANE) {
-            let x: [&[[[i8; LANE]; 4]; BLOCK / LANE]; T] = x.map(|x| x[at..].first_chunk().expect("a block"));
+            let mut block = [&x[0][..0]; T];
+            for (block, x) in block.iter_mut().zip(&x) {
+                *block = &x[at..at + BLOCK / LANE];
+            }
+            let x = block;
             let mut spare = [_mm512_setzero_si512(); 2];
             for j in 0..3 {
                 let pair = lines.next().expect("three lines to a block");
                 let pair = [load(&pair[0]), load(&pair[1])];
                 // The spare bits of line `j` become bits `j` and `j + 4`; what else is there is masked out below.
                 let (ones, shifted) = match j {
-                    0 => (0x11, pair.map(|codes| _mm512_srli_epi16::<3>(codes))),
-                    1 => (0x22, pair.map(|codes| _mm512_srli_epi16::<2>(codes))),
-                    _ => (0x44, pair.map(|codes| _mm512_srli_epi16::<1>(codes))),
+                    0 => (0x11, shift_right::<3>(pair)),
+                    1 => (0x22, shift_right::<2>(pair)),
+                    _ => (0x44, shift_right::<1>(pair)),
                 };
                 let ones = _mm512_set1_epi8(ones);
                 for q in 0..2 {
                     // ones ? shifted : spare
                     spare[q] = _mm512_ternarylogic_epi32::<0xca>(ones, shifted[q], spare[q]);
                 }
-                let lower = pair.map(|codes| _mm512_and_si512(codes, three));
-                add::<KIND, T>(&mut sums, tables, lower, x.map(|x| &x[2 * j]));
-                let upper = pair.map(|codes| _mm512_and_si512(_mm512_srli_epi16::<4>(codes), three));
-                add::<KIND, T>(&mut sums, tables, upper, x.map(|x| &x[2 * j + 1]));
+                let lower = masked(pair, three);
+                add::<KIND, T>(&mut sums, tables, lower, &x, 2 * j);
+                let upper = masked(shift_right::<4>(pair), three);
+                add::<KIND, T>(&mut sums, tables, upper, &x, 2 * j + 1);
             }
-            let lower = spare.map(|codes| _mm512_and_si512(codes, three));
-            add::<KIND, T>(&mut sums, tables, lower, x.map(|x| &x[6]));
-            let upper = spare.map(|codes| _mm512_and_si512(_mm512_srli_epi16::<4>(codes), three));
-            add::<KIND, T>(&mut sums, tables, upper, x.map(|x| &x[7]));
+            let lower = masked(spare, three);
+            add::<KIND, T>(&mut sums, tables, lower, &x, 6);
+            let upper = masked(shift_right::<4>(spare), three);
+            add::<KIND, T>(&mut sums, tables, upper, &x, 7);
         }
         if matrix.is_wide() {
             for at in packed..x[0].len() {
                 let pair = lines.next().expect("a line to 16 channels");
-                add::<KIND, T>(&mut sums, tables, [load(&pair[0]), load(&pair[1])], x.map(|x| &x[at]));
+                add::<KIND, T>(&mut sums, tables, [load(&pair[0]), load(&pair[1])], &x, at);
             }
             return sums;
         }
         for at in (packed..x[0].len()).step_by(2) {
-            let x: [&[[[i8; LANE]; 4]; 2]; T] = x.map(|x| x[at..].first_chunk().expect("32 channels"));
             let pair = lines.next().expect("a line to 32 channels");
             let pair = [load(&pair[0]), load(&pair[1])];
-            let lower = pair.map(|codes| _mm512_and_si512(codes, four));
-            add::<KIND, T>(&mut sums, tables, lower, x.map(|x| &x[0]));
-            let upper = pair.map(|codes| _mm512_and_si512(_mm512_srli_epi16::<4>(codes), four));
-            add::<KIND, T>(&mut sums, tables, upper, x.map(|x| &x[1]));
+            let lower = masked(pair, four);
+            add::<KIND, T>(&mut sums, tables, lower, &x, at);
+            let upper = masked(shift_right::<4>(pair), four);
+            add::<KIND, T>(&mut sums, tables, upper, &x, at + 1);
         }
         sums
     }

@@ -23,7 +23,7 @@ def run(*words):
     return subprocess.run([decdec, *words], capture_output=True, text=True, check=True).stdout
 
 lines = run("eval", "compare", checkpoint, "--source", model, "--text", "tests/data/botchan.txt", "--windows", "100..106",
-            "--k-chunk", "0", "8", "--device", "cpu", "--selection", "exact", "--json").splitlines()
+            "--k-chunks", "0", "8", "--device", "cpu", "--selection", "exact", "--json").splitlines()
 measured = [json.loads(line) for line in lines]
 speed = json.loads(run("generate", "--checkpoint-path", model, "--device", "cpu", "--num-samples", "1", "--max-new-tokens",
                        "64", "--ignore-eos", "--json"))["decode_tokens_per_second"]

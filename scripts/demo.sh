@@ -41,5 +41,5 @@ for question in json.load(open("tests/data/questions.json"))[:3]:
         answer = run("generate", "--checkpoint-path", path, "--device", "cpu", "--chat", "--prompt", question["question"],
                      "--max-new-tokens", "32", *flags)
         print(f"    {name:<18} {' '.join(answer.split())}")
-print(f"\nNow ask it yourself: {decdec} generate --checkpoint-path {checkpoint} --chat --prompt \"What is the opposite of hot?\"")
+print(f"\nNow talk to it: {decdec} chat --checkpoint-path {checkpoint}")
 PYTHON

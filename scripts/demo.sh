@@ -23,7 +23,7 @@ def run(*words):
     return subprocess.run([decdec, *words], capture_output=True, text=True, check=True).stdout
 
 lines = run("eval", "compare", checkpoint, "--source", model, "--text", "tests/data/botchan.txt", "--windows", "100..106",
-            "--k-chunk", "0", "8", "--device", "cpu", "--selection", "exact", "--json").splitlines()
+            "--k-chunks", "0", "8", "--device", "cpu", "--selection", "exact", "--json").splitlines()
 measured = [json.loads(line) for line in lines]
 speed = json.loads(run("generate", "--checkpoint-path", model, "--device", "cpu", "--num-samples", "1", "--max-new-tokens",
                        "64", "--ignore-eos", "--json"))["decode_tokens_per_second"]
@@ -41,5 +41,5 @@ for question in json.load(open("tests/data/questions.json"))[:3]:
         answer = run("generate", "--checkpoint-path", path, "--device", "cpu", "--chat", "--prompt", question["question"],
                      "--max-new-tokens", "32", *flags)
         print(f"    {name:<18} {' '.join(answer.split())}")
-print(f"\nNow ask it yourself: {decdec} generate --checkpoint-path {checkpoint} --chat --prompt \"What is the opposite of hot?\"")
+print(f"\nNow talk to it: {decdec} chat --checkpoint-path {checkpoint}")
 PYTHON

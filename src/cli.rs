@@ -141,8 +141,8 @@ pub(crate) struct QuantizeArgs {
     /// Storage of the weights
     #[arg(long, value_parser = shared::backend())]
     pub(crate) backend: Format,
-    /// Bits of a weight: 2 to 8, or 3.5 (half the layers at 4 bits)
-    #[arg(long, value_name = "BITS")]
+    /// Bits of a weight: 2 to 8, or 3.25 (4 bits in a quarter of the layers, those where they bring most), 3.5, ...
+    #[arg(long, value_name = "BITS", visible_alias = "bits-per-weight")]
     pub(crate) bitwidth: BitWidth,
     #[command(flatten)]
     pub(crate) to: OutArgs,

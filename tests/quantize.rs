@@ -107,7 +107,8 @@ fn awq_scales_what_it_stores() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(2, 2, false);
     let out = dir.path().join("awq");
-    make(&model, &options(Format::LutGemm, 4.0), &out).unwrap();
+    // Where no compensation is planned for, residuals hold what was lost and nothing else.
+    make(&model, &Options { refine: Refine::Output, ..options(Format::LutGemm, 4.0) }, &out).unwrap();
     let checkpoint = Checkpoint::open(&out).unwrap();
     let (input, _) = small_model::norms(&checkpoint, 0);
     assert_ne!(input, model.norms[0].0);
@@ -207,7 +208,9 @@ fn codebooks_are_bytes_however_they_are_made() {
             other[9] = half::f16::from_bits(half::f16::from_f32(other[9]).to_bits() ^ 1).to_f32();
             assert!(!bytes::one_plane_is_exact(&other, 1 << weight.bits()));
             let [lost, left] = [false, true].map(|c| loss(&model, &checkpoint, layer, projection, c));
-            assert!(left < 0.2 * lost, "{bits} bits, layer {layer}, {projection}: {lost} lost, {left} left");
+            // A residual for compensation holds corrections of other channels too.
+            let most = if refine == compensated { 0.8 } else { 0.2 };
+            assert!(left < most * lost, "{bits} bits, layer {layer}, {projection}: {lost} lost, {left} left");
         }
     }
 }
@@ -336,7 +339,8 @@ fn a_quantization_that_was_simulated_is_recovered() {
 fn the_scales_of_a_pair_are_found() {
     let dir = tempfile::tempdir().unwrap();
     let model = SmallModel::new(10, 2, false);
-    let options = options(Format::LutGemm, 4.0);
+    // What makes residuals for a pair does not know which channels will be taken.
+    let options = Options { refine: Refine::Output, ..options(Format::LutGemm, 4.0) };
     let [whole, pair] = ["whole", "pair"].map(|name| dir.path().join(name));
     make(&model, &options, &whole).unwrap();
     complete(&model, &whole, &options, &pair).unwrap();

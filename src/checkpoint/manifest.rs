@@ -13,12 +13,14 @@ use crate::weights::ModelWeights;
 /// The version of the directory's layout that this program writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// Bits of a weight: `3` is 3 in every layer, `3.5` is 3 in half of the layers and 4 in the others.
+/// Bits of a weight: `3` is 3 in every layer, `3.5` is 3 in half of the layers and 4 in the others, `3.25` is 4 in a quarter
+/// of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "f64", into = "f64")]
 pub struct BitWidth {
     low: u32,
-    mixed: bool,
+    /// How many of a hundred layers have one bit more.
+    more: u32,
 }
 
 impl BitWidth {
@@ -28,23 +30,33 @@ impl BitWidth {
     /// No layers, or a width that there is not.
     pub fn of_layers(bits: &[u32]) -> Result<Self> {
         let low = bits.iter().copied().min().context("the model has no layers")?;
-        let mixed = bits.iter().any(|&bits| bits != low);
-        Self::try_from(f64::from(low) + if mixed { 0.5 } else { 0.0 })
+        let (layers, raised) = (bits.len(), bits.iter().filter(|&&bits| bits != low).count());
+        // Of all widths that lead to so many layers, the roundest.
+        let hundredths = [0, 50, 25, 75].into_iter().chain(1..100);
+        let of_so_many = |more: &u32| Self { low, more: *more }.raised(layers) == raised;
+        let more = hundredths.into_iter().find(of_so_many).unwrap_or(99);
+        Self::try_from(f64::from(low) + f64::from(more) / 100.0)
     }
 
-    /// The bits of every layer, or of the half with fewer.
+    /// How many of `layers` have one bit more; in a mixed model one at least has, if there are two.
+    pub fn raised(self, layers: usize) -> usize {
+        let least = usize::from(self.is_mixed() && layers > 1);
+        (layers * self.more as usize / 100).max(least)
+    }
+
+    /// The bits of every layer, or of those with fewer.
     pub fn low(self) -> u32 {
         self.low
     }
 
-    /// The bits of every layer, or of the half with more.
+    /// The bits of every layer, or of those with more.
     pub fn high(self) -> u32 {
-        self.low + u32::from(self.mixed)
+        self.low + u32::from(self.is_mixed())
     }
 
     /// True if the layers differ.
     pub fn is_mixed(self) -> bool {
-        self.mixed
+        self.more > 0
     }
 }
 
@@ -52,18 +64,18 @@ impl TryFrom<f64> for BitWidth {
     type Error = anyhow::Error;
 
     fn try_from(bits: f64) -> Result<Self> {
-        let halves = bits * 2.0;
+        let hundredths = (bits * 100.0).round();
         ensure!(
-            halves.fract() == 0.0 && (4.0..=16.0).contains(&halves),
-            "bit width {bits:?}, 2 to 8 in steps of 0.5 are allowed, for example 3, 3.5 or 4"
+            (bits * 100.0 - hundredths).abs() < 1e-6 && (200.0..=800.0).contains(&hundredths),
+            "bit width {bits:?}, 2 to 8 in steps of 0.01 are allowed, for example 3, 3.25, 3.5 or 4"
         );
-        Ok(Self { low: halves as u32 / 2, mixed: halves as u32 % 2 == 1 })
+        Ok(Self { low: hundredths as u32 / 100, more: hundredths as u32 % 100 })
     }
 }
 
 impl From<BitWidth> for f64 {
     fn from(bits: BitWidth) -> Self {
-        Self::from(bits.low) + if bits.mixed { 0.5 } else { 0.0 }
+        f64::from(bits.low * 100 + bits.more) / 100.0
     }
 }
 
@@ -173,17 +185,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bit_widths_are_halves_between_2_and_8() {
-        for (text, low, high) in [("3", 3, 3), ("3.5", 3, 4), ("4.0", 4, 4), ("8", 8, 8), ("7.5", 7, 8)] {
+    fn bit_widths_are_between_2_and_8() {
+        for (text, low, high) in
+            [("3", 3, 3), ("3.5", 3, 4), ("3.25", 3, 4), ("3.01", 3, 4), ("4.0", 4, 4), ("8", 8, 8), ("7.5", 7, 8)]
+        {
             let bits: BitWidth = text.parse().unwrap();
             assert_eq!((bits.low(), bits.high()), (low, high));
             assert_eq!(bits.is_mixed(), low != high);
         }
         assert_eq!("3.5".parse::<BitWidth>().unwrap().to_string(), "3.5");
         assert_eq!("4".parse::<BitWidth>().unwrap().to_string(), "4");
-        for text in ["1", "1.5", "8.5", "3.25", "9", "-3", "nan", "inf", "three", ""] {
+        assert_eq!(
+            ["3.25", "3.1", "2.99"].map(|text| text.parse::<BitWidth>().unwrap().to_string()),
+            ["3.25", "3.1", "2.99"]
+        );
+        for text in ["1", "1.5", "8.5", "3.255", "9", "-3", "nan", "inf", "three", ""] {
             let message = text.parse::<BitWidth>().unwrap_err().to_string();
             assert!(message.contains("3.5"), "{message}");
+        }
+    }
+
+    #[test]
+    fn widths_say_how_many_layers_have_more_bits_and_those_say_the_width() {
+        let width = |text: &str| text.parse::<BitWidth>().unwrap();
+        let raised = |text: &str, layers| width(text).raised(layers);
+        assert_eq!([raised("3", 30), raised("3.5", 30), raised("3.5", 31), raised("3.25", 30)], [0, 15, 15, 7]);
+        assert_eq!([raised("3.01", 30), raised("3.99", 30), raised("3.5", 1)], [1, 29, 0]);
+        for (text, layers) in [("3", 5), ("3.5", 5), ("3.5", 32), ("3.25", 32), ("3.75", 32), ("4.5", 2)] {
+            let more = width(text).raised(layers);
+            let bits: Vec<u32> = (0..layers).map(|i| width(text).low() + u32::from(i < more)).collect();
+            assert_eq!(BitWidth::of_layers(&bits).unwrap(), width(text), "{text} of {layers} layers");
         }
     }
 
@@ -199,7 +230,7 @@ mod tests {
             ("version", serde_json::json!(2)),
             ("backend", serde_json::json!("ap")),
             ("backend", serde_json::json!("awq")),
-            ("bits", serde_json::json!(3.3)),
+            ("bits", serde_json::json!(3.333)),
             ("group_size", serde_json::Value::Null),
             ("residual_bits", serde_json::json!(8)),
         ] {

@@ -61,7 +61,7 @@ pub(crate) struct CompareArgs {
     pub(crate) windows: Option<Range<usize>>,
     /// Channels compensated per 1024, each 8 for all projections or 0,0,8,8 for qkv, o, gu, d
     #[arg(long, value_name = "K", num_args = 1.., default_values = ["0", "8"], value_parser = k_chunks)]
-    pub(crate) k_chunk: Vec<[usize; 4]>,
+    pub(crate) k_chunks: Vec<[usize; 4]>,
     /// Tokens that are made to measure the speed; 0 leaves it out
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole(0..=4096))]
     pub(crate) tokens: usize,

@@ -13,14 +13,15 @@ use super::forward::{Layer, Placed, Ropes};
 use super::head::LmHead;
 use super::job::Job;
 use super::{Calibration, divergence};
-use crate::checkpoint::LayerFile;
+use crate::checkpoint::{BitWidth, LayerFile};
 
-/// Tokens on which the divergence is measured.
+/// Tokens on which the divergence is measured, and of one text of them: texts of all kinds have a say.
 const TOKENS: usize = 512;
+const OF_TEXT: usize = 128;
 
 /// Texts, and tokens of each, on which the divergence is measured.
 pub(super) fn windows(calibration: &Calibration) -> (usize, usize) {
-    let tokens = calibration.seq_len.min(TOKENS);
+    let tokens = calibration.seq_len.min(OF_TEXT);
     ((TOKENS / tokens).min(calibration.samples()), tokens)
 }
 
@@ -30,7 +31,7 @@ pub(super) fn work(calibration: &Calibration, layers: u64) -> u64 {
     (texts * tokens) as u64 * (2 * layers + layers * (layers + 1) / 2)
 }
 
-/// Bits of every layer, half of them raised, and the divergence with each layer raised alone (nats, the mean over
+/// Bits of every layer, some of them raised, and the divergence with each layer raised alone (nats, the mean over
 /// tokens).
 pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)> {
     let config = job.source.config();
@@ -38,8 +39,10 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
     job.progress.set_message("choosing layers");
     let seq_len = job.options.calibration.seq_len;
     let (texts, tokens) = windows(&job.options.calibration);
-    let apart = job.options.calibration.samples() / texts * seq_len;
-    let ids: Vec<u32> = (0..texts).flat_map(|text| &ids[text * apart..][..tokens]).copied().collect();
+    let apart = job.options.calibration.samples() / texts;
+    // Own texts of one kind are four apart: one further each time, all kinds are among them.
+    let place = |text: usize| (text * apart + text % apart) * seq_len;
+    let ids: Vec<u32> = (0..texts).flat_map(|text| &ids[place(text)..][..tokens]).copied().collect();
     let ropes = Ropes::new(config, tokens);
     let mut full = Activations::embed(config, &job.source.embedding()?, &ids, tokens)?;
     let mut base = full.clone();
@@ -70,7 +73,7 @@ pub(super) fn choose(job: &Job<'_>, ids: &[u32]) -> Result<(Vec<u32>, Vec<f64>)>
             Ok(divergence::mean(&truth, head.logits(&job.on.put(activations.h)?)?, config.vocab_size))
         })
         .collect::<Result<Vec<f64>>>()?;
-    Ok((raise_half(&divergences, low, high), divergences))
+    Ok((raise(&divergences, job.manifest.bits), divergences))
 }
 
 fn read(job: &Job<'_>, file: &LayerFile) -> Result<Layer> {
@@ -80,14 +83,14 @@ fn read(job: &Job<'_>, file: &LayerFile) -> Result<Layer> {
     })
 }
 
-/// The half of the layers (rounded down) that leaves the least divergence when raised gets `high` bits, the first
-/// ones among equals.
-fn raise_half(divergences: &[f64], low: u32, high: u32) -> Vec<u32> {
+/// As many layers as `bits` says get one bit more: those that leave the least divergence when raised alone, the first ones
+/// among equals.
+fn raise(divergences: &[f64], bits: BitWidth) -> Vec<u32> {
     let mut order: Vec<usize> = (0..divergences.len()).collect();
     order.sort_by(|&a, &b| divergences[a].total_cmp(&divergences[b]));
-    let mut bits = vec![low; divergences.len()];
-    order[..divergences.len() / 2].iter().for_each(|&layer| bits[layer] = high);
-    bits
+    let mut widths = vec![bits.low(); divergences.len()];
+    order[..bits.raised(divergences.len())].iter().for_each(|&layer| widths[layer] = bits.high());
+    widths
 }
 
 #[cfg(test)]
@@ -96,8 +99,11 @@ mod tests {
 
     #[test]
     fn the_layers_that_help_most_are_raised() {
-        assert_eq!(raise_half(&[0.5, 0.1, 0.4, 0.2], 3, 4), [3, 4, 3, 4]);
-        assert_eq!(raise_half(&[0.5, 0.1, 0.4], 3, 4), [3, 4, 3]);
-        assert_eq!(raise_half(&[1.0, 1.0], 3, 4), [4, 3]);
+        let raised = |divergences: &[f64], bits: f64| raise(divergences, BitWidth::try_from(bits).unwrap());
+        assert_eq!(raised(&[0.5, 0.1, 0.4, 0.2], 3.5), [3, 4, 3, 4]);
+        assert_eq!(raised(&[0.5, 0.1, 0.4, 0.2], 3.25), [3, 4, 3, 3]);
+        assert_eq!(raised(&[0.5, 0.1, 0.4, 0.2], 4.75), [4, 5, 5, 5]);
+        assert_eq!(raised(&[0.5, 0.1, 0.4], 3.5), [3, 4, 3]);
+        assert_eq!(raised(&[1.0, 1.0], 3.5), [4, 3]);
     }
 }

@@ -28,7 +28,7 @@ const LINES: [&str; 29] = [
     "generate --checkpoint-path nowhere",
     "eval perplexity plain --text text.txt --windows 0..2 --seq-len 32 --compare small.gguf",
     "eval perplexity plain --text text.txt --windows 0..2 --seq-len 32 --json",
-    "eval compare plain --source small.gguf --text text.txt --windows 0..2 --seq-len 32 --k-chunk 0 0,0,64,64 --tokens 4",
+    "eval compare plain --source small.gguf --text text.txt --windows 0..2 --seq-len 32 --k-chunks 0 0,0,64,64 --tokens 4",
     "bench --checkpoint-path plain --tokens 4 --timeline",
     "profile run --checkpoint-path plain --tokens 1 --max-n-tb 1 --max-k-chunk 20 --nsys-dir [OUT]",
     "tune run --checkpoint-path plain --target-slowdown 100 --verify --verify-tokens 2",

@@ -47,7 +47,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<()> {
         let opened = Opened::open(path, None, false)?;
         let theirs = opened.weights().config().vocab_size;
         ensure!(theirs == vocab, "{} has a vocabulary of {theirs}, the source {vocab}", path.display());
-        for &k_chunks in &args.k_chunk {
+        for &k_chunks in &args.k_chunks {
             let set = LayerCompensation { k_chunks, ..LayerCompensation::by_default(device.info()) };
             let is_plain = k_chunks == [0; 4];
             let compensate = if is_plain { Compensate::Off } else { Compensate::Sets(vec![set]) };

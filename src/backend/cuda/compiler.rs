@@ -44,9 +44,11 @@ const SOURCES: &[(&str, &str)] = texts![
 
 /// What they include, by the name of the file alone.
 const HEADERS: &[(&str, &str)] = texts![
+    "attention/append.cuh",
     "attention/attend.cuh",
     "attention/attend_lanes.cuh",
     "attention/attend_tensor.cuh",
+    "attention/stored.cuh",
     "common.cuh",
     "compensation/dec.cuh",
     "compensation/stripe.cuh",

@@ -199,14 +199,17 @@ fn a_sweep_of_whole_tokens_becomes_two_files_and_a_tuned_result() {
         let db = rusqlite::Connection::open(&outcome.sqlite).unwrap();
         let kind = "SELECT value FROM META_DATA_CAPTURE WHERE name = 'DECDEC_KIND'";
         assert_eq!(db.query_row(kind, [], |row| row.get::<_, String>(0)).unwrap(), "tokens");
-        // At both n_tb: nothing, each projection at both k_chunk, every mix of two projections or more.
-        let mut expected: Vec<_> = profile::every_mix(&[0, 256, 1024]);
-        let of =
-            |n_tb: usize| profile.tokens.iter().filter(move |token| token.n_tb == n_tb).map(|token| token.k_chunks);
+        // At both n_tb: nothing, each projection at both k_chunk, the usual mixes of the least and every one of the most.
+        let single = |i: usize| [256, 1024].map(|k| std::array::from_fn(|p| if p == i { k } else { 0 }));
+        let mut expected: Vec<[usize; 4]> = (0..4).flat_map(single).chain(profile::every_mix(&[0, 1024])).collect();
+        expected.extend([[256; 4], [0, 0, 256, 256]]);
+        expected.sort_unstable();
+        expected.dedup();
+        assert_eq!(expected.len(), CHOICES);
         for n_tb in [1, 2] {
-            let mut found: Vec<_> = of(n_tb).collect();
+            let of = profile.tokens.iter().filter(|token| token.n_tb == n_tb);
+            let mut found: Vec<_> = of.map(|token| token.k_chunks).collect();
             found.sort_unstable();
-            expected.sort_unstable();
             assert_eq!(found, expected);
         }
         let pairs = profile.kernels.iter().filter(|(line, _)| matches!(line.role, Role::Concurrent(_))).count() / 2;
@@ -216,6 +219,9 @@ fn a_sweep_of_whole_tokens_becomes_two_files_and_a_tuned_result() {
     }
 }
 
+/// What [`token_options`] has measured at each `n_tb`.
+const CHOICES: usize = 22;
+
 /// Of 64 channels, 16 and all of them; whatever they cost.
 fn token_options(dir: &Path, format: Format) -> Options {
     Options {
@@ -224,7 +230,7 @@ fn token_options(dir: &Path, format: Format) -> Options {
         max_k_chunk: None,
         k_chunks: Some(vec![256, 1024]),
         dearest: 1e3,
-        choices: profile::every_mix(&[0, 256, 1024]),
+        choices: profile::every_mix(&[0, 1024]),
         ..options(dir, format)
     }
 }
@@ -241,9 +247,9 @@ fn an_interrupted_sweep_of_whole_tokens_goes_on() {
     assert!(!options.identity.trace(dir.path()).exists());
     let mut whole = Faulty { clock: ByClock::default(), calls: 0, at: 0, zero: false };
     let measured = sweep(&mut whole, &options).unwrap().measured.unwrap();
-    assert_eq!((measured.resumed, measured.configurations), (9, 2 * 81));
+    assert_eq!((measured.resumed, measured.configurations), (9, 2 * CHOICES));
     assert_eq!(whole.calls, 2 + measured.configurations - 9, "a base for each n_tb, and what was missing");
-    assert_eq!(read(&options).tokens.len(), 2 * 81);
+    assert_eq!(read(&options).tokens.len(), 2 * CHOICES);
 }
 
 /// A profile of an older format, finished or not, is neither taken for one of this format nor lost without a word.

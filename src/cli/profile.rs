@@ -75,7 +75,7 @@ pub(crate) struct ProfileArgs {
     /// Of whole tokens: k_chunk is raised no further where a token is slower by so many per cent already
     #[arg(long, value_name = "PERCENT", default_value_t = 100.0 * Options::DEAREST, value_parser = slowdown)]
     pub(crate) max_slowdown: f64,
-    /// Of whole tokens: also measure every mix of these k_chunk, as in 0,4,8, for tune --exhaustive
+    /// Of whole tokens: also measure every mix of these k_chunk, as in 0,4,8: an exhaustive search finds the best
     #[arg(long, value_name = "K", value_delimiter = ',', value_parser = whole(0..=CHUNK))]
     pub(crate) mixes: Option<Vec<usize>>,
     #[command(flatten)]

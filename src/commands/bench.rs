@@ -43,7 +43,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 
 /// Tokens of the longest text that is made.
 fn longest(args: &BenchArgs) -> usize {
-    args.context.saturating_add((BEFORE + args.tokens).max(if args.timeline { timeline::ROOM } else { 0 }))
+    args.context.saturating_add(BEFORE.saturating_add(args.tokens).max(if args.timeline { timeline::ROOM } else { 0 }))
 }
 
 /// How long a text may take on a device that acts as another.

@@ -48,7 +48,8 @@ def one(number):
         try:
             return json.loads(ask(front, "/v1/chat/completions", body))["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
-            if error.code not in (429, 500, 502, 503, 504):
+            # 404: the router knows of no replica yet.
+            if error.code not in (404, 429, 500, 502, 503, 504):
                 raise AssertionError(f"{error.code}: {error.read()}") from error
             time.sleep(0.5)
     raise AssertionError(f"request {number} is lost")

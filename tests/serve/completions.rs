@@ -225,6 +225,8 @@ fn what_a_server_says_of_itself() {
     assert_eq!(server.metric("vllm:generation_tokens_total"), 7.0);
     assert_eq!(server.metric("vllm:time_to_first_token_seconds_count"), 1.0);
     assert_eq!(server.metric("vllm:request_success_total{model_name=\"scripted\",finished_reason=\"length\"}"), 1.0);
+    // An answer is sent before its slot is seen to be free.
+    server.until("the slot is free", || server.busy() == 0);
     let load = &server.get("/v1/loads").json()["loads"][0];
     assert_eq!(
         (&load["num_running_reqs"], &load["num_waiting_reqs"], &load["max_running_requests"]),

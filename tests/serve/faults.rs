@@ -47,7 +47,7 @@ fn a_dead_engine_is_told_to_everybody() {
 
 #[test]
 fn a_server_that_ends_first_says_so_and_then_finishes_what_it_began() {
-    let ending = Ending { notice: Duration::from_millis(300), limit: Duration::from_secs(20) };
+    let ending = Ending { notice: Duration::from_millis(300), limit: Duration::from_secs(120) };
     let mut server = Scripted::start(Setup { delay: Duration::from_millis(2), ending, ..Setup::default() });
     let mut stream = connect(server.address);
     let body = json!({ "prompt": "x", "max_tokens": 400, "temperature": 0, "stream": true });

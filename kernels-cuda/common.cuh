@@ -160,9 +160,6 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// A short wait, for others of a block to go on.
-__device__ __forceinline__ void pause_a_little() { asm volatile("nanosleep.u32 20;"); }
-
 __device__ __forceinline__ float warp_sum(float v) {
     for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(FULL, v, d);
     return v;
@@ -176,12 +173,6 @@ __device__ __forceinline__ float warp_max(float v) {
 __device__ __forceinline__ u32 warp_count(u32 v) {
     u32 d;
     asm volatile("redux.sync.add.u32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(v));
-    return d;
-}
-
-__device__ __forceinline__ u32 warp_most(u32 v) {
-    u32 d;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(v));
     return d;
 }
 
@@ -216,7 +207,7 @@ __device__ __forceinline__ float team_sum(float v, float* scratch) {
 }
 
 __device__ __forceinline__ float4 add4(float4 a, float4 b) {
-    return make_float4(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z), __fadd_rn(a.w, b.w));
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
 // Four numbers of a vector of which a part may still lie beside it: a compensation not yet added. Past the
@@ -227,7 +218,7 @@ __device__ __forceinline__ float4 load4(const float* x, const float* delta, int 
 }
 
 __device__ __forceinline__ float load1(const float* x, const float* delta, int i) {
-    return delta ? __fadd_rn(__ldcg(x + i), __ldcg(delta + i)) : __ldcg(x + i);
+    return delta ? __ldcg(x + i) + __ldcg(delta + i) : __ldcg(x + i);
 }
 
 // What gate goes through before it multiplies up, as src/backend/kernels.rs numbers it.
@@ -236,27 +227,11 @@ __device__ __forceinline__ float load1(const float* x, const float* delta, int i
 
 // x / (1 + e^−z), where z is x for SiLU, and 2·√(2/π)·(x + 0.044715·x³) for the form of GELU that a tanh makes.
 __device__ __forceinline__ float activated(float x, int activation) {
-    float z = x;
-    if (activation == GELU_TANH) {
-        float cube = __fmul_rn(__fmul_rn(x, x), x);
-        z = __fmul_rn(1.5957691f, fmaf(0.044715f, cube, x));
-    }
-    return __fdiv_rn(x, __fadd_rn(1.0f, expf(-z)));
-}
-
-__device__ __forceinline__ float gated1(float gate, float up, int activation) {
-    return __fmul_rn(activated(gate, activation), up);
+    float z = activation == GELU_TANH ? 1.5957691f * (x + 0.044715f * x * x * x) : x;
+    return x / (1.0f + expf(-z));
 }
 
 __device__ __forceinline__ float4 gated4(float4 gate, float4 up, int activation) {
-    return make_float4(gated1(gate.x, up.x, activation), gated1(gate.y, up.y, activation), gated1(gate.z, up.z, activation),
-                       gated1(gate.w, up.w, activation));
-}
-
-// Four activations as the next product takes them: as 16-bit numbers, which is what layers in one launch hand on.
-__device__ __forceinline__ float4 narrowed4(float4 v, Beyond& lost) {
-    if (DTYPE == 2) return v;
-    u32 low = narrow2(v.x, v.y), high = narrow2(v.z, v.w);
-    lost.add(low), lost.add(high);
-    return make_float4(widen((u16)low), widen((u16)(low >> 16)), widen((u16)high), widen((u16)(high >> 16)));
+    return make_float4(activated(gate.x, activation) * up.x, activated(gate.y, activation) * up.y,
+                       activated(gate.z, activation) * up.z, activated(gate.w, activation) * up.w);
 }

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
-use crate::backend::{DecodeBackend, DeviceInfo, GemvBackend, Interrupted, KvBits};
+use crate::backend::{DecodeBackend, DeviceInfo, GemvBackend, Interrupted};
 use crate::config::ModelConfig;
 use crate::progress::Progress;
 use crate::quantize::compute::Compute;
@@ -222,14 +222,13 @@ impl Device {
         cuda.occupy_rest(most)
     }
 
-    /// Says what a model will take with texts of `max_seq_len` tokens, keys and values in `bits`, where that is short:
-    /// in a GPU's memory.
+    /// Says what a model will take with texts of `max_seq_len` tokens, where that is short: in a GPU's memory.
     ///
     /// # Errors
     /// What is too much, with both numbers and the way out; tensors that cannot be read.
-    pub(crate) fn ensure_memory(&self, weights: &dyn ModelWeights, max_seq_len: usize, bits: KvBits) -> Result<()> {
+    pub(crate) fn ensure_memory(&self, weights: &dyn ModelWeights, max_seq_len: usize) -> Result<()> {
         let Backend::Cuda(cuda) = &self.backend else { return Ok(()) };
-        let memory = cuda.memory_table(weights, max_seq_len, bits)?;
+        let memory = cuda.memory_table(weights, max_seq_len)?;
         tracing::info!("{memory}");
         memory.check()
     }

@@ -11,7 +11,7 @@ use cuda_common::{Noise, cuda, distance, options, small};
 use decdec::backend::cpu::Cpu;
 use decdec::backend::cuda::{Card, Cuda, Dtype, Options, Residuals, Tuning};
 use decdec::backend::record::{Clock, Recorder};
-use decdec::backend::{DecodeBackend, GemvBackend, Input, Rows};
+use decdec::backend::{DecodeBackend, GemvBackend, Input, KvBits, Rows};
 use decdec::config::ModelConfig;
 use decdec::dec::Selection;
 use decdec::format::Storage;
@@ -229,7 +229,7 @@ fn nothing_is_touched_behind_the_end() {
         let Some(cuda) = cuda(options(dtype, 2)) else { return };
         let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
         let config = weights.config();
-        let mut cache = cuda.cache(config, 1, 8, Default::default()).unwrap();
+        let mut cache = cuda.cache(config, 1, 8, KvBits::Whole).unwrap();
         let of = |count| [Rows { slot: 0, position: 0, count }];
         cuda.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap();
         let attention = config.layers[0].attention();
@@ -259,7 +259,7 @@ fn sampling_follows_the_rules() {
     let Some(cuda) = cuda(options(Dtype::Float16, 2)) else { return };
     let mut noise = Noise::new(3);
     let config = ModelConfig { vocab_size: 5003, ..small(None, 2) };
-    let mut cache = cuda.cache(&config, 1, 64, Default::default()).unwrap();
+    let mut cache = cuda.cache(&config, 1, 64, KvBits::Whole).unwrap();
     let mut logits = cuda.vector(config.vocab_size).unwrap();
     let mut different = 0;
     for case in 0..200 {

@@ -13,7 +13,7 @@ use anyhow::{Result, bail};
 use changed::{Change, Changed};
 use cuda_common::{cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype};
-use decdec::backend::{DecodeBackend, GemvBackend};
+use decdec::backend::{DecodeBackend, GemvBackend, KvBits};
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::{DecPlan, Selection};
 use decdec::format::Storage;
@@ -104,12 +104,12 @@ fn faults_end_cleanly() {
         let model = Model::load(&cuda, &weights, |_| ()).unwrap();
         let fields = json!({ "num_hidden_layers": 4000, "max_position_embeddings": 1 << 20 });
         let config = model.config().with(fields).unwrap();
-        let mut cache = cuda.cache(&config, 1, 1 << 20, Default::default()).unwrap();
+        let mut cache = cuda.cache(&config, 1, 1 << 20, KvBits::Whole).unwrap();
         let error = format!("{:#}", cuda.begin(&mut cache, 0, &Sampling::GREEDY, &[]).unwrap_err());
         for part in ["MiB wanted", "MiB free", "--max-seq-len", "--residuals host"] {
             assert!(error.contains(part), "{error}");
         }
-        let table = cuda.memory_table(&weights, 8192, Default::default()).unwrap();
+        let table = cuda.memory_table(&weights, 8192).unwrap();
         table.check().unwrap();
         let (wanted, free) = (table.device(), table.free_device);
         let tight = decdec::backend::cuda::MemoryTable { free_device: wanted - 1, ..table };

@@ -210,17 +210,17 @@ impl Change for Louder<'_> {
     }
 }
 
-/// Activations that float16 does not hold, where they are float16: between gate-up and down. Its largest number is taken for
-/// them, and that is said.
+/// Activations that float16 does not hold, where they are float16: between gate-up and down in one launch, and in products of
+/// many tokens. Its largest number is taken for them, and that is said.
 #[test]
 fn activations_beyond_float16_do_not_become_nan() {
     let weights = RandomWeights::new(small(None, 2), Storage::ANYPREC, 3, 5).unwrap();
     for (dtype, one_launch, factor, alone, many) in [
         (Dtype::Float16, true, 1e3, true, true),
-        (Dtype::Float16, false, 1e3, true, true),
+        (Dtype::Float16, false, 1e3, false, true),
         // What is normalized is beyond itself.
         (Dtype::Float16, true, 1e5, true, true),
-        (Dtype::Float16, false, 1e5, true, true),
+        (Dtype::Float16, false, 1e5, false, true),
         (Dtype::Float16, true, 1.0, false, false),
         (Dtype::Float16, false, 1.0, false, false),
         (Dtype::Bfloat16, true, 1e5, false, false),

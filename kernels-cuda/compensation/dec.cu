@@ -22,11 +22,10 @@ extern "C" __global__ void __launch_bounds__(256) select_channels(const __grid_c
     select_chunks<All>(d, own_edge(d), 0, chunks, list, copied<All>(shared, [&](int i) { return load4(x, delta, i); }));
 }
 
-// x[k] = activation(gate[k])·up[k] of one token, in 16 bits, and the selection among them before they are: one block per
-// chunk. *beyond = 1 if some were beyond those.
+// x[k] = activation(gate[k])·up[k] of one token, and the selection among them: one block per chunk.
 extern "C" __global__ void __launch_bounds__(256) gated_select(const __grid_constant__ Dec d, const float* gu,
                                                                const float* delta, int activation, float* x,
-                                                               Salient* list, u32* beyond) {
+                                                               Salient* list) {
     __shared__ __align__(16) float chunk[CHUNK];
     let_next_start();
     int edge = own_edge(d);
@@ -36,9 +35,7 @@ extern "C" __global__ void __launch_bounds__(256) gated_select(const __grid_cons
     if (first + k < d.in_features) {
         float4 gate = load4(gu, delta, first + k), up = load4(gu, delta, d.in_features + first + k);
         v = gated4(gate, up, activation);
-        Beyond lost;
-        *(float4*)(x + first + k) = narrowed4(v, lost);
-        lost.tell(beyond);
+        *(float4*)(x + first + k) = v;
     }
     *(float4*)(chunk + k) = v;
     __syncthreads();

@@ -8,7 +8,6 @@
 // the second-level cache, so what they bring is complete.
 #pragma once
 #include "patience.cuh"
-#include "sums.cuh"
 
 #define MISSING 0xffffffffu
 
@@ -65,44 +64,48 @@ __device__ __forceinline__ float4 as_floats(uint4 v) {
     return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
-// A number in two parts as they were when they were asked for.
+// A number in three parts as they were when they were asked for.
 struct Asked {
-    float a, b;
+    float a, b, c;
 
-    __device__ __forceinline__ bool there() const { return !missing(a) & !missing(b); }
-    __device__ __forceinline__ float sum() const { return __fadd_rn(a, b); }
+    __device__ __forceinline__ bool there() const { return !missing(a) & !missing(b) & !missing(c); }
+    __device__ __forceinline__ float sum() const { return a + b + c; }
 };
 
 // Four of them.
 struct Asked4 {
-    uint4 a, b;
+    uint4 a, b, c;
 
-    __device__ __forceinline__ bool there() const { return is_there(a) & is_there(b); }
-    __device__ __forceinline__ float4 sum() const { return add4(as_floats(a), as_floats(b)); }
+    __device__ __forceinline__ bool there() const { return is_there(a) & is_there(b) & is_there(c); }
+    __device__ __forceinline__ float4 sum() const { return add4(add4(as_floats(a), as_floats(b)), as_floats(c)); }
 };
 
-// A vector in up to two parts, the second or null: what a product multiplied, and what a compensation adds.
+// A vector in up to three parts, others than the first or null: what a product multiplied, what a compensation adds,
+// and what one block has of another's rows.
 struct Sum {
     const float* x;
-    const float* delta;
+    const float* first;
+    const float* second;
 
     __device__ __forceinline__ Asked ask(int i) const {
-        Asked v = {ask1(x + i), 0};
-        if (delta) v.b = ask1(delta + i);
+        Asked v = {ask1(x + i), 0, 0};
+        if (first) v.b = ask1(first + i);
+        if (second) v.c = ask1(second + i);
         return v;
     }
 
     // Four of which nothing is there yet.
     __device__ __forceinline__ Asked4 nothing_yet() const {
         uint4 none = make_uint4(MISSING, MISSING, MISSING, MISSING), zeros = make_uint4(0, 0, 0, 0);
-        return Asked4{none, delta ? none : zeros};
+        return Asked4{none, first ? none : zeros, second ? none : zeros};
     }
 
     // Asks for those parts of numbers i to i + 3 that are missing: all blocks ask at once, and the second-level cache has
     // to answer all.
     __device__ __forceinline__ void ask_missing(int i, Asked4& v) const {
         if (!is_there(v.a)) v.a = ask4(x + i);
-        if (delta && !is_there(v.b)) v.b = ask4(delta + i);
+        if (first && !is_there(v.b)) v.b = ask4(first + i);
+        if (second && !is_there(v.c)) v.c = ask4(second + i);
     }
 };
 
@@ -114,22 +117,15 @@ struct Eights {
 
     __device__ __forceinline__ void to(float* x) const { *(float4*)x = a, *(float4*)(x + 4) = b; }
 
-    __device__ __forceinline__ float squares() const { return squares_of(a, b); }
+    __device__ __forceinline__ float squares() const {
+        return a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+    }
 
     __device__ __forceinline__ void add(const Eights& other) { a = add4(a, other.a), b = add4(b, other.b); }
 
     __device__ __forceinline__ void scale(float s, const Eights& w) {
         a = make_float4(a.x * s * w.a.x, a.y * s * w.a.y, a.z * s * w.a.z, a.w * s * w.a.w);
         b = make_float4(b.x * s * w.b.x, b.y * s * w.b.y, b.z * s * w.b.z, b.w * s * w.b.w);
-    }
-
-    // These and normalized ones.
-    __device__ __forceinline__ Eights with_normed(const Eights& v, float s, const Eights& w) const {
-        auto four = [&](float4 v, float4 w, float4 to) {
-            return make_float4(add_normed(v.x, s, w.x, to.x), add_normed(v.y, s, w.y, to.y), add_normed(v.z, s, w.z, to.z),
-                               add_normed(v.w, s, w.w, to.w));
-        };
-        return Eights{four(v.a, w.a, a), four(v.b, w.b, b)};
     }
 
     __device__ __forceinline__ float operator[](int i) const {
@@ -158,9 +154,6 @@ struct AskedEights {
     __device__ __forceinline__ void ask_missing(const Sum& x, int k) { x.ask_missing(k, a), x.ask_missing(k + 4, b); }
     __device__ __forceinline__ bool there() const { return a.there() & b.there(); }
     __device__ __forceinline__ Eights sum() const { return Eights{a.sum(), b.sum()}; }
-    // What a product multiplied, and what a compensation adds.
-    __device__ __forceinline__ Eights first() const { return Eights{as_floats(a.a), as_floats(b.a)}; }
-    __device__ __forceinline__ Eights second() const { return Eights{as_floats(a.b), as_floats(b.b)}; }
 };
 
 // Channels k to k + 7 of `len` as they are; zeros past the end.

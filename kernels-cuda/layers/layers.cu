@@ -20,8 +20,8 @@
 //
 // Blocks wait for numbers, not for each other (flow.cuh), and weights stream past that (stream.cuh), so memory is busy
 // meanwhile. Where there is compensation, the last n_tb blocks multiply nothing: they select, fetch, and leave their sums
-// in a vector of their own, which whoever reads the product adds (stripe.cuh). Blocks multiply whole tiles: the sum of a row
-// that began in one block and ended in another would depend on where.
+// in a vector of their own, which whoever reads the product adds (stripe.cuh). What others multiply is then cut between
+// blocks by units: of Llama-3-8B's 256 tiles some of 116 blocks would have three, half as much again as the rest.
 //
 // Every block that multiplies has a part of every product, so that whoever has all of one knows that all blocks are done
 // with what came before it. So in layer l each block makes its share of a set missing, that of layer l + 2, which layer
@@ -63,29 +63,26 @@ enum { QKV, O, GU, D };
 constexpr int A = HEADS * HEAD_DIM, QKV_ROWS = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 
 // Where a layer's vectors lie in its set: what down put out in the layer before, what its own products put out, 16-bit
-// activations in pairs, and what shares of attention put out. With compensation, beside them deltas, down's from the layer
-// before; and activations in f32.
+// activations in pairs, and what shares of attention put out. With compensation, beside them deltas, and what blocks had of
+// tiles that began in others, down's from the layer before; and activations in f32.
 enum At {
     FROM_DOWN = 0,
     Q_K_V = FROM_DOWN + H,
     ATTENDED = Q_K_V + QKV_ROWS,
     FROM_O = ATTENDED + A,
     ACT = FROM_O + H,
-    WITHOUT_DEC = ACT + I / 2,
+    SHARES = ACT + I / 2,
+    WITHOUT_DEC = SHARES + (KV_HEADS * SPLITS * HEAD_GROUP * (HEAD_DIM + 2) + 3) / 4 * 4,
     DOWN_DELTA = WITHOUT_DEC,
-    QKV_DELTA = DOWN_DELTA + H,
-    O_DELTA = QKV_DELTA + QKV_ROWS,
-    GU_DELTA = O_DELTA + H,
+    DOWN_REST = DOWN_DELTA + H,
+    QKV_DELTA = DOWN_REST + H,
+    QKV_REST = QKV_DELTA + QKV_ROWS,
+    O_DELTA = QKV_REST + QKV_ROWS,
+    O_REST = O_DELTA + H,
+    GU_DELTA = O_REST + H,
     ACT32 = GU_DELTA + 2 * I,
-    SHARES = DEC ? ACT32 + I : WITHOUT_DEC,
-    WORDS = SHARES + (MOST_SHARES * PLACES * AT_ONCE * RESULT + 3) / 4 * 4,
+    WORDS = DEC ? ACT32 + I : WITHOUT_DEC,
 };
-
-// How many of these a token at `position` uses: shares come last.
-__device__ __forceinline__ int words_for(int position) {
-    int shares = min(MOST_SHARES, position / LEAST_SHARE + 1);
-    return SHARES + (shares * (PLACES * AT_ONCE * RESULT) + 3) / 4 * 4;
-}
 
 __device__ __forceinline__ int rows_of(int op) {
     return op == QKV ? QKV_ROWS : op == GU ? 2 * I : H;
@@ -169,9 +166,8 @@ __device__ __forceinline__ Dec dec_of(const Product& p, int op) {
 // Shared memory, in order; the ring comes first.
 constexpr int ROUTES = (Stream<MATRICES, Matrices>::BYTES + 127) / 128 * 128; // Route [MATRICES]
 constexpr int POSITION = ROUTES + 124;                                     // the token's
-constexpr int SCRATCH_BYTES = (8 * UNITS_OF(H) + 127) / 128 * 128;
-constexpr int SCRATCH = ROUTES + 128;                                      // f32 [2, UNITS_OF(H)]
-constexpr int TABLE = SCRATCH + SCRATCH_BYTES;                             // Layer [TURNS]
+constexpr int SCRATCH = ROUTES + 128;                                      // f32 [2, WARPS]
+constexpr int TABLE = SCRATCH + 256;                                       // Layer [TURNS]
 constexpr int HIDDEN = TABLE + (TURNS * LAYER_BYTES + 127) / 128 * 128;
 constexpr int X = HIDDEN + UNITS_OF(H) * UNIT * 4;
 // Sums of qkv, gate and up in one place, those of o and down in another: a warp that is ahead may have begun the next product
@@ -179,29 +175,30 @@ constexpr int X = HIDDEN + UNITS_OF(H) * UNIT * 4;
 constexpr int PART = X + XS;
 constexpr int NARROW_PART = PART + PARTS;
 constexpr int LIST = NARROW_PART + NARROW_PARTS; // the selection
-static_assert(MATRICES * sizeof(Route) <= POSITION - ROUTES, "no room");
+static_assert(MATRICES * sizeof(Route) <= POSITION - ROUTES && 2 * WARPS * 4 <= TABLE - SCRATCH, "no room");
 
 // The vectors of a layer.
 __device__ __forceinline__ float* set_of(const Layers& g, int l) { return g.flow + l % SETS * WORDS; }
 
 // A vector of a layer as products and compensations leave it.
-__device__ __forceinline__ Sum vector_of(float* set, int at, int delta, bool compensated) {
-    return Sum{set + at, DEC && compensated ? set + delta : nullptr};
+__device__ __forceinline__ Sum vector_of(float* set, int at, int delta, int rest, bool compensated) {
+    if (!DEC) return Sum{set + at, nullptr, nullptr};
+    return Sum{set + at, compensated ? set + delta : nullptr, set + rest};
 }
 
 // What goes into the stream where layer l begins, and where the last one ends: what down put out in the layer before, or what
 // there was at first.
 __device__ __forceinline__ Branch from_down(const Layers& g, const Table& table, int l) {
     Norm before = l < g.count ? table[l].norms[ATTENTION_INPUT] : Norm{};
-    if (l == 0) return Branch{Sum{g.h, g.h_delta}, Norm{}, before};
+    if (l == 0) return Branch{Sum{g.h, g.h_delta, nullptr}, Norm{}, before};
     bool compensated = DEC && table[l - 1].products[D].k_chunk > 0;
-    return Branch{vector_of(set_of(g, l), FROM_DOWN, DOWN_DELTA, compensated),
+    return Branch{vector_of(set_of(g, l), FROM_DOWN, DOWN_DELTA, DOWN_REST, compensated),
                   table[l - 1].norms[FEED_FORWARD_OUTPUT], before};
 }
 
 // What goes into it between attention and feed-forward.
 __device__ __forceinline__ Branch from_o(const Layer& layer, float* set) {
-    return Branch{vector_of(set, FROM_O, O_DELTA, layer.products[O].k_chunk > 0),
+    return Branch{vector_of(set, FROM_O, O_DELTA, O_REST, DEC && layer.products[O].k_chunk > 0),
                   layer.norms[ATTENTION_OUTPUT], layer.norms[FEED_FORWARD_INPUT]};
 }
 
@@ -254,7 +251,7 @@ __device__ __noinline__ float take_in_alone(const Branch& branch, char* shared) 
     Eights v[STEPS_OF(H)];
     float* scratch = (float*)(shared + SCRATCH);
     take_in(branch, Hidden{(float4*)(shared + HIDDEN)}, scratch, v);
-    float scale = BEFORE ? norm_scale(v, branch.before.eps, scratch + UNITS_OF(H)) : 1.0f;
+    float scale = BEFORE ? norm_scale(v, branch.before.eps, scratch + WARPS) : 1.0f;
     // Each thread selects among other channels than those that it keeps.
     All::sync();
     return scale;
@@ -361,7 +358,7 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Table& tab
         bool of_stream = op == QKV || op == GU;
         Branch branch = op == QKV ? from_down(g, table, l) : from_o(table[l], set);
         if (p.k_chunk > 0) {
-            Sum x{set + (op == O ? ATTENDED : ACT32), nullptr};
+            Sum x{set + (op == O ? ATTENDED : ACT32), nullptr, nullptr};
             float* out = op == D ? next + DOWN_DELTA : set + (op == QKV ? QKV_DELTA : op == O ? O_DELTA : GU_DELTA);
             // An entry is overwritten a layer later, when every block is done with it.
             Exchange exchange{g.list + op * g.longest, i + 1u};
@@ -380,9 +377,10 @@ __device__ __noinline__ void compensate_layers(const Layers& g, const Table& tab
 
 // A multiplying block's part of a matrix, gate and up alike.
 __device__ __forceinline__ Route route_of(int op, int blocks) {
-    int units = UNITS_OF(width_of(op)), b = blockIdx.x, tiles = rows_of(op) / (op == GU ? 32 : 16);
-    int begin = tiles * b / blocks, end = tiles * (b + 1) / blocks;
-    return Route{begin * units, end * units, begin, end - begin};
+    int units = UNITS_OF(width_of(op)), b = blockIdx.x, pieces = rows_of(op) / (op == GU ? 32 : 16), piece = units;
+    if (DEC && op != GU) pieces *= units, piece = 1;
+    int begin = pieces * b / blocks * piece, end = pieces * (b + 1) / blocks * piece;
+    return Route{begin, end, begin / units, (end + units - 1) / units - begin / units, begin % units};
 }
 
 struct Multiplier {
@@ -394,13 +392,13 @@ struct Multiplier {
 
     // Product m of the stream, of K channels, which are in x when all threads are here.
     template <int K>
-    __device__ __forceinline__ void run(int m, const Product& p, float* parts, const Later& norm, float* y) {
+    __device__ __forceinline__ void run(int m, const Product& p, float* parts, const Later& norm, float* y, float* rest) {
         const Route& route = routes[(u32)m % MATRICES];
         wait_for_staged<K>();
         if (m > 0) grid.stamp();
-        stream.multiply<UNITS_OF(K)>(m, route, shared, Operand::of<K>(x), parts);
+        stream.multiply<UNITS_OF(K), DEC>(m, route, shared, Operand::of<K>(x), parts);
         All::sync();
-        finish<UNITS_OF(K)>(route, parts, norm, p.bias, y);
+        finish<UNITS_OF(K)>(route, parts, norm, p.bias, y, rest);
     }
 };
 
@@ -408,24 +406,23 @@ struct Multiplier {
 __device__ __noinline__ void attention(const Layers& g, const Layer& layer, float* set, char* shared, u64* stamp) {
     int position = *(const int*)(shared + POSITION), share = blockIdx.x;
     Span span(position, layer.numbers.window);
-    if (share >= PLACES * span.splits) return;
-    TextRow row{g.state, (char*)layer.keys, (char*)layer.values, 0, 0};
-    Attend a{layer.numbers, nullptr, nullptr, 0, layer.angles, nullptr, nullptr, nullptr, g.beyond, g.max_seq_len, 0};
+    if (share >= KV_HEADS * span.splits) return;
+    Attend a{layer.numbers, nullptr, nullptr, layer.keys, layer.values, layer.angles, g.state, set + SHARES, nullptr,
+             set + ATTENDED, g.beyond, g.max_seq_len};
     if (!CAPPED) a.softcap = 0;
     if (!GROWS) a.query_beta = 0;
     HeadNorms norms{layer.norms[QUERY], layer.norms[KEY]};
     // Where heads are divided, there are no more shares than blocks.
 #pragma unroll 1
     do {
-        int place = share % PLACES, split = share / PLACES;
-        prefetch(a.cache(row, place / GROUP_PLACES, position), span, split);
-        Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, layer.products[QKV].k_chunk > 0);
+        int kv = share % KV_HEADS, split = share / KV_HEADS;
+        prefetch(Cache(a, kv, position), span.begin_of(split), span.end_of(split));
+        Sum qkv = vector_of(set, Q_K_V, QKV_DELTA, QKV_REST, DEC && layer.products[QKV].k_chunk > 0);
         // What was in shared memory before has been used.
         All::sync();
-        attend_token<All>(a, norms, qkv, (float*)(shared + X), nullptr, place, split, row, position, set + ATTENDED,
-                          set + SHARES, nullptr, [&] { note_time(stamp); });
+        attend_token<All>(a, norms, qkv, (float*)(shared + X), nullptr, kv, split, position, [&] { note_time(stamp); });
         share += BLOCKS - g.n_tb;
-    } while (SPLITS == 1 && share < PLACES * span.splits);
+    } while (SPLITS == 1 && share < KV_HEADS * span.splits);
 }
 
 // What the other blocks do.
@@ -458,8 +455,8 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Table& ta
         int m = MATRICES * l;
 
         Later norm = stage_hidden(from_down(g, table, l), h, scratch, Operand::of<H>(x));
-        multiplier.run<H>(m + QKV, p[QKV], parts, norm, set + Q_K_V);
-        empty(set_of(g, l + 2), words_for(*(const int*)(shared + POSITION)), blocks);
+        multiplier.run<H>(m + QKV, p[QKV], parts, norm, set + Q_K_V, set + QKV_REST);
+        empty(set_of(g, l + 2), WORDS, blocks);
 
         attention(g, layer, set, shared, grid.here());
         grid.stamped++;
@@ -469,20 +466,20 @@ __device__ __forceinline__ void multiply_layers(const Layers& g, const Table& ta
         table.bring(g.layers, g.count, l + TURNS - 1);
 
         stage_attended<A>(set + ATTENDED, Operand::of<A>(x));
-        multiplier.run<A>(m + O, p[O], narrow_parts, NO_NORM, set + FROM_O);
+        multiplier.run<A>(m + O, p[O], narrow_parts, NO_NORM, set + FROM_O, set + O_REST);
 
         norm = stage_hidden(from_o(layer, set), h, scratch, Operand::of<H>(x));
         wait_for_staged<H>();
         grid.stamp();
-        int half = routes[GATE].tiles * (PARTS_OF(UNITS_OF(H)) * 16);
+        int half = routes[GATE].tiles * WARPS * 16;
 #pragma unroll 1
         for (int i = 0; i < 2; i++)
-            stream.multiply<UNITS_OF(H)>(m + GATE + i, routes[GATE], shared, Operand::of<H>(x), parts + i * half);
+            stream.multiply<UNITS_OF(H), false>(m + GATE + i, routes[GATE], shared, Operand::of<H>(x), parts + i * half);
         finish_pairs(routes[GATE], parts, norm, p[GU].bias, DEC && p[GU].k_chunk > 0 ? set + GU_DELTA : nullptr,
                      (u16*)(set + ACT), DEC && p[D].k_chunk > 0 ? set + ACT32 : nullptr, g.beyond);
 
         stage_act((const u16*)(set + ACT), Operand::of<I>(x));
-        multiplier.run<I>(m + DOWN, p[D], narrow_parts, NO_NORM, next + FROM_DOWN);
+        multiplier.run<I>(m + DOWN, p[D], narrow_parts, NO_NORM, next + FROM_DOWN, next + DOWN_REST);
     }
     if (blockIdx.x > 0) return;
     Eights v[STEPS_OF(H)];
@@ -501,7 +498,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __g
         ((u64*)table.kept)[i] = ((const u64*)g.layers)[i];
     wait_for_previous();
     // Two sets: the third is made missing in the first layer.
-    for (int l = 0; l < 2; l++) empty(set_of(g, l), words_for(position_of(g.state, g.max_seq_len, 0)), BLOCKS);
+    empty(g.flow, 2 * WORDS, BLOCKS);
     Grid grid{g.grid, __ldcg(g.grid + 1), g.stamps, 0};
     if (DEC)
         for (int i = blockIdx.x * THREADS + this_thread(); i < 4 * g.longest; i += BLOCKS * THREADS) g.list[i] = 0;

@@ -1,7 +1,7 @@
 // How a product's input comes into a block's shared memory, and how the sums of its rows leave it.
 //
 //   hidden      f32 [whole units of H], the residual stream h as far as the layers have come
-//   parts       f32 [tiles, PARTS_OF(units), 16], what warps have of the rows (stream.cuh)
+//   parts       f32 [tiles, WARPS, 16], what each warp has of the rows (stream.cuh)
 //
 // A thread has eight consecutive channels of a unit, a warp a whole unit in each step: k = unit · 256 + lane · 8, the units
 // of a vector going round the warps. So what is said of a unit (its largest number, its sum) is said by one warp.
@@ -14,10 +14,9 @@
 // goes on, and only who finishes a row needs the sum of all squares. Where units go round the warps evenly, a warp multiplies
 // what it staged itself, and no block's warps wait for each other between staging and the end of the product.
 //
-// Sums are in the order of sums.cuh, which does not depend on the number of warps.
-//
 // Constants: H, I, WARPS, PARTS (bytes); BEFORE and AFTER (0 or 1: whether attention and feed-forward have a norm before
-// them, and one after); ACTIVATION (common.cuh). `All` is the team of a block's threads.
+// them, and one after); ACTIVATION (common.cuh); DEC (whether tiles are divided between blocks). `All` is the team of a
+// block's threads.
 #pragma once
 #include "flow.cuh"
 #include "stream.cuh"
@@ -38,9 +37,9 @@ __device__ __forceinline__ void store_x(const Operand& to, int k, const Eights& 
     to.store(k, eight);
 }
 
-// A vector of K channels that others put out: this thread's, once all are there; and what a compensation adds to them.
+// A vector of K channels that others put out: this thread's, once all are there.
 template <int K>
-__device__ __forceinline__ void await_own(const Sum& x, Eights (&v)[STEPS_OF(K)], Eights (&delta)[STEPS_OF(K)]) {
+__device__ __forceinline__ void await_own(const Sum& x, Eights (&v)[STEPS_OF(K)]) {
     AskedEights asked[STEPS_OF(K)] = {};
 #pragma unroll
     for (int s = 0; s < STEPS_OF(K); s++)
@@ -55,7 +54,7 @@ __device__ __forceinline__ void await_own(const Sum& x, Eights (&v)[STEPS_OF(K)]
         for (int s = 0; s < STEPS_OF(K); s++) there &= asked[s].there();
     } while (patience.warp_goes_on(there));
 #pragma unroll
-    for (int s = 0; s < STEPS_OF(K); s++) v[s] = asked[s].first(), delta[s] = asked[s].second();
+    for (int s = 0; s < STEPS_OF(K); s++) v[s] = asked[s].sum();
 }
 
 // The stream of a token. A thread keeps the channels that it stages; halves of eights lie apart, which no two lanes' share
@@ -79,31 +78,31 @@ __device__ __forceinline__ void own_weights(const float* gamma, Eights (&w)[STEP
     for (int s = 0; s < STEPS_OF(H); s++) w[s] = own_channel(s) < H ? Eights::at(gamma + own_channel(s)) : Eights{};
 }
 
-// The squares of this warp's spans of H channels, each to its place.
-__device__ __forceinline__ void own_squares(const Eights (&v)[STEPS_OF(H)], float* squares) {
+__device__ __forceinline__ float own_squares(const Eights (&v)[STEPS_OF(H)]) {
+    float sum = 0;
 #pragma unroll
-    for (int s = 0; s < STEPS_OF(H); s++) {
-        float sum = warp_sum(v[s].squares());
-        if (own_channel(s) < H && this_lane() == 0) squares[own_channel(s) / SPAN] = sum;
-    }
+    for (int s = 0; s < STEPS_OF(H); s++) sum += v[s].squares();
+    return sum;
 }
 
-// What a norm of the block's H channels divides by, inverted, from the squares of all warps' spans.
+// What a norm of the block's H channels divides by, inverted.
+__device__ __forceinline__ float norm_scale(const Eights (&v)[STEPS_OF(H)], float eps, float* scratch) {
+    return 1.0f / sqrtf(team_sum<All>(own_squares(v), scratch) / H + eps);
+}
+
+// The same, from what each warp has of the squares.
 struct Later {
     const float* squares;
     float eps;
 
     __device__ __forceinline__ float scale() const {
-        return squares ? inverse_rms_of(H, eps, [&](int s) { return squares[s]; }) : 1.0f;
+        if (!squares) return 1.0f;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += squares[w];
+        return 1.0f / sqrtf(sum / H + eps);
     }
 };
-
-// The same at once.
-__device__ __forceinline__ float norm_scale(const Eights (&v)[STEPS_OF(H)], float eps, float* squares) {
-    own_squares(v, squares);
-    All::sync();
-    return Later{squares, eps}.scale();
-}
 
 // A branch on its way into the stream: what its last product put out, and the norms after that (or null) and before what
 // comes next (or null).
@@ -112,53 +111,45 @@ struct Branch {
     Norm after, before;
 };
 
-// h += y, or norm(y)·γ. v: this thread's channels of h then. scratch: a number for each span.
+// h += y, or norm(y)·γ. v: this thread's channels of h then. scratch: a number for each warp.
 __device__ __forceinline__ void take_in(const Branch& branch, const Hidden& h, float* scratch, Eights (&v)[STEPS_OF(H)]) {
     bool normed = AFTER && branch.after.gamma;
     Eights weights[STEPS_OF(H)];
     if (normed) own_weights(branch.after.gamma, weights);
-    Eights delta[STEPS_OF(H)];
-    await_own<H>(branch.y, v, delta);
-    float scale = 1;
-    if (normed) {
-        if (DEC)
-#pragma unroll
-            for (int s = 0; s < STEPS_OF(H); s++) v[s].add(delta[s]);
-        scale = norm_scale(v, branch.after.eps, scratch);
-    }
+    await_own<H>(branch.y, v);
+    float scale = normed ? norm_scale(v, branch.after.eps, scratch) : 1.0f;
 #pragma unroll
     for (int s = 0; s < STEPS_OF(H); s++) {
         int k = own_channel(s);
+        if (normed) v[s].scale(scale, weights[s]);
         if (k >= UNITS_OF(H) * UNIT) continue;
-        if (normed) {
-            v[s] = h[k].with_normed(v[s], scale, weights[s]);
-        } else {
-            v[s].add(h[k]);
-            if (DEC) v[s].add(delta[s]);
-        }
+        v[s].add(h[k]);
         h.put(k, v[s]);
     }
 }
 
-// The stream as the next product's input, but for what its norm divides by. scratch: two numbers for each span.
+// The stream as the next product's input, but for what its norm divides by. scratch: two numbers for each warp.
 __device__ __forceinline__ Later stage_hidden(const Branch& branch, const Hidden& h, float* scratch, const Operand& to) {
     Eights v[STEPS_OF(H)], weights[STEPS_OF(H)];
     if (BEFORE) own_weights(branch.before.gamma, weights);
     take_in(branch, h, scratch, v);
-    if (BEFORE) own_squares(v, scratch + UNITS_OF(H));
+    if (BEFORE) {
+        float squares = warp_sum(own_squares(v));
+        if (this_thread() % 32 == 0) scratch[WARPS + this_thread() / 32] = squares;
+    }
 #pragma unroll
     for (int s = 0; s < STEPS_OF(H); s++) {
         if (BEFORE) v[s].scale(1, weights[s]);
         if (own_channel(s) < UNITS_OF(H) * UNIT) store_x(to, own_channel(s), v[s]);
     }
-    return Later{BEFORE ? scratch + UNITS_OF(H) : nullptr, branch.before.eps};
+    return Later{BEFORE ? scratch + WARPS : nullptr, branch.before.eps};
 }
 
 // What attention put out, K channels.
 template <int K>
 __device__ __forceinline__ void stage_attended(const float* attended, const Operand& to) {
-    Eights v[STEPS_OF(K)], none[STEPS_OF(K)];
-    await_own<K>(Sum{attended, nullptr}, v, none);
+    Eights v[STEPS_OF(K)];
+    await_own<K>(Sum{attended, nullptr, nullptr}, v);
 #pragma unroll
     for (int s = 0; s < STEPS_OF(K); s++)
         if (own_channel(s) < UNITS_OF(K) * UNIT) store_x(to, own_channel(s), v[s]);
@@ -197,31 +188,34 @@ __device__ __forceinline__ void wait_for_staged() {
         All::sync();
 }
 
-// Row r of the block's tiles of a product of UNITS.
-template <int UNITS>
-__device__ __forceinline__ float total(const float* parts, int r) {
-    const float* of_row = parts + r / 16 * (PARTS_OF(UNITS) * 16) + r % 16;
-    if constexpr (CHAINED) return folded<WARPS>([&](int w) { return w < PARTS_OF(UNITS) ? of_row[w * 16] : 0.0f; });
-    return sum_of_chains<CHAINS_OF(UNITS)>([&](int c) {
-        float chain = of_row[c * 16];
+__device__ __forceinline__ float total(const float* parts, int tile, int r) {
+    float sum = 0;
 #pragma unroll
-        for (int u = c + CHAINS; u < PARTS_OF(UNITS); u += CHAINS) chain = __fadd_rn(chain, of_row[u * 16]);
-        return chain;
-    });
+    for (int w = 0; w < WARPS; w++) sum += parts[(tile * WARPS + w) * 16 + r];
+    return sum;
 }
 
-// This thread's row of a finished product, if there is one.
+// This thread's row of a finished product, if there is one. Where tiles are divided, one may have begun in the block before:
+// of its rows this block's part goes to `rest`, where there is nothing of others.
 template <int UNITS>
-__device__ __forceinline__ void finish(const Route& r, const float* parts, const Later& norm, const float* bias, float* y) {
+__device__ __forceinline__ void finish(const Route& r, const float* parts, const Later& norm, const float* bias, float* y,
+                                       float* rest) {
     int i = this_thread(), row = r.first_tile * 16 + i;
-    if (i < r.tiles * 16) put(y + row, finished(total<UNITS>(parts, i), norm.scale(), bias, row));
+    if (i >= r.tiles * 16) return;
+    float v = total(parts, i / 16, i % 16) * norm.scale();
+    if (DEC && i < 16 && r.offset > 0) {
+        put(rest + row, v);
+    } else {
+        put(y + row, bias ? v + bias[row] : v);
+        if (DEC && r.end >= (r.first_tile + i / 16 + 1) * UNITS) put(rest + row, 0.0f);
+    }
 }
 
 // Rows of gate and up: activation(gate)·up, in pairs. Compensations are waited for before the block's other warps are.
 __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts, const Later& norm, const float* bias,
                                              const float* delta, u16* act, float* act32, u32* beyond) {
-    constexpr int UNITS = UNITS_OF(H), STEPS = (PARTS / (4 * PARTS_OF(UNITS) * 2) + THREADS - 1) / THREADS;
-    int rows = r.tiles * 16, first = r.first_tile * 16;
+    constexpr int STEPS = (PARTS / (4 * WARPS * 2) + THREADS - 1) / THREADS;
+    int tiles = r.tiles, rows = tiles * 16, first = r.first_tile * 16;
     float gate[STEPS] = {}, up[STEPS] = {};
     if (delta) {
         bool there;
@@ -244,10 +238,9 @@ __device__ __forceinline__ void finish_pairs(const Route& r, const float* parts,
         int i = s * THREADS + this_thread(), row = first + i;
         float v = 0;
         if (i < rows) {
-            float g = finished(total<UNITS>(parts, i), scale, bias, row);
-            float u = finished(total<UNITS>(parts, rows + i), scale, bias, I + row);
-            if (delta) g = __fadd_rn(g, gate[s]), u = __fadd_rn(u, up[s]);
-            v = gated1(g, u, ACTIVATION);
+            gate[s] += scale * total(parts, i / 16, i % 16), up[s] += scale * total(parts, tiles + i / 16, i % 16);
+            if (bias) gate[s] += bias[row], up[s] += bias[I + row];
+            v = activated(gate[s], ACTIVATION) * up[s];
             if (act32) put(act32 + row, v);
         }
         float after = __shfl_down_sync(FULL, v, 1);

@@ -9,8 +9,6 @@
 #include "patience.cuh"
 #include "unit.cuh"
 
-static_assert(UNIT == SPAN, "a warp's units are spans");
-
 // A unit in the ring: its codes, and what comes with each unit.
 #define SLOT (AUX_PER_UNIT ? STAGE_BYTES : VECTORS * 512)
 // What createpolicy.fractional.L2::evict_first makes of 1.0. Weights are read once a token: the second-level cache
@@ -20,14 +18,9 @@ static_assert(UNIT == SPAN, "a warp's units are spans");
 // A matrix on its way: which of its units, tile after tile, this block multiplies.
 struct Route {
     int begin, end;
-    int first_tile, tiles;
+    int first_tile, tiles; // of which the block has units
+    int offset;            // of its first unit in its tile
 };
-
-// Whether units go round the warps as spans go round chains: then a warp has one chain of a row, or two that are folded onto
-// each other (sums.cuh).
-constexpr bool CHAINED = CHAINS % WARPS == 0;
-// Sums that a block keeps of a row: one of each warp, or its spans where warps have no whole chains.
-#define PARTS_OF(units) (CHAINED && (units) > WARPS ? WARPS : (units))
 
 // `arrivals`: how many a phase takes.
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals = 1) {
@@ -187,16 +180,20 @@ struct Stream {
         copy_async_commit();
     }
 
-    // Multiplies this warp's part of matrix m. parts [tiles, PARTS_OF(UNITS), 16]: where warps have no whole chains, whoever
-    // sums up makes them of spans.
+    // Multiplies this warp's part of matrix m; unless ANYWHERE, the route consists of tiles. parts [tiles, WARPS, 16].
     // Where UNITS go round the warps, a warp has the same channels of every tile and keeps x in registers.
-    template <int UNITS>
+    template <int UNITS, bool ANYWHERE>
     __device__ __forceinline__ void multiply(int m, const Route& r, const char* shared, const Operand& x, float* parts) {
         constexpr bool KEPT = WARPS % UNITS == 0;
-        constexpr int OF_TILE = PARTS_OF(UNITS) * 16;
         int t = this_thread(), warp = t / 32, begin = first_unit(r, warp), count = share(r, begin);
-        u32 lane = this_lane(), from_tile = begin - r.begin;
+        u32 lane = this_lane(), from_tile = begin - r.begin + r.offset;
         int tile = from_tile / UNITS, u = from_tile % UNITS;
+        if (UNITS < WARPS || ANYWHERE) {
+            // The warp may have nothing of some tile.
+            for (int i = 0; i < r.tiles; i++)
+                if (lane < 16) parts[(i * WARPS + warp) * 16 + lane] = 0;
+            __syncwarp();
+        }
         const char* books = shared + WARPS * STAGES * SLOT + (u32)m % 3 * BOOKS;
         if (warp == 0) ask_books(m + 1);
         if (!AUX_PER_UNIT && AUX_BYTES > 0 && count > 0)
@@ -205,7 +202,7 @@ struct Stream {
         Part part;
         if (KEPT) part = Part(x, u, lane);
         const char* book = books + tile * AUX_BYTES;
-        float *row = parts + tile * OF_TILE + row_of(lane), chain = 0, upper = 0;
+        float* row = parts + (tile * WARPS + warp) * 16 + row_of(lane);
         bool first = true;
 #pragma unroll 1
         while (count > 0) {
@@ -219,26 +216,17 @@ struct Stream {
             at += SLOT;
             if (at == end) at -= STAGES * SLOT;
             count--;
-            float sum = sums.span(lane);
             if constexpr (KEPT) {
-                if (lane % 4 < 2) row[u * 16] = sum;
-                book += WARPS / UNITS * AUX_BYTES, row += WARPS / UNITS * OF_TILE;
+                sums.store(row, lane);
+                book += WARPS / UNITS * AUX_BYTES, row += WARPS / UNITS * (WARPS * 16);
                 continue;
             }
-            if (CHAINED) {
-                if (first) chain = upper = 0;
-                if (u % CHAINS < WARPS)
-                    chain = __fadd_rn(chain, sum);
-                else
-                    upper = __fadd_rn(upper, sum);
-                sum = WARPS < CHAINS ? __fadd_rn(chain, upper) : chain;
-            }
-            // The warp's last unit of a tile, or any.
-            if ((!CHAINED || u + WARPS >= UNITS) && lane % 4 < 2) row[(CHAINED ? u % WARPS : u) * 16] = sum;
+            // The warp's last unit of a tile.
+            if (u + WARPS >= UNITS || (ANYWHERE && count == 0)) sums.store(row, lane);
             int tiles = WARPS / UNITS;
             u += WARPS % UNITS;
             if (u >= UNITS) u -= UNITS, tiles++;
-            book += tiles * AUX_BYTES, row += tiles * OF_TILE;
+            book += tiles * AUX_BYTES, row += tiles * (WARPS * 16);
             first = tiles > 0;
         }
     }

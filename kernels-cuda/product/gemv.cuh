@@ -13,11 +13,9 @@
 //   aux    what a unit needs besides its codes
 //   x, x_delta, gamma, bias, y, y_delta, dec_out   f32; x_delta, y_delta and bias may be null
 //
-// A block owns whole tiles; its warps take chains of their spans in turn (sums.cuh) and keep the next STAGES − 1 of their own
-// units in flight. Weights do not depend on earlier kernels, so they are on their way before the wait. The tensor cores
-// do the sums (unit.cuh): lane 4·g + t holds rows g and g + 8 and channels 8·t to 8·t + 7 of every 32. What a norm divides by
-// comes after the product, so that norm(x) is the same fixed-point numbers here and in layers.cu; not of 16-bit numbers,
-// which are normalized first.
+// A block owns whole tiles; its warps take their units in turn and keep the next STAGES − 1 of their own in
+// flight. Weights do not depend on earlier kernels, so they are on their way before the wait. The tensor cores
+// do the sums (unit.cuh): lane 4·g + t holds rows g and g + 8 and channels 8·t to 8·t + 7 of every 32.
 //
 // One block per multiprocessor: with two places, the next kernel's blocks settle in pairs wherever there is room
 // first, and the pairs take twice as long (H100: 31 µs instead of 21 for 4096 × 28672). In the first n_tb blocks
@@ -77,7 +75,6 @@ struct Gemv {
 constexpr int TILES = (R + 15) / 16;
 constexpr int UNITS = (K + UNIT - 1) / UNIT;
 
-
 // Four activations that need nothing else to be known, zero from K on.
 __device__ __forceinline__ float4 activations(const Gemv& g, int k) {
     if (k >= K) return make_float4(0, 0, 0, 0);
@@ -90,9 +87,9 @@ __device__ __forceinline__ float4 activations(const Gemv& g, int k) {
 
 __device__ __forceinline__ void put4(float* to, float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
 
-// Reads x and hands it on in eights: write(channel, values), up to PADDED channels, zero from K on. Every thread of a warp
-// writes, or none. Norms: γ·x, and divided if DIVIDED.
-template <class T, int PADDED, bool DIVIDED>
+// Reads x, normalizes it if asked to, and hands it on in eights: write(channel, values), up to PADDED channels,
+// zero from K on. Every thread of a warp writes, or none.
+template <class T, int PADDED>
 struct Stage {
     static constexpr int STEPS = (PADDED / 8 + T::size - 1) / T::size;
 #if INPUT == 1
@@ -114,27 +111,21 @@ struct Stage {
 #endif
     }
 
-    // squares: room for a number of each span; afterwards what they are, if x is normalized.
     template <class Write>
-    __device__ __forceinline__ void run(const Gemv& g, float* squares, Write write) const {
+    __device__ __forceinline__ void run(const Gemv& g, float* scratch, Write write) const {
 #if INPUT == 1
-        float v[STEPS][8];
+        float v[STEPS][8], sum = 0;
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            float4 a = activations(g, channel(s)), b = activations(g, channel(s) + 4);
-            put4(v[s], a), put4(v[s] + 4, b);
-            float sum = warp_sum(squares_of(a, b));
-            if (channel(s) < K && T::thread() % 32 == 0) squares[channel(s) / SPAN] = sum;
+            put4(v[s], activations(g, channel(s))), put4(v[s] + 4, activations(g, channel(s) + 4));
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum = fmaf(v[s][i], v[s][i], sum);
         }
-        float scale = 1;
-        if (DIVIDED) {
-            T::sync();
-            scale = inverse_rms_of(K, g.eps, [&](int s) { return squares[s]; });
-        }
+        float scale = 1.0f / sqrtf(team_sum<T>(sum, scratch) / K + g.eps);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) v[s][i] = __fmul_rn(DIVIDED ? __fmul_rn(v[s][i], scale) : v[s][i], gamma[s][i]);
+            for (int i = 0; i < 8; i++) v[s][i] *= scale * gamma[s][i];
             if (channel(s) < PADDED) write(channel(s), v[s]);
         }
 #else
@@ -148,134 +139,125 @@ struct Stage {
     }
 };
 
-// Where a warp is among a block's units: chains of a tile one after the other, WARPS apart, each span by span.
-struct Walk {
-    int tile, chain, unit; // of the block; of the tile; of the row
-
-    static constexpr int SPANS = SPANS_OF(K), ROW_CHAINS = CHAINS_OF(SPANS), ROW_UNITS = (K + UNIT - 1) / UNIT;
-
-    __device__ __forceinline__ explicit Walk(int warp)
-        : tile(warp / ROW_CHAINS), chain(warp % ROW_CHAINS), unit(chain * SPAN_UNITS) {}
-
-    // Whether the unit is its span's last, and its chain's.
-    __device__ __forceinline__ bool ends_span() const {
-        return SPAN_UNITS == 1 || unit % SPAN_UNITS == SPAN_UNITS - 1 || unit == ROW_UNITS - 1;
-    }
-    __device__ __forceinline__ bool ends_chain() const {
-        return ends_span() && unit / SPAN_UNITS + CHAINS >= SPANS;
-    }
-    __device__ __forceinline__ bool begins_chain() const { return unit == chain * SPAN_UNITS; }
-
-    __device__ __forceinline__ void advance() {
-        if (!ends_chain()) {
-            unit = ends_span() ? (unit / SPAN_UNITS + CHAINS) * SPAN_UNITS : unit + 1;
-            return;
-        }
-        tile += WARPS / ROW_CHAINS, chain += WARPS % ROW_CHAINS;
-        if (chain >= ROW_CHAINS) chain -= ROW_CHAINS, tile++;
-        unit = chain * SPAN_UNITS;
-    }
-};
-
-// What a warp asks for next.
+// What a warp asks for next: units WARPS apart, of tile after tile.
 struct Ahead {
-    Walk walk;
+    const char* codes; // this lane's
+    int aux;           // of the unit, or of the tile: its index
+    int left, unit;    // units to come; of the tile
+    bool fresh;        // the warp's first unit of this tile
 
-    // Asks for a unit's codes and what comes with them: codebooks with the first of a chain.
-    __device__ __forceinline__ void request(const Gemv& g, int begin, int tiles, u32 slot) {
-        if (walk.tile < tiles) {
-            long long unit = (long long)(begin + walk.tile) * Walk::ROW_UNITS + walk.unit;
-            int lane = threadIdx.x % 32;
-            const char* codes = (const char*)g.codes + unit * (VECTORS * 512) + lane * 16;
+    __device__ __forceinline__ Ahead(const Gemv& g, int begin, int end, int warp) {
+        int first = begin * UNITS + warp;
+        codes = (const char*)(g.codes + threadIdx.x % 32) + (long long)first * (VECTORS * 512);
+        aux = AUX_PER_UNIT ? first : begin + warp / UNITS;
+        left = (max((end - begin) * UNITS - warp, 0) + WARPS - 1) / WARPS;
+        unit = warp % UNITS;
+        fresh = true;
+    }
+
+    // Asks for a unit's codes and, where they change, what comes with them.
+    __device__ __forceinline__ void request(const Gemv& g, u32 slot) {
+        if (left > 0) {
 #pragma unroll
             for (int v = 0; v < VECTORS; v++) copy_async(slot + v * 512, codes + v * 512);
-            if (AUX_BYTES > 0 && (AUX_PER_UNIT || walk.begins_chain())) {
-                const char* from = g.aux + (AUX_PER_UNIT ? unit : begin + walk.tile) * AUX_BYTES + lane * 16;
+            if (AUX_BYTES > 0 && (AUX_PER_UNIT || fresh)) {
+                int lane = threadIdx.x % 32;
+                const char* from = g.aux + lane * 16 + (long long)aux * AUX_BYTES;
 #pragma unroll
                 for (int i = 0; i < AUX_BYTES; i += 512)
                     if (AUX_BYTES - i >= 512 || lane * 16 < AUX_BYTES - i) copy_async(slot + VECTORS * 512 + i, from + i);
             }
-            walk.advance();
         }
         copy_async_commit();
+        left--;
+        codes += WARPS * VECTORS * 512;
+        if (AUX_PER_UNIT) aux += WARPS;
+        if (AUX_BYTES == 0 || AUX_PER_UNIT) return;
+        bool wraps = unit + WARPS % UNITS >= UNITS;
+        unit += wraps ? WARPS % UNITS - UNITS : WARPS % UNITS;
+        aux += WARPS / UNITS + wraps;
+        fresh = WARPS >= UNITS || wraps;
     }
 };
 
 __device__ __forceinline__ void multiply(const Gemv& g, int block, int blocks, char* shared) {
-    constexpr int ROW_CHAINS = Walk::ROW_CHAINS;
     int warp = threadIdx.x / 32;
     int begin = (long long)TILES * block / blocks, end = (long long)TILES * (block + 1) / blocks;
 
-    // [spans] squares · x · the ring · sums of chains [tiles, ROW_CHAINS, 16]
-    constexpr int SQUARES = (INPUT == 1 ? Walk::SPANS * 4 + 127 : 127) / 128 * 128;
-    float* squares = (float*)shared;
-    Operand x = Operand::of<K>(shared + SQUARES);
-    char* rings = shared + SQUARES + OperandOf<K>::BYTES;
+    // [WARPS] scratch · x · the ring · partial sums [tiles, WARPS, 16]
+    float* scratch = (float*)shared;
+    Operand x = Operand::of<K>(shared + 128);
+    char* rings = shared + 128 + OperandOf<K>::BYTES;
     char* ring = rings + warp * STAGES * STAGE_BYTES;
     float* parts = (float*)(rings + WARPS * STAGES * STAGE_BYTES);
     u32 slots = shared_address(ring) + threadIdx.x % 32 * 16;
 
-    Ahead ahead{Walk(warp)};
+    Ahead ahead(g, begin, end, warp);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) ahead.request(g, begin, end - begin, slots + s * STAGE_BYTES);
+    for (int s = 0; s < STAGES - 1; s++) ahead.request(g, slots + s * STAGE_BYTES);
     if (TRIGGER == 0) let_next_start();
+    if (UNITS < WARPS)
+        for (int i = threadIdx.x; i < (end - begin) * WARPS * 16; i += THREADS) parts[i] = 0;
 
-    Stage<Base, OperandOf<K>::PADDED, !INTEGERS> stage(g);
+    Stage<Base, OperandOf<K>::PADDED> stage(g);
     wait_for_previous();
     if (TRIGGER == 1) let_next_start();
-    // The first row that this thread will finish: what it is added to is fetched now.
+    // The first row that this thread will finish: what is added to it is fetched now.
     int own = begin * 16 + threadIdx.x;
-    float before = own < min(end * 16, R) && g.add ? load1(g.y, g.y_delta, own) : 0.0f;
-    Beyond lost;
-    stage.run(g, squares, [&](int k, const float (&v)[8]) {
-#if INPUT == 2 && INTEGERS
-        float narrow[8];
-        put4(narrow, narrowed4(make_float4(v[0], v[1], v[2], v[3]), lost));
-        put4(narrow + 4, narrowed4(make_float4(v[4], v[5], v[6], v[7]), lost));
-        x.store(k, narrow);
+    float added = own < min(end * 16, R) && g.add ? load1(g.y, g.y_delta, own) : 0.0f;
+    if (g.bias && own < min(end * 16, R)) added += g.bias[own];
+#if INTEGERS
+    stage.run(g, scratch, [&](int k, const float (&v)[8]) { x.store(k, v); });
+    Base::sync();
 #else
+    Beyond lost;
+    stage.run(g, scratch, [&](int k, const float (&v)[8]) {
         x.store(k, v);
-#endif
-#if !INTEGERS
         const uint4& stored = *(const uint4*)(x.digits + k * X_BYTES);
         lost.add(stored.x), lost.add(stored.y), lost.add(stored.z), lost.add(stored.w);
-#endif
     });
     Base::sync();
     // Every block has the same numbers.
     if (block == 0) lost.tell(g.beyond);
+#endif
 
     Unit sums;
     u32 lane = this_lane();
-    Walk walk(warp);
-    int slot = 0, next = STAGES - 1;
-    float chain = 0;
+    int tile = warp / UNITS, unit = warp % UNITS, slot = 0, next = STAGES - 1;
+    bool fresh = true;
 #pragma unroll 1
-    while (walk.tile < end - begin) {
+    while (tile < end - begin) {
         copy_async_wait<STAGES - 2>();
         __syncwarp();
-        ahead.request(g, begin, end - begin, slots + next * STAGE_BYTES);
+        ahead.request(g, slots + next * STAGE_BYTES);
         const char* stage = ring + slot * STAGE_BYTES;
-        if (walk.begins_chain()) sums.begin(stage + VECTORS * 512, lane), chain = 0;
-        sums.add((const uint4*)stage + lane, Part(x, walk.unit, lane), lane, [] {});
+        if (fresh) sums.begin(stage + VECTORS * 512, lane);
+        sums.add((const uint4*)stage + lane, Part(x, unit, lane), lane, [] {});
         next = slot;
         slot = slot == STAGES - 1 ? 0 : slot + 1;
-        if (walk.ends_span()) chain = __fadd_rn(chain, sums.span(lane));
-        if (walk.ends_chain() && lane % 4 < 2) parts[(walk.tile * ROW_CHAINS + walk.chain) * 16 + row_of(lane)] = chain;
-        walk.advance();
+        // The warp's last unit of a tile.
+        if (unit + WARPS >= UNITS) sums.store(parts + (tile * WARPS + warp) * 16 + row_of(lane), lane);
+        fresh = WARPS >= UNITS || unit + WARPS % UNITS >= UNITS;
+        tile += WARPS / UNITS, unit += WARPS % UNITS;
+        if (unit >= UNITS) unit -= UNITS, tile++;
     }
     if (TRIGGER == 2) let_next_start();
     Base::sync();
 
-    float scale = 1;
-    if (INPUT == 1 && INTEGERS) scale = inverse_rms_of(K, g.eps, [&](int s) { return squares[s]; });
     for (int r = threadIdx.x; r < (end - begin) * 16; r += THREADS) {
         int row = begin * 16 + r;
         if (row >= R) break;
-        const float* of_row = parts + r / 16 * (ROW_CHAINS * 16) + r % 16;
-        float v = finished(sum_of_chains<ROW_CHAINS>([&](int c) { return of_row[c * 16]; }), scale, g.bias, row);
-        if (g.add) v = __fadd_rn(v, r == threadIdx.x ? before : load1(g.y, g.y_delta, row));
-        g.y[row] = v;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += parts[(r / 16 * WARPS + w) * 16 + r % 16];
+        if (r == threadIdx.x) {
+            sum += added;
+        } else {
+            float other = g.add ? load1(g.y, g.y_delta, row) : 0.0f;
+            if (g.bias) other += g.bias[row];
+            sum += other;
+        }
+        g.y[row] = sum;
     }
 }
 
@@ -290,10 +272,10 @@ __device__ __forceinline__ void compensate_block(const Gemv& g, char* shared) {
     compensate<Compensating, DEC_WORDS, false>(g.dec, edge, blockIdx.x, shared, g.dec_out, g.dec_list,
                                                InPlace{0});
 #elif DEC_STAGED
-    // [spans] squares, x [whole chunks] f32, then what compensate() needs.
+    // Scratch, x [whole chunks] f32, then what compensate() needs.
     constexpr int PADDED = (K + CHUNK - 1) / CHUNK * CHUNK;
-    float* xs = (float*)(shared + (SPANS_OF(K) * 4 + 127) / 128 * 128);
-    Stage<Compensating, PADDED, true> stage(g);
+    float* xs = (float*)(shared + 128);
+    Stage<Compensating, PADDED> stage(g);
     wait_for_previous();
     stage.run(g, (float*)shared, [&](int k, const float (&v)[8]) {
         *(float4*)(xs + k) = make_float4(v[0], v[1], v[2], v[3]);

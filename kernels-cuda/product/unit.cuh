@@ -1,42 +1,28 @@
-// What a span of a tile's channels adds to its 16 rows, for one token, on the tensor cores: what a warp keeps while it
-// multiplies. Needs one of anyprec.cuh, lutgemm.cuh or dense.cuh before it, which say how a unit's codes become
+// Sums of one tile's 16 rows over units of its channels, on the tensor cores: what a warp keeps while it multiplies.
+// Needs one of anyprec.cuh, lutgemm.cuh or dense.cuh before it, which say how a unit's codes become
 // operands: lane 4·g + t holds rows g and g + 8 and, of product p, channels 32·p + 8·t to + 7.
 //
-//   begin(aux, lane)             the next spans are of a tile with these codebooks
+//   begin(aux, lane)             the next sums are of a tile with these codebooks
 //   add(codes, x, lane, taken)   a unit's part of x with this lane's codes; taken() when they have been read
-//   span(lane)                   what the units since the last span add to the row that this lane writes: lane 4·g + t has
-//                                row g + 8·t for t of 0 and 1 (row_of)
-//
-// W = scale·q + offset by rows or by groups of channels, q whole numbers: the sums of q times a span's fixed-point
-// activations are exact. What is made of them is rounded five times at most (two digits and the third to f32, their sum,
-// the offset's part, the whole), each within 2^-24 of Σ|scale·q·x| + Σ|offset·x| over the span.
+//   store(row, lane)             the sums of the tile's 16 rows: lane 4·g + t writes row g + 8·t for t of 0 and 1, at `row`
 #pragma once
 #include "operand.cuh"
 
 // A unit as it lies in shared memory: codes, then what comes with them.
 constexpr int STAGE_BYTES = VECTORS * 512 + AUX_BYTES;
 
-// Units of a span. A tile's last span may have fewer.
-constexpr int SPAN_UNITS = SPAN / UNIT;
-
 // The row of a tile that a lane writes.
 __device__ __forceinline__ u32 row_of(u32 lane) { return lane / 4 + lane % 2 * 8; }
 
 #if !INTEGERS
-// What a lane needs of a unit of x.
-struct Part {
-    const uint4* numbers;
-
-    __device__ __forceinline__ Part() {}
-    __device__ __forceinline__ Part(const Operand& x, int u, u32 lane)
-        : numbers((const uint4*)(x.digits + u * UNIT * X_BYTES) + lane % 4) {}
-};
-
 // Sums of a tile's rows g and g + 8, in two chains.
 struct Unit {
     float d[2][4];
 
-    __device__ __forceinline__ void begin(const char*, u32) { clear(); }
+    __device__ __forceinline__ void begin(const char*, u32) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
+    }
 
     template <class Taken>
     __device__ __forceinline__ void add(const uint4* codes, const Part& x, u32, Taken taken) {
@@ -48,56 +34,14 @@ struct Unit {
     }
 
     // Every column of a product is the same token.
-    __device__ __forceinline__ float span(u32 lane) {
-        float sum = lane % 2 ? __fadd_rn(d[0][2], d[1][2]) : __fadd_rn(d[0][0], d[1][0]);
-        clear();
-        return sum;
-    }
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
+    __device__ __forceinline__ void store(float* row, u32 lane) const {
+        if (lane % 4 < 2) *row = lane % 2 ? d[0][2] + d[1][2] : d[0][0] + d[1][0];
     }
 };
 #else
-// What a lane needs of a unit of x: its digits, of which the first columns of products are made, its step, and the sum or
-// sums over groups of weights.
-struct Part {
-    uint4 digits[UNIT / 64];
-    float step; // times what this lane's sums are worth
-    int radix;  // what the first of this lane's two columns is worth of the second
-#ifdef GROUPED
-    const float* sums;
-#else
-    float sum;
-#endif
-
-    __device__ __forceinline__ Part() {}
-    // Of three digits lane 4·g has the first two, lane 4·g + 1 twice the third, of which it takes the second. Other lanes'
-    // columns repeat that.
-    __device__ __forceinline__ Part(const Operand& x, int u, u32 lane)
-        : step(__fmul_rn(x.steps[u * UNIT / SPAN], lane % 4 == 0 ? 256.0f : lane % 4 == 1 ? 1.0f : 0.0f)),
-          radix(lane % 4 == 0 ? 256 : 0) {
-        const char* own = x.digits + u * UNIT * X_BYTES + min(lane / 4, DIGITS - 1) * 64 + lane % 4 * 16;
-#pragma unroll
-        for (int i = 0; i < UNIT / 64; i++) digits[i] = *(const uint4*)(own + i * (DIGITS * 64));
-#ifdef GROUPED
-        sums = x.sums + u * (UNIT / GROUP);
-#else
-        sum = x.sums[u];
-#endif
-    }
-};
-
-// Rows g and g + 8 of what lanes 4·g and 4·g + 1 have of them: the one lane gets the one row, the other the other.
-__device__ __forceinline__ float own_row(float low, float high, u32 lane) {
-    bool second = lane % 2;
-    return __fadd_rn(second ? high : low, __shfl_xor_sync(FULL, second ? low : high, 1));
-}
-
 // This lane's part of a row's sum: columns i and i + 1 of two chains.
-__device__ __forceinline__ float part_of(const int (&a)[4], const int (&b)[4], int i, int radix) {
-    return (a[i] + b[i]) * radix + (a[i + 1] + b[i + 1]);
+__device__ __forceinline__ float part_of(const int (&a)[4], const int (&b)[4], int i) {
+    return (a[i] + b[i]) * 256 + (a[i + 1] + b[i + 1]);
 }
 
 #ifdef GROUPED
@@ -119,18 +63,17 @@ struct Unit {
                 // The sum of x counts once.
                 float2 s = groups[j * 16], t = groups[j * 16 + 8];
                 float sum = lane % 4 == 0 ? x.sums[j] : 0.0f;
-                low = fmaf(__fmul_rn(s.x, x.step), part_of(d[0], d[1], 0, x.radix), fmaf(s.y, sum, low));
-                high = fmaf(__fmul_rn(t.x, x.step * HIGH), part_of(d[0], d[1], 2, x.radix), fmaf(t.y, sum, high));
+                low = fmaf(s.x * x.step, part_of(d[0], d[1], 0), fmaf(s.y, sum, low));
+                high = fmaf(t.x * (x.step * HIGH), part_of(d[0], d[1], 2), fmaf(t.y, sum, high));
 #pragma unroll
                 for (int i = 0; i < 4; i++) d[0][i] = d[1][i] = 0;
             }
         }, taken);
     }
 
-    __device__ __forceinline__ float span(u32 lane) {
+    __device__ __forceinline__ void store(float* row, u32 lane) const {
         float sum = own_row(low, high, lane);
-        low = high = 0;
-        return sum;
+        if (lane % 4 < 2) *row = sum;
     }
 };
 #else
@@ -143,6 +86,7 @@ struct Unit {
     __device__ __forceinline__ void begin(const char* aux, u32 lane) {
         book = Book(aux, lane);
         row = ((const float2*)(aux + BOOK_BYTES))[row_of(lane)];
+        low = high = sum = 0;
     }
 
     template <class Taken>
@@ -160,16 +104,18 @@ struct Unit {
                     mma_bytes<true>(d[p % 2][plane], a[0], a[1], a[2], a[3], p % 2 ? v.z : v.x, p % 2 ? v.w : v.y);
                 }
         }, taken);
-        low = part_of(d[0][0], d[1][0], 0, x.radix), high = part_of(d[0][0], d[1][0], 2, x.radix);
+        float a = part_of(d[0][0], d[1][0], 0), b = part_of(d[0][0], d[1][0], 2);
 #if PLANES == 2
-        low = fmaf(low, PLANE, part_of(d[0][PLANES - 1], d[1][PLANES - 1], 0, x.radix));
-        high = fmaf(high, PLANE, part_of(d[0][PLANES - 1], d[1][PLANES - 1], 2, x.radix));
+        a = fmaf(a, PLANE, part_of(d[0][PLANES - 1], d[1][PLANES - 1], 0));
+        b = fmaf(b, PLANE, part_of(d[0][PLANES - 1], d[1][PLANES - 1], 2));
 #endif
-        low = __fmul_rn(low, x.step), high = __fmul_rn(high, x.step), sum = x.sum;
+        low = fmaf(a, x.step, low), high = fmaf(b, x.step, high);
+        sum += x.sum;
     }
 
-    __device__ __forceinline__ float span(u32 lane) const {
-        return fmaf(row.x, own_row(low, high, lane), __fmul_rn(row.y, sum));
+    __device__ __forceinline__ void store(float* to, u32 lane) const {
+        float v = own_row(low, high, lane);
+        if (lane % 4 < 2) *to = fmaf(row.x, v, row.y * sum);
     }
 };
 #endif

@@ -1,15 +1,14 @@
 // The next token (spec §3.3): the largest logit, or a draw by temperature, top-k, top-p and min-p. NaN is never chosen;
 // where the largest logit is infinite, or there is none, the token is NO_TOKEN (a define, sampling.rs).
 //
-//   logits f32 [rows, vocab] (+ delta, of one row), fewer than 2^19; each row chooses for a text of its own (Chooser)
-//   rules  as in sampling.rs; draws f32 [most], one per sampled token
+//   logits f32 [vocab] (+ delta), fewer than 2^19; rules as in sampling.rs; draws f32 [most], one per sampled token
 //   tokens u32 [most] in mapped host memory, overwritten one by one; what is sampled beyond them is not written
 //   best   u64 [gridDim.x], ticket u32 (zero before and after)
 //   list   (u64 key, u64 weight) [vocab], only read where temperature > 0
 //
 // Keys order logits descending and ids ascending and are unique, so "the first tokens whose weights reach s" is
 // one threshold, found a byte at a time. Weights are whole numbers (1 = 2^-44): sums do not depend on order.
-// The block of a row that ends last chooses. Grid (blocks of a row, rows).
+// The block that ends last chooses.
 #include "common.cuh"
 
 #define THREADS 512
@@ -142,27 +141,11 @@ __device__ u32 draw_token(const float* logits, const float* delta, u32 vocab, co
     return 0xffffffu - (u32)(key & 0xffffffu);
 }
 
-// Where a text's tokens are chosen.
-struct Chooser {
-    const Rules* rules;
-    const float* draws;
-    State* state;
-    u64* best;
-    u32* ticket;
-    Weighted* list;
-    u32* tokens;
-};
-
-#define MOST_TEXTS 16
-struct Choosers {
-    Chooser texts[MOST_TEXTS];
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits, const float* delta, u32 vocab, u32 most,
-                                                             const __grid_constant__ Choosers choosers) {
+extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits, const float* delta, u32 vocab,
+                                                             const Rules* rules, const float* draws, State* state,
+                                                             u64* best, u32* ticket, Weighted* list, u32* tokens,
+                                                             u32 most) {
     __shared__ u32 order;
-    const auto [rules, draws, state, best, ticket, list, tokens] = choosers.texts[blockIdx.y];
-    logits += (u64)blockIdx.y * vocab;
     let_next_start();
     wait_for_previous();
     u64 largest = 0;

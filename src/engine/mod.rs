@@ -157,7 +157,7 @@ impl<'d> Engine<'d> {
         }
         let has_text = options.text && opened.texts().is_some();
         let tokenizer = has_text.then(|| opened.tokenizer()).transpose().map_err(Error::input)?;
-        device.ensure_memory(opened.weights(), max_seq_len, options.kv_bits)?;
+        device.ensure_memory(opened.weights(), max_seq_len)?;
         let loaded = device.run(Load { opened, options, max_seq_len, progress })?;
         Ok(Self { tokenizer, interrupt: device.interrupt(), ..loaded })
     }

@@ -5,7 +5,6 @@
 #[path = "../cuda_common/mod.rs"]
 mod cuda_common;
 mod oracle;
-mod rows;
 
 use cuda_common::{Noise, cuda, options};
 use decdec::backend::cuda::{Cuda, Dtype, Residuals};

@@ -40,39 +40,6 @@ pub(super) struct GemvArgument {
     pub(super) dec_shared: i32,
 }
 
-/// `struct Digits` of `digits.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct DigitsArgument {
-    pub(super) x: u64,
-    pub(super) x_delta: u64,
-    pub(super) gamma: u64,
-    pub(super) out: u64,
-    pub(super) beyond: u64,
-    pub(super) eps: f32,
-    pub(super) activation: i32,
-    pub(super) channels: i32,
-    pub(super) tokens: i32,
-}
-
-/// `struct Tokens` of `tokens.cuh`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct TokensArgument {
-    pub(super) codes: u64,
-    pub(super) aux: u64,
-    pub(super) bias: u64,
-    pub(super) operand: u64,
-    pub(super) y: u64,
-    pub(super) y_delta: u64,
-    pub(super) parts: u64,
-    pub(super) tickets: u64,
-    pub(super) eps: f32,
-    pub(super) tokens: i32,
-    pub(super) squares: i32,
-    pub(super) add: i32,
-}
-
 /// `struct Packed` of `dequant.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]

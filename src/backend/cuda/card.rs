@@ -58,6 +58,7 @@ impl Card {
         numbers.multiprocessors = most;
         numbers.shared_per_block = shared;
         numbers.memory_rate = self.memory_rate.unwrap_or(numbers.memory_rate);
+        numbers.crowded = self.memory_rate.is_some();
         numbers.translated = capability.is_some_and(|capability| capability != highest);
         Ok(())
     }
@@ -112,6 +113,7 @@ mod tests {
             all_shared_per_block: 232_448,
             memory_rate: 4.9e12,
             clock: 1.98e9,
+            crowded: false,
             translated: false,
         }
     }

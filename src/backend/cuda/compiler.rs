@@ -24,10 +24,6 @@ const SOURCES: &[(&str, &str)] = texts![
     "product/gemv_lutgemm.cu",
     "product/gemv_dense.cu",
     "product/gemv_any.cu",
-    "product/digits.cu",
-    "product/tokens_anyprec.cu",
-    "product/tokens_lutgemm.cu",
-    "product/tokens_dense.cu",
     "compensation/dec.cu",
     "token/rows.cu",
     "attention/attend.cu",
@@ -44,11 +40,9 @@ const SOURCES: &[(&str, &str)] = texts![
 
 /// What they include, by the name of the file alone.
 const HEADERS: &[(&str, &str)] = texts![
-    "attention/append.cuh",
     "attention/attend.cuh",
     "attention/attend_lanes.cuh",
     "attention/attend_tensor.cuh",
-    "attention/stored.cuh",
     "common.cuh",
     "compensation/dec.cuh",
     "compensation/stripe.cuh",
@@ -63,10 +57,8 @@ const HEADERS: &[(&str, &str)] = texts![
     "product/dequant.cuh",
     "product/gemv.cuh",
     "product/operand.cuh",
-    "product/tokens.cuh",
     "product/unit.cuh",
     "quantize/block.cuh",
-    "sums.cuh",
 ];
 
 /// A path's last part.
@@ -338,7 +330,6 @@ mod tests {
                 all.push(("gemv_lutgemm.cu", split(&format!("DTYPE={dtype} INPUT=1 BITS=8 {shape} {rest}"))));
             }
         }
-        all.extend(products_of_many_tokens());
         // SmolLM2's shapes: rows that are no whole tiles, channels that are no whole units, narrow residuals.
         let small = "K=576 R=72 WARPS=12 STAGES=3 DEC_WARPS=8 DEC_STAGED=1 DEC_WORDS=1 DTYPE=0 INPUT=1 DEC=1";
         all.push(("gemv_anyprec.cu", split(&format!("{small} BITS=3 PLANES=1"))));
@@ -365,13 +356,12 @@ mod tests {
                 (4, 2, 8),
             ] {
                 let heads = format!("HEADS={heads} KV_HEADS={kv_heads} HEAD_DIM={head_dim}");
-                for (file, kv) in
-                    [("attend.cu", dtype), ("attend_prompt.cu", dtype), ("attend.cu", 3), ("attend_prompt.cu", 3)]
-                {
-                    all.push((file, split(&format!("DTYPE={dtype} KV={kv} {heads}"))));
+                for file in ["attend.cu", "attend_prompt.cu"] {
+                    all.push((file, split(&format!("DTYPE={dtype} KV={dtype} SPLITS=16 {heads}"))));
                 }
             }
         }
+        all.push(("attend.cu", split("DTYPE=0 KV=0 SPLITS=13 HEADS=40 KV_HEADS=10 HEAD_DIM=128")));
         let formats = [(3, "FORMAT=0"), (4, "FORMAT=0"), (3, "FORMAT=1 GROUP=128"), (4, "FORMAT=1 GROUP=128")];
         for (i, (model, program)) in LAYERS.into_iter().enumerate() {
             // Formats and types with the first one's shapes.
@@ -400,44 +390,6 @@ mod tests {
         all
     }
 
-    /// Eight and sixteen tokens, whole rows and slices, a row of no whole number of chains.
-    fn products_of_many_tokens() -> Vec<(&'static str, Vec<String>)> {
-        let split = |s: &str| s.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        let mut all = Vec::new();
-        let long = "K=14336 R=4096 WARPS=16 STAGES=3 BATCH=8";
-        for dtype in [0, 1] {
-            for eights in [1, 2] {
-                for (i, shape) in [
-                    &*format!("K=4096 R=6144 WARPS=16 STAGES=3 BATCH=4 SLICES={eights}"),
-                    &format!("{long} SLICES={}", 4 * eights),
-                    "K=576 R=72 WARPS=16 STAGES=6 BATCH=11 SLICES=2",
-                ]
-                .into_iter()
-                .enumerate()
-                {
-                    let common = format!("DTYPE={dtype} EIGHTS={eights} {shape}");
-                    // As `most_warps` of launch.rs has them.
-                    let fewer = common.replace("WARPS=16", if eights == 1 { "WARPS=16" } else { "WARPS=12" });
-                    for bits in [3, 4] {
-                        all.push(("tokens_anyprec.cu", split(&format!("{common} BITS={bits} PLANES=1"))));
-                        all.push(("tokens_anyprec.cu", split(&format!("{fewer} BITS={bits} PLANES=2"))));
-                    }
-                    for (bits, group) in [(3, 128), (4, 128), (8, 128), (4, 32), (3, 64)] {
-                        let common = if group < 128 { &fewer } else { &common };
-                        all.push(("tokens_lutgemm.cu", split(&format!("{common} BITS={bits} GROUP={group}"))));
-                    }
-                    if i != 1 {
-                        all.push(("tokens_dense.cu", split(&common)));
-                    }
-                }
-                for rest in ["INTEGERS=0", "INTEGERS=1 GROUP=256", "INTEGERS=1 GROUP=32"] {
-                    all.push(("digits.cu", split(&format!("DTYPE={dtype} EIGHTS={eights} {rest}"))));
-                }
-            }
-        }
-        all
-    }
-
     /// Needs NVRTC, not a GPU: `scripts/cuda-toolchain.sh`, then `DECDEC_CUDA_LIBRARIES=.cache/cuda/lib`; with
     /// `CUDA_SERIES=12.8` before the one and `.cache/cuda-12.8/lib` in the other, CUDA 12's. `DECDEC_TEST_ARCHITECTURES`
     /// names fewer (`sm_90,sm_120`).
@@ -461,11 +413,8 @@ mod tests {
                 let hot = *file != "sample.cu" && !(*file == "layers.cu" && architecture == "sm_120");
                 let most = match (*file, compiler.version.0) {
                     ("layers.cu", _) => LAYERS_KEEP,
-                    // Kept between making queries and the loop over positions.
-                    ("attend.cu", _) => 64,
-                    // In tiles, with the widest heads.
-                    ("attend_prompt.cu", _) => 160,
-                    (_, ..13) => 16,
+                    // In float32, of sixteen queries to a key: 12 bytes on sm_120.
+                    ("attend_prompt.cu", _) | (_, ..13) => 16,
                     _ => 0,
                 };
                 for line in log.lines().filter(|line| hot && line.contains("bytes stack frame")) {

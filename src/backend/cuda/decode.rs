@@ -3,27 +3,25 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
+use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::failure::Refused;
 use super::graph;
 use super::matrix::{Body, Format, Matrix};
 use super::product::Feed;
-use super::sequence::{Cache, Texts};
+use super::sequence::Cache;
 use super::vector::Vector;
 use super::{Cuda, Scratch};
 use crate::backend::{
-    Activations, DECODE_ROWS, DecodeBackend, Input, KvBits, LayerOperands, Norm, Pass, Product, Rows, one_by_one,
+    Activations, DecodeBackend, Input, KvBits, LayerOperands, Norm, Pass, Product, Rows, numbered, one_by_one,
 };
 use crate::config::{Attention, ModelConfig};
 use crate::sampling::Sampling;
 
 /// The recorded operations of one token.
 pub struct Graph(Recorded);
-
-/// Sets of texts whose passes stay recorded.
-const MOST_GRAPHS: usize = 32;
 
 enum Recorded {
     /// Ran once, so that everything is compiled and allocated; not yet recorded.
@@ -37,7 +35,11 @@ impl DecodeBackend for Cuda {
     type Graphs = HashMap<Vec<usize>, Graph>;
 
     fn cache(&self, config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<Cache> {
-        Cache::new(config, slots, max_seq_len, bits)
+        ensure!(
+            bits == KvBits::Whole,
+            "cuda: --kv-bits 8, only 16 are supported here, leave it out or use --device cpu"
+        );
+        Cache::new(config, slots, max_seq_len)
     }
 
     fn begin(&self, cache: &mut Cache, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
@@ -57,15 +59,16 @@ impl DecodeBackend for Cuda {
         h: &mut Vector,
     ) -> Result<()> {
         h.settle();
+        let first = rows.first().map_or(0, |rows| rows.slot);
         match input {
             Input::Tokens(tokens) => {
                 let ids = self.scratch(Scratch::Ids, self.device.max_tokens * 4)?;
                 ids.write(0, tokens)?;
-                self.embed_at((table, scale), ids.pointer(), cache.states(&[])?, h.at(), tokens.len())
+                self.embed_at((table, scale), ids.pointer(), &cache.text(first)?.state, h.at(), tokens.len())
             }
-            Input::Sampled => rows.chunks(DECODE_ROWS).enumerate().try_for_each(|(i, rows)| {
-                let to = h.at() + (i * DECODE_ROWS * table.in_features * 4) as u64;
-                self.embed_at((table, scale), 0, cache.states(rows)?, to, rows.len())
+            Input::Sampled => numbered(rows).try_for_each(|(row, Rows { slot, .. })| {
+                let to = h.at() + (row * table.in_features * 4) as u64;
+                self.embed_at((table, scale), 0, &cache.text(slot)?.state, to, 1)
             }),
         }
     }
@@ -146,7 +149,10 @@ impl DecodeBackend for Cuda {
     }
 
     fn attend(&self, cache: &mut Cache, layer: usize, rows: &[Rows], qkv: &Vector, out: &mut Vector) -> Result<()> {
-        self.attend_rows(cache, layer, rows, qkv, out)
+        numbered(rows).try_for_each(|(first, Rows { slot, count, .. })| {
+            let text = cache.text(slot)?;
+            text.cache.attend(self, layer, &text.state, (qkv, out), (first, count))
+        })
     }
 
     fn layers(
@@ -188,7 +194,7 @@ impl DecodeBackend for Cuda {
     }
 
     fn advance(&self, cache: &mut Cache, rows: &[Rows]) -> Result<()> {
-        cache.advance(self, rows)
+        rows.iter().try_for_each(|rows| cache.text(rows.slot)?.advance(self, rows.count))
     }
 
     fn gather(&self, from: &Vector, len: usize, which: &[usize], to: &mut Vector) -> Result<()> {
@@ -205,7 +211,7 @@ impl DecodeBackend for Cuda {
     }
 
     fn sample(&self, cache: &mut Cache, slots: &[usize], logits: &Vector) -> Result<()> {
-        cache.sample(self, slots, logits)
+        slots.iter().enumerate().try_for_each(|(row, &slot)| cache.text(slot)?.sample(self, logits, row))
     }
 
     fn sampled(&self, cache: &Cache, slot: usize, i: usize) -> Result<u32> {
@@ -237,10 +243,6 @@ impl DecodeBackend for Cuda {
             return work();
         }
         let slots: Vec<_> = rows.iter().map(|rows| rows.slot).collect();
-        // Texts join and leave: those together now are few of all that ever were.
-        if graphs.len() > MOST_GRAPHS {
-            graphs.clear();
-        }
         match graphs.get(&slots) {
             None => {
                 work()?;
@@ -276,14 +278,14 @@ impl DecodeBackend for Cuda {
 }
 
 impl Cuda {
-    /// Embeds `tokens` tokens: those of `ids`, or (0) the one that was sampled last in each of `texts`.
-    fn embed_at(&self, (table, scale): (&Matrix, f32), ids: u64, texts: Texts, to: u64, tokens: usize) -> Result<()> {
+    /// Embeds `tokens` tokens: those of `ids`, or (0) the one that `state` says was sampled last.
+    fn embed_at(&self, (table, scale): (&Matrix, f32), ids: u64, state: &Buffer, to: u64, tokens: usize) -> Result<()> {
         let (at, kind) = match &table.body {
             Body::Packed { format: Format::Dense, codes, .. } => (codes.pointer(), 0i32),
             Body::Any { values, kind: 2, .. } => (values.pointer(), 2),
             _ => anyhow::bail!("cuda: a quantized embedding, only full precision is supported"),
         };
-        let (features, rows) = (table.in_features as i32, table.out_features as u32);
+        let (features, rows, state) = (table.in_features as i32, table.out_features as u32, state.pointer());
         let launch = Launch { grid: (table.in_features.div_ceil(256), tokens, 1), ..Launch::new(1, 256) };
         self.driver.launch(
             &self.kernel("rows.cu", "embed", &[])?,
@@ -295,7 +297,7 @@ impl Cuda {
                 .with(&rows)
                 .with(&scale)
                 .with(&ids)
-                .with(&texts)
+                .with(&state)
                 .with(&to),
         )
     }

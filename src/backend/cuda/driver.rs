@@ -39,6 +39,8 @@ pub(super) struct Numbers {
     pub(super) memory_rate: f64,
     /// Cycles a second of its multiprocessors.
     pub(super) clock: f64,
+    /// Others hold multiprocessors while something is measured.
+    pub(super) crowded: bool,
     /// Kernels are compiled for an older compute capability than it has, and translated by the driver.
     pub(super) translated: bool,
 }
@@ -135,6 +137,7 @@ impl Driver {
                 * f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?)
                 / 8.0,
             clock: 1e3 * f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?),
+            crowded: false,
             translated: false,
         };
         ensure!(
@@ -288,8 +291,8 @@ impl Driver {
         let function = kernel.function()?;
         let stream = self.enter()?;
         let more = if launch.together && self.overfills.get() { 64 } else { 1 };
-        // Where multiprocessors are held by others, the driver would wait for those, too. What is left has room for all blocks.
-        let cooperates = launch.together && self.numbers.multiprocessors == self.numbers.all_multiprocessors;
+        // Beside blocks that hold multiprocessors the driver would wait for those, too. What is left has room for all blocks.
+        let cooperates = launch.together && !self.numbers.crowded;
         let (id, value) = if cooperates {
             (sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative: 1 })
         } else {

@@ -123,8 +123,7 @@ impl Cuda {
         let launch = layers_launch(format, (shapes, layers.len()), tuning, dec, &self.room());
         let Some(launch) = launch else { return Ok(false) };
         let mut defines = self.layers_defines(format, shapes, launch, compensates);
-        defines.extend(sequence.cache.defines(first, self.options.dtype));
-        defines.push(format!("SPLITS={}", launch.splits));
+        defines.extend(sequence.cache.defines(first, self.options.dtype, launch.splits));
         defines.extend(program_defines(sequence, first, layers));
         let kernel = self.kernel("layers.cu", "decode_layers", &defines)?;
 
@@ -134,7 +133,7 @@ impl Cuda {
             layers: table.pointer(),
             h: h.at(),
             h_delta: h.delta(),
-            flow: self.scratch(Scratch::Flow, 4 * SETS * shapes.flow_words(launch.warps, compensates))?.pointer(),
+            flow: self.scratch(Scratch::Flow, 4 * SETS * shapes.flow_words(launch.splits, compensates))?.pointer(),
             list: self.scratch(Scratch::List, 4 * longest.max(8))?.pointer(),
             state: sequence.state.pointer(),
             grid: self.scratch(Scratch::Grid, 8)?.pointer(),

@@ -30,7 +30,7 @@ pub(super) enum Format {
 
 /// The matrix itself.
 pub(super) enum Body {
-    /// In the layout of `gemv_*.cu` and `tokens_*.cu`; `lut`, which long passes alone read, as 16-bit numbers.
+    /// In the layout of `gemv_*.cu`; `lut`, which few products read, as 16-bit numbers.
     Packed { format: Format, codes: Buffer, aux: Buffer, lut: Buffer },
     /// In the layout of `gemv_any.cu`.
     Any { codes: Buffer, values: Buffer, centres: Buffer, bits: usize, kind: i32, group: usize },
@@ -52,11 +52,8 @@ impl Words {
 }
 
 /// What a compiled product depends on besides its shape: its input, how it was tuned, warps and stages, warps that
-/// compensate and whether they keep all activations.
-pub(super) type Variant = (Input, Tuning, (usize, usize), (usize, bool));
-
-/// The same of a product of many tokens: eights of tokens, slices, tiles finished together, warps, stages.
-pub(super) type ManyVariant = (usize, usize, usize, usize, usize);
+/// compensate and whether they keep all activations, bytes of an activation.
+pub(super) type Variant = (Input, Tuning, (usize, usize), (usize, bool, usize));
 
 /// A linear layer on the device; its residual may be in mapped host memory.
 pub struct Matrix {
@@ -67,8 +64,6 @@ pub struct Matrix {
     pub(super) residual: Option<(Words, Buffer)>,
     /// Compiled products, made when first used.
     pub(super) kernels: RefCell<Vec<(Variant, Kernel)>>,
-    /// Those of many tokens, with what makes their input.
-    pub(super) many: RefCell<Vec<(ManyVariant, [Kernel; 2])>>,
 }
 
 /// Where a chunk's first selection begins to look: as calibration has it, few channels reach the edge of this bucket, and
@@ -194,15 +189,7 @@ pub(super) fn upload(cuda: &Cuda, linear: &Linear<'_>) -> Result<Matrix> {
         };
         residual = Some((words, Buffer::of(&cuda.driver, &r.scales().to_f32())?));
     }
-    Ok(Matrix {
-        in_features,
-        out_features,
-        body,
-        bias,
-        residual,
-        kernels: RefCell::default(),
-        many: RefCell::default(),
-    })
+    Ok(Matrix { in_features, out_features, body, bias, residual, kernels: RefCell::default() })
 }
 
 /// Checks that the type of products holds every weight: a number that float16 took for its last, 65504, would be a wrong

@@ -4,11 +4,8 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 
-use super::launch::tokens_launch;
 use super::pack::Packing;
-use super::product::MOST_ALIKE;
 use super::{Cuda, Dtype, Residuals, attention, host};
-use crate::backend::KvBits;
 use crate::config::{NormPlacement, Projection};
 use crate::weights::{ModelWeights, Weight};
 
@@ -19,7 +16,7 @@ pub struct MemoryTable {
     pub weights: usize,
     /// Keys, values and angles of the longest text, on the device.
     pub cache: usize,
-    /// Activations, and what products of many tokens make of them or of a matrix, on the device.
+    /// Activations, and a dequantized matrix for prompts, on the device.
     pub workspace: usize,
     /// Residuals on the device.
     pub device_residuals: usize,
@@ -81,52 +78,41 @@ impl MemoryTable {
 }
 
 impl Cuda {
-    /// What `weights` will take with texts of at most `max_seq_len` tokens, whose keys and values are kept in `bits`.
+    /// What `weights` will take with texts of at most `max_seq_len` tokens.
     ///
     /// # Errors
     /// Tensors that cannot be read, or a lost device.
-    pub fn memory_table(&self, weights: &dyn ModelWeights, max_seq_len: usize, bits: KvBits) -> Result<MemoryTable> {
+    pub fn memory_table(&self, weights: &dyn ModelWeights, max_seq_len: usize) -> Result<MemoryTable> {
         let config = weights.config();
-        let tokens = self.device.max_tokens.min(max_seq_len);
         let (mut bytes, mut residuals, mut largest) = (0, 0, 0);
         for layer in 0..config.layers.len() {
             for p in Projection::ALL {
                 let linear = weights.projection(layer, p)?;
                 bytes += self.matrix_bytes(&linear.weight);
                 residuals += linear.residual.as_ref().map_or(0, |r| r.words().len() * 4);
-                largest = largest.max(self.many_bytes(&linear.weight, tokens));
+                largest = largest.max(linear.weight.in_features() * linear.weight.out_features());
             }
         }
         let table = self.matrix_bytes(&Weight::Dense(weights.embedding()?));
         bytes += if config.tie_word_embeddings { table } else { 2 * table };
+        let tokens = self.device.max_tokens.min(max_seq_len);
         let branches = config.layers.iter().any(|layer| layer.norms != NormPlacement::Before);
         let width = config.hidden_size * if branches { 2 } else { 1 }
             + Projection::ALL.into_iter().map(|p| config.widest(p)).max().unwrap_or(0) * 2
             + config.widest(Projection::Qkv);
+        let number = if self.options.dtype == Dtype::Float32 { 4 } else { 2 };
         let on_device = self.options.residuals == Residuals::Device;
         Ok(MemoryTable {
             weights: bytes,
-            cache: attention::cache_bytes(config, (self.options.dtype, bits), max_seq_len, tokens),
-            workspace: tokens * width * 4 * 2 + largest,
+            cache: attention::cache_bytes(config, self.options.dtype, max_seq_len),
+            workspace: tokens * width * 4 * 2
+                + attention::pass_bytes(config, self.options.dtype, tokens)
+                + if self.blas.is_some() { largest * number } else { 0 },
             device_residuals: if on_device { residuals } else { 0 },
             pinned: host::STAGING + if on_device { 0 } else { residuals },
             free_device: self.driver.memory()?.0,
             free_host: available_host_memory(),
         })
-    }
-
-    /// Bytes of work space that a product of `tokens` tokens takes.
-    fn many_bytes(&self, weight: &Weight<'_>, tokens: usize) -> usize {
-        let shape = (weight.in_features(), weight.out_features());
-        let plain = self.options.dtype == Dtype::Float32 || self.options.compile == 0;
-        let format = Packing::of(weight, self.options.dtype).filter(|_| !plain).and_then(|packing| packing.format());
-        let tokens = if self.blas.is_some() { tokens.min(MOST_ALIKE) } else { tokens };
-        let launch = format.and_then(|format| tokens_launch(format, shape, tokens, self.room()));
-        let exact = launch
-            .zip(format)
-            .map_or(0, |(launch, format)| launch.operand(format, shape.0) + launch.parts(shape.1, tokens));
-        // Long passes have the matrix in 16-bit numbers.
-        exact.max(if format.is_some() && self.blas.is_some() { 2 * shape.0 * shape.1 } else { 0 })
     }
 
     /// Bytes of a matrix in the layout that it is uploaded in.

@@ -3,7 +3,7 @@
 //! - `driver`: device, stream, memory, launches; `graph`: launches recorded once; `host`: pinned memory, and uploads through it
 //! - `failure`: what goes wrong with a device, and how long it is waited for
 //! - `library`: NVIDIA's libraries, opened at run time; `compiler`: NVRTC and the cache of compiled kernels; `kernel`: when they are compiled and loaded
-//! - `blas`: cuBLAS for quantization and for long passes, where it is installed
+//! - `blas`: cuBLAS for prompts, where it is installed
 //! - `options`: how it is set up; `pack`, `plain`: stored formats to the layouts of the fast and of the generic kernels
 //! - `matrix`, `vector`, `sequence`: what lives on the device; `attention`: what a text remembers, and how it is looked at
 //! - `cupti`, `recorder`: when kernels ran, for the sweep; `doctor`: what there is of all this on a machine
@@ -101,16 +101,10 @@ pub struct Cuda {
 pub(crate) enum Scratch {
     /// Activations, f32.
     X,
-    /// Activations of a long pass, 16 bits.
+    /// Activations of a prompt, 16 bits.
     Half,
     /// A dequantized matrix.
     Weights,
-    /// Inputs of a product of many tokens, as it multiplies them.
-    Operand,
-    /// What parts of such a product leave of its rows.
-    Parts,
-    /// How many of them have ended, zeros between launches.
-    Ended,
     /// Token ids of a prompt.
     Ids,
     /// A selection.
@@ -119,14 +113,10 @@ pub(crate) enum Scratch {
     Grid,
     /// What blocks of one launch tell each other, f32.
     Flow,
-    /// What shares of a text come to in attention, f32.
-    Shares,
-    /// Blocks that are done with their shares; zeros between launches.
-    Tickets,
 }
 
 impl Scratch {
-    const ALL: usize = 12;
+    const ALL: usize = 7;
 }
 
 /// What `decdec devices` lists: one entry per GPU.
@@ -166,7 +156,7 @@ impl Cuda {
         let architecture = format!("{kind}_{}{}", numbers.major, numbers.minor);
         let compiler = Compiler::open(&architecture, crate::files::cache_directory("kernels"))?;
         let blas = Blas::open(&driver)
-            .inspect_err(|e| tracing::warn!("{e:#}; until then long prompts are processed more slowly"))
+            .inspect_err(|e| tracing::warn!("{e:#}; until then prompts are processed token by token"))
             .ok();
         tracing::info!("{} ({architecture}), NVRTC {}", numbers.name, compiler.version());
         let device = info(ordinal, &driver);
@@ -257,11 +247,16 @@ impl Cuda {
         }
         Ok(buffer)
     }
+
+    /// Blocks that share one key-value head's text.
+    fn splits(&self, kv_heads: usize) -> usize {
+        splits(self.driver.numbers().multiprocessors, kv_heads)
+    }
 }
 
-/// Into how many blocks a row's text goes for each of so many places (`attend.cuh`), of `blocks` in all.
-fn splits(blocks: usize, places: usize) -> usize {
-    (blocks / places).clamp(1, 16)
+/// Into how many shares one key-value head's text goes among `blocks`.
+fn splits(blocks: usize, kv_heads: usize) -> usize {
+    (blocks / kv_heads).clamp(1, 16)
 }
 
 impl GemvBackend for Cuda {

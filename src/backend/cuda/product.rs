@@ -1,14 +1,13 @@
 //! Products: which kernel, how many blocks, in how many steps.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rayon::prelude::*;
 
-use super::arguments::{AnyArgument, DecArgument, DigitsArgument, GemvArgument, PackedArgument, TokensArgument};
+use super::arguments::{AnyArgument, DecArgument, GemvArgument, PackedArgument};
 use super::driver::{Arguments, Launch};
 use super::kernel::Kernel;
 use super::launch::{
-    Beside, GemvLaunch, Input, Room, SPAN, TokensLaunch, Tuning, dec_shared, dequant_entry, digits_defines,
-    gemv_defines, gemv_entry, gemv_launch, shape_defines, tokens_defines, tokens_entry, tokens_launch, unit,
+    Beside, GemvLaunch, Input, Room, Tuning, dec_shared, entries, gemv_defines, gemv_launch, shape_defines, unit,
 };
 use super::matrix::{Body, Format, Matrix, Plan, dec_words};
 use super::pack::TILE;
@@ -18,9 +17,8 @@ use crate::backend::kernels;
 use crate::config::Activation;
 use crate::dec::CHUNK;
 
-/// Tokens of a pass up to which a product has the bits of one token: longer ones are so much faster with the matrix in 16-bit
-/// numbers (H200, 512 tokens of Llama-3-8B: a quarter of the time), and are in the rounding of those.
-pub(super) const MOST_ALIKE: usize = 64;
+/// Tokens up to which a prompt is cheaper token by token than by dequantizing whole matrices.
+const FEW_TOKENS: usize = 6;
 
 /// What enters a product.
 #[derive(Clone, Copy)]
@@ -89,11 +87,11 @@ impl Cuda {
                 let shape = (matrix.in_features, matrix.out_features);
                 let input = u8::from(norm);
                 // A short list: where there is room for any, the launch does not depend on it.
-                let beside = dec.then_some(Beside { input, list: 1024 });
-                let Some(launch) = gemv_launch(format, shape, tuning, beside, self.room()) else { continue };
+                let launch =
+                    gemv_launch(format, shape, tuning, dec.then_some(Beside { input, list: 1024 }), self.room())?;
                 let mut defines = vec![format!("DTYPE={}", self.options.dtype as u8)];
                 defines.extend(gemv_defines(format, matrix, launch, tuning, (input, None)));
-                jobs.push((gemv_entry(format).0, defines));
+                jobs.push((entries(format).0, defines));
             }
         }
         let compiler = &self.compiler;
@@ -118,44 +116,51 @@ impl Cuda {
         tokens: usize,
         add: bool,
     ) -> Result<()> {
-        let (plan, compensated) = plan.filter(|(p, rows)| p.k_chunk > 0 && *rows > 0).unzip();
+        let (plan, compensated) = plan.filter(|(p, _)| p.k_chunk > 0).unzip();
         let compensated = compensated.unwrap_or(0);
+        let by_token = tokens == 1 || tokens <= FEW_TOKENS || self.blas.is_none();
         match &matrix.body {
-            Body::Packed { format, .. } => {
-                let launch = if tokens == 1 { self.packed_launch(*format, feed, matrix, plan) } else { None };
-                if let Some(launch) = launch {
-                    let (place, dec_out) = if plan.is_some() { y.free_place()? } else { (0, 0) };
-                    let token = Token { x: x.0, x_delta: x.1, y: y.at(), y_delta: y.delta(), dec_out, add };
-                    self.packed((*format, launch), feed, matrix, plan, &token)?;
-                    y.settle();
-                    if plan.is_some() {
-                        y.leave(place);
-                    }
-                    return Ok(());
-                }
-                if tokens > MOST_ALIKE && self.blas.is_some() {
-                    self.long(feed, matrix, x.0, y.at(), tokens, add)?;
-                } else {
-                    self.many(*format, feed, matrix, x, (y.at(), y.delta()), tokens, add)?;
-                }
+            Body::Packed { format, .. } if tokens == 1 => {
+                let (place, dec_out) = if plan.is_some() { y.free_place()? } else { (0, 0) };
+                let token = Token { x: x.0, x_delta: x.1, y: y.at(), y_delta: y.delta(), dec_out, add };
+                self.packed(*format, feed, matrix, plan, &token)?;
                 y.settle();
-                let Some(plan) = plan else {
-                    return Ok(());
-                };
-                let staged = match feed {
-                    Feed::Plain | Feed::Listed(_) if x.1 == 0 => x.0,
-                    _ => self.stage(feed, x, matrix.in_features, compensated, Dtype::Float32)?,
-                };
-                self.dec(matrix, Some(plan), staged, y.at(), compensated)
+                if plan.is_some() {
+                    y.leave(place);
+                }
+                Ok(())
             }
-            Body::Any { .. } => {
-                let staged = self.stage(feed, x, matrix.in_features, tokens, Dtype::Float32)?;
-                self.any(matrix, staged, y.at(), tokens, add)?;
+            Body::Packed { format, .. } if by_token => {
+                let width = matrix.in_features as u64 * if matches!(feed, Feed::Gated(_)) { 8 } else { 4 };
+                for t in 0..tokens as u64 {
+                    let (x, at) = (x.0 + t * width, y.at() + t * matrix.out_features as u64 * 4);
+                    let token = Token { x, x_delta: 0, y: at, y_delta: 0, dec_out: 0, add };
+                    self.packed(*format, feed, matrix, None, &token)?;
+                }
                 // A compensation left beside y by an earlier token is no part of what was just written.
                 if !add {
                     y.settle();
                 }
+                self.compensate(feed, matrix, plan, x.0, y.at(), compensated)
+            }
+            Body::Any { .. } if by_token => {
+                let staged = self.stage(feed, x, matrix.in_features, tokens, Dtype::Float32)?;
+                for t in 0..tokens as u64 {
+                    let (x, at) =
+                        (staged + t * matrix.in_features as u64 * 4, y.at() + t * matrix.out_features as u64 * 4);
+                    self.any(matrix, x, at, add)?;
+                }
+                if !add {
+                    y.settle();
+                }
                 self.dec(matrix, plan, staged, y.at(), compensated)
+            }
+            _ => {
+                self.many(feed, matrix, x.0, y.at(), tokens, add)?;
+                if !add {
+                    y.settle();
+                }
+                self.compensate(feed, matrix, plan, x.0, y.at(), compensated)
             }
         }
     }
@@ -173,20 +178,13 @@ impl Cuda {
         add: bool,
     ) -> Result<()> {
         let features = matrix.in_features;
-        let plan = plan.filter(|(p, rows)| p.k_chunk > 0 && *rows > 0);
+        let plan = plan.filter(|(p, _)| p.k_chunk > 0);
         // Every block of the product would have to read a compensation beside gate and up: that costs more than
         // a kernel for it. And with a kernel for it, that can select as well, a chunk per block.
-        let fits = match matrix.body {
-            Body::Packed { format, .. } => {
-                self.packed_launch(format, Feed::Listed(0), matrix, plan.map(|(plan, _)| plan)).is_some()
-            }
-            Body::Any { .. } => false,
-        };
-        if tokens > 1 || (gu.delta() == 0 && plan.is_none()) || !fits {
+        if tokens > 1 || (gu.delta() == 0 && plan.is_none()) || !matches!(matrix.body, Body::Packed { .. }) {
             return self.product(Feed::Gated(activation), matrix, plan, (gu.at(), gu.delta()), y, tokens, add);
         }
         let (at, delta, kind) = (gu.at(), gu.delta(), kernels::activation(activation));
-        let beyond = self.beyond.pointer();
         if let Some((plan, _)) = plan {
             let x = self.scratch(Scratch::X, features * 4)?.pointer();
             let list = self.scratch(Scratch::List, features * 8)?.pointer();
@@ -194,14 +192,7 @@ impl Cuda {
             self.driver.launch(
                 &self.kernel("dec.cu", "gated_select", &[format!("DEC_WORDS={}", dec_words(plan.out_features))])?,
                 Launch::new(features.div_ceil(CHUNK), 256),
-                &mut Arguments::new()
-                    .with(&argument)
-                    .with(&at)
-                    .with(&delta)
-                    .with(&kind)
-                    .with(&x)
-                    .with(&list)
-                    .with(&beyond),
+                &mut Arguments::new().with(&argument).with(&at).with(&delta).with(&kind).with(&x).with(&list),
             )?;
             return self.product(Feed::Listed(list), matrix, Some((plan, 1)), (x, 0), y, 1, add);
         }
@@ -210,27 +201,15 @@ impl Cuda {
         self.driver.launch(
             &self.kernel("rows.cu", "gated", &[])?,
             Launch::new(features.div_ceil(1024), 256),
-            &mut Arguments::new().with(&at).with(&delta).with(&kind).with(&count).with(&out).with(&beyond),
+            &mut Arguments::new().with(&at).with(&delta).with(&kind).with(&count).with(&out),
         )?;
         self.product(Feed::Plain, matrix, plan, (out, 0), y, 1, add)
-    }
-
-    /// The launch of one token through a packed matrix, if there is room for its input.
-    fn packed_launch(
-        &self,
-        format: Format,
-        feed: Feed<'_>,
-        matrix: &Matrix,
-        plan: Option<&Plan>,
-    ) -> Option<GemvLaunch> {
-        let dec = plan.map(|p| Beside::new(feed.define(), p));
-        gemv_launch(format, (matrix.in_features, matrix.out_features), self.options.tuning, dec, self.room())
     }
 
     /// One token through a packed matrix, compensated in the same launch.
     fn packed(
         &self,
-        (format, launch): (Format, GemvLaunch),
+        format: Format,
         feed: Feed<'_>,
         matrix: &Matrix,
         plan: Option<&Plan>,
@@ -239,6 +218,9 @@ impl Cuda {
         let Body::Packed { codes, aux, .. } = &matrix.body else {
             anyhow::bail!("cuda: not a packed matrix");
         };
+        let shape = (matrix.in_features, matrix.out_features);
+        let dec = plan.map(|p| Beside::new(feed.define(), p));
+        let launch = gemv_launch(format, shape, self.options.tuning, dec, self.room())?;
         let kernel = self.gemv_kernel(format, matrix, launch, (feed.define(), feed.activation()))?;
         let argument = GemvArgument {
             codes: codes.pointer(),
@@ -275,25 +257,24 @@ impl Cuda {
     /// The product's kernel for a matrix, compiled once per shape.
     fn gemv_kernel(&self, format: Format, matrix: &Matrix, launch: GemvLaunch, input: Input) -> Result<Kernel> {
         let tuning = self.options.tuning;
-        let key = (input, tuning, (launch.warps, launch.stages), (launch.dec_warps, launch.dec_staged));
+        let key = (input, tuning, (launch.warps, launch.stages), (launch.dec_warps, launch.dec_staged, launch.digits));
         if let Some((_, kernel)) = matrix.kernels.borrow().iter().find(|(k, _)| *k == key) {
             return Ok(kernel.clone());
         }
         let defines = gemv_defines(format, matrix, launch, tuning, input);
-        let (file, gemv) = gemv_entry(format);
+        let (file, gemv, _) = entries(format);
         let kernel = self.kernel(file, gemv, &defines)?;
         matrix.kernels.borrow_mut().push((key, kernel.clone()));
         Ok(kernel)
     }
 
-    /// Tokens through a matrix in the plain layout; `x` is staged f32.
-    fn any(&self, matrix: &Matrix, x: u64, y: u64, tokens: usize, add: bool) -> Result<()> {
+    /// One token through a matrix in the plain layout; `x` is staged f32.
+    fn any(&self, matrix: &Matrix, x: u64, y: u64, add: bool) -> Result<()> {
         let argument = AnyArgument::new(matrix, add)?;
-        let (grid, tokens) = ((matrix.out_features.div_ceil(8), tokens.div_ceil(8), 1), tokens as i32);
         self.driver.launch(
             &self.kernel("gemv_any.cu", "gemv_any", &[])?,
-            Launch { grid, ..Launch::new(1, 256) },
-            &mut Arguments::new().with(&argument).with(&x).with(&y).with(&tokens),
+            Launch::new(matrix.out_features.div_ceil(8), 256),
+            &mut Arguments::new().with(&argument).with(&x).with(&y),
         )
     }
 
@@ -321,12 +302,17 @@ impl Cuda {
         Ok(out)
     }
 
-    /// A long pass: the matrix is dequantized into work space and multiplied by cuBLAS.
+    /// Many tokens: the matrix is dequantized into work space and multiplied by cuBLAS.
     #[allow(clippy::too_many_arguments, reason = "everything that a product of many tokens can ask for")]
-    fn long(&self, feed: Feed<'_>, matrix: &Matrix, x: u64, y: u64, tokens: usize, add: bool) -> Result<()> {
+    fn many(&self, feed: Feed<'_>, matrix: &Matrix, x: u64, y: u64, tokens: usize, add: bool) -> Result<()> {
         let dtype = self.options.dtype;
         let (rows, k) = (matrix.out_features, matrix.in_features);
-        let staged = self.stage(feed, (x, 0), k, tokens, dtype)?;
+        // In float32 activations that are plain already are used where they are.
+        let staged = if dtype == Dtype::Float32 && matches!(feed, Feed::Plain | Feed::Listed(_)) {
+            x
+        } else {
+            self.stage(feed, (x, 0), k, tokens, dtype)?
+        };
         let weights = self.dequantize(matrix)?;
         let Some(blas) = &self.blas else {
             anyhow::bail!("cuda: cuBLAS is not there");
@@ -344,95 +330,50 @@ impl Cuda {
         )
     }
 
-    /// A packed matrix as rows of 16-bit numbers, in work space; returns where.
+    /// The matrix as rows of the backend's type, in work space; returns where.
     fn dequantize(&self, matrix: &Matrix) -> Result<u64> {
-        let Body::Packed { format, codes, aux, lut } = &matrix.body else {
-            anyhow::bail!("cuda: not a packed matrix");
-        };
         let (rows, k) = (matrix.out_features, matrix.in_features);
-        let out = self.scratch(Scratch::Weights, rows * k * 2)?.pointer();
-        let mut defines = shape_defines(*format, matrix, 8, 2);
-        defines.extend(["INPUT=0".to_owned(), "DEC=0".to_owned()]);
-        let argument = PackedArgument { codes: codes.pointer(), aux: aux.pointer(), lut: lut.pointer(), out };
-        let units = rows.div_ceil(TILE) * k.div_ceil(unit(*format).0);
-        let kernel = self.kernel(gemv_entry(*format).0, dequant_entry(*format), &defines)?;
-        let launch = Launch { overlap: false, ..Launch::new(units.div_ceil(8), 256) };
-        self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;
+        let size = if self.options.dtype == Dtype::Float32 { 4 } else { 2 };
+        let out = self.scratch(Scratch::Weights, rows * k * size)?.pointer();
+        match &matrix.body {
+            Body::Any { .. } => {
+                let argument = AnyArgument::new(matrix, false)?;
+                let kernel = self.kernel("gemv_any.cu", "dequant_any", &[])?;
+                let launch = Launch { overlap: false, ..Launch::new(rows, 256) };
+                self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument).with(&out))?;
+            }
+            Body::Packed { format, codes, aux, lut } => {
+                let mut defines = shape_defines(*format, matrix, 8, 2);
+                defines.extend(["INPUT=0".to_owned(), "DEC=0".to_owned()]);
+                let (file, _, dequant) = entries(*format);
+                let argument = PackedArgument { codes: codes.pointer(), aux: aux.pointer(), lut: lut.pointer(), out };
+                let units = rows.div_ceil(TILE) * k.div_ceil(unit(*format).0);
+                let kernel = self.kernel(file, dequant, &defines)?;
+                let launch = Launch { overlap: false, ..Launch::new(units.div_ceil(8), 256) };
+                self.driver.launch(&kernel, launch, &mut Arguments::new().with(&argument))?;
+            }
+        }
         Ok(out)
     }
 
-    /// Many tokens through a packed matrix (`kernels-cuda/product/tokens.cuh`); x and y with what is to be added to them.
-    #[allow(clippy::too_many_arguments, reason = "everything that a product of many tokens can ask for")]
-    fn many(
+    /// Adds the compensation of every token of a prompt.
+    fn compensate(
         &self,
-        format: Format,
         feed: Feed<'_>,
         matrix: &Matrix,
-        x: (u64, u64),
-        y: (u64, u64),
+        plan: Option<&Plan>,
+        x: u64,
+        y: u64,
         tokens: usize,
-        add: bool,
     ) -> Result<()> {
-        let Body::Packed { codes, aux, .. } = &matrix.body else {
-            anyhow::bail!("cuda: not a packed matrix");
-        };
-        let shape = (matrix.in_features, matrix.out_features);
-        let launch = tokens_launch(format, shape, tokens, self.room()).with_context(|| {
-            let room = self.room().shared;
-            format!(
-                "cuda: a row of {} channels has no room in {room} bytes of shared memory, use --device cpu",
-                shape.0
-            )
-        })?;
-        let operand = self.scratch(Scratch::Operand, launch.operand(format, shape.0))?.pointer();
-        let [digits, product] = self.tokens_kernels(format, matrix, launch)?;
-        let argument = DigitsArgument {
-            x: x.0,
-            x_delta: x.1,
-            gamma: feed.gamma(),
-            out: operand,
-            beyond: self.beyond.pointer(),
-            eps: feed.eps(),
-            activation: feed.activation().map_or(-1, |kind| kind as i32),
-            channels: shape.0 as i32,
-            tokens: tokens as i32,
-        };
-        let grid = (shape.0.div_ceil(SPAN), launch.token_tiles * launch.eights, 1);
-        let blocks = Launch { grid, ..Launch::new(1, 256) };
-        self.driver.launch(&digits, blocks, &mut Arguments::new().with(&argument))?;
-        // 16-bit numbers are normalized already.
-        let squares = matches!(feed, Feed::Norm(_)) && format != Format::Dense;
-        let argument = TokensArgument {
-            codes: codes.pointer(),
-            aux: aux.pointer(),
-            bias: matrix.bias.as_ref().map_or(0, |b| b.pointer()),
-            operand,
-            y: y.0,
-            y_delta: y.1,
-            parts: self.scratch(Scratch::Parts, launch.parts(shape.1, tokens))?.pointer(),
-            tickets: self.scratch(Scratch::Ended, launch.token_tiles * launch.blocks * 4)?.pointer(),
-            eps: feed.eps(),
-            tokens: tokens as i32,
-            squares: i32::from(squares),
-            add: i32::from(add),
-        };
-        let grid = (launch.token_tiles, launch.blocks, launch.slices);
-        let blocks = Launch { grid, shared: launch.shared, ..Launch::new(1, 32 * launch.warps) };
-        self.driver.launch(&product, blocks, &mut Arguments::new().with(&argument))
-    }
-
-    /// What makes the input of a product of many tokens, and the product, compiled once per shape.
-    fn tokens_kernels(&self, format: Format, matrix: &Matrix, launch: TokensLaunch) -> Result<[Kernel; 2]> {
-        // What they are compiled for.
-        let key = (launch.eights, launch.slices, launch.batch, launch.warps, launch.stages);
-        if let Some((_, kernels)) = matrix.many.borrow().iter().find(|(k, _)| *k == key) {
-            return Ok(kernels.clone());
+        if plan.is_none() {
+            return Ok(());
         }
-        let (file, entry) = tokens_entry(format);
-        let digits = self.kernel("digits.cu", "digits", &digits_defines(format, launch))?;
-        let kernels = [digits, self.kernel(file, entry, &tokens_defines(format, matrix, launch))?];
-        matrix.many.borrow_mut().push((key, kernels.clone()));
-        Ok(kernels)
+        let staged = match feed {
+            Feed::Plain | Feed::Listed(_) => x,
+            _ => self.stage(feed, (x, 0), matrix.in_features, tokens, Dtype::Float32)?,
+        };
+        self.dec(matrix, plan, staged, y, tokens)
     }
 
     /// `y += s·Σ q·x`, token by token; `x` is staged f32.

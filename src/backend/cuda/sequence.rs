@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::driver::{Arguments, Launch};
 use super::host::Mapped;
 use super::vector::Vector;
-use crate::backend::{DECODE_ROWS, KvBits, Rows, ensure_slot, holds_no_text};
+use crate::backend::{ensure_slot, holds_no_text};
 use crate::config::{Attention, ModelConfig};
 use crate::sampling::{self, NO_TOKEN, Sampling};
 
@@ -32,44 +32,15 @@ const PATIENCE_PER_TOKEN: Duration = Duration::from_millis(250);
 /// Blocks that look for the largest logit.
 const SAMPLE_BLOCKS: usize = 64;
 
-/// `struct Texts` of `rows.cu`: where the states of texts are.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-pub(super) struct Texts([u64; DECODE_ROWS]);
-
-/// `struct Growing` of `rows.cu`.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Growing {
-    texts: Texts,
-    progress: [u64; DECODE_ROWS],
-    tokens: [u32; DECODE_ROWS],
-    count: u32,
-}
-
-/// `struct Chooser` of `sample.cu`.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Chooser {
-    rules: u64,
-    draws: u64,
-    state: u64,
-    best: u64,
-    ticket: u64,
-    list: u64,
-    tokens: u64,
-}
-
 /// Slots for texts.
 pub struct Cache {
     max_seq_len: usize,
-    bits: KvBits,
     config: ModelConfig,
     slots: Vec<Option<Sequence>>,
 }
 
 impl Cache {
-    pub(super) fn new(config: &ModelConfig, slots: usize, max_seq_len: usize, bits: KvBits) -> Result<Self> {
+    pub(super) fn new(config: &ModelConfig, slots: usize, max_seq_len: usize) -> Result<Self> {
         ensure!(max_seq_len > 0, "a sequence of 0 tokens, at least 1 is expected");
         attention::check(config)?;
         ensure!(
@@ -77,13 +48,13 @@ impl Cache {
             "cuda: a vocabulary of {} tokens, fewer than {MOST_VOCABULARY} are supported, use --device cpu",
             config.vocab_size
         );
-        Ok(Self { max_seq_len, bits, config: config.clone(), slots: (0..slots).map(|_| None).collect() })
+        Ok(Self { max_seq_len, config: config.clone(), slots: (0..slots).map(|_| None).collect() })
     }
 
     pub(super) fn begin(&mut self, cuda: &Cuda, slot: usize, sampling: &Sampling, draws: &[f32]) -> Result<()> {
         ensure_slot(slot, self.slots.len())?;
         if self.slots[slot].is_none() {
-            self.slots[slot] = Some(Sequence::new(cuda, &self.config, self.max_seq_len, self.bits)?);
+            self.slots[slot] = Some(Sequence::new(cuda, &self.config, self.max_seq_len)?);
         }
         self.text(slot)?.begin(cuda, sampling, draws)
     }
@@ -91,55 +62,6 @@ impl Cache {
     /// The text in a slot.
     pub(super) fn text(&self, slot: usize) -> Result<&Sequence> {
         self.slots.get(slot).and_then(Option::as_ref).with_context(|| holds_no_text(slot))
-    }
-
-    /// Queues that texts have grown by the rows that all layers have attended to.
-    pub(super) fn advance(&self, cuda: &Cuda, rows: &[Rows]) -> Result<()> {
-        for rows in rows.chunks(DECODE_ROWS) {
-            let mut growing = Growing { count: rows.len() as u32, ..Growing::default() };
-            for (i, &Rows { slot, count, .. }) in rows.iter().enumerate() {
-                let text = self.text(slot)?;
-                text.longest_pass.set(text.longest_pass.get().max(count));
-                // A single token is progress itself.
-                growing.progress[i] = if count > 1 { text.progress() } else { 0 };
-                (growing.texts.0[i], growing.tokens[i]) = (text.state.pointer(), count as u32);
-            }
-            let kernel = cuda.kernel("rows.cu", "advance", &[])?;
-            cuda.driver.launch(&kernel, Launch::new(1, 32), &mut Arguments::new().with(&growing))?;
-        }
-        Ok(())
-    }
-
-    /// Queues a choice after each row of `logits`, for the text of its slot.
-    pub(super) fn sample(&self, cuda: &Cuda, slots: &[usize], logits: &Vector) -> Result<()> {
-        // Choices of one text follow each other: each has the next draw.
-        let apart = slots.iter().enumerate().all(|(i, slot)| !slots[..i].contains(slot));
-        let at_once = if apart { DECODE_ROWS } else { 1 };
-        for (i, slots) in slots.chunks(at_once).enumerate() {
-            let mut choosers = [Chooser::default(); DECODE_ROWS];
-            for (chooser, &slot) in choosers.iter_mut().zip(slots) {
-                *chooser = self.text(slot)?.chooser();
-            }
-            let vocab = self.config.vocab_size as u32;
-            let at = logits.at() + (i * at_once * self.config.vocab_size * 4) as u64;
-            let (delta, most) = (logits.delta(), self.max_seq_len as u32 + 1);
-            let launch = Launch { grid: (SAMPLE_BLOCKS, slots.len(), 1), ..Launch::new(1, 512) };
-            cuda.driver.launch(
-                &cuda.kernel("sample.cu", "sample", &[format!("NO_TOKEN={NO_TOKEN}")])?,
-                launch,
-                &mut Arguments::new().with(&at).with(&delta).with(&vocab).with(&most).with(&choosers),
-            )?;
-        }
-        Ok(())
-    }
-
-    /// The states of texts, one of each of `rows`, as kernels take them.
-    pub(super) fn states(&self, rows: &[Rows]) -> Result<Texts> {
-        let mut texts = Texts::default();
-        for (state, rows) in texts.0.iter_mut().zip(rows) {
-            *state = self.text(rows.slot)?.state.pointer();
-        }
-        Ok(texts)
     }
 
     /// The attention of a layer.
@@ -151,6 +73,7 @@ impl Cache {
 /// One text: its key-value cache, its length, its sampled tokens.
 pub(super) struct Sequence {
     pub(super) max_seq_len: usize,
+    vocab_size: usize,
     pub(super) cache: attention::Cache,
     pub(super) state: Buffer,
     rules: Buffer,
@@ -164,12 +87,13 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize, bits: KvBits) -> Result<Self> {
+    pub(super) fn new(cuda: &Cuda, config: &ModelConfig, max_seq_len: usize) -> Result<Self> {
         let driver = &cuda.driver;
         let tokens = Mapped::new(driver, (max_seq_len + 2) * 4)?;
         Ok(Self {
             max_seq_len,
-            cache: attention::Cache::new(cuda, config, max_seq_len, bits)?,
+            vocab_size: config.vocab_size,
+            cache: attention::Cache::new(cuda, config, max_seq_len)?,
             state: Buffer::new(driver, 16)?,
             rules: Buffer::new(driver, 16)?,
             draws: Buffer::new(driver, (max_seq_len + 1) * 4)?,
@@ -185,7 +109,7 @@ impl Sequence {
         // Nothing may still write tokens of the text before.
         cuda.driver.wait()?;
         self.state.write(0, &[0, 0, NO_TOKEN])?;
-        cuda.clear_tickets()?;
+        self.cache.begin()?;
         self.best.clear()?;
         let rules = [
             sampling.temperature.to_bits(),
@@ -211,22 +135,41 @@ impl Sequence {
         self.state.write(0, &[tokens as u32, sampled as u32, last])
     }
 
-    /// Where the device says how far a long pass is.
-    fn progress(&self) -> u64 {
-        self.tokens.pointer() + 4 * (self.max_seq_len as u64 + 1)
+    pub(super) fn advance(&self, cuda: &Cuda, tokens: usize) -> Result<()> {
+        self.longest_pass.set(self.longest_pass.get().max(tokens));
+        // A single token is progress itself.
+        let progress = if tokens > 1 { self.tokens.pointer() + 4 * (self.max_seq_len as u64 + 1) } else { 0 };
+        let (state, tokens) = (self.state.pointer(), tokens as u32);
+        cuda.driver.launch(
+            &cuda.kernel("rows.cu", "advance", &[])?,
+            Launch::new(1, 32),
+            &mut Arguments::new().with(&state).with(&tokens).with(&progress),
+        )
     }
 
-    fn chooser(&self) -> Chooser {
-        let best = self.best.pointer();
-        Chooser {
-            rules: self.rules.pointer(),
-            draws: self.draws.pointer(),
-            state: self.state.pointer(),
-            best,
-            ticket: best + (SAMPLE_BLOCKS * 8) as u64,
-            list: self.list.pointer(),
-            tokens: self.tokens.pointer(),
-        }
+    /// Chooses a token from row `row` of `logits`.
+    pub(super) fn sample(&self, cuda: &Cuda, logits: &Vector, row: usize) -> Result<()> {
+        let at = logits.at() + (row * self.vocab_size * 4) as u64;
+        let (delta, vocab) = (logits.delta(), self.vocab_size as u32);
+        let (rules, draws, state) = (self.rules.pointer(), self.draws.pointer(), self.state.pointer());
+        let (best, list, tokens) = (self.best.pointer(), self.list.pointer(), self.tokens.pointer());
+        let (ticket, most) = (best + (SAMPLE_BLOCKS * 8) as u64, self.max_seq_len as u32 + 1);
+        cuda.driver.launch(
+            &cuda.kernel("sample.cu", "sample", &[format!("NO_TOKEN={NO_TOKEN}")])?,
+            Launch::new(SAMPLE_BLOCKS, 512),
+            &mut Arguments::new()
+                .with(&at)
+                .with(&delta)
+                .with(&vocab)
+                .with(&rules)
+                .with(&draws)
+                .with(&state)
+                .with(&best)
+                .with(&ticket)
+                .with(&list)
+                .with(&tokens)
+                .with(&most),
+        )
     }
 
     pub(super) fn sampled(&self, cuda: &Cuda, i: usize) -> Result<u32> {

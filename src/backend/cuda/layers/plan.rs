@@ -3,10 +3,9 @@
 use std::cmp::Reverse;
 use std::ops::RangeInclusive;
 
-use super::super::attention::Shape;
-use super::super::launch::{CHAINS, Room, Tuning, operand_bytes, unit};
+use super::super::attention::attend_shared;
+use super::super::launch::{Room, Tuning, operand_bytes, unit};
 use super::super::matrix::Format;
-use super::super::options::Dtype;
 use super::super::pack::{CODE_UNIT, TILE, book_bytes};
 
 /// Most layers of one launch: where the table in shared memory has all of them, there is room for no more.
@@ -34,15 +33,10 @@ pub(super) struct Shapes {
 
 impl Shapes {
     /// Numbers between the blocks of one layer: `WORDS` of `layers.cu`.
-    pub(super) fn flow_words(self, warps: usize, compensated: bool) -> usize {
+    pub(super) fn flow_words(self, splits: usize, compensated: bool) -> usize {
         let [(_, qkv), (attended, h), (_, gu), (i, _)] = self.products();
-        let shares = self.attention(warps).parts().next_multiple_of(4);
-        qkv + attended + 2 * h + i / 2 + shares + if compensated { qkv + 2 * h + gu + i } else { 0 }
-    }
-
-    /// How blocks of so many warps attend: products of layers in one launch have 16 bits.
-    pub(super) fn attention(self, warps: usize) -> Shape {
-        Shape::of((self.heads, self.kv_heads, self.head_dim), Dtype::Float16, 32 * warps)
+        let shares = (splits * self.heads * (self.head_dim + 2)).next_multiple_of(4);
+        qkv + attended + 2 * h + i / 2 + shares + if compensated { 2 * qkv + 4 * h + gu + i } else { 0 }
     }
 
     /// `(in_features, out_features)` of the four projections.
@@ -185,27 +179,23 @@ fn launch_of_warps(
     let (narrow, wide) = (shapes.hidden.max(products[1].0), shapes.intermediate);
     // In compensating blocks, sums of a stripe lie here, barriers and stripes.
     let stripe = if dec.is_some() { 16 * 4 * (32 * warps + 2) + 64 * 8 + 4 * 8 } else { 0 };
-    let xs = operand_bytes(format, wide).max(operand_bytes(format, narrow)).max(stripe).next_multiple_of(16);
-    let [qkv, o, pairs, down] = tiles.map(|tiles| tiles.div_ceil(multiplying));
+    let xs = operand_bytes(format, wide, 3).max(operand_bytes(format, narrow, 3)).max(stripe).next_multiple_of(16);
+    // Beside compensation tiles may begin in one block and end in the next, but those of gate and up.
+    let cut = usize::from(dec.is_some());
+    let [qkv, o, pairs, down] = tiles.map(|tiles| tiles.div_ceil(multiplying) + cut);
     // A thread has one row at most, but of gate and up.
     if qkv.max(o).max(down) * TILE > 32 * warps {
         return None;
     }
-    // `PARTS_OF` of `stream.cuh`: sums that a block keeps of a row, each of a warp's chains or of a span.
-    let sums = |channels: usize| {
-        let spans = channels.div_ceil(CODE_UNIT);
-        TILE * 4 * if CHAINS.is_multiple_of(warps) { spans.min(warps) } else { spans }
-    };
-    let parts = qkv.max(2 * pairs) * sums(shapes.hidden);
-    let narrow_parts = (o * sums(products[1].0)).max(down * sums(wide));
+    let parts = qkv.max(2 * pairs) * warps * TILE * 4;
+    let narrow_parts = o.max(down) * warps * TILE * 4;
     // Attention uses both while no product does.
-    let attention = shapes.attention(warps);
-    let parts = parts.max(attention.shared(warps).saturating_sub(xs)).next_multiple_of(16);
+    let attention = attend_shared(shapes.heads / shapes.kv_heads, shapes.head_dim, 32 * warps)?;
+    let parts = parts.max(attention.saturating_sub(xs)).next_multiple_of(16);
     // Codebooks come once for a matrix, other formats' numbers with every unit.
     let books = qkv.max(o).max(pairs).max(down) * (unit(format).1 - slot(format));
     let stream = shapes.hidden.next_multiple_of(CODE_UNIT) * 4;
-    let squares = (8 * shapes.hidden.div_ceil(CODE_UNIT)).next_multiple_of(128);
-    let fixed = 128 + squares + 128 + 24 + 3 * books + stream + xs + parts + narrow_parts + list;
+    let fixed = 384 + 128 + 24 + 3 * books + stream + xs + parts + narrow_parts + list;
     let stage = warps * slot(format);
     let with_table = |turns: usize| {
         let fixed = fixed + (turns * LAYER_WORDS * 8).next_multiple_of(128);
@@ -217,14 +207,18 @@ fn launch_of_warps(
         .iter()
         .zip(tiles)
         .enumerate()
-        .map(|(i, (&(k, _), tiles))| tiles / multiplying * k.div_ceil(CODE_UNIT) / warps * if i == 2 { 2 } else { 1 })
+        .map(|(i, (&(k, _), tiles))| {
+            let units = k.div_ceil(CODE_UNIT);
+            let of_block = if cut > 0 && i != 2 { tiles * units / multiplying } else { tiles / multiplying * units };
+            of_block / warps * if i == 2 { 2 } else { 1 }
+        })
         .sum();
     // Runs of a few layers more or less have one kernel. Where all of them leave too little room for the ring, a few in turn.
     let all = with_table(count.next_multiple_of(8).min(MOST_LAYERS));
     let in_turn = || with_table(TURNS).filter(|&(_, stages, _)| stages <= fewest && count > TURNS);
     let (turns, stages, shared) =
         all.filter(|&(_, stages, _)| covers(format, warps, stages, room)).or_else(in_turn).or(all)?;
-    let splits = crate::backend::cuda::splits(multiplying, attention.places());
+    let splits = crate::backend::cuda::splits(multiplying, shapes.kv_heads);
     Some(LayersLaunch {
         warps,
         stages,

@@ -179,8 +179,7 @@ fn small_rings_are_enough_for_slow_memory() {
 }
 
 /// Units of a row go round the warps, for most widths that models have; where they do not, few warps wait. (Of 8192 channels
-/// sixteen do too, but have no room for two units each beside the input of down. Of 4608 nine do, but have as many sums of a
-/// row of down as it has spans.)
+/// sixteen do too, but have no room for two units each beside the input of down.)
 #[test]
 fn warps_go_with_the_shape() {
     for (hidden, intermediate, heads, kv_heads, head_dim, warps) in [
@@ -191,7 +190,8 @@ fn warps_go_with_the_shape() {
         (3584, 18944, 28, 4, 128, 14),
         (3840, 15360, 16, 8, 256, 15),
         (4096, 14336, 32, 8, 128, 16),
-        (4608, 36864, 32, 16, 128, 8),
+        (4608, 36864, 32, 16, 128, 9),
+        (5120, 32768, 32, 8, 128, 10),
         (5376, 21504, 32, 16, 128, 11),
         (6144, 23040, 48, 2, 128, 12),
     ] {

@@ -1,6 +1,7 @@
 //! Which kernel of `kernels-wgsl/` is the obvious form of which in `kernels-cuda/`, and which stand alone.
 //!
-//! A test reads both folders and holds this table against their entry points.
+//! A test reads both folders and holds this table against their entry points. Quantization has no kernels in WGSL: the twin of
+//! what is in `kernels-cuda/quantize/` is the arithmetic of the host (`quantize/host.rs`).
 
 use crate::config::Activation;
 
@@ -53,9 +54,13 @@ pub const TWINS: &[Twin] = &[
     renamed("rms_norm", "stage", "on CUDA one kernel normalizes, gates or only rounds the input of a product"),
     twins("embed"),
     twins("norm_qk"),
-    wgsl_only("rope", "on CUDA queries and keys are rotated where they are used and where they are appended"),
-    wgsl_only("round_bytes", "on CUDA append and attend round what they append"),
-    wgsl_only("append_bytes", "on CUDA append is compiled for the cache's type"),
+    renamed(
+        "rope",
+        "set_aside",
+        "on CUDA keys and values take the cache's type, queries are rotated where they are used",
+    ),
+    wgsl_only("round_bytes", "CUDA keeps keys and values in 16 bits"),
+    wgsl_only("append_bytes", "CUDA keeps keys and values in 16 bits"),
     twins("append"),
     twins("attend"),
     twins("gated"),
@@ -63,7 +68,6 @@ pub const TWINS: &[Twin] = &[
     twins("add_norm"),
     twins("softcap"),
     renamed("argmax", "sample", "in WGSL only greedy choices stay on the device, others are the host's"),
-    cuda_only("append_prompt", "as append, of many tokens of one text"),
     cuda_only("attend_prompt", "the WGSL attend takes any number of tokens"),
     cuda_only("decode_layers", "the operations of a token's layers in one launch; in WGSL each is a kernel of its own"),
     cuda_only("gemv_any", "widths and types without a fast form; the WGSL products take all"),

@@ -37,10 +37,12 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         }
     };
     let device = super::devices::open(&args.run, device::Options::default())?;
+    let weights = opened.weights();
+    let quantized = (0..weights.config().layers.len()).any(|layer| weights.bits(layer).is_some());
     let served = Options {
         names: names(args, &opened),
         max_seq_len: max_seq_len(args, &opened)?,
-        adjustable: args.adjustable || (local && keys.is_empty()),
+        adjustable: quantized && (args.adjustable || (local && keys.is_empty())),
         keys,
         body_limit: args.body_limit << 20,
         origins: args.cors.clone(),

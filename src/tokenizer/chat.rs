@@ -163,7 +163,7 @@ fn value(message: &Message) -> Value {
     let own = [("role", Value::from(&message.role)), ("content", Value::from(&message.content))];
     let more = message.more.iter().map(|(name, value)| (name.clone(), json_value(value)));
     let own = own.map(|(name, value)| (name.to_owned(), value));
-    Value::from_object(own.into_iter().chain(more).collect::<BTreeMap<String, Value>>())
+    Value::from_pairs(own.into_iter().chain(more))
 }
 
 /// JSON as a template sees it, fields in their order.

@@ -85,7 +85,10 @@ fn the_same_seed_makes_the_same_bytes_on_every_path() {
         ("avx512", is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512dq")),
     ];
     for (path, _) in has.into_iter().filter(|(_, has)| *has) {
-        assert!(made(path, "3") == want, "{path} makes other bytes");
+        let got = made(path, "3");
+        let other: Vec<_> =
+            got.iter().filter(|(name, bytes)| want.get(*name) != Some(*bytes)).map(|(name, _)| name).collect();
+        assert!(other.is_empty(), "{path} makes other bytes of {other:?}");
     }
     assert!(made("scalar", "4") != want, "another seed makes the same bytes");
 }

@@ -152,7 +152,7 @@ fn more_than_there_is_memory_is_refused() {
     };
     let (code, stderr) = said("4000000");
     let refused = "error: calibrating with 16000000 tokens would take ";
-    assert!(code == Some(1) && stderr.starts_with(refused) && stderr.contains("there are 4.1 GB"), "{stderr}");
+    assert!(code == Some(1) && stderr.contains(refused) && stderr.contains("there are 4.1 GB"), "{stderr}");
     assert!(!shop.path("out").exists() && !shop.path("out.partial").exists(), "nothing was begun");
     let (code, stderr) = said("4");
     assert_eq!(code, Some(0), "a few samples go: {stderr}");

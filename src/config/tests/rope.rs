@@ -96,7 +96,7 @@ fn rope_scaling_that_is_not_understood() {
         ),
         (
             json!({ "type": null, "factor": 4.0 }),
-            format!("the RoPE scaling {{\"factor\":4.0,\"type\":null}} has no rope_type, {TYPES} is expected"),
+            format!("the RoPE scaling {{\"type\":null,\"factor\":4.0}} has no rope_type, {TYPES} is expected"),
         ),
         (json!({ "type": "linear" }), "the RoPE scaling has no factor".into()),
         (json!({ "rope_type": "linear", "factor": null }), "the RoPE scaling has no factor".into()),

@@ -1,6 +1,6 @@
 //! The tokenizer in a GGUF's metadata, written as the `tokenizer.json` that it was made from.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -32,7 +32,7 @@ struct Vocabulary<'a> {
     tokens: Vec<&'a str>,
     types: Vec<i32>,
     /// The last token of each text: where padding repeats a text, only one of them can be found.
-    ids: HashMap<&'a str, usize>,
+    ids: BTreeMap<&'a str, usize>,
 }
 
 /// Tokenizer, chat template, special tokens and ends of text.
@@ -104,7 +104,7 @@ impl<'a> Vocabulary<'a> {
     fn read(file: &'a File, named: &[u32]) -> Result<Self> {
         let tokens = file.texts("tokenizer.ggml.tokens")?;
         ensure!(!tokens.is_empty(), "tokenizer.ggml.tokens is missing: the file has no tokenizer");
-        let ids: HashMap<_, _> = tokens.iter().enumerate().map(|(id, &token)| (token, id)).collect();
+        let ids: BTreeMap<_, _> = tokens.iter().enumerate().map(|(id, &token)| (token, id)).collect();
         let mut types = file.i32s("tokenizer.ggml.token_type")?;
         if types.is_empty() {
             types = tokens.iter().map(|token| guessed_type(token)).collect();

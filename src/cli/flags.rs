@@ -191,8 +191,22 @@ mod tests {
     /// What a flag says does not depend on the command, apart from those that mean something else there.
     #[test]
     fn each_flag_is_defined_once() {
-        const OTHERS: [&str; 9] =
-            ["backend", "bitwidth", "seed", "seq-len", "max-seq-len", "tokens", "overwrite", "tuned", "model-name"];
+        const OTHERS: [&str; 14] = [
+            "backend",
+            "bitwidth",
+            "seed",
+            "seq-len",
+            "max-seq-len",
+            "tokens",
+            "overwrite",
+            "tuned",
+            "model-name",
+            "device",
+            "k-chunks",
+            "picture",
+            "text",
+            "windows",
+        ];
         let root = Cli::command();
         let mut said: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for (_, command) in commands(&root, "decdec") {

@@ -15,7 +15,7 @@ use decdec::tokenizer::Message;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use super::interrupt::Answering;
+use super::interrupt::{self, Answering};
 use crate::cli::ChatArgs;
 use crate::output;
 
@@ -75,6 +75,7 @@ impl Chat<'_, '_> {
     fn with_editor(&mut self) -> Result<()> {
         output::aside("/help lists commands; Ctrl-C stops an answer, Ctrl-D ends");
         let mut editor = DefaultEditor::new().context("cannot edit lines on this terminal")?;
+        interrupt::prompts();
         loop {
             match editor.readline("> ") {
                 Ok(line) => {

@@ -16,6 +16,8 @@ const GRACE: Duration = Duration::from_millis(500);
 static STOP: AtomicBool = AtomicBool::new(false);
 /// Ctrl-C stops what is being done, and nothing else.
 static ANSWERING: AtomicBool = AtomicBool::new(false);
+/// Between answers Ctrl-C is a key like others.
+static PROMPTING: AtomicBool = AtomicBool::new(false);
 /// What is said where a job is ended before it has stopped; empty until a job wants to stop by itself.
 static LAST_WORDS: OnceLock<String> = OnceLock::new();
 
@@ -24,7 +26,8 @@ static LAST_WORDS: OnceLock<String> = OnceLock::new();
 pub(crate) fn listen() -> Result<()> {
     let heard = || {
         // A second one, before the first was heeded, ends the program.
-        if ANSWERING.load(Ordering::SeqCst) && !STOP.swap(true, Ordering::SeqCst) {
+        let answering = ANSWERING.load(Ordering::SeqCst);
+        if answering && !STOP.swap(true, Ordering::SeqCst) || !answering && PROMPTING.load(Ordering::SeqCst) {
             return;
         }
         if let Some(words) = LAST_WORDS.get() {
@@ -62,6 +65,12 @@ impl Drop for Answering {
         ANSWERING.store(false, Ordering::SeqCst);
         STOP.store(false, Ordering::SeqCst);
     }
+}
+
+/// From now on Ctrl-C ends nothing but answers: what reads lines from a terminal hears it as a key, and one that comes
+/// just before it listens must not end the program.
+pub(crate) fn prompts() {
+    PROMPTING.store(true, Ordering::SeqCst);
 }
 
 /// The same flag, for what a job waits for: it is set only where one has asked for it.

@@ -76,41 +76,60 @@ impl Timings {
     }
 
     /// The best of one `n_tb` by its modules' times; what was measured as a whole and took longer is none.
+    ///
+    /// Where the best is one that took longer, all others are searched: those with another `k_chunk` of the first module,
+    /// those with the same and another of the second, and so on.
     fn best_at(&self, n_tb: usize, budget_us: f64, weights: [f64; 4]) -> Option<Choice> {
-        let besides_us = self.besides_us(n_tb, true);
-        let mut points = self.modules.each_ref().map(|module| match module.at(n_tb) {
+        let points = self.modules.each_ref().map(|module| match module.at(n_tb) {
             Some((_, curve)) => between(curve),
             None => vec![(0, module.base_us)],
         });
-        let base = self.at_base(n_tb);
-        let [qkv, o, gu, d] = std::array::from_fn(|i| std::mem::take(&mut points[i]));
-        let first = front(&qkv, &o, [weights[0], weights[1]]);
-        let second = front(&gu, &d, [weights[2], weights[3]]);
-        let mut budget = budget_us;
+        let mut parts: Vec<(Choice, [Curve; 4])> = Vec::new();
+        let search = |parts: &mut Vec<_>, points: [Curve; 4]| {
+            parts.extend(self.best_of(n_tb, &points, budget_us, weights).map(|choice| (choice, points)));
+        };
+        search(&mut parts, points);
         loop {
-            let (left, right) = best_pair(&first, &second, budget - besides_us)?;
-            let chosen = [left.points[0], left.points[1], right.points[0], right.points[1]];
-            let modules = std::array::from_fn(|i| {
-                let (k_chunk, us) = chosen[i];
-                Chosen { n_tb: base.modules[i].n_tb, k_chunk, us }
-            });
-            let choice = Choice { n_tb, modules, besides_us };
+            let order = |choice: &Choice| (choice.worth(weights), -choice.us());
+            let best = (0..parts.len()).max_by(|&a, &b| {
+                let (a, b) = (order(&parts[a].0), order(&parts[b].0));
+                a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
+            })?;
+            let (choice, points) = parts.swap_remove(best);
             if choice.sum_k() == 0 {
                 return None;
             }
-            let took = self.token.as_ref().and_then(|token| took(token, &choice));
-            match took {
-                Some(us) if us > budget_us => budget = below(choice.us()),
-                Some(us) => return Some(Choice { besides_us: besides_us + us - choice.us(), ..choice }),
+            match self.token.as_ref().and_then(|token| took(token, &choice)) {
+                Some(us) if us > budget_us => {
+                    for (i, k_chunk) in choice.k_chunks().into_iter().enumerate() {
+                        let mut others = points.clone();
+                        for (curve, same) in others.iter_mut().zip(choice.k_chunks()).take(i) {
+                            curve.retain(|&(k, _)| k == same);
+                        }
+                        others[i].retain(|&(k, _)| k != k_chunk);
+                        search(&mut parts, others);
+                    }
+                }
+                Some(us) => return Some(Choice { besides_us: choice.besides_us + us - choice.us(), ..choice }),
                 None => return Some(choice),
             }
         }
     }
-}
 
-/// A budget that a choice of this time does not fit, in whatever order its parts are added up.
-pub(super) fn below(us: f64) -> f64 {
-    us * (1.0 - 1e-9)
+    /// The best of these points of the four modules, by the modules' times.
+    fn best_of(&self, n_tb: usize, points: &[Curve; 4], budget_us: f64, weights: [f64; 4]) -> Option<Choice> {
+        let besides_us = self.besides_us(n_tb, true);
+        let first = front(&points[0], &points[1], [weights[0], weights[1]]);
+        let second = front(&points[2], &points[3], [weights[2], weights[3]]);
+        let (left, right) = best_pair(&first, &second, budget_us - besides_us)?;
+        let chosen = [left.points[0], left.points[1], right.points[0], right.points[1]];
+        let base = self.at_base(n_tb);
+        let modules = std::array::from_fn(|i| {
+            let (k_chunk, us) = chosen[i];
+            Chosen { n_tb: base.modules[i].n_tb, k_chunk, us }
+        });
+        Some(Choice { n_tb, modules, besides_us })
+    }
 }
 
 /// What a choice took as a whole, if it was measured.

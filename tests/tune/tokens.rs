@@ -301,3 +301,22 @@ fn expectations_that_were_off_are_corrected_both_ways() {
     assert!(slow.slowdown > 8.5 && slow.slowdown <= 10.0, "{slow:?}");
     assert!(quick.slowdown > 8.5 && quick.slowdown <= 10.0, "{quick:?}");
 }
+
+/// Where the best by its modules' times was measured and takes too long, the next best may be one that takes longer by its
+/// modules' times.
+#[test]
+fn a_choice_that_was_too_slow_hides_no_other() {
+    let of = |i: usize, added: &[f64]| {
+        let curve = added.iter().enumerate().map(|(k, us)| (k + 1, 10.0 + us)).collect();
+        Module::new(LLAMA[i], 10.0, [(4, curve)].into())
+    };
+    let modules = [of(0, &[1.0, 2.0]), of(1, &[3.0]), of(2, &[9.0]), of(3, &[9.0])];
+    let token =
+        Token { rest_us: 0.0, outside_us: 0.0, ready_us: [(4, 0.0)].into(), measured: vec![(4, [2, 0, 0, 0], 60.0)] };
+    let mut timings = Timings { modules, token: Some(token) };
+    let best = |timings: &Timings| timings.search_weighted(&|_| 43.5, [10.0, 15.0, 1.0, 1.0]).fine.k_chunks();
+    assert_eq!(best(&timings), [0, 1, 0, 0]);
+    // Negative control: nothing was measured as a whole.
+    timings.token.as_mut().unwrap().measured.clear();
+    assert_eq!(best(&timings), [2, 0, 0, 0]);
+}

@@ -138,80 +138,88 @@ impl DecPlan {
     #[inline(always)]
     pub fn select(&self, x: &[f32], out: &mut Vec<u32>) {
         out.clear();
-        let mut keys = [0u32; CHUNK];
-        for (channels, k) in self.chunks() {
-            if k == 0 {
-                continue;
-            }
-            let (keys, x) = (&mut keys[..channels.len()], &x[channels.clone()]);
-            let last = match self.selection {
+        for (channels, k) in self.chunks().filter(|&(_, k)| k > 0) {
+            let (start, x) = (channels.start, &x[channels]);
+            match self.selection {
                 Selection::Exact => {
-                    magnitudes(x, keys);
-                    largest(keys, k)
+                    let least = largest(x, k);
+                    take(x, k, start, out, |x| magnitude(x) >= least, |x| magnitude(x) > least);
                 }
-                Selection::Bucket => {
-                    self.buckets(x, keys);
-                    largest_bucket(keys, k)
-                }
-            };
-            take(keys, last, k, channels.start, out);
-        }
-    }
-
-    /// The bucket of every `x`, counted from below, so that more is larger; NaN is in the topmost.
-    #[inline(always)]
-    fn buckets(&self, x: &[f32], keys: &mut [u32]) {
-        keys.fill(BUCKETS as u32);
-        // Edge by edge, because the compiler makes vectors of that.
-        for &edge in &self.edges {
-            for (key, x) in keys.iter_mut().zip(x) {
-                *key -= u32::from(edge > x.abs());
+                Selection::Bucket => match self.last_bucket(x, k) {
+                    0 => take(x, k, start, out, |x| reaches(self.edges[0], x), |_| false),
+                    last => {
+                        let (edge, above) = (self.edges[last], self.edges[last - 1]);
+                        take(x, k, start, out, |x| reaches(edge, x), |x| reaches(above, x));
+                    }
+                },
             }
         }
     }
-}
 
-/// The bits of every `|x|`. As bits, NaN > ∞ > every finite magnitude, so neither is ever passed over.
-#[inline(always)]
-fn magnitudes(x: &[f32], keys: &mut [u32]) {
-    for (key, x) in keys.iter_mut().zip(x) {
-        *key = x.to_bits() & 0x7fff_ffff;
+    /// The first bucket, counted from the topmost, with which there are `k` channels.
+    #[inline(always)]
+    fn last_bucket(&self, x: &[f32], k: usize) -> usize {
+        // Edges do not increase, so that counts do not decrease; the last edge is 0, which every channel reaches.
+        let (mut low, mut high) = (0, BUCKETS - 1);
+        while low < high {
+            let middle = (low + high) / 2;
+            if count(x, |x| reaches(self.edges[middle], x)) >= k {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        low
     }
 }
 
-/// The `k`-th largest key.
-fn largest(keys: &[u32], k: usize) -> u32 {
+/// Whether a channel is in the bucket of this lower edge or in one above; NaN is in the topmost.
+#[inline(always)]
+#[allow(clippy::neg_cmp_op_on_partial_ord, reason = "NaN reaches every edge")]
+fn reaches(edge: f32, x: f32) -> bool {
+    !(edge > x.abs())
+}
+
+/// The bits of `|x|`. As bits, NaN > ∞ > every finite magnitude, so neither is ever passed over.
+#[inline(always)]
+fn magnitude(x: f32) -> u32 {
+    x.to_bits() & 0x7fff_ffff
+}
+
+/// How many are so.
+#[inline(always)]
+fn count(x: &[f32], is: impl Fn(f32) -> bool) -> usize {
+    x.iter().map(|&x| u32::from(is(x))).sum::<u32>() as usize
+}
+
+/// The `k`-th largest magnitude.
+fn largest(x: &[f32], k: usize) -> u32 {
     let mut sorted = [0u32; CHUNK];
-    let sorted = &mut sorted[..keys.len()];
-    sorted.copy_from_slice(keys);
+    let sorted = &mut sorted[..x.len()];
+    sorted.iter_mut().zip(x).for_each(|(sorted, x)| *sorted = magnitude(*x));
     *sorted.select_nth_unstable_by(k - 1, |a, b| b.cmp(a)).1
 }
 
-/// The same for keys that are buckets.
+/// Appends the indices (plus `start`) of the `k` channels that are taken: those `above`, and of the others that suffice the
+/// lowest; ascending.
 #[inline(always)]
-fn largest_bucket(keys: &[u32], k: usize) -> u32 {
-    let mut sum = 0;
-    // Bucket by bucket, because the compiler makes vectors of that; most are never looked at.
-    let reaches = |&bucket: &u32| {
-        sum += keys.iter().map(|&key| u32::from(key == bucket)).sum::<u32>();
-        sum as usize >= k
-    };
-    (0..=BUCKETS as u32).rev().find(reaches).unwrap_or(0)
-}
-
-/// Appends the `k` indices (plus `start`) whose keys are above `last` or, lowest first, equal to it; ascending.
-#[inline(always)]
-fn take(keys: &[u32], last: u32, k: usize, start: usize, out: &mut Vec<u32>) {
-    let above: u32 = keys.iter().map(|&key| u32::from(key > last)).sum();
-    let mut ties = k - above as usize;
-    for (run, keys) in keys.chunks(RUN).enumerate() {
+fn take(
+    x: &[f32],
+    k: usize,
+    start: usize,
+    out: &mut Vec<u32>,
+    suffices: impl Fn(f32) -> bool,
+    above: impl Fn(f32) -> bool,
+) {
+    let mut ties = k - count(x, &above);
+    for (run, x) in x.chunks(RUN).enumerate() {
         // Few runs have one to take, and that none has is seen at once.
-        if !keys.iter().fold(false, |any, &key| any | (key >= last)) {
+        if !x.iter().fold(false, |any, &x| any | suffices(x)) {
             continue;
         }
-        for (i, &key) in keys.iter().enumerate() {
-            if key >= last && (key > last || ties > 0) {
-                ties -= usize::from(key == last);
+        for (i, &x) in x.iter().enumerate() {
+            if above(x) || ties > 0 && suffices(x) {
+                ties -= usize::from(!above(x));
                 out.push((start + RUN * run + i) as u32);
             }
         }

@@ -48,9 +48,9 @@ ours() {
         --n-tbs 8 --k-chunks "$k" "$k" "$k" "$k" --temperature 0 "$@")
     [ -z "$path" ] || export DECDEC_CPU=$path
     decode=$("${run[@]}" --prompt "Once upon a time" --max-new-tokens "$tokens" 2>/dev/null |
-        sed 's/.*"decode_tokens_per_second":\([0-9.]*\).*/\1/')
+        python3 -c 'import json, sys; print(json.load(sys.stdin)["decode_tokens_per_second"])')
     read=$("${run[@]}" --prompt "$text" --max-new-tokens 1 2>/dev/null |
-        sed 's/.*"prompt_seconds":\([0-9.e-]*\),"prompt_tokens":\([0-9]*\).*/\2 \1/' | awk '{ print $1 / $2 }')
+        python3 -c 'import json, sys; said = json.load(sys.stdin); print(said["prompt_tokens"] / said["prompt_seconds"])')
     unset DECDEC_CPU
     echo "$name,$decode,$read" >>"$scratch/rows.csv"
 }

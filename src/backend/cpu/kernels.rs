@@ -130,22 +130,6 @@ on_every_path! {
     }
 }
 
-/// `sums[8·c + i] += x · (nibble i of words[c] − 8)`; `sums` is eight times as long as `words`.
-pub(super) fn add_residual(path: Path, words: &[u32], x: f32, sums: &mut [f32]) {
-    match path.kind() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a path exists only where the processor has its instructions.
-        Kind::Avx512 | Kind::AvxVnni | Kind::Avx2 => unsafe { avx2::add_residual(words, x, sums) },
-        Kind::Scalar => {
-            for (&word, sums) in words.iter().zip(sums.as_chunks_mut::<8>().0) {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    *sum = x.mul_add(((word >> (4 * i) & 15) as i32 - 8) as f32, *sum);
-                }
-            }
-        }
-    }
-}
-
 /// `out[k] = table[codes[k]]`, equally long; codes are below 16.
 pub(super) fn look_up(path: Path, table: &[f32; 16], codes: &[u8], out: &mut [f32]) {
     match path.kind() {
@@ -197,19 +181,6 @@ pub(super) mod avx2 {
                 }
             }
             *y = sum4(sums) + rest(w, x);
-        }
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn add_residual(words: &[u32], x: f32, sums: &mut [f32]) {
-        let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-        let (low, eight, x) = (_mm256_set1_epi32(15), _mm256_set1_epi32(8), _mm256_set1_ps(x));
-        for (&word, sums) in words.iter().zip(sums.as_chunks_mut::<8>().0) {
-            let codes = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word as i32), shifts), low);
-            let values = _mm256_cvtepi32_ps(_mm256_sub_epi32(codes, eight));
-            let sum = _mm256_fmadd_ps(values, x, load(sums));
-            // SAFETY: `sums` has eight numbers; the store needs no alignment.
-            unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), sum) };
         }
     }
 
@@ -304,8 +275,6 @@ mod tests {
         }
         rms_norm(path, &b, 1e-5, &mut made);
         add(path, &a, &mut sum);
-        let words: Vec<u32> = numbers(4, n / 8).iter().map(|x| x.to_bits().rotate_left(9)).collect();
-        add_residual(path, &words, 0.7, &mut sum[..n / 8 * 8]);
         let codes: Vec<u8> = (0..n / 16 * 16).map(|i| (i * 7 % 16) as u8).collect();
         let mut looked = vec![0.0; codes.len()];
         look_up(path, rows[..16].first_chunk().unwrap(), &codes, &mut looked);

@@ -11,6 +11,7 @@ mod digits;
 mod kernels;
 mod octets;
 mod remembered;
+mod residual;
 mod team;
 
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ pub use decode::Cache;
 
 use self::codes::{Codes, Operand};
 use self::octets::ROWS;
+use self::residual::Lines;
 use self::team::Team;
 use super::record::{ByClock, Clock};
 use super::{DeviceInfo, GemvBackend};
@@ -114,6 +116,9 @@ impl Cpu {
             let mut made = vec![0.0; tokens.min(TILE) * rows];
             for (i, operands) in operands.chunks(TILE).enumerate() {
                 let made = &mut made[..operands.len() * rows];
+                for (lines, _) in operands.iter().filter_map(|operand| matrix.lines(first, &operand.selected)) {
+                    lines.prefetch(rows);
+                }
                 matrix.multiply(self.path, first, operands, made);
                 for (t, (operand, made)) in operands.iter().zip(made.chunks_exact_mut(rows)).enumerate() {
                     matrix.finish(self.path, first, &operand.selected, made);
@@ -173,15 +178,16 @@ impl Matrix {
         if let Some(bias) = &self.bias {
             kernels::add(path, &bias[first..first + y.len()], y);
         }
-        let Some((residual, scales)) = self.residual.as_ref().filter(|_| !selected.is_empty()) else { return };
-        let mut sums = vec![0.0; y.len()];
-        for &(k, x) in selected {
-            let words = &residual.words()[k * (self.out_features / 8)..][first / 8..(first + y.len()) / 8];
-            kernels::add_residual(path, words, x, &mut sums);
+        if let Some((lines, scales)) = self.lines(first, selected) {
+            lines.add_to(path, scales, y);
         }
-        for ((y, s), sum) in y.iter_mut().zip(&scales[first..]).zip(&sums) {
-            *y += s * sum;
-        }
+    }
+
+    /// The residual of the selected channels, if there are any, for the rows from `first` on; and their scales.
+    fn lines<'a>(&'a self, first: usize, selected: &'a [(usize, f32)]) -> Option<(Lines<'a>, &'a [f32])> {
+        let (residual, scales) = self.residual.as_ref().filter(|_| !selected.is_empty())?;
+        let (words, stride) = (residual.words(), self.out_features / 8);
+        Some((Lines { words, stride, first: first / 8, selected }, &scales[first..]))
     }
 }
 

@@ -12,6 +12,8 @@
 //! free: three lines take a fourth's codes there, so that 128 channels take three lines. Codes of more than 4 bits take
 //! a byte. The lines of both quads alternate: what is read is one stream.
 
+#[cfg(target_arch = "x86_64")]
+mod narrow;
 mod portable;
 mod whole;
 #[cfg(target_arch = "x86_64")]
@@ -262,10 +264,10 @@ impl Octets {
             Kind::Avx512 => unsafe { x86::wide::product(self, first, x, y) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: likewise.
-            Kind::AvxVnni => unsafe { x86::vnni::product(self, first, x, y) },
+            Kind::AvxVnni => unsafe { narrow::vnni::product(self, first, x, y) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: likewise.
-            Kind::Avx2 => unsafe { x86::words::product(self, first, x, y) },
+            Kind::Avx2 => unsafe { narrow::words::product(self, first, x, y) },
             Kind::Scalar => portable::product(self, first, x, y),
         }
     }

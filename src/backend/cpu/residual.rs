@@ -47,7 +47,8 @@ impl Lines<'_> {
             // SAFETY: likewise.
             Kind::AvxVnni | Kind::Avx2 => unsafe { narrow::add_to(self, 0, scales, y) },
             Kind::Scalar => {
-                for (at, (y, scales)) in y.as_chunks_mut::<8>().0.iter_mut().zip(scales.as_chunks::<8>().0).enumerate() {
+                for (at, (y, scales)) in y.as_chunks_mut::<8>().0.iter_mut().zip(scales.as_chunks::<8>().0).enumerate()
+                {
                     let mut sums = [0f32; 8];
                     for (x, words) in self.from(at, 1) {
                         for (i, sum) in sums.iter_mut().enumerate() {

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::dense::{Row, products_of_row};
+use super::dense::{Rows, products_of_rows};
 use super::digits::Digits;
 use super::kernels::look_up;
 use super::octets::{Octets, ROWS, WholeRow};
@@ -93,7 +93,7 @@ impl Codes {
         let (mut row, mut codes) = (vec![0.0; x[0].len()], vec![0; x[0].len()]);
         for i in 0..rows {
             self.dequantize(path, first + i, &mut codes, &mut row);
-            products_of_row(path, Row::F32(&row), &x, &mut y[i..], rows);
+            products_of_rows(path, Rows::F32(&row), &x, &mut y[i..], rows);
         }
     }
 

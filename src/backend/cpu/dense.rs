@@ -8,9 +8,13 @@ use super::kernels::dot;
 use crate::format::Floats;
 use crate::processor::{Kind, Path};
 
-/// Weights of one row as they are stored.
+/// Bytes ahead of what is multiplied that are asked for: memory takes longer than the processor's own guess reaches.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// Weights of some rows, one after the other, as they are stored.
 #[derive(Clone, Copy)]
-pub(super) enum Row<'a> {
+pub(super) enum Rows<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
 }
@@ -19,46 +23,46 @@ pub(super) enum Row<'a> {
 pub(super) fn products(path: Path, w: &Floats<'_>, first: usize, x: &[&[f32]], y: &mut [f32]) {
     let Some(n) = x.first().map(|x| x.len()) else { return };
     let rows = y.len() / x.len();
-    for row in 0..rows {
-        let place = (first + row) * n..(first + row + 1) * n;
-        let w = match w {
-            Floats::F32(w) => Row::F32(&w[place]),
-            Floats::F16(w) => Row::F16(&w[place]),
-            Floats::Bf16(_) => unreachable!("made f32 when uploaded"),
-        };
-        products_of_row(path, w, x, &mut y[row..], rows);
-    }
+    let place = first * n..(first + rows) * n;
+    let w = match w {
+        Floats::F32(w) => Rows::F32(&w[place]),
+        Floats::F16(w) => Rows::F16(&w[place]),
+        Floats::Bf16(_) => unreachable!("made f32 when uploaded"),
+    };
+    products_of_rows(path, w, x, y, rows);
 }
 
-/// `y[t · stride] = w·x[t]`
-pub(super) fn products_of_row(path: Path, w: Row<'_>, x: &[&[f32]], y: &mut [f32], stride: usize) {
+/// `y[t · stride + r] = w[r]·x[t]`
+pub(super) fn products_of_rows(path: Path, w: Rows<'_>, x: &[&[f32]], y: &mut [f32], stride: usize) {
     match path.kind() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a path exists only where the processor has its instructions.
-        Kind::Avx512 => unsafe { avx512::row(w, x, y, stride) },
+        Kind::Avx512 => unsafe { avx512::rows(w, x, y, stride) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
-        Kind::AvxVnni | Kind::Avx2 => unsafe { avx2::row(w, x, y, stride) },
+        Kind::AvxVnni | Kind::Avx2 => unsafe { avx2::rows(w, x, y, stride) },
         Kind::Scalar => {
             let widened: Vec<f32>;
             let w = match w {
-                Row::F32(w) => w,
-                Row::F16(w) => {
+                Rows::F32(w) => w,
+                Rows::F16(w) => {
                     widened = w.iter().map(|w| w.to_f32()).collect();
                     &widened
                 }
             };
-            x.iter().enumerate().for_each(|(t, x)| y[t * stride] = dot(path, w, x));
+            for (t, x) in x.iter().enumerate() {
+                w.chunks_exact(x.len()).enumerate().for_each(|(r, w)| y[t * stride + r] = dot(path, w, x));
+            }
         }
     }
 }
 
-/// `row` of one path, and its parts: `$most` activations at a time, as many sums as there are registers for, each of
-/// `$parts` vectors of `$width` numbers, which `$total` adds up; `$half` makes a vector of f16 numbers.
+/// `rows` of one path, and its parts: `$rows` rows with `$most` activations at a time, as many sums as there are registers
+/// for, each of `$parts` vectors of `$width` numbers, which `$total` adds up; `$half` makes a vector of f16 numbers.
 #[cfg(target_arch = "x86_64")]
 macro_rules! on_path {
-    ($name:ident, $features:literal, $most:literal, $width:literal, $parts:literal, $total:ident, $zero:ident,
-     $multiply_add:ident, $half:item) => {
+    ($name:ident, $features:literal, $rows:literal, $most:literal, $width:literal, $parts:literal, $total:ident,
+     $zero:ident, $multiply_add:ident, $half:item) => {
         #[cfg(target_arch = "x86_64")]
         mod $name {
             use std::arch::x86_64::*;
@@ -67,60 +71,97 @@ macro_rules! on_path {
 
             use super::super::kernels::$name::{load, $total};
             use super::super::kernels::{LANES, rest};
-            use super::Row;
+            use super::{AHEAD, Rows};
 
             #[target_feature(enable = $features)]
             #[inline]
             $half
 
             #[target_feature(enable = $features)]
-            pub(super) fn row(w: Row<'_>, x: &[&[f32]], y: &mut [f32], stride: usize) {
-                let (several, others) = x.as_chunks::<$most>();
-                for (i, x) in several.iter().enumerate() {
-                    let made = match w {
-                        Row::F32(w) => of_f32(w, *x),
-                        Row::F16(w) => of_f16(w, *x),
-                    };
-                    made.iter().enumerate().for_each(|(t, made)| y[($most * i + t) * stride] = *made);
-                }
-                for (i, x) in others.iter().enumerate() {
-                    let [made] = match w {
-                        Row::F32(w) => of_f32(w, [*x]),
-                        Row::F16(w) => of_f16(w, [*x]),
-                    };
-                    y[($most * several.len() + i) * stride] = made;
+            pub(super) fn rows(w: Rows<'_>, x: &[&[f32]], y: &mut [f32], stride: usize) {
+                match w {
+                    Rows::F32(w) => all_f32::all(w, x, y, stride),
+                    Rows::F16(w) => all_f16::all(w, x, y, stride),
                 }
             }
 
-            on_path!(@of of_f32, f32, $features, $width, $parts, $total, $zero, $multiply_add, load, |w: &f32| *w);
-            on_path!(@of of_f16, f16, $features, $width, $parts, $total, $zero, $multiply_add, half, |w: &f16| w.to_f32());
+            on_path!(@of all_f32, f32, $features, $rows, $most, $width, $parts, $total, $zero, $multiply_add, load,
+                |w: &f32| *w);
+            on_path!(@of all_f16, f16, $features, $rows, $most, $width, $parts, $total, $zero, $multiply_add, half,
+                |w: &f16| w.to_f32());
         }
     };
-    (@of $name:ident, $number:ty, $features:literal, $width:literal, $parts:literal, $total:ident, $zero:ident,
-     $multiply_add:ident, $load:ident, $widened:expr) => {
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn $name<const T: usize>(w: &[$number], x: [&[f32]; T]) -> [f32; T] {
-            let mut sums = [[$zero(); $parts]; T];
-            let (whole, left) = w.as_chunks::<LANES>();
-            for (i, w) in whole.iter().enumerate() {
-                let mut parts = [$zero(); $parts];
-                for (p, part) in parts.iter_mut().enumerate() {
-                    *part = $load(&w[$width * p..]);
+    (@of $name:ident, $number:ty, $features:literal, $rows:literal, $most:literal, $width:literal, $parts:literal,
+     $total:ident, $zero:ident, $multiply_add:ident, $load:ident, $widened:expr) => {
+        mod $name {
+            use super::*;
+
+            #[target_feature(enable = $features)]
+            pub(super) fn all(w: &[$number], x: &[&[f32]], y: &mut [f32], stride: usize) {
+                let Some(n) = x.first().map(|x| x.len()) else { return };
+                // One activation is near as it is: rows of their own are read fastest.
+                let first = if x.len() < $most { 0 } else { w.len() / n / $rows * $rows };
+                let (w, left) = w.split_at(first * n);
+                let together = w.chunks_exact($rows * n);
+                for (i, w) in together.enumerate() {
+                    let w: [&[$number]; $rows] = std::array::from_fn(|r| &w[r * n..][..n]);
+                    with_all(w, x, &mut y[$rows * i..], stride);
                 }
-                for (sums, x) in sums.iter_mut().zip(x) {
-                    let x: &[f32; LANES] = x[LANES * i..].first_chunk().expect("as long as w");
-                    for (p, sum) in sums.iter_mut().enumerate() {
-                        *sum = $multiply_add(parts[p], load(&x[$width * p..]), *sum);
+                for (i, w) in left.chunks_exact(n).enumerate() {
+                    with_all([w], x, &mut y[first + i..], stride);
+                }
+            }
+
+            /// Some rows with every one of `x`.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn with_all<const R: usize>(w: [&[$number]; R], x: &[&[f32]], y: &mut [f32], stride: usize) {
+                let (several, others) = x.as_chunks::<$most>();
+                for (i, x) in several.iter().enumerate() {
+                    for (t, made) in of(w, *x).into_iter().enumerate() {
+                        y[($most * i + t) * stride..][..R].copy_from_slice(&made);
                     }
                 }
+                for (i, x) in others.iter().enumerate() {
+                    let [made] = of(w, [*x]);
+                    y[($most * several.len() + i) * stride..][..R].copy_from_slice(&made);
+                }
             }
-            let left: Vec<f32> = left.iter().map($widened).collect();
-            let mut made = [0.0; T];
-            for ((made, sums), x) in made.iter_mut().zip(sums).zip(x) {
-                *made = $total(sums) + rest(&left, &x[w.len() - left.len()..]);
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn of<const R: usize, const T: usize>(w: [&[$number]; R], x: [&[f32]; T]) -> [[f32; R]; T] {
+                let mut sums = [[[$zero(); $parts]; R]; T];
+                let n = w[0].len();
+                for at in (0..n / LANES * LANES).step_by(LANES) {
+                    let mut parts = [[$zero(); $parts]; R];
+                    for (parts, w) in parts.iter_mut().zip(w) {
+                        let w: &[$number; LANES] = w[at..].first_chunk().expect("as many as there are lanes");
+                        // SAFETY: what lies AHEAD is asked for and not read, so that it may lie anywhere.
+                        unsafe { _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().cast::<i8>().wrapping_add(AHEAD)) };
+                        for (p, part) in parts.iter_mut().enumerate() {
+                            *part = $load(&w[$width * p..]);
+                        }
+                    }
+                    for (sums, x) in sums.iter_mut().zip(x) {
+                        let x: &[f32; LANES] = x[at..].first_chunk().expect("as long as w");
+                        for p in 0..$parts {
+                            let x = load(&x[$width * p..]);
+                            for (sums, parts) in sums.iter_mut().zip(&parts) {
+                                sums[p] = $multiply_add(parts[p], x, sums[p]);
+                            }
+                        }
+                    }
+                }
+                let mut made = [[0.0; R]; T];
+                for (r, w) in w.iter().enumerate() {
+                    let left: Vec<f32> = w.as_chunks::<LANES>().1.iter().map($widened).collect();
+                    for ((made, sums), x) in made.iter_mut().zip(sums).zip(x) {
+                        made[r] = $total(sums[r]) + rest(&left, &x[n - left.len()..]);
+                    }
+                }
+                made
             }
-            made
         }
     };
 }
@@ -129,6 +170,7 @@ macro_rules! on_path {
 on_path!(
     avx512,
     "avx512f,avx512dq,avx2,fma,f16c",
+    2,
     4,
     16,
     2,
@@ -146,6 +188,7 @@ on_path!(
 on_path!(
     avx2,
     "avx2,fma,f16c",
+    1,
     2,
     8,
     4,

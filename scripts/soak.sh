@@ -1,11 +1,11 @@
 #!/bin/bash
-# The server under load and faults, other people's clients and routers: soak.sh MODEL LOGS [SECONDS].
+# The server under load and faults, other people's clients and routers: soak.sh MODEL LOGS [SECONDS [REQUESTS]].
 #
 # Needs target/release/decdec, and a Python in DECDEC_PYTHON (default python3) with openai, anthropic, lm_eval[api] and
 # playwright; chromium for the page; vllm-router and smg, where scripts/clients.sh puts them, if DECDEC_ROUTERS names that
 # folder. What is missing is said and left out. Ends with 1 if anything failed.
 set -uo pipefail
-model=${1:?a model} logs=${2:?a folder for logs} seconds=${3:-600}
+model=${1:?a model} logs=${2:?a folder for logs} seconds=${3:-600} requests=${4:-${3:-600}}
 here=$(cd "$(dirname "$0")" && pwd) program=$here/../target/release/decdec
 python=${DECDEC_PYTHON:-python3} failed=0
 mkdir -p "$logs"
@@ -40,7 +40,8 @@ url=http://127.0.0.1:8101
 has openai clients && has anthropic clients && run clients "$python" "$here/serve/clients.py" $url
 has lm_eval evaluation && run evaluation "$python" "$here/serve/evaluation.py" $url "$program" "$model" "$logs/evaluation"
 has playwright page && run page "$python" "$here/serve/page.py" $url "$logs/page.png"
-run load "$python" "$here/serve/load.py" $url $server "$seconds" 16
+run load "$python" "$here/serve/load.py" $url $server "$seconds" 16 "$requests"
+run fuzz "$python" "$here/serve/fuzz.py" $url "$seconds"
 run faults "$python" "$here/serve/faults.py" $url
 kill -TERM $server && wait $server || { echo "FAILED  the server does not end well" && failed=1; }
 if [ -n "${DECDEC_ROUTERS:-}" ]; then

@@ -29,6 +29,11 @@ pub enum Selection {
     Exact,
 }
 
+/// Channels taken of `in_features` where `k_chunk` are taken of each full chunk, and as large a share of the last one.
+pub(crate) fn selected(in_features: usize, k_chunk: usize) -> usize {
+    in_features / CHUNK * k_chunk + in_features % CHUNK * k_chunk / CHUNK
+}
+
 /// A validated way to compensate one matrix: what is selected, and over how many thread blocks it is spread.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecPlan {
@@ -108,7 +113,7 @@ impl DecPlan {
 
     /// Channels taken in all, the same for every token.
     pub fn selected(&self) -> usize {
-        self.chunks().map(|(_, k)| k).sum()
+        selected(self.in_features, self.k_chunk)
     }
 
     /// The output words (eight rows each) of every compensating thread block that has any: how every device divides the

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::backend::{DecodeBackend, DeviceInfo, KvBits, LayerOperands, Norm};
 use crate::config::{ModelConfig, Op, Projection};
-use crate::dec::{DecPlan, Selection};
+use crate::dec::{DecPlan, Selection, selected};
 use crate::format::Dense;
 use crate::weights::{Linear, ModelWeights, Weight};
 
@@ -56,6 +56,21 @@ impl Compensation {
     /// The same `k_chunk` everywhere.
     pub fn uniform(n_tb: usize, k_chunk: usize, selection: Selection) -> Self {
         Self { by_bits: vec![LayerCompensation { n_tb, k_chunks: [k_chunk; 4] }], selection }
+    }
+
+    /// Bytes of residuals that one token fetches for projection `p` of a layer of `bits`: four bits for each output of each
+    /// chosen channel. `widths` are those of the model, fewest bits first.
+    pub(crate) fn fetched(
+        &self,
+        config: &ModelConfig,
+        (layer, bits): (usize, Option<u32>),
+        widths: &[u32],
+        p: Projection,
+    ) -> usize {
+        let width = widths.iter().position(|&w| Some(w) == bits).unwrap_or(0);
+        let own = &self.by_bits[width.min(self.by_bits.len() - 1)];
+        let (inputs, outputs) = config.shape(layer, p);
+        selected(inputs, own.k_chunks[p.index()]) * outputs / 2
     }
 }
 

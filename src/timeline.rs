@@ -193,15 +193,11 @@ fn bytes(
     let mut parts: Vec<_> = PARTS.into_iter().map(empty).collect();
     let c = weights.config();
     for layer in 0..c.layers.len() {
-        let width = widths.iter().position(|&w| Some(w) == weights.bits(layer)).unwrap_or(0);
         for p in Projection::ALL {
             let linear = weights.projection(layer, p)?;
             let part = &mut parts[of_projection(p)];
             part.bytes += linear.weight.bytes();
-            if let Some(all) = compensation.map(|c| &c.by_bits) {
-                let k_chunk = all[width.min(all.len() - 1)].k_chunks[p.index()];
-                part.host_bytes += c.shape(layer, p).0 * k_chunk / crate::dec::CHUNK * c.shape(layer, p).1 / 2;
-            }
+            part.host_bytes += compensation.map_or(0, |own| own.fetched(c, (layer, weights.bits(layer)), widths, p));
         }
     }
     let cached = |layer: &LayerConfig| {

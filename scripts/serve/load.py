@@ -1,10 +1,13 @@
-"""Load and faults on a running server, with nothing but Python: load.py URL PID SECONDS [CLIENTS].
+"""Load and faults on a running server, with nothing but Python: load.py URL PID SECONDS [CLIENTS [REQUESTS]].
 
-Requests of many kinds, a tenth of them left half way, some malformed. At the end every answer has to be what the same
-request gets alone, and memory, open files and slots have to be what they were after a fifth of the time. Prints JSON."""
+Requests of many kinds until the time is over and there were REQUESTS of them (one a second, unless said). A tenth is left
+half way, a tenth is malformed. At the end every answer has to be what the same request gets alone, memory has to be what it
+was after a fifth of the time, and open files and slots what they were before. Prints two lines of JSON."""
 
 import asyncio
+import itertools
 import json
+import os
 import random
 import statistics
 import sys
@@ -13,7 +16,11 @@ from urllib.parse import urlparse
 
 url, pid, seconds = urlparse(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 clients = int((sys.argv[4:] or ["16"])[0])
-first, between, whole, answers, counts = [], [], [], [], {}
+least = int((sys.argv[5:] or [seconds])[0])
+first, between, whole, answers = [], [], [], []
+counts = {"left": 0, "malformed": 0, "whole": 0}
+# So many requests differ from each other: each is asked several times, among others each time.
+KINDS = 61
 TEXTS = ["Name three colours.", "Why is the sky blue?", "Write a short poem about rain.", "What is 12 times 12?",
          "Tell me about Rome. " * 20, "List the planets."]
 
@@ -52,11 +59,11 @@ async def exchange(path, body, leave_after=None):
         writer.close()
 
 
-def request(number):
-    """A request that gets the same answer whenever it is asked."""
-    dice = random.Random(number)
+def request(kind_number):
+    """A request that gets the same answer whenever it is asked, one of KINDS."""
+    dice = random.Random(kind_number)
     text = dice.choice(TEXTS)
-    body = {"temperature": dice.choice([0, 0, 0.8]), "seed": number % 50, "max_tokens": dice.randint(4, 48)}
+    body = {"temperature": dice.choice([0, 0, 0.8]), "seed": kind_number, "max_tokens": dice.randint(4, 24)}
     kind = dice.choice(["chat", "chat", "stream", "stream", "text", "json", "score"])
     if kind == "text":
         return "/v1/completions", {**body, "prompt": text}
@@ -85,34 +92,33 @@ def said(path, body, answer):
 
 def held():
     """Resident KiB and open files of the server."""
-    import os
     with open(f"/proc/{pid}/status") as status:
         resident = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
     return resident, len(os.listdir(f"/proc/{pid}/fd"))
 
 
-async def client(name, ends):
-    number = name
-    while time.monotonic() < ends:
-        number += clients
-        dice = random.Random(-number)
-        path, body = request(number)
+async def client(ends, numbers):
+    while time.monotonic() < ends or sum(counts.values()) < least:
+        number = next(numbers)
+        dice = random.Random(f"fate {number}")
+        kind = number % KINDS
+        path, body = request(kind)
         fate = dice.random()
         if fate < 0.1:
-            counts["left"] = counts.get("left", 0) + 1
+            counts["left"] += 1
             await exchange(path, body, leave_after=dice.random() * 0.5)
         elif fate < 0.2:
             bad = dice.choice([b"{", b'{"messages": []}', b'{"messages": [{"role": "user", "content": "x"}], "n": 0}', b"\xff"])
             status, _ = await exchange("/v1/chat/completions", bad)
             assert status == 400, status
-            counts["malformed"] = counts.get("malformed", 0) + 1
+            counts["malformed"] += 1
         else:
             started = time.monotonic()
             status, answer = await exchange(path, body)
             assert status == 200, (status, answer)
             whole.append(time.monotonic() - started)
-            answers.append((number, said(path, body, answer)))
-    return number
+            answers.append((kind, said(path, body, answer)))
+            counts["whole"] += 1
 
 
 async def watch(ends):
@@ -124,29 +130,31 @@ async def watch(ends):
 async def main():
     started, before = time.monotonic(), held()
     ends = started + seconds
-    early, *_ = await asyncio.gather(watch(ends), *(client(i, ends) for i in range(clients)))
+    numbers = itertools.count()
+    early, *_ = await asyncio.gather(watch(ends), *(client(ends, numbers) for _ in range(clients)))
+    took = time.monotonic() - started
     for _ in range(200):
         slots = json.loads((await exchange("/slots", None))[1])
         if not any(slot["is_processing"] for slot in slots):
             break
         await asyncio.sleep(0.1)
     after = held()
-    counts["whole"] = len(answers)
-    # A sample of them again, alone.
-    wrong = []
-    for number, answer in random.Random(1).sample(answers, min(len(answers), 60)):
-        path, body = request(number)
-        if said(path, body, (await exchange(path, body))[1]) != answer:
-            wrong.append(number)
     at = lambda times, share: round(1e3 * statistics.quantiles(times, n=100)[share - 1], 1) if len(times) > 1 else None
     print(json.dumps({
-        "seconds": round(time.monotonic() - started), "clients": clients, "requests": counts, "differ": wrong,
+        "seconds": round(took), "clients": clients, "requests": counts,
         "resident_kib": {"before": before[0], "early": early[0], "after": after[0]},
         "open_files": {"before": before[1], "after": after[1]}, "stuck_slots": sum(s["is_processing"] for s in slots),
         "first_token_ms": {"p50": at(first, 50), "p99": at(first, 99)},
         "between_tokens_ms": {"p50": at(between, 50), "p99": at(between, 99)},
-        "whole_ms": {"p50": at(whole, 50), "p99": at(whole, 99)}}))
-    assert not wrong and not any(s["is_processing"] for s in slots), "answers differ, or slots are stuck"
+        "whole_ms": {"p50": at(whole, 50), "p99": at(whole, 99)}}), flush=True)
+    # Each of them again, alone.
+    alone = {}
+    for kind in {kind for kind, _ in answers}:
+        path, body = request(kind)
+        alone[kind] = said(path, body, (await exchange(path, body))[1])
+    differ = [kind for kind, answer in answers if answer != alone[kind]]
+    print(json.dumps({"compared": len(answers), "with_requests_alone": len(alone), "differ": differ}))
+    assert not differ and not any(s["is_processing"] for s in slots), "answers differ, or slots are stuck"
     assert after[0] <= 1.02 * early[0], "memory grows"
     assert after[1] <= before[1] + 2, "files stay open"
 

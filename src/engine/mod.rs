@@ -209,6 +209,14 @@ impl<'d> Engine<'d> {
         self.compensation.borrow().clone()
     }
 
+    /// Bytes of residuals that one compensated token fetches: those of the channels that are chosen for it.
+    pub fn fetched(&self) -> usize {
+        let (compensation, bits, widths) = (self.compensation.borrow(), self.layer_bits(), self.bit_widths());
+        let Some(compensation) = compensation.as_ref() else { return 0 };
+        let quantized = self.config.projections().filter(|&(layer, _)| bits[layer].is_some());
+        quantized.map(|(layer, p)| compensation.fetched(&self.config, (layer, bits[layer]), &widths, p)).sum()
+    }
+
     /// True if any projection is compensated.
     pub fn is_compensated(&self) -> bool {
         self.runner.borrow().is_compensated()

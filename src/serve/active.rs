@@ -42,6 +42,11 @@ pub(super) struct Step {
 }
 
 impl Step {
+    /// Tokens that are compensated where the model is.
+    pub(super) fn compensated(&self) -> usize {
+        if self.compensated { self.tokens.len() } else { 0 }
+    }
+
     pub(super) fn reading(&self, slot: usize) -> Reading<'_> {
         Reading { slot, tokens: &self.tokens, compensated: self.compensated, choose: self.choose }
     }
@@ -198,6 +203,7 @@ impl<'t> Active<'t> {
         }
         self.last = now;
         metrics.made.inc();
+        metrics.speed.inc();
         let id = token.id;
         self.made.push(id);
         let rules = &self.job.rules;

@@ -170,6 +170,10 @@ impl Texts for Slots<'_, '_> {
         self.engine.is_compensated()
     }
 
+    fn fetched(&self) -> usize {
+        self.engine.fetched()
+    }
+
     fn compensation(&self) -> Vec<LayerCompensation> {
         self.engine.compensation().map(|compensation| compensation.by_bits).unwrap_or_default()
     }

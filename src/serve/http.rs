@@ -20,6 +20,9 @@ use super::line::Line;
 /// How long a client may take to send the headers of a request.
 const HEADERS: Duration = Duration::from_secs(30);
 
+/// How long it takes to tell clients that their texts are left.
+const GOODBYE: Duration = Duration::from_secs(2);
+
 /// Bytes of a request's head, and of what is read ahead of a body.
 const HEAD: usize = 64 << 10;
 
@@ -120,6 +123,8 @@ async fn serve(
     end.send_replace(true);
     if timeout(ending.limit, all_gone.recv()).await.is_err() {
         tracing::warn!("texts in the making are left after {} s", ending.limit.as_secs());
+        line.give_up();
+        let _ = timeout(GOODBYE, all_gone.recv()).await;
     }
 }
 

@@ -74,7 +74,7 @@ pub(super) async fn loads(State(app): Shared) -> Json<Value> {
             "num_used_tokens": m.held.get(),
             "max_total_num_tokens": m.capacity.get(),
             "token_usage": m.usage(),
-            "gen_throughput": 0.0,
+            "gen_throughput": m.speed.per_second(),
             "cache_hit_rate": m.hit_rate(),
             "utilization": running as f64 / slots.max(1) as f64,
             "max_running_requests": slots,

@@ -20,6 +20,9 @@ const GLANCE: Duration = Duration::from_millis(200);
 /// What those hear who wait when the engine ends.
 pub(super) const ENDED: &str = "the engine has ended";
 
+/// What those hear whose texts took longer than a server waits for at its end.
+pub(super) const GIVEN_UP: &str = "the server ends and waits no longer for this text, ask another one";
+
 /// Why a text is not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
@@ -46,6 +49,7 @@ pub struct Line {
     /// Milliseconds from `started` to the last step.
     stepped: AtomicU64,
     busy: AtomicBool,
+    given_up: AtomicBool,
     pub(super) metrics: Metrics,
 }
 
@@ -85,6 +89,20 @@ enum Phase {
     Dead,
 }
 
+impl State {
+    /// Leaves texts that nobody waits for; how many there were.
+    fn leave_gone(&mut self) -> usize {
+        let before = self.waiting.len();
+        self.waiting.retain(|job| !job.events.is_closed());
+        before - self.waiting.len()
+    }
+
+    /// Nobody waits any more: why.
+    fn tell_all(&mut self, why: &str) {
+        self.waiting.drain(..).for_each(|job| job.say(Event::Failed(why.into())));
+    }
+}
+
 impl Line {
     /// An empty line in which at most `limit` texts wait.
     pub fn new(limit: usize) -> Self {
@@ -95,6 +113,7 @@ impl Line {
             started: Instant::now(),
             stepped: AtomicU64::new(0),
             busy: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
             metrics: Metrics::default(),
         }
     }
@@ -113,7 +132,7 @@ impl Line {
             Phase::Draining => return Err(Refusal::Draining),
             Phase::Dead => return Err(Refusal::Dead),
         }
-        state.waiting.retain(|job| !job.events.is_closed());
+        self.metrics.cancelled.add(state.leave_gone());
         // A request for several texts finds room where one text does.
         if state.waiting.len() >= self.limit {
             return Err(Refusal::Full(state.waiting.len()));
@@ -156,14 +175,23 @@ impl Line {
         self.arrived.notify_one();
     }
 
+    /// Texts that are not made by now are left: whoever waits hears it, the others do before the next step.
+    pub(super) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+        self.state().tell_all(GIVEN_UP);
+    }
+
+    /// No text is worth another step.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
     /// The engine has ended: whoever waits hears it.
     pub(super) fn end(&self) {
         let mut state = self.state();
         state.phase = Phase::Dead;
         self.busy.store(false, Ordering::Relaxed);
-        for job in state.waiting.drain(..) {
-            job.say(Event::Failed(ENDED.into()));
-        }
+        state.tell_all(ENDED);
         state.orders.clear();
     }
 
@@ -217,7 +245,7 @@ impl Line {
         let mut state = self.state();
         self.busy.store(false, Ordering::Relaxed);
         loop {
-            state.waiting.retain(|job| !job.events.is_closed());
+            self.metrics.cancelled.add(state.leave_gone());
             if !state.waiting.is_empty() || !state.orders.is_empty() {
                 return true;
             }

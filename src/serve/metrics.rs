@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::line::Line;
 
@@ -50,6 +51,53 @@ impl Histogram {
     }
 }
 
+/// How much of something there was of late, per second.
+#[derive(Debug)]
+pub(super) struct Rate {
+    since: Instant,
+    /// The seconds that were counted last, from `since`, each at its number modulo their count: its number, what it had.
+    seconds: Mutex<[(u64, usize); 10]>,
+}
+
+impl Default for Rate {
+    fn default() -> Self {
+        Self { since: Instant::now(), seconds: Mutex::default() }
+    }
+}
+
+impl Rate {
+    pub(super) fn inc(&self) {
+        self.add(self.since.elapsed());
+    }
+
+    pub(super) fn per_second(&self) -> f64 {
+        self.over(self.since.elapsed())
+    }
+
+    fn seconds(&self) -> MutexGuard<'_, [(u64, usize); 10]> {
+        self.seconds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, now: Duration) {
+        let mut seconds = self.seconds();
+        let at = (now.as_secs() % seconds.len() as u64) as usize;
+        if seconds[at].0 != now.as_secs() {
+            seconds[at] = (now.as_secs(), 0);
+        }
+        seconds[at].1 += 1;
+    }
+
+    /// The mean of the second that is not over and those before it; the first second counts as a whole.
+    fn over(&self, now: Duration) -> f64 {
+        let seconds = self.seconds();
+        let before = seconds.len() as u64 - 1;
+        let sum: usize =
+            seconds.iter().filter(|(number, _)| number + before >= now.as_secs()).map(|(_, count)| count).sum();
+        let whole = before.min(now.as_secs()) as f64;
+        sum as f64 / (whole + f64::from(now.subsec_nanos()) / 1e9).max(1.0)
+    }
+}
+
 /// What is counted.
 #[derive(Debug, Default)]
 pub(super) struct Metrics {
@@ -60,6 +108,10 @@ pub(super) struct Metrics {
     pub(super) capacity: Counter,
     pub(super) prompt_tokens: Counter,
     pub(super) made: Counter,
+    /// Tokens made of late.
+    pub(super) speed: Rate,
+    /// Bytes of residuals for the channels that were chosen for tokens.
+    pub(super) fetched: Counter,
     /// Tokens of prompts that were looked for in slots, and found there.
     pub(super) looked_up: Counter,
     pub(super) found: Counter,
@@ -133,18 +185,20 @@ pub(super) fn page(line: &Line, model: &str) -> String {
     let m = &line.metrics;
     let mut page = Page { text: String::new(), model: &model };
     let waiting = line.waiting() as f64;
-    let gauges: [(&str, &str, f64); 4] = [
+    let gauges: [(&str, &str, f64); 5] = [
         ("vllm:num_requests_running", "texts in the making", m.running.get() as f64),
         ("vllm:num_requests_waiting", "texts that wait for a slot", waiting),
         ("vllm:kv_cache_usage_perc", "share of the slots' room that is in use, 0 to 1", m.usage()),
         ("vllm:gpu_prefix_cache_hit_rate", "share of prompts' tokens that slots held already, 0 to 1", m.hit_rate()),
+        ("vllm:avg_generation_throughput_toks_per_s", "tokens made per second, of the last ten", m.speed.per_second()),
     ];
     gauges.iter().for_each(|&(name, help, value)| page.value((name, "gauge", help), value));
-    let counters: [(&str, &str, &Counter); 7] = [
+    let counters: [(&str, &str, &Counter); 8] = [
         ("vllm:prompt_tokens_total", "tokens of prompts", &m.prompt_tokens),
         ("vllm:generation_tokens_total", "tokens made", &m.made),
         ("vllm:prefix_cache_queries_total", "tokens of prompts that were looked for in slots", &m.looked_up),
         ("vllm:prefix_cache_hits_total", "tokens of prompts that slots held", &m.found),
+        ("decdec_residual_bytes_total", "bytes of residuals that compensated tokens fetched", &m.fetched),
         ("decdec_requests_cancelled_total", "texts whose client had gone", &m.cancelled),
         ("decdec_requests_failed_total", "texts that the device failed", &m.failed),
         ("decdec_requests_refused_total", "requests for which the queue had no room", &m.refused),
@@ -180,6 +234,19 @@ pub(super) fn page(line: &Line, model: &str) -> String {
 mod tests {
     use super::*;
     use crate::model::LayerCompensation;
+
+    #[test]
+    fn a_rate_is_that_of_the_last_ten_seconds() {
+        let rate = Rate::default();
+        let at = |millis: u64| Duration::from_millis(millis);
+        assert_eq!(rate.over(at(0)), 0.0);
+        (0..10).for_each(|_| rate.add(at(500)));
+        assert_eq!([rate.over(at(500)), rate.over(at(2_500))], [10.0, 4.0], "the first second counts as a whole");
+        (0..30).for_each(|_| rate.add(at(9_000)));
+        assert_eq!([rate.over(at(9_500)), rate.over(at(10_000))], [40.0 / 9.5, 30.0 / 9.0], "the first second is over");
+        rate.add(at(10_200));
+        assert_eq!([rate.over(at(10_500)), rate.over(at(30_000))], [31.0 / 9.5, 0.0]);
+    }
 
     #[test]
     fn a_page_counts() {

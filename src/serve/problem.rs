@@ -19,12 +19,30 @@ pub(super) struct Problem {
     pub(super) more: Vec<(&'static str, Value)>,
 }
 
+/// Characters of the longest message.
+const LONGEST: usize = 1000;
+
+/// `said` without line ends, which names of a request's fields may have, and cut where it is very long.
+fn one_line(said: &str) -> String {
+    let mut line = String::new();
+    for c in said.chars().take(LONGEST) {
+        match c.is_control() {
+            true => line.extend(c.escape_default()),
+            false => line.push(c),
+        }
+    }
+    if said.chars().nth(LONGEST).is_some() {
+        line.push('…');
+    }
+    line
+}
+
 /// What handlers return.
 pub(super) type Answer<T> = Result<T, Problem>;
 
 impl Problem {
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code: None, more: Vec::new() }
+        Self { status, message: one_line(&message.into()), param: None, code: None, more: Vec::new() }
     }
 
     /// A request that makes no sense, because of the field `param`.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::active::{Active, Step};
 use super::job::{Event, Finish, Job};
-use super::line::{Line, SlotView};
+use super::line::{GIVEN_UP, Line, SlotView};
 use super::texts::{Reading, Texts};
 use crate::engine::{ErrorKind, Result};
 use crate::tokenizer::Tokenizer;
@@ -30,6 +30,8 @@ pub struct Scheduler<'t, T> {
     /// How long a step may read prompts, and how many tokens it reads in that time.
     patience: Duration,
     tokens: usize,
+    /// [`Texts::fetched`], which changes only with the compensation.
+    fetched: usize,
 }
 
 struct Slot<'t> {
@@ -48,7 +50,8 @@ impl<'t, T: Texts> Scheduler<'t, T> {
         let slots = (0..texts.slots()).map(slot).collect();
         line.metrics.capacity.set(texts.slots() * texts.max_seq_len());
         line.set_compensation(texts.compensation());
-        Self { texts, line, tokenizer, slots, patience, tokens: FIRST }
+        let fetched = texts.fetched();
+        Self { texts, line, tokenizer, slots, patience, tokens: FIRST, fetched }
     }
 
     /// Takes texts from the line until that is drained.
@@ -60,6 +63,7 @@ impl<'t, T: Texts> Scheduler<'t, T> {
         self.line.open();
         loop {
             self.obey();
+            self.give_up();
             self.leave_gone();
             self.admit();
             if self.slots.iter().any(|slot| slot.active.is_some()) {
@@ -78,11 +82,24 @@ impl<'t, T: Texts> Scheduler<'t, T> {
         for (sets, said) in self.line.orders() {
             let result = self.texts.compensate(&sets).map_err(|error| error.to_string());
             if result.is_ok() {
+                self.fetched = self.texts.fetched();
                 self.line.set_compensation(self.texts.compensation());
                 self.slots.iter_mut().filter(|slot| slot.compensated).for_each(|slot| slot.held.clear());
                 self.slots.iter_mut().filter_map(|slot| slot.active.as_mut()).for_each(Active::mix);
             }
             let _ = said.send(result);
+        }
+    }
+
+    /// Leaves all texts where the server may wait no longer; who listens to them is told.
+    fn give_up(&mut self) {
+        if !self.line.is_given_up() {
+            return;
+        }
+        for i in 0..self.slots.len() {
+            if self.slots[i].active.is_some() {
+                self.fail(i, GIVEN_UP);
+            }
         }
     }
 
@@ -193,6 +210,7 @@ impl<'t, T: Texts> Scheduler<'t, T> {
         };
         for ((slot, step), result) in steps.iter().zip(results) {
             let Some(active) = &mut self.slots[*slot].active else { continue };
+            self.line.metrics.fetched.add(step.compensated() * self.fetched);
             match result.and_then(|chosen| active.took(step, chosen, &self.line.metrics)) {
                 Ok(None) => {}
                 Ok(Some(finish)) => self.end(*slot, finish),

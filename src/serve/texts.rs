@@ -65,6 +65,8 @@ pub trait Texts {
     fn step(&mut self, readings: &[Reading<'_>]) -> Result<Vec<Result<Chosen>>>;
     /// True if tokens that are made are compensated.
     fn is_compensated(&self) -> bool;
+    /// Bytes of residuals that each of them fetches; 0 where nothing is compensated.
+    fn fetched(&self) -> usize;
     /// How: one set for all layers, or one for each bit width; none where nothing is compensated.
     fn compensation(&self) -> Vec<LayerCompensation>;
     /// Compensates otherwise from now on; no sets stop it.

@@ -22,6 +22,7 @@ fn what_is_wrong_is_said_in_openais_form() {
     };
     let cases = [
         (chat(json!({ "wibble": 1 })), 400, "wibble", "wibble is not a field of this request, leave it out"),
+        (chat(json!({ "a\nb": 1 })), 400, "a\nb", "a\\nb is not a field"),
         (chat(json!({ "Temperature": 1 })), 400, "Temperature", "is temperature meant"),
         (
             chat(json!({ "temperature": -1 })),
@@ -88,6 +89,8 @@ fn what_is_wrong_is_said_in_openais_form() {
         assert!(said.contains(message) && !said.contains('\n'), "{body}: {said}");
         assert!(error["type"].is_string() && error.get("code").is_some(), "{error}");
     }
+    let long = server.post("/v1/completions", &json!({ "prompt": "x", "y".repeat(50_000): 1 }));
+    assert_eq!(long.json()["error"]["message"].as_str().expect("a message").chars().count(), 1001);
     assert_eq!(server.steps(), 0, "nobody was asked for anything");
     server.ok("/v1/completions", &json!({ "prompt": "x", "max_tokens": 1 }));
 }

@@ -69,7 +69,7 @@ impl Scripted {
         let line = Arc::new(Line::new(setup.queue));
         let app = App::new(Arc::clone(&line), Arc::clone(&tokenizer), options(&setup));
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let server = Server::start(listener, app, 64, setup.ending).expect("a server");
+        let server = Server::start(listener, app, 512, setup.ending).expect("a server");
         let (texts, seen) = Script::new(Arc::clone(&tokenizer), setup.slots, setup.room, setup.delay);
         let shared = Arc::clone(&tokenizer);
         let engine =

@@ -1,36 +1,10 @@
 //! Other people's clients: the official Python packages against the program itself, on SmolLM2.
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
+use crate::program::Program;
 use crate::{answers, devices};
-
-/// A running `decdec serve`, which ends with the test.
-struct Program {
-    child: Child,
-    url: String,
-}
-
-impl Program {
-    fn start(model: &Path, more: &[&str]) -> Self {
-        let mut command = Command::new(assert_cmd::cargo::cargo_bin("decdec"));
-        command.args(["serve", "--port", "0", "--device", "cpu", "--slots", "4", "--max-seq-len", "1024"]);
-        command.arg("--checkpoint-path").arg(model).args(more).stdout(Stdio::piped()).env("RUST_LOG", "decdec=warn");
-        let mut child = command.spawn().expect("it starts");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");
-        let url = line.split(' ').find_map(|word| word.strip_suffix(',').filter(|word| word.starts_with("http://")));
-        Self { url: url.unwrap_or_else(|| panic!("no address in {line:?}")).to_owned(), child }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// The Python that has these packages: that of `DECDEC_PYTHON`, or `python3`; a skipped test if it lacks one of them.
 fn python(packages: &[&str]) -> Option<String> {

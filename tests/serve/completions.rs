@@ -207,6 +207,33 @@ fn tokens_of_texts_and_back() {
     assert!(info["chat_template"].as_str().expect("a template").contains("im_start"));
 }
 
+/// Every field that says how a token is chosen changes the text as it should.
+#[test]
+fn fields_that_choose() {
+    let server = start();
+    let text = |more: Value| {
+        let mut body = json!({ "prompt": "RANDOM", "seed": 3, "temperature": 1.0, "max_tokens": 20 });
+        body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        server.ok("/v1/completions", &body)["choices"][0]["text"].as_str().expect("text").to_owned()
+    };
+    let greedy = text(json!({ "temperature": 0 }));
+    assert_ne!(text(json!({ "temperature": 90 })), greedy, "the most probable token is not the only one");
+    for only_one in [json!({ "top_k": 1 }), json!({ "min_p": 1.0 }), json!({ "top_p": 0.0 })] {
+        let mut more = only_one.clone();
+        more["temperature"] = 90.into();
+        assert_eq!(text(more), greedy, "{only_one}");
+    }
+    // What was there before is a hundredth as probable: no letter comes twice.
+    let letters = text(json!({ "temperature": 0, "repetition_penalty": 100 }));
+    let distinct: std::collections::BTreeSet<_> = letters.chars().collect();
+    assert_eq!((letters.len(), distinct.len()), (20, 20), "{letters}");
+    // An `a` is worth 20, and 2 less for each that was made: the twelfth is worth less than others, which have 0.
+    let costs = |name: &str| text(json!({ "prompt": "x", "temperature": 0, name: 2 }));
+    assert_eq!(costs("presence_penalty"), "a".repeat(20));
+    let often = costs("frequency_penalty");
+    assert!(often.starts_with(&"a".repeat(10)) && !often.starts_with(&"a".repeat(12)), "{often:?}");
+}
+
 #[test]
 fn what_a_server_says_of_itself() {
     let server = start();
@@ -225,6 +252,10 @@ fn what_a_server_says_of_itself() {
     assert_eq!(server.metric("vllm:generation_tokens_total"), 7.0);
     assert_eq!(server.metric("vllm:time_to_first_token_seconds_count"), 1.0);
     assert_eq!(server.metric("vllm:request_success_total{model_name=\"scripted\",finished_reason=\"length\"}"), 1.0);
+    // All tokens but the first are chosen behind one that was made, and is compensated.
+    assert_eq!(server.metric("decdec_residual_bytes_total"), 600.0);
+    let speed = server.get("/v1/loads").json()["loads"][0]["gen_throughput"].as_f64();
+    assert!(speed.is_some_and(|speed| speed > 0.0 && speed <= 7.0), "{speed:?}");
     // An answer is sent before its slot is seen to be free.
     server.until("the slot is free", || server.busy() == 0);
     let load = &server.get("/v1/loads").json()["loads"][0];

@@ -80,6 +80,9 @@ fn texts_that_take_too_long_are_left_in_the_end() {
     let handle = server.server.take().expect("a server");
     let started = Instant::now();
     handle.stop();
+    let told = Response::read(&mut stream);
+    let last = crate::client::events(&told.body).pop().expect("an error");
+    assert!(last["error"]["message"].as_str().is_some_and(|said| said.starts_with("the server ends")), "{last}");
     handle.wait();
     assert!(server.engine.take().expect("an engine").join().expect("no panic"));
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
@@ -89,7 +92,7 @@ fn texts_that_take_too_long_are_left_in_the_end() {
 #[test]
 fn slow_readers_and_idle_connections() {
     let server = Scripted::start(Setup { slots: 2, ..Setup::default() });
-    let idle: Vec<_> = (0..40).map(|_| connect(server.address)).collect();
+    let mut idle: Vec<_> = (0..200).map(|_| connect(server.address)).collect();
     let mut slow = connect(server.address);
     let body = json!({ "prompt": "x", "max_tokens": 900, "temperature": 0, "stream": true, "logprobs": 5 });
     slow.write_all(post("/v1/completions", &body.to_string()).as_bytes()).expect("sent");
@@ -97,5 +100,8 @@ fn slow_readers_and_idle_connections() {
     server.ok("/v1/completions", &json!({ "prompt": "[[b]]" }));
     let answer = Response::read(&mut slow);
     assert_eq!(crate::client::events(&answer.body).len(), 901);
-    drop(idle);
+    // Each of them still has its place.
+    let last = idle.last_mut().expect("many");
+    last.write_all(post("/v1/completions", &json!({ "prompt": "[[b]]" }).to_string()).as_bytes()).expect("sent");
+    assert_eq!(Response::read(last).json()["choices"][0]["text"], "b");
 }

@@ -81,6 +81,7 @@ fn who_goes_is_not_worked_for() {
     drop(first);
     free("in the queue");
     assert_eq!(server.metric("decdec_requests_failed_total"), 0.0, "the second was never begun");
+    assert_eq!(server.metric("decdec_requests_cancelled_total"), 5.0, "each of them was noticed");
     server.ok("/v1/completions", &json!({ "prompt": "[[b]]" }));
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use decdec::checkpoint::BitWidth;
 use decdec::device::Device;
-use decdec::engine::{Engine, Options, Settings};
+use decdec::engine::{Compensate, Engine, Options, Settings};
 use decdec::format::{Format, Storage};
+use decdec::model::LayerCompensation;
 use decdec::open::Opened;
 use decdec::random::RandomWeights;
 use decdec::serve::{App, Ending, Line, Scheduler, Server, Slots};
@@ -101,6 +102,18 @@ fn answers_are_the_engines_own_alone_and_together() {
             assert_eq!(&made, served, "text {i}");
         }
     });
+}
+
+#[test]
+fn a_token_fetches_the_residuals_of_its_channels() {
+    let (device, opened) = (Device::open("cpu").expect("a CPU"), opened());
+    let sets = vec![LayerCompensation { n_tb: 8, k_chunks: [64, 32, 16, 8] }];
+    let own = Options { text: false, compensate: Compensate::Sets(sets), ..Options::default() };
+    let engine = Engine::load(&device, &opened, &own, &decdec::progress::Silent).expect("an engine");
+    // Of 64, 64, 64 and 128 channels of each layer 4, 2, 1 and 1, with half a byte for each of the outputs.
+    assert_eq!(engine.fetched(), 2 * (4 * 128 + 2 * 64 + 256 + 64) / 2);
+    engine.compensate(None).expect("it stops");
+    assert_eq!(engine.fetched(), 0);
 }
 
 #[test]

@@ -189,6 +189,10 @@ impl Texts for Script {
         true
     }
 
+    fn fetched(&self) -> usize {
+        100
+    }
+
     fn compensation(&self) -> Vec<LayerCompensation> {
         self.seen.lock().expect("no panic").compensation.clone()
     }

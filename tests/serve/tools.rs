@@ -70,6 +70,9 @@ fn marks_that_are_special_tokens() {
     // Whoever gave no tools is told no special token.
     let plain = server.ok("/v1/chat/completions", &body("[[a[TOOL_CALLS]b]]", json!({})));
     assert_eq!(plain["choices"][0]["message"]["content"], "ab");
+    let special = json!({ "skip_special_tokens": false });
+    let shown = server.ok("/v1/chat/completions", &body("[[a[TOOL_CALLS]b]]", special));
+    assert_eq!(shown["choices"][0]["message"]["content"], "a[TOOL_CALLS]b");
 }
 
 #[test]
@@ -179,7 +182,9 @@ fn texts_in_every_form() {
     let matched = chat(json!({ "guided_regex": "n[a-z]{1,2}o" }));
     assert!(matched.starts_with('n') && matched.ends_with('o') && (3..=4).contains(&matched.len()), "{matched}");
     assert!(["yes", "nay"].contains(&chat(json!({ "guided_choice": ["yes", "nay"] })).as_str()));
-    assert_eq!(chat(json!({ "grammar": "start: \"x\" B\nB: /[n-p]{2}/" })).len(), 3);
+    for field in ["grammar", "guided_grammar"] {
+        assert_eq!(chat(json!({ field: "start: \"x\" B\nB: /[n-p]{2}/" })).len(), 3, "{field}");
+    }
     let object = server
         .ok("/v1/chat/completions", &body("[[{\"a\": 1}]]", json!({ "response_format": { "type": "json_object" } })));
     assert_eq!(object["choices"][0]["message"]["content"], "{\"a\": 1}");

@@ -95,7 +95,7 @@ def changed(dice, body):
             if isinstance(place, dict):
                 _, other = dice.choice(SEEDS)
                 name = dice.choice(list(other) + WORDS)
-                place[name] = other.get(name, anything(dice))
+                place[name] = copy.deepcopy(other.get(name, anything(dice)))
             else:
                 place.append(anything(dice))
             continue

@@ -26,7 +26,10 @@ impl Program {
     /// Notes of `level` go to `notes`.
     fn with(model: &Path, arguments: &[&str], level: &str, notes: Stdio) -> Self {
         let mut command = Command::new(assert_cmd::cargo::cargo_bin("decdec"));
-        command.args(["serve", "--port", "0", "--device", "cpu"]).arg("--checkpoint-path").arg(model).args(arguments);
+        command.args(["serve", "--device", "cpu"]).arg("--checkpoint-path").arg(model).args(arguments);
+        if !arguments.contains(&"--port") {
+            command.args(["--port", "0"]);
+        }
         let mut child = command.stdout(Stdio::piped()).stderr(notes).env("RUST_LOG", level).spawn().expect("it starts");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");

@@ -53,10 +53,10 @@ fn forced_calls_and_forms() {
     let server = Scripted::start(Setup::default());
     let schema = json!({ "type": "object", "properties": { "city": { "type": "string", "maxLength": 4 } },
         "required": ["city"], "additionalProperties": false });
-    let tools = json!({ "max_completion_tokens": 200, "tools": [{ "type": "function", "function": {
+    let tools = json!({ "max_completion_tokens": 600, "tools": [{ "type": "function", "function": {
         "name": "get_weather", "description": "Today's weather", "parameters": schema } }],
         "tool_choice": { "type": "function", "function": { "name": "get_weather" } } });
-    let form = json!({ "max_completion_tokens": 200, "response_format": { "type": "json_schema",
+    let form = json!({ "max_completion_tokens": 600, "response_format": { "type": "json_schema",
         "json_schema": { "name": "place", "strict": true, "schema": schema } } });
     let [called, formed] = wait(async {
         let client = client(&server);
@@ -69,7 +69,7 @@ fn forced_calls_and_forms() {
         let value: Value = serde_json::from_str(text).expect("JSON");
         assert!(value.as_object().is_some_and(|o| o.len() == 1) && value["city"].is_string(), "{text}");
     };
-    let calls = called.choices[0].message.tool_calls.as_ref().expect("calls");
+    let calls = called.choices[0].message.tool_calls.as_ref().unwrap_or_else(|| panic!("no calls in {called:?}"));
     let [ChatCompletionMessageToolCalls::Function(call)] = &calls[..] else { panic!("{calls:?}") };
     assert_eq!((call.function.name.as_str(), call.id.starts_with("call_")), ("get_weather", true));
     is_a_place(&call.function.arguments);

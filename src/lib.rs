@@ -27,6 +27,7 @@
 //! | [`checkpoint`] | our directory: open, validate, map, write |
 //! | [`files`], [`mapped`] | reading what others made, in limits; writing that survives kills; maps |
 //! | [`open`], [`convert`](mod@convert) | from a path to whichever of these it is, and from that to our directory |
+//! | `hub` | models of the Hugging Face Hub by name, downloaded into its cache: the feature `hub` |
 //! | [`config`], [`weights`] | what a model is, and where its numbers come from |
 //! | [`mod@quantize`] | calibration, codebooks, AWQ, refinement, mixed precision, residuals: source to checkpoint |
 //! | [`dec`] | which channels are compensated, and the plan that says how; pure |
@@ -62,6 +63,8 @@ mod fingerprint;
 mod fonts;
 pub mod format;
 pub mod host;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod interrupted;
 pub mod mapped;
 pub mod model;

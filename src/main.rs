@@ -29,6 +29,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
+        Command::Run(args) => commands::run::run(args),
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Convert(args) => commands::convert::convert(args),
         Command::Residuals(args) => commands::convert::residuals(args),
@@ -44,6 +45,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Devices(args) => commands::devices::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
+        Command::Man { directory } => cli::manual(directory),
         Command::Completions { shell } => output::text(cli::completions(*shell)),
     }
 }

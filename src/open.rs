@@ -104,6 +104,13 @@ impl Opened {
         self.names.last().map_or("", String::as_str)
     }
 
+    /// The same model under a name that it goes by elsewhere, in place of its directory's.
+    pub fn called(mut self, name: &str) -> Self {
+        self.names.pop();
+        self.names.push(name.to_owned());
+        self
+    }
+
     /// Its tensors.
     pub fn weights(&self) -> &dyn ModelWeights {
         self.weights.as_ref()

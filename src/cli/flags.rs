@@ -191,7 +191,7 @@ mod tests {
     /// What a flag says does not depend on the command, apart from those that mean something else there.
     #[test]
     fn each_flag_is_defined_once() {
-        const OTHERS: [&str; 14] = [
+        const OTHERS: [&str; 15] = [
             "backend",
             "bitwidth",
             "seed",
@@ -205,6 +205,7 @@ mod tests {
             "k-chunks",
             "picture",
             "text",
+            "prompt",
             "windows",
         ];
         let root = Cli::command();

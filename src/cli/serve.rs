@@ -31,7 +31,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "MS", default_value_t = 200, value_parser = whole(1..=60_000))]
     pub(crate) max_wait: usize,
     /// Keys, one a line, of which every request has to have one
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "DECDEC_API_KEY_FILE", hide_env_values = true)]
     pub(crate) api_key_file: Option<PathBuf>,
     /// Names of the model, the first of which answers tell [default: what the model's directory is called]
     #[arg(long, value_name = "NAME", num_args = 1..)]

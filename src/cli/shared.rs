@@ -83,9 +83,10 @@ impl From<ResidualsArg> for Residuals {
 /// Which model.
 #[derive(Debug, Args)]
 pub(crate) struct NamedArgs {
-    /// A checkpoint, a directory as the reference's scripts write it, a full-precision source, or random:SEED for
-    /// random numbers in the shapes of the preset --model-name, to measure speed without weights
-    #[arg(long, value_name = "PATH")]
+    /// A checkpoint, a directory as the reference's scripts write it, a full-precision source, ORG/MODEL on the Hugging
+    /// Face Hub, or random:SEED for random numbers in the shapes of the preset --model-name, to measure speed without
+    /// weights
+    #[arg(long, value_name = "PATH", env = "DECDEC_CHECKPOINT_PATH", hide_env_values = true)]
     pub(crate) checkpoint_path: PathBuf,
     /// The model's name: checked against the checkpoint, or the preset of random weights
     #[arg(long, value_name = "NAME")]
@@ -116,7 +117,7 @@ pub(crate) struct ModelArgs {
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArgs {
     /// auto, cpu, wgpu[:N] or cuda[:N]
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", env = "DECDEC_DEVICE", hide_env_values = true)]
     pub(crate) device: String,
     /// How channels are found
     #[arg(long, value_enum, default_value_t = SelectionArg::Bucket)]

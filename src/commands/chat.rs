@@ -11,12 +11,13 @@ use anyhow::{Context, Result, bail, ensure};
 use decdec::device;
 use decdec::engine::{Compensate, Engine, ErrorKind, Finish, Session, Settings};
 use decdec::model::{Compensation, LayerCompensation};
+use decdec::open::Opened;
 use decdec::tokenizer::Message;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::interrupt::{self, Answering};
-use crate::cli::ChatArgs;
+use crate::cli::{ChatArgs, TalkArgs};
 use crate::output;
 
 /// What there is besides messages.
@@ -30,14 +31,22 @@ const HELP: &str = "\
 
 /// Runs the command.
 pub(crate) fn run(args: &ChatArgs) -> Result<()> {
-    let opened = super::open(&args.model, args.run.compat_scale_order)?;
+    let opened = super::open(&args.model, args.talk.run.compat_scale_order)?;
     opened.expect(args.model.backend, args.model.width.bitwidth, args.model.named.model_name.as_deref())?;
+    talk(&opened, &args.talk)
+}
+
+/// Talks with a model until there is nothing more to say.
+///
+/// # Errors
+/// A model without a tokenizer, flags that do not fit it, a device that fails.
+pub(crate) fn talk(opened: &Opened, args: &TalkArgs) -> Result<()> {
     ensure!(opened.texts().is_some(), "random weights have no tokenizer, chat with a checkpoint");
     let max = opened.weights().config().max_position_embeddings;
     let limit = args.max_seq_len.unwrap_or(max.min(8192));
     ensure!(limit <= max, "--max-seq-len is {limit}, 1 to {max} (the model's context) are allowed");
     let device = super::devices::open(&args.run, device::Options::default())?;
-    let engine = super::engine(&device, &opened, &args.run, limit, true, Compensate::Tuned)?;
+    let engine = super::engine(&device, opened, &args.run, limit, true, Compensate::Tuned)?;
     let settings = Settings {
         sampling: args.sampling.rules(),
         seed: args.sampling.seed(),
@@ -51,6 +60,12 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
         system: args.system.clone(),
         turns: Vec::new(),
     };
+    if let Some(prompt) = &args.prompt {
+        chat.answer(prompt)?;
+        // Why there is none has been told.
+        ensure!(!chat.turns.is_empty(), "the prompt was not answered: shorten it, or give more --max-seq-len");
+        return Ok(());
+    }
     if io::stdin().is_terminal() { chat.with_editor() } else { chat.with_lines(io::stdin().lock()) }
 }
 
@@ -58,7 +73,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
 struct Chat<'e, 'd> {
     engine: &'e Engine<'d>,
     session: Session<'e, 'd>,
-    args: &'e ChatArgs,
+    args: &'e TalkArgs,
     system: Option<String>,
     turns: Vec<Message>,
 }

@@ -48,7 +48,31 @@ pub(crate) fn run(args: &JsonArg) -> Result<()> {
         names.join(", ")
     });
     lines.push(("Vulkan".into(), in_words(&vulkan)));
-    lines.iter().try_for_each(|(what, finding)| output::line(format_args!("{what:<18} {finding}")))
+    lines.iter().try_for_each(|(what, finding)| output::line(format_args!("{what:<18} {finding}")))?;
+    output::line(format_args!("hint: {}", next(&cuda)))
+}
+
+/// What to do next.
+fn next(cuda: &Report) -> String {
+    const TRY: &str = "decdec run HuggingFaceTB/SmolLM2-135M-Instruct tries one of 135 million weights";
+    let Some(card) = cuda.devices.iter().position(Result::is_ok) else {
+        return match cuda.devices.first() {
+            Some(_) => format!("no GPU is usable for the reasons above; models run on the CPU: {TRY}"),
+            None => format!("models run on the CPU: {TRY}"),
+        };
+    };
+    let missing: Vec<_> = [("NVRTC", &cuda.nvrtc), ("cuBLAS, to quantize", &cuda.cublas)]
+        .into_iter()
+        .filter_map(|(name, found)| found.is_err().then_some(name))
+        .collect();
+    if missing.is_empty() {
+        return format!("models run on cuda:{card}: {TRY}");
+    }
+    format!(
+        "cuda:{card} lacks {}: install decdec[cuda] where pip has installed decdec, or the CUDA toolkit, and ask decdec \
+         doctor again",
+        missing.join(" and ")
+    )
 }
 
 /// A finding, or what is missing and how to get it.

@@ -17,11 +17,11 @@ pub(crate) use compare::compare;
 
 /// Runs the command.
 pub(crate) fn perplexity(args: &PerplexityArgs) -> Result<()> {
-    let opened = Opened::open(&args.path, args.width.bitwidth, args.run.compat_scale_order)?;
+    let opened = super::locate::open(&args.path, args.width.bitwidth, args.run.compat_scale_order)?;
     opened.expect(None, args.width.bitwidth, None)?;
     let context = opened.weights().config().max_position_embeddings;
     ensure!(args.seq_len <= context, "--seq-len is {}, 2 to {context} (the model's context) are allowed", args.seq_len);
-    let source = args.compare.as_deref().map(|path| Opened::open(path, None, false)).transpose()?;
+    let source = args.compare.as_deref().map(|path| super::locate::open(path, None, false)).transpose()?;
     if let Some(source) = &source {
         let (ours, theirs) = (opened.weights().config().vocab_size, source.weights().config().vocab_size);
         ensure!(ours == theirs, "the models have vocabularies of {ours} and {theirs}, they cannot be compared");

@@ -99,7 +99,7 @@ fn draft<'d>(
     max_seq_len: usize,
 ) -> Result<Engine<'d>> {
     let said = || format!("--draft {}", path.display());
-    let draft = Opened::open(path, None, args.run.compat_scale_order).with_context(said)?;
+    let draft = super::locate::open(path, None, args.run.compat_scale_order).with_context(said)?;
     let tokenizer = |opened: &Opened| opened.texts().map(|texts| texts.tokenizer_json.clone());
     ensure!(
         tokenizer(&draft) == tokenizer(opened),

@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 use decdec::config::Projection;
-use decdec::open::Opened;
 use decdec::weights::ModelWeights;
 
 use crate::cli::InspectArgs;
@@ -30,7 +29,7 @@ impl Part {
 
 /// Runs the command.
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let opened = Opened::open(&args.path, args.width.bitwidth, false)?;
+    let opened = super::locate::open(&args.path, args.width.bitwidth, false)?;
     opened.expect(None, args.width.bitwidth, None)?;
     let weights = opened.weights();
     let config = weights.config();

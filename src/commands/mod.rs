@@ -9,8 +9,10 @@ pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod interrupt;
+pub(crate) mod locate;
 pub(crate) mod profile;
 pub(crate) mod quantize;
+pub(crate) mod run;
 #[cfg(feature = "serve")]
 pub(crate) mod serve;
 pub(crate) mod tune;
@@ -51,6 +53,14 @@ impl Bar {
     pub(crate) fn new(steps: usize, what: &'static str) -> Self {
         let style = ProgressStyle::with_template("{msg:<24} {wide_bar} {percent:>3} %, {eta} left");
         Self(ProgressBar::new(steps as u64).with_style(style.expect("a valid template")).with_message(what))
+    }
+
+    /// A bar whose steps are bytes.
+    #[cfg(feature = "hub")]
+    pub(crate) fn of_bytes() -> Self {
+        let template = "{msg:<24} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
+        let style = ProgressStyle::with_template(template).expect("a valid template");
+        Self(ProgressBar::new(0).with_style(style))
     }
 }
 
@@ -184,7 +194,7 @@ pub(crate) fn open(args: &ModelArgs, compat_scale_order: bool) -> Result<Opened>
     let (path, name) = (args.named.checkpoint_path.as_path(), args.named.model_name.as_deref());
     let (backend, bits) = (args.backend, args.width.bitwidth);
     let Some(seed) = random_seed(path)? else {
-        return Opened::open(path, bits, compat_scale_order);
+        return locate::open(path, bits, compat_scale_order);
     };
     let (Some(name), Some(backend), Some(bits)) = (name, backend, bits) else {
         bail!("random weights need --model-name, --backend and --bitwidth");

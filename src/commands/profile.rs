@@ -191,7 +191,7 @@ impl Named {
             let opened = Opened::random(weights, format, width, &model);
             return Ok(Self { identity: identity(model, format, bits), opened });
         }
-        let opened = Opened::open(path, asked, false)?;
+        let opened = super::locate::open(path, asked, false)?;
         let Some((format, width)) = opened.quantization() else {
             bail!("{} is full precision: quantize it first, or profile random:SEED", path.display());
         };

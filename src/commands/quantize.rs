@@ -17,7 +17,7 @@ use crate::output;
 
 /// Runs the command.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
-    let source = Source::open(&args.source)?;
+    let source = Source::open(&super::locate::path(&args.source)?)?;
     let device = super::devices::quantizing(&args.calibration)?;
     let options = Options {
         backend: args.backend,

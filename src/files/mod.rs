@@ -4,6 +4,6 @@ mod cache;
 mod reading;
 mod writing;
 
-pub(crate) use cache::cache_directory;
+pub use cache::cache_directory;
 pub use reading::{open, read, read_if_there, read_text};
 pub(crate) use writing::*;

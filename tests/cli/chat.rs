@@ -12,7 +12,7 @@ use predicates::boolean::PredicateBooleanExt;
 use super::{Command, Workshop, contains, decdec, refuses, settle};
 
 /// A checkpoint that has a chat template and a context of so many tokens, and never ends an answer by itself.
-fn talkative(shop: &Workshop, context: usize) -> PathBuf {
+pub(super) fn talkative(shop: &Workshop, context: usize) -> PathBuf {
     let checkpoint = shop.checkpoint();
     let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
     fs::write(checkpoint.join("chat_template.jinja"), template).expect("written");

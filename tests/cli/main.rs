@@ -11,6 +11,7 @@ mod calibration;
 #[cfg(unix)]
 mod chat;
 mod convert;
+mod door;
 mod flags;
 #[cfg(unix)]
 mod interrupt;
@@ -31,10 +32,14 @@ fn decdec() -> Command {
     Command::from_std(command)
 }
 
-/// Leaves out of a command's environment what changes its words: notes that are asked for, the width of a terminal, and
-/// what Mesa says where there is no session.
+/// Leaves out of a command's environment what changes its words: notes that are asked for, the width of a terminal, what
+/// Mesa says where there is no session, and a hub that could be asked.
 fn settle(command: &mut std::process::Command) {
     command.env_remove("RUST_LOG").env_remove("COLUMNS").env_remove("RUST_BACKTRACE").env("XDG_RUNTIME_DIR", "/tmp");
+    command.env("HF_HUB_OFFLINE", "1");
+    for name in ["DECDEC_CHECKPOINT_PATH", "DECDEC_DEVICE", "DECDEC_API_KEY_FILE"] {
+        command.env_remove(name);
+    }
 }
 
 /// A small source, and a directory to work in.

@@ -32,6 +32,7 @@ fn transcript(shop: &Workshop, name: &str, lines: &[&str]) {
 fn help_of_every_command() {
     let commands = [
         "",
+        "run",
         "quantize",
         "convert",
         "residuals",

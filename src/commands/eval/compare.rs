@@ -6,7 +6,6 @@ use decdec::device::{self, Device};
 use decdec::engine::{Compensate, Engine, Options, Settings};
 use decdec::eval::{self, Choice, Evaluation};
 use decdec::model::LayerCompensation;
-use decdec::open::Opened;
 use decdec::progress::Progress;
 use decdec::weights::ModelWeights;
 
@@ -21,7 +20,7 @@ struct Line {
 
 /// Runs the command.
 pub(crate) fn compare(args: &CompareArgs) -> Result<()> {
-    let source = Opened::open(&args.source, None, false)?;
+    let source = commands::locate::open(&args.source, None, false)?;
     let (vocab, context) = (source.weights().config().vocab_size, source.weights().config().max_position_embeddings);
     ensure!(args.seq_len <= context, "--seq-len is {}, 2 to {context} (the model's context) are allowed", args.seq_len);
     let wanted = args.windows.as_ref().map_or(usize::MAX, |windows| windows.end.saturating_mul(args.seq_len));
@@ -44,7 +43,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<()> {
     let truth = commands::load(&device, &source, &options(Compensate::Off))?;
     let mut lines = Vec::new();
     for path in &args.paths {
-        let opened = Opened::open(path, None, false)?;
+        let opened = commands::locate::open(path, None, false)?;
         let theirs = opened.weights().config().vocab_size;
         ensure!(theirs == vocab, "{} has a vocabulary of {theirs}, the source {vocab}", path.display());
         for &k_chunks in &args.k_chunks {

@@ -106,7 +106,7 @@ impl History<'_> {
             let scores = &mut scores[seen];
             score_one(path(), &queries[..d], keys, self.stride, scores);
             scale_scores(self.attention, position, scores);
-            softmax(scores);
+            softmax(path(), scores);
             return weigh_one(path(), scores, values, self.stride, out);
         }
         let q = Strided { values: queries, row: stride, column: 1 };
@@ -117,7 +117,7 @@ impl History<'_> {
             row[..seen.start].fill(0.0);
             row[seen.end..].fill(0.0);
             scale_scores(self.attention, position + i, &mut row[seen.clone()]);
-            softmax(&mut row[seen]);
+            softmax(path(), &mut row[seen]);
         }
         let values = Strided { values: self.values, row: self.stride, column: 1 };
         let scores = Strided { values: &scores, row: len, column: 1 };
@@ -226,7 +226,7 @@ fn head_back(
             let (p, d_p, slopes) = (&mut row[seen.clone()], &mut d_row[seen.clone()], &mut slopes[seen.clone()]);
             scale_scores(attention, first + i, p);
             score_slopes(attention, first + i, p, slopes);
-            softmax(p);
+            softmax(path(), p);
             let mean = dot(p, d_p);
             d_p.iter_mut().zip(&*p).zip(slopes).for_each(|((d, p), slope)| *d = *p * (*d - mean) * *slope);
             for row in [row, d_row] {

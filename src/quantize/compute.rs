@@ -9,6 +9,7 @@
 
 use std::any::Any;
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use anyhow::Result;
 use half::{bf16, f16};
@@ -90,17 +91,18 @@ pub(crate) enum Selected {
 }
 
 /// A projection whose stored weights are trained: what it was made from, and the code of each weight.
+#[derive(Clone)]
 pub(crate) struct Coded {
     /// What a compensated channel is multiplied by.
-    pub(crate) original: Affine,
+    pub(crate) original: Arc<Affine>,
     /// `[out_features, in_features]`
-    pub(crate) codes: Vec<u8>,
+    pub(crate) codes: Arc<Vec<u8>>,
 }
 
 /// [`Coded`] with a codebook, where the device computes.
 pub(crate) enum Trained {
-    /// In memory here: the linear layer as it is stored, in f32, and the original `[out_features, in_features]`; the codes.
-    Host(Box<Affine>, Vec<f32>, Vec<u8>),
+    /// In memory here: the linear layer as it is stored, in f32, and what it was made from.
+    Host(Box<Affine>, Coded),
     /// A GPU's.
     Device(Box<dyn Any>),
 }

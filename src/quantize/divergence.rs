@@ -5,7 +5,8 @@ use rayon::prelude::*;
 use super::backward::norm_back;
 use super::exponential::{LANES, exp, log_sum};
 use super::head::LmHead;
-use super::product::{Strided, accumulate};
+use super::product::{Strided, accumulate, path};
+use crate::processor::on_every_path;
 
 /// Logits that are summed up in f32: what f32 resolves is enough for so many.
 const PART: usize = 64 * LANES;
@@ -30,7 +31,8 @@ impl LmHead<'_> {
             let (p, q) = logits.split_at_mut(h.len() / n * vocab);
             let rows = q.par_chunks_exact_mut(vocab).zip(p.par_chunks_exact(vocab));
             let share = 1.0 / tokens as f32;
-            total += rows.map(|(q, p)| differ(p, q, share, self.softcap)).collect::<Vec<f64>>().iter().sum::<f64>();
+            total +=
+                rows.map(|(q, p)| differ(path(), p, q, share, self.softcap)).collect::<Vec<f64>>().iter().sum::<f64>();
             let mut d_x = vec![0.0; h.len()];
             self.each_rows(|start, rows| {
                 let d = Strided { values: &q[start..], row: vocab, column: 1 };
@@ -46,10 +48,11 @@ impl LmHead<'_> {
 /// Mean divergence, in nats, of the logits `q` from `p`, both `[tokens, vocab_size]`.
 pub(super) fn mean(p: &[f32], mut q: Vec<f32>, vocab_size: usize) -> f64 {
     let rows = q.par_chunks_exact_mut(vocab_size).zip(p.par_chunks_exact(vocab_size));
-    let each: Vec<f64> = rows.map(|(q, p)| differ(p, q, 0.0, None)).collect();
+    let each: Vec<f64> = rows.map(|(q, p)| differ(path(), p, q, 0.0, None)).collect();
     each.iter().sum::<f64>() / each.len() as f64
 }
 
+on_every_path! {
 /// The divergence of one token's logits `q` from `p`. They become its derivative, `share` times, by what they were before
 /// the cap.
 fn differ(p: &[f32], q: &mut [f32], share: f32, softcap: Option<f32>) -> f64 {
@@ -69,6 +72,7 @@ fn differ(p: &[f32], q: &mut [f32], share: f32, softcap: Option<f32>) -> f64 {
         sum.iter().map(|&x| f64::from(x)).sum::<f64>()
     });
     parts.sum()
+}
 }
 
 #[cfg(test)]
@@ -125,7 +129,7 @@ mod tests {
         // p = (1/2, 1/2), q = (1/4, 3/4), up to a shift that must not matter.
         let (p, mut q) = ([0.0, 0.0], [5.0 + 0.25f32.ln(), 5.0 + 0.75f32.ln()]);
         let want = 0.5 * 2f64.ln() + 0.5 * (2f64 / 3.0).ln();
-        assert!((differ(&p, &mut q, 2.0, None) - want).abs() < 1e-6);
+        assert!((differ(path(), &p, &mut q, 2.0, None) - want).abs() < 1e-6);
         assert!((mean(&[q, q].concat(), [p, p].concat(), 2) - want).abs() > 1e-3, "the order matters");
         assert!((q[0] + 0.5).abs() < 1e-6 && (q[1] - 0.5).abs() < 1e-6, "{q:?}");
     }

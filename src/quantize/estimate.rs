@@ -1,13 +1,14 @@
 //! What a quantization will take, for those who want to know before: sizes from shapes, times from running a
 //! sample of the very same work on this machine.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use rayon::prelude::*;
 
 use super::backward::Compensated;
-use super::compute::{Tensor, Trained};
+use super::compute::{Coded, Tensor, Trained};
 use super::forward::{Affine, Ropes, norms};
 use super::gram::{Hessian, Taken};
 use super::head::{HEAD_ROWS, LmHead};
@@ -210,9 +211,11 @@ fn learning_memory(config: &ModelConfig, options: &Options, manifest: &Manifest)
         let tokens = 2 * 4 * seq_len * config.shapes(layer).iter().map(|s| s.0 + s.1).sum::<usize>();
         (1 + 4 + 4 + 4) * sample::layer_weights(config, layer) + tokens
     });
+    // Codes and originals stay where all of them are small enough.
+    let kept = if sample::layers_stay(config) { 5 * sum(config, |l| sample::layer_weights(config, l)) } else { 0 };
     let rows_of_head = 4 * HEAD_ROWS.min(config.vocab_size) * config.hidden_size;
     let logits = 2 * 4 * divergence::HEAD_TOKENS.min(seq_len) * config.vocab_size + rows_of_head;
-    let most = table_bytes(config) + truth + traces + codebooks + layer.max(logits);
+    let most = table_bytes(config) + truth + traces + codebooks + kept + layer.max(logits);
     // What windows leave lies between matrices that come and go: about a fifth more was measured.
     most + most / 5
 }
@@ -300,8 +303,9 @@ fn learn_layer(config: &ModelConfig, options: &Options) -> Result<f64> {
         norms: norms(&config.layers[0], config.hidden_size, |_, len| vec![1.0; len]),
         in_features: config.shapes(0).map(|(inputs, _)| inputs),
         projections: linears.map(|linear| {
-            let original = linear.weight.iter().map(|w| 1.1 * w).collect();
-            Trained::Host(Box::new(linear), original, Vec::new())
+            let weight = linear.weight.iter().map(|w| 1.1 * w).collect();
+            let original = Arc::new(Affine { weight, ..linear.clone() });
+            Trained::Host(Box::new(linear), Coded { original, codes: Arc::default() })
         }),
         k_chunks,
     };

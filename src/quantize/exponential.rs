@@ -3,7 +3,9 @@
 
 use rayon::prelude::*;
 
+use super::product::path;
 use crate::config::Activation;
+use crate::processor::on_every_path;
 
 /// Partial sums that are kept side by side, so that no addition waits for the one before.
 pub(crate) const LANES: usize = 16;
@@ -27,6 +29,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 }
 
 /// The largest of `row`, of which NaN is none.
+#[inline(always)]
 pub(crate) fn largest(row: &[f32]) -> f32 {
     let (chunks, rest) = row.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -47,6 +50,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
 
+on_every_path! {
 /// Logits to probabilities, in place.
 pub(crate) fn softmax(row: &mut [f32]) {
     let max = largest(row);
@@ -62,8 +66,10 @@ pub(crate) fn softmax(row: &mut [f32]) {
     let share = 1.0 / (lanes.iter().sum::<f32>() + rest.iter().sum::<f32>());
     row.iter_mut().for_each(|x| *x *= share);
 }
+}
 
 /// `ln Σ eˣ`.
+#[inline(always)]
 pub(crate) fn log_sum(row: &[f32]) -> f64 {
     let max = largest(row);
     // Lanes are summed up often enough to keep what f32 resolves.
@@ -89,29 +95,40 @@ pub(crate) fn softcap(cap: f32, row: &mut [f32]) {
 pub(crate) fn gated(activation: Activation, gate_up: &[f32], intermediate: usize) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len() / 2];
     let rows = out.par_chunks_exact_mut(intermediate).zip(gate_up.par_chunks_exact(2 * intermediate));
-    rows.for_each(|(out, gate_up)| {
-        let (gate, up) = gate_up.split_at(intermediate);
-        for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate / (1.0 + exp(-activation.exponent(gate))) * up;
-        }
-    });
+    rows.for_each(|(out, gate_up)| gate(path(), activation, gate_up, out));
     out
+}
+
+on_every_path! {
+/// The same of one token.
+fn gate(activation: Activation, gate_up: &[f32], out: &mut [f32]) {
+    let (gate, up) = gate_up.split_at(out.len());
+    for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = gate / (1.0 + exp(-activation.exponent(gate))) * up;
+    }
+}
 }
 
 /// The derivative by gate and up, from that by `activation(gate) ⊙ up`.
 pub(crate) fn gated_back(activation: Activation, gate_up: &[f32], d: &[f32], intermediate: usize) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len()];
     let rows = out.par_chunks_exact_mut(2 * intermediate).zip(gate_up.par_chunks_exact(2 * intermediate));
-    rows.zip(d.par_chunks_exact(intermediate)).for_each(|((out, gate_up), d)| {
-        let (d_gate, d_up) = out.split_at_mut(intermediate);
-        let (gate, up) = gate_up.split_at(intermediate);
-        for ((d_gate, d_up), ((&gate, up), d)) in d_gate.iter_mut().zip(d_up).zip(gate.iter().zip(up).zip(d)) {
-            let sigmoid = 1.0 / (1.0 + exp(-activation.exponent(gate)));
-            *d_gate = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid) * activation.exponent_slope(gate));
-            *d_up = d * gate * sigmoid;
-        }
-    });
+    let rows = rows.zip(d.par_chunks_exact(intermediate));
+    rows.for_each(|((out, gate_up), d)| gate_back(path(), activation, gate_up, d, out));
     out
+}
+
+on_every_path! {
+/// The same of one token.
+fn gate_back(activation: Activation, gate_up: &[f32], d: &[f32], out: &mut [f32]) {
+    let (d_gate, d_up) = out.split_at_mut(d.len());
+    let (gate, up) = gate_up.split_at(d.len());
+    for ((d_gate, d_up), ((&gate, up), d)) in d_gate.iter_mut().zip(d_up).zip(gate.iter().zip(up).zip(d)) {
+        let sigmoid = 1.0 / (1.0 + exp(-activation.exponent(gate)));
+        *d_gate = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid) * activation.exponent_slope(gate));
+        *d_up = d * gate * sigmoid;
+    }
+}
 }
 
 #[cfg(test)]
@@ -153,7 +170,7 @@ mod tests {
         for len in [1, 15, 16, 17, 1000] {
             let logits: Vec<f32> = (0..len).map(|i| (i * 37 % 101) as f32 / 7.0 - 30.0).collect();
             let mut row = logits.clone();
-            softmax(&mut row);
+            softmax(path(), &mut row);
             assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{len} logits");
             let sum = log_sum(&logits);
             for (p, l) in row.iter().zip(&logits) {
@@ -162,7 +179,7 @@ mod tests {
             }
         }
         let mut row = [0.0, f32::NAN, 1.0];
-        softmax(&mut row);
+        softmax(path(), &mut row);
         assert!(row.iter().all(|p| p.is_nan()));
     }
 }

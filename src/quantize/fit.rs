@@ -49,7 +49,7 @@ impl<'a> Fit<'a> {
                 None => sqllm::quantize(linear, self.bits, &vec![1.0; n])?,
                 Some(group_size) => awq::quantize(linear, self.bits, group_size, None)?,
             };
-            return finish(linear, x, weight, &vec![1.0; n], None);
+            return finish(linear, weight, x.thresholds()?, &vec![1.0; n], None);
         };
         let start = Instant::now();
         let weight = self.against(&*hessian, linear, self.job.options.awq.then(|| x.all()))?;
@@ -57,7 +57,7 @@ impl<'a> Fit<'a> {
         let fitted = start.elapsed();
         let together = (self.k_chunk > 0).then(|| x.together(self.k_chunk)).transpose()?;
         let summed = start.elapsed();
-        let done = finish(linear, x, weight, &weigh(&taken, &x.energy()?), together);
+        let done = finish(linear, weight, x.thresholds()?, &weigh(&taken, &x.energy()?), together.map(|t| (t, x)));
         tracing::debug!("codes {fitted:.1?}, sums {summed:.1?}, residual {:.1?}", start.elapsed());
         done
     }

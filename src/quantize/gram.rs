@@ -8,7 +8,7 @@
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::product::{Strided, accumulate};
+use super::product::{Strided, accumulate_beside};
 use crate::dec::{DecPlan, Selection};
 
 /// Every diagonal element grows by this share of itself. On text that the fit had not seen (SmolLM2, layers 3 and 15, 4
@@ -19,6 +19,8 @@ const DAMPING: f32 = 0.5;
 const TINY: f64 = 1e-12;
 /// Tokens of which the outer products are summed up at once.
 const GRAM_TOKENS: usize = 4096;
+/// Rows of a Hessian that are summed up at once, from the diagonal to the right.
+const GRAM_ROWS: usize = 192;
 
 /// The channels that exact selection takes, token by token.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -121,12 +123,24 @@ impl Hessian {
 
     /// Adds Σ x xᵀ over the tokens of `x` `[tokens, channels]`.
     pub(crate) fn add(&mut self, x: &[f32]) {
-        let (channels, values) = (self.channels, &mut self.values);
-        for x in x.chunks(GRAM_TOKENS * channels) {
-            let transposed = Strided { values: x, row: 1, column: channels };
-            let plain = Strided { values: x, row: channels, column: 1 };
-            let tokens = x.len() / channels;
-            accumulate([channels, channels, tokens], transposed, plain, values, gemm::Parallelism::Rayon(0));
+        let (n, values) = (self.channels, &mut self.values);
+        for x in x.chunks(GRAM_TOKENS * n) {
+            let plain = Strided { values: x, row: n, column: 1 };
+            let (tokens, all) = (x.len() / n, gemm::Parallelism::Rayon(0));
+            for first in (0..n).step_by(GRAM_ROWS) {
+                let (rows, right) = (GRAM_ROWS.min(n - first), plain.right(first));
+                let to = (&mut values[first * n + first..], n);
+                accumulate_beside([rows, n - first, tokens], right.turned(), right, to, all);
+            }
+        }
+        // What is left of the diagonal is what is right of it.
+        for first in (0..n).step_by(GRAM_ROWS) {
+            let (above, below) = values.split_at_mut((first + GRAM_ROWS).min(n) * n);
+            let above = &above[first * n..];
+            below.par_chunks_exact_mut(n).enumerate().for_each(|(i, row)| {
+                let column = above.chunks_exact(n).map(|above| above[first + GRAM_ROWS + i]);
+                row[first..].iter_mut().zip(column).for_each(|(to, h)| *to = h);
+            });
         }
     }
 
@@ -240,6 +254,24 @@ mod tests {
             let plain = largest_difference(&hessian.values, &whole);
             assert_eq!(plain > 1e-2, alone < 1.0, "the comparison can fail: {plain}");
         }
+    }
+
+    /// A sum of 9 products, each rounded once, as is every sum.
+    #[test]
+    fn both_halves_are_there_over_several_blocks_of_rows() {
+        let (n, tokens) = (2 * GRAM_ROWS + 5, 9);
+        let x: Vec<f32> = sampling::draws(8, tokens * n).iter().map(|x| x - 0.5).collect();
+        let mut hessian = Hessian::of(&x[..4 * n], n);
+        hessian.add(&x[4 * n..]);
+        for (i, j) in (0..n).flat_map(|i| (0..n).map(move |j| (i, j))) {
+            let term = |x: &[f32]| f64::from(x[i]) * f64::from(x[j]);
+            let want: f64 = x.chunks_exact(n).map(term).sum();
+            let size: f64 = x.chunks_exact(n).map(|x| term(x).abs()).sum();
+            let off = (f64::from(hessian.row(i)[j]) - want).abs();
+            assert!(off <= 20.0 * 2f64.powi(-24) * size, "{i}, {j}: {off}");
+            assert_eq!(hessian.row(i)[j], hessian.row(j)[i]);
+        }
+        assert_ne!(hessian.row(3)[n - 1], hessian.row(4)[n - 1], "rows differ");
     }
 
     #[test]

@@ -158,10 +158,11 @@ impl Compute for Host {
         codebook: &[f32],
         read: &mut dyn FnMut() -> Result<Coded>,
     ) -> Result<Trained> {
-        let Coded { mut original, codes } = read()?;
-        let weight = stand_for(codebook, &codes, original.in_features, original.out_features);
-        let whole = std::mem::replace(&mut original.weight, weight);
-        Ok(Trained::Host(Box::new(original), whole, codes))
+        let coded = read()?;
+        let Affine { in_features, out_features, ref bias, .. } = *coded.original;
+        let weight = stand_for(codebook, &coded.codes, in_features, out_features);
+        let linear = Affine { in_features, out_features, weight, bias: bias.clone() };
+        Ok(Trained::Host(Box::new(linear), coded))
     }
 
     fn output(&self, projection: &Trained, x: &Tensor, taken: &Selected) -> Result<Tensor> {
@@ -214,7 +215,7 @@ fn taken(selected: &Selected) -> &Taken {
 
 fn parts(projection: &Trained) -> (&Affine, &[f32], &[u8]) {
     match projection {
-        Trained::Host(linear, original, codes) => (linear, original, codes),
+        Trained::Host(linear, Coded { original, codes }) => (linear, &original.weight, codes),
         Trained::Device(_) => panic!("a projection in this machine's memory is expected"),
     }
 }

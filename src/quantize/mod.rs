@@ -300,28 +300,28 @@ fn quantize_layer(
             None => sqllm::quantize(linear, bits, &x.energy()?)?,
             Some(group_size) => awq::quantize(linear, bits, group_size, awq.then(|| x.all()))?,
         };
-        finish(linear, x, weight, &vec![1.0; linear.in_features], None)
+        finish(linear, weight, x.thresholds()?, &vec![1.0; linear.in_features], None)
     })?;
     Ok((layer.norms.clone(), linears))
 }
 
 /// Adds what compensation needs: the residual against what is stored and the thresholds of what comes in. An error in
 /// channel `k` of the residual counts `importance[k]` times its square; what the taken channels predict of the others is
-/// corrected too, where it is known which are `taken`.
+/// corrected too, where it is known which are `taken` of what entered.
 fn finish<'a>(
     linear: &Affine,
-    x: &dyn Entered,
     weight: Weight<'a>,
+    thresholds: Vec<f32>,
     importance: &[f32],
-    taken: Option<Together>,
+    taken: Option<(Together, &dyn Entered)>,
 ) -> Result<Linear<'a>> {
     let mut lost = lost(linear, &weight);
-    if let Some(taken) = taken {
+    if let Some((taken, x)) = taken {
         taken.regress(|across, triangle, lost| x.predicted(across, triangle, lost), &mut lost)?;
     }
     let residual = Some(Residual::quantize_weighted(linear.in_features, linear.out_features, &lost, importance)?);
-    let thresholds = Some(Cow::Owned(x.thresholds()?));
-    Ok(Linear { weight, bias: linear.bias.clone().map(Cow::Owned), residual, thresholds })
+    let bias = linear.bias.clone().map(Cow::Owned);
+    Ok(Linear { weight, bias, residual, thresholds: Some(Cow::Owned(thresholds)) })
 }
 
 /// `linear − weight`, `[out_features, in_features]`.

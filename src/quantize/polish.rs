@@ -7,10 +7,13 @@
 //! they move. Towards the end the forward pass takes codebooks as they are stored, bytes of a row's range, so that what is
 //! learned last makes up for the rounding. Then residuals are made anew.
 //!
-//! One layer is in memory at a time, beside what one window leaves in each of them on the way up.
+//! One layer is in memory at a time, or all of them where they are small, beside what a step's windows leave in each of
+//! them on the way up.
 //! Only AnyPrec: of LUT-GEMM's layers the originals that AWQ scaled are not kept.
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -25,6 +28,7 @@ use super::forward::{Affine, Layer, Placed, Ropes};
 use super::head::LmHead;
 use super::host::{Host, stand_for};
 use super::job::Job;
+use super::sample::layers_stay;
 use crate::config::{ModelConfig, Projection};
 use crate::format::{AnyPrec, Residual, Storage, bytes};
 use crate::progress::Silent;
@@ -63,6 +67,9 @@ pub(super) fn steps(windows: usize) -> usize {
 
 /// Codebooks of a layer's projections, each `[out_features, 2^bits]`.
 type Codebooks = [Vec<f32>; 4];
+
+/// What was read of a layer's projections.
+type Kept = [OnceCell<Coded>; 4];
 
 /// Adam's means of a codebook's gradient and of its square.
 #[derive(Debug, Clone, Default)]
@@ -121,6 +128,8 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [Codebooks]) ->
     let lm_head = LmHead::new(job.source, head.as_ref().unwrap_or(&embedding))?;
     let lm_head = job.on.head(&lm_head)?;
     let truth = truth(job, ids)?;
+    let kept = if layers_stay(config) { bits.len() } else { 0 };
+    let kept: Vec<Kept> = std::iter::repeat_with(Kept::default).take(kept).collect();
     let mut means: Vec<[Means; 4]> =
         learned.iter().map(|l| l.each_ref().map(|l| Means(vec![0.0; l.len()], vec![0.0; l.len()]))).collect();
     let (order, hidden) = (order(ids.len() / seq_len), config.hidden_size);
@@ -137,7 +146,7 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [Codebooks]) ->
         let mut traces = Vec::with_capacity(bits.len());
         for (index, (learned, &bits)) in learned.iter().zip(bits).enumerate() {
             super::ensure_running(job.stop)?;
-            let layer = read(job, index, bits, learned, stored)?;
+            let layer = read(job, (index, bits), learned, stored, kept.get(index))?;
             let (trace, _) = layer.forward(job.on, config, &ropes, texts, &mut h)?;
             traces.push(trace);
             job.progress.inc(tokens as u64);
@@ -152,7 +161,7 @@ fn learn(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &mut [Codebooks]) ->
         while let Some(trace) = traces.pop() {
             super::ensure_running(job.stop)?;
             let index = traces.len();
-            let layer = read(job, index, bits[index], &learned[index], stored)?;
+            let layer = read(job, (index, bits[index]), &learned[index], stored, kept.get(index))?;
             let gradients = layer.backward(job.on, config, &ropes, texts, trace, &mut d)?;
             let each = learned[index].iter_mut().zip(&mut means[index]).zip(layer.projections.iter().zip(&gradients));
             for ((l, means), (projection, gradient)) in each {
@@ -233,16 +242,31 @@ fn follow(levels: usize, codebooks: &mut [f32], means: &mut Means, slopes: &[f32
     });
 }
 
-/// A layer with these codebooks, rounded if `stored`, where it is trained.
-fn read<'a>(job: &'a Job<'_>, index: usize, bits: u32, learned: &Codebooks, stored: bool) -> Result<Compensated<'a>> {
+/// A layer of so many bits with these codebooks, rounded if `stored`, where it is trained. What was read of it before is
+/// in `kept`, if it is kept.
+fn read<'a>(
+    job: &'a Job<'_>,
+    (index, bits): (usize, u32),
+    learned: &Codebooks,
+    stored: bool,
+    kept: Option<&Kept>,
+) -> Result<Compensated<'a>> {
     let (config, file) = (job.source.config(), job.writer.layer(index, bits)?);
     let projections = Projection::each(|projection| {
         let codebook = &learned[projection.index()];
         let codebook = if stored { Cow::Owned(rounded(codebook, 1 << bits)) } else { Cow::Borrowed(codebook) };
+        let known = kept.map(|kept| &kept[projection.index()]);
         job.on.trained((index, projection), &codebook, &mut || {
+            if let Some(coded) = known.and_then(OnceCell::get) {
+                return Ok(coded.clone());
+            }
             let linear = file.projection(projection, config, Storage::ANYPREC)?;
             let residual = linear.residual.as_ref().context("a layer without residuals")?;
-            coded(anyprec(&linear)?, residual, linear.bias.as_deref())
+            let coded = coded(anyprec(&linear)?, residual, linear.bias.as_deref())?;
+            if let Some(known) = known {
+                known.get_or_init(|| coded.clone());
+            }
+            Ok(coded)
         })
     })?;
     Ok(Compensated {
@@ -270,7 +294,7 @@ fn coded(weight: &AnyPrec<'_>, residual: &Residual<'_>, bias: Option<&[f32]>) ->
         }
     });
     let original = Affine { in_features: n, out_features: m, weight: whole, bias: bias.map(<[f32]>::to_vec) };
-    Ok(Coded { original, codes })
+    Ok(Coded { original: Arc::new(original), codes: Arc::new(codes) })
 }
 
 /// What a step does with a projection besides products, to be timed; the result is discarded. The projection is read on
@@ -281,8 +305,9 @@ pub(super) fn time_step(weight: &Weight<'_>, original: &Affine) -> Result<()> {
     let mut means = Means(vec![0.0; codebook.len()], vec![0.0; codebook.len()]);
     let mut learned = codebook;
     let gradient = Tensor::F32(original.weight.clone());
+    let original = Arc::new(original.clone());
     let read = |learned: &[f32]| {
-        let mut coded = || Ok(Coded { original: original.clone(), codes: codes(weight) });
+        let mut coded = || Ok(Coded { original: Arc::clone(&original), codes: Arc::new(codes(weight)) });
         Host.trained((0, Projection::Qkv), learned, &mut coded)
     };
     read(&learned)?;
@@ -333,7 +358,9 @@ fn write(job: &Job<'_>, ids: &[u32], bits: &[u32], learned: &[Codebooks]) -> Res
             let k_chunk = k_chunks[projection.index()];
             let together = (k_chunk > 0).then(|| x.together(k_chunk)).transpose()?;
             let taken = together.as_ref().map_or_else(|| vec![0.0; n], |together| together.energy().to_vec());
-            super::finish(linear, x, weight, &fit::weigh(&taken, &x.energy()?), together)
+            // What enters has not changed.
+            let thresholds = stored.thresholds.as_deref().context("a layer without thresholds")?.to_vec();
+            super::finish(linear, weight, thresholds, &fit::weigh(&taken, &x.energy()?), together.map(|t| (t, x)))
         });
         job.writer.write_layer(config, (index, bits), &file.norms(config)?, &linears?)?;
     }
@@ -353,7 +380,7 @@ mod tests {
         let lost: Vec<f32> = sampling::draws(1, n * m).iter().map(|x| x - 0.5).collect();
         let residual = Residual::quantize(n, m, &lost).unwrap();
         let got = coded(&weight, &residual, None).unwrap();
-        assert_eq!(got.codes, codes);
+        assert_eq!(*got.codes, codes);
         let (mut row, mut own) = (vec![0.0; n], vec![0.0; n]);
         for (r, got) in got.original.weight.chunks_exact(n).enumerate() {
             residual.row(r, &mut row);
@@ -397,7 +424,8 @@ mod tests {
         let mut means = Means(vec![0.0; 4], vec![0.0; 4]);
         let slopes = |gradient: &[f32]| {
             let original = Affine { in_features: 32, out_features: 1, weight: vec![0.0; 32], bias: None };
-            let mut coded = || Ok(Coded { original: original.clone(), codes: codes.clone() });
+            let coded = Coded { original: Arc::new(original), codes: Arc::new(codes.clone()) };
+            let mut coded = || Ok(coded.clone());
             let trained = Host.trained((0, Projection::Qkv), &codebook, &mut coded).unwrap();
             Host.slopes(&trained, 4, &Tensor::F32(gradient.to_vec())).unwrap()
         };

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::exponential::dot;
 use super::gram::Taken;
-use super::product::{Strided, multiply};
+use super::product::{Strided, accumulate_beside, multiply};
 
 /// What the diagonal of `H_zz` grows by, of its mean.
 const DAMPING: f32 = 0.1;
@@ -18,8 +18,9 @@ const DAMPING: f32 = 0.1;
 const MOST: usize = 2048;
 /// Inputs of more channels are not regressed: sums over pairs of them would fill a GPU.
 pub(crate) const WIDEST: usize = 16_384;
-/// Rows that go through a triangle together: what they share of it stays in the cache.
-const ROWS: usize = 8;
+/// Columns of a triangle that are found one by one; what they take off all others goes as a product.
+const BLOCK: usize = 64;
+const ALL: gemm::Parallelism = gemm::Parallelism::Rayon(0);
 
 /// What the channels that are taken have in common, summed up over tokens.
 #[derive(Debug, Clone)]
@@ -113,8 +114,8 @@ pub(crate) fn predicted(across: &[f32], triangle: &[f32], lost: &[f32]) -> Resul
     let mut predicted = vec![0.0; m * u];
     let rows = Strided { values: lost, row: n, column: 1 };
     let turned = Strided { values: across, row: 1, column: n };
-    multiply([m, u, n], rows, turned, &mut predicted, gemm::Parallelism::Rayon(0));
-    predicted.par_chunks_mut(ROWS * u).for_each(|rows| solve(triangle, u, rows));
+    multiply([m, u, n], rows, turned, &mut predicted, ALL);
+    solve(triangle, u, &mut predicted);
     Ok(predicted)
 }
 
@@ -129,32 +130,68 @@ pub(crate) fn regressed(energy: &[f32]) -> Vec<u32> {
 
 /// Cholesky's triangle `L` of a symmetric, positive definite matrix `[n, n]`, `L·Lᵀ`, in the place of its lower half.
 fn factor(a: &mut [f32], n: usize) {
-    /// Rows that a thread takes at least.
-    const AT_LEAST: usize = 32;
-    for k in 0..n {
-        let (above, below) = a.split_at_mut((k + 1) * n);
-        let row = &mut above[k * n..];
-        // Rounding must not make it negative.
-        let pivot = (row[k] - dot(&row[..k], &row[..k])).max(f32::MIN_POSITIVE).sqrt();
-        row[k] = pivot;
-        let row = &row[..k];
-        below.par_chunks_exact_mut(n).with_min_len(AT_LEAST).for_each(|other| {
-            other[k] = (other[k] - dot(&other[..k], row)) / pivot;
+    for first in (0..n).step_by(BLOCK) {
+        let width = BLOCK.min(n - first);
+        // What the columns before take off this block's, all rows from here on.
+        let left: Vec<f32> = a[first * n..].chunks_exact(n).flat_map(|row| &row[..first]).copied().collect();
+        if first > 0 {
+            let less: Vec<f32> = left[..width * first].iter().map(|x| -x).collect();
+            let left = Strided { values: &left, row: first, column: 1 };
+            let less = Strided { values: &less, row: 1, column: first };
+            accumulate_beside([n - first, width, first], left, less, (&mut a[first * n + first..], n), ALL);
+        }
+        let (block, below) = a[first * n..].split_at_mut(width * n);
+        for k in 0..width {
+            let (above, rest) = block.split_at_mut((k + 1) * n);
+            let row = &mut above[k * n + first..];
+            // Rounding must not make it negative.
+            row[k] = (row[k] - dot(&row[..k], &row[..k])).max(f32::MIN_POSITIVE).sqrt();
+            rest.chunks_exact_mut(n).for_each(|other| eliminate(&mut other[first..], row, k));
+        }
+        below.par_chunks_exact_mut(n).for_each(|other| {
+            block.chunks_exact(n).enumerate().for_each(|(k, row)| eliminate(&mut other[first..], &row[first..], k));
         });
     }
 }
 
+/// Number `k` of a triangle's row, from those before it and row `k` above.
+fn eliminate(other: &mut [f32], row: &[f32], k: usize) {
+    other[k] = (other[k] - dot(&other[..k], &row[..k])) / row[k];
+}
+
 /// Overwrites `rows` `[.., n]` with `rows · (L·Lᵀ)⁻¹`.
 fn solve(l: &[f32], n: usize, rows: &mut [f32]) {
-    for (j, l) in l.chunks_exact(n).enumerate() {
-        rows.chunks_exact_mut(n).for_each(|row| row[j] = (row[j] - dot(&row[..j], &l[..j])) / l[j]);
-    }
-    for (j, l) in l.chunks_exact(n).enumerate().rev() {
-        for row in rows.chunks_exact_mut(n) {
-            let by = row[j] / l[j];
-            row[j] = by;
-            row[..j].iter_mut().zip(&l[..j]).for_each(|(x, l)| *x -= by * l);
+    let (triangle, count) = (Strided { values: l, row: n, column: 1 }, rows.len() / n);
+    // What is found, with its sign changed: products are added.
+    let mut found = vec![0.0; rows.len()];
+    for first in (0..n).step_by(BLOCK) {
+        let width = BLOCK.min(n - first);
+        if first > 0 {
+            let (known, l) = (Strided { values: &found, row: n, column: 1 }, triangle.below(first).turned());
+            accumulate_beside([count, width, first], known, l, (&mut rows[first..], n), ALL);
         }
+        rows.par_chunks_exact_mut(n).zip(found.par_chunks_exact_mut(n)).for_each(|(row, found)| {
+            for j in first..first + width {
+                eliminate(&mut row[first..], &l[j * n + first..], j - first);
+                found[j] = -row[j];
+            }
+        });
+    }
+    for first in (0..n).step_by(BLOCK).rev() {
+        let end = n.min(first + BLOCK);
+        if end < n {
+            let known = Strided { values: &found[end..], row: n, column: 1 };
+            let (l, width) = (triangle.below(end).right(first), end - first);
+            accumulate_beside([count, width, n - end], known, l, (&mut rows[first..], n), ALL);
+        }
+        rows.par_chunks_exact_mut(n).zip(found.par_chunks_exact_mut(n)).for_each(|(row, found)| {
+            for j in (first..end).rev() {
+                let l = &l[j * n..];
+                let by = row[j] / l[j];
+                (row[j], found[j]) = (by, -by);
+                row[first..j].iter_mut().zip(&l[first..j]).for_each(|(x, l)| *x -= by * l);
+            }
+        });
     }
 }
 
@@ -264,19 +301,21 @@ mod tests {
 
     #[test]
     fn a_triangle_solves_what_it_was_made_of() {
-        let n = 40;
-        let x: Vec<f32> = sampling::draws(3, n * 100).iter().map(|x| x - 0.5).collect();
-        let at = |i: usize, j: usize| x.chunks_exact(n).map(|x| f64::from(x[i]) * f64::from(x[j])).sum::<f64>();
-        let a: Vec<f32> = (0..n * n).map(|i| at(i / n, i % n) as f32).collect();
-        let want: Vec<f32> = sampling::draws(4, 3 * n);
-        let mut rows: Vec<f32> = (0..3 * n)
-            .map(|i| (0..n).map(|k| f64::from(want[i / n * n + k]) * at(k, i % n)).sum::<f64>() as f32)
-            .collect();
-        let mut l = a;
-        factor(&mut l, n);
-        let before = rows.clone();
-        solve(&l, n, &mut rows);
-        assert!(rows.iter().zip(&want).all(|(x, want)| (x - want).abs() < 1e-3), "{rows:?}");
-        assert!(before.iter().zip(&want).any(|(x, want)| (x - want).abs() > 1e-2));
+        // Within a block, and over several of which the last is not whole.
+        for n in [40, 2 * BLOCK + 9] {
+            let x: Vec<f32> = sampling::draws(3, n * 4 * n).iter().map(|x| x - 0.5).collect();
+            let at = |i: usize, j: usize| x.chunks_exact(n).map(|x| f64::from(x[i]) * f64::from(x[j])).sum::<f64>();
+            let a: Vec<f32> = (0..n * n).map(|i| at(i / n, i % n) as f32).collect();
+            let want: Vec<f32> = sampling::draws(4, 3 * n);
+            let mut rows: Vec<f32> = (0..3 * n)
+                .map(|i| (0..n).map(|k| f64::from(want[i / n * n + k]) * at(k, i % n)).sum::<f64>() as f32)
+                .collect();
+            let mut l = a;
+            factor(&mut l, n);
+            let before = rows.clone();
+            solve(&l, n, &mut rows);
+            assert!(rows.iter().zip(&want).all(|(x, want)| (x - want).abs() < 1e-3), "{rows:?}");
+            assert!(before.iter().zip(&want).any(|(x, want)| (x - want).abs() > 1e-2));
+        }
     }
 }

@@ -186,7 +186,7 @@ fn complete<'a>(
     let finished = finished.map(|((quantized, linear), x)| {
         ensure_running(job.stop)?;
         let Linear { weight, bias, .. } = quantized;
-        Ok(Linear { bias, ..finish(linear, &**x, weight, &vec![1.0; linear.in_features], None)? })
+        Ok(Linear { bias, ..finish(linear, weight, x.thresholds()?, &vec![1.0; linear.in_features], None)? })
     });
     let finished: Vec<_> = finished.collect::<Result<_>>()?;
     let finished = finished.try_into().ok().context("four projections")?;

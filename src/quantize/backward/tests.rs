@@ -1,7 +1,10 @@
 //! Every derivative against differences of the forward pass.
 
+use std::sync::Arc;
+
 use serde_json::json;
 
+use super::super::compute::Coded;
 use super::super::fixture::{self, numbers};
 use super::super::forward::Layer;
 use super::super::host::Host;
@@ -21,8 +24,9 @@ fn compensated(config: &ModelConfig) -> Compensated<'_> {
     let mut seeds = 11..;
     let projections = linears.map(|linear| {
         let lost = numbers(seeds.next().unwrap(), linear.weight.len(), 0.1);
-        let original = linear.weight.iter().zip(lost).map(|(w, lost)| w + lost).collect();
-        Trained::Host(Box::new(linear), original, Vec::new())
+        let weight = linear.weight.iter().zip(lost).map(|(w, lost)| w + lost).collect();
+        let original = Arc::new(Affine { weight, ..linear.clone() });
+        Trained::Host(Box::new(linear), Coded { original, codes: Arc::default() })
     });
     Compensated { config: &config.layers[0], norms, projections, in_features, k_chunks: [32; 4] }
 }

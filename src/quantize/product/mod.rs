@@ -27,13 +27,18 @@ impl Strided<'_> {
         Self { values: &self.values[first * self.row..], ..self }
     }
 
+    /// The matrix from column `first` on.
+    pub(crate) fn right(self, first: usize) -> Self {
+        Self { values: &self.values[first * self.column..], ..self }
+    }
+
     /// The matrix from row `i` and column `j` on.
     fn from(self, i: usize, j: usize) -> Self {
         Self { values: &self.values[i * self.row + j * self.column..], ..self }
     }
 
     /// Rows for columns.
-    fn turned(self) -> Self {
+    pub(crate) fn turned(self) -> Self {
         Self { row: self.column, column: self.row, ..self }
     }
 
@@ -59,8 +64,18 @@ pub(crate) fn product_beside(x: &[f32], w: &[f32], depth: usize, y: &mut [f32], 
 
 /// The same, added to `y`.
 pub(crate) fn accumulate(sizes: [usize; 3], a: Strided<'_>, b: Strided<'_>, y: &mut [f32], on: gemm::Parallelism) {
-    let row = sizes[1];
-    general_product(sizes, a, b, (y, row), true, on);
+    accumulate_beside(sizes, a, b, (y, sizes[1]), on);
+}
+
+/// The same, added to the first columns of `y`, a row-major matrix of `row` columns.
+pub(crate) fn accumulate_beside(
+    sizes: [usize; 3],
+    a: Strided<'_>,
+    b: Strided<'_>,
+    to: (&mut [f32], usize),
+    on: gemm::Parallelism,
+) {
+    general_product(sizes, a, b, to, true, on);
 }
 
 fn general_product(

@@ -4,6 +4,8 @@
 //! and no product is fused with a sum. A tile of `y` is a block of registers; what it reads of `a` and `b` is copied
 //! beside each other before, `a` in columns of the tile's height, `b` in rows of its width, with zeros beyond the edges.
 
+use std::array;
+
 use rayon::prelude::*;
 
 use super::Strided;
@@ -15,6 +17,8 @@ const DEPTH: usize = 256;
 const ROWS: usize = 96;
 /// Columns of `y` of which `b` is copied at once.
 const COLUMNS: usize = 1024;
+/// Columns of `b` that are turned at once; every width is a multiple.
+const SIDE: usize = 8;
 
 /// Where a product goes: a row-major matrix of `row` columns, of which the first are overwritten or added to.
 pub(super) struct Target<'a> {
@@ -61,7 +65,7 @@ impl<const H: usize, const W: usize> Tiles<H, W> {
                 let from = b.from(first, left);
                 strip.resize(columns.div_ceil(W) * W * terms, 0.0);
                 let panels = |(i, panel): (usize, &mut [f32])| {
-                    lay::<W>(panel, from.from(0, i * W).turned(), W.min(columns - i * W));
+                    self.lay::<W, SIDE>(panel, from.from(0, i * W).turned(), W.min(columns - i * W));
                 };
                 if threads > 1 {
                     strip.par_chunks_exact_mut(W * terms).enumerate().for_each(panels);
@@ -124,7 +128,7 @@ impl<const H: usize, const W: usize> Tiles<H, W> {
     ) {
         let mut stack = vec![0.0; rows.div_ceil(H) * H * terms];
         for (i, panel) in stack.chunks_exact_mut(H * terms).enumerate() {
-            lay::<H>(panel, a.from(i * H, 0), H.min(rows - i * H));
+            self.lay::<H, H>(panel, a.from(i * H, 0), H.min(rows - i * H));
         }
         let mut sums = [[0.0; W]; H];
         for (j, b) in strip.chunks_exact(W * terms).enumerate() {
@@ -133,13 +137,26 @@ impl<const H: usize, const W: usize> Tiles<H, W> {
                 self.tile(a, b, &mut sums);
                 for (sums, y) in sums.iter().zip(y[i * H * row..].chunks_mut(row)) {
                     let y = &mut y[from..from + width];
-                    if over {
-                        y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-                    } else {
-                        y.copy_from_slice(&sums[..width]);
+                    match y.first_chunk_mut::<W>() {
+                        Some(y) if !over => *y = *sums,
+                        Some(y) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum),
+                        None if !over => y.copy_from_slice(&sums[..width]),
+                        None => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum),
                     }
                 }
             }
+        }
+    }
+
+    fn lay<const P: usize, const G: usize>(&self, panel: &mut [f32], from: Strided<'_>, count: usize) {
+        match self.0.kind() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a path exists only where the processor has its instructions.
+            Kind::Avx512 => unsafe { lay_avx512::<P, G>(panel, from, count) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: likewise.
+            Kind::AvxVnni | Kind::Avx2 => unsafe { lay_avx2::<P, G>(panel, from, count) },
+            Kind::Scalar => lay::<P, G>(panel, from, count),
         }
     }
 
@@ -156,28 +173,56 @@ impl<const H: usize, const W: usize> Tiles<H, W> {
     }
 }
 
-/// Copies `count` rows of `from` into a panel, number by number beside each other: `[terms][P]`.
-fn lay<const P: usize>(panel: &mut [f32], from: Strided<'_>, count: usize) {
-    /// Numbers of a row that are copied before the next row's: what is written to stays in the cache.
-    const AT_ONCE: usize = 16;
-    let terms = panel.len() / P;
+/// Copies `count` rows of `from` into a panel, number by number beside each other: `[terms][P]`; `G` of them at once.
+#[inline(always)]
+fn lay<const P: usize, const G: usize>(panel: &mut [f32], from: Strided<'_>, count: usize) {
+    /// Numbers of a row that are copied at once.
+    const AT_ONCE: usize = 8;
     if count < P {
         panel.fill(0.0);
     }
+    let panel = panel.as_chunks_mut::<P>().0;
     if from.row == 1 {
-        for (k, panel) in panel.chunks_exact_mut(P).enumerate() {
-            panel[..count].copy_from_slice(&from.values[k * from.column..][..count]);
+        for (k, panel) in panel.iter_mut().enumerate() {
+            let row = &from.values[k * from.column..];
+            match row.first_chunk() {
+                Some(row) if count == P => *panel = *row,
+                _ => panel[..count].copy_from_slice(&row[..count]),
+            }
         }
         return;
     }
-    for first in (0..terms).step_by(AT_ONCE) {
-        let panel = &mut panel[first * P..terms.min(first + AT_ONCE) * P];
-        for i in 0..count {
-            let values = &from.values[i * from.row + first * from.column..];
-            let numbers = values.iter().step_by(from.column);
-            panel.iter_mut().skip(i).step_by(P).zip(numbers).for_each(|(to, x)| *to = *x);
+    // Blocks that stay in registers on their way.
+    let (rows, terms) = if from.column == 1 { (count / G * G, panel.len() / AT_ONCE * AT_ONCE) } else { (0, 0) };
+    for (first, panel) in panel.as_chunks_mut::<AT_ONCE>().0[..terms / AT_ONCE].iter_mut().enumerate() {
+        for i in (0..rows).step_by(G) {
+            let block: [[f32; AT_ONCE]; G] = array::from_fn(|j| {
+                let row = &from.values[(i + j) * from.row + first * AT_ONCE..];
+                *row.first_chunk().expect("a block of a row")
+            });
+            for (k, panel) in panel.iter_mut().enumerate() {
+                let to: &mut [f32; G] = panel[i..].first_chunk_mut().expect("a block of a panel");
+                to.iter_mut().zip(&block).for_each(|(to, row)| *to = row[k]);
+            }
         }
     }
+    for (k, panel) in panel.iter_mut().enumerate() {
+        for i in if k < terms { rows..count } else { 0..count } {
+            panel[i] = from.values[i * from.row + k * from.column];
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn lay_avx512<const P: usize, const G: usize>(panel: &mut [f32], from: Strided<'_>, count: usize) {
+    lay::<P, G>(panel, from, count);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn lay_avx2<const P: usize, const G: usize>(panel: &mut [f32], from: Strided<'_>, count: usize) {
+    lay::<P, G>(panel, from, count);
 }
 
 #[inline(always)]

@@ -1,5 +1,7 @@
 //! Every operation against the same on this machine's cores, with a control that differs; the same bits twice.
 
+use std::sync::Arc;
+
 use super::*;
 use crate::backend::cuda;
 use crate::config::Projection;
@@ -104,7 +106,8 @@ fn trained(on: &dyn Compute, config: &ModelConfig, k_chunk: usize) -> Vec<Vec<f3
     let projections = linears.map(|original| {
         let (codebook, codes) = coded(&original);
         let at = (place.0, place.1.next().unwrap());
-        let mut read = || Ok(Coded { original: original.clone(), codes: codes.clone() });
+        let coded = Coded { original: Arc::new(original), codes: Arc::new(codes) };
+        let mut read = || Ok(coded.clone());
         on.trained(at, &codebook, &mut read).unwrap()
     });
     let layer = Compensated { config: &config.layers[0], norms, projections, in_features, k_chunks: [k_chunk; 4] };

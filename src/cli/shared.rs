@@ -178,7 +178,7 @@ pub(crate) struct CalibrationArgs {
     /// Tokens of a calibration sample [default: 512, or the model's context]
     #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
     pub(crate) seq_len: Option<usize>,
-    /// Calibration samples in all [default: 40, on a GPU 392]
+    /// Calibration samples in all [default: 32, on a GPU 392]
     #[arg(long, value_name = "N", value_parser = whole(1..=usize::MAX))]
     pub(crate) samples: Option<usize>,
     /// Decides the calibration text that the model writes

@@ -39,7 +39,7 @@ impl Calibration {
     /// Tokens of a window, unless something else is asked for.
     pub const SEQ_LEN: usize = 512;
     /// Windows, unless something else is asked for: as many as SmolLM2-135M has time for in five minutes on two cores.
-    pub const SAMPLES: usize = 40;
+    pub const SAMPLES: usize = 32;
     /// The same where a GPU quantizes: 200,704 tokens.
     pub const SAMPLES_OF_A_GPU: usize = 392;
     /// The share of windows that the model writes beside a text that is given, unless something else is asked for.

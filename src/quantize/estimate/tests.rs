@@ -68,22 +68,23 @@ fn a_model_of_70_billion_weights_fits_a_gpu_of_24_gb() {
     assert!(large > 4 * (57344 * 8192 + 28672 * 28672) && small <= large, "{small}, {large}");
 }
 
-/// While a small model writes its own calibration text, all of its layers are in memory in f32.
+/// While a small model writes its own calibration text, all of its layers are in memory in f32; while its codebooks are
+/// trained, a byte and an f32 of every weight.
 #[test]
-fn own_text_takes_the_memory_of_all_layers() {
+fn own_text_and_training_take_the_memory_of_all_layers() {
     let config = ModelConfig::preset("Meta-Llama-3-8B-Instruct").unwrap();
     let config = config.with(json!({
         "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8,
         "head_dim": 128, "num_hidden_layers": 64, "vocab_size": 1000,
     }));
     let config = config.unwrap();
-    let memory = |calibration| {
+    let memory = |calibration, refine| {
         let options = Options {
             backend: Format::AnyPrec,
             bits: BitWidth::try_from(3.0).unwrap(),
             group_size: None,
             awq: false,
-            refine: Refine::DEFAULT,
+            refine,
             calibration,
             source: "random".into(),
             overwrite: false,
@@ -92,6 +93,7 @@ fn own_text_takes_the_memory_of_all_layers() {
     };
     let layers = 4 * 64 * (4 + 4 + 2) * 1024 * 1024;
     let text = Calibration::of_text(vec![1; 16 * 256], 256, 16, "t");
-    assert!(memory(Calibration::of_own(256, 16, 0)) > layers);
-    assert!(memory(text) < layers / 2);
+    assert!(memory(Calibration::of_own(256, 16, 0), Refine::None) > layers);
+    assert!(memory(text.clone(), Refine::None) < layers / 2);
+    assert!(memory(text, Refine::DEFAULT) > layers / 4 * 5);
 }

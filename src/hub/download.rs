@@ -74,12 +74,12 @@ impl Remote {
         let partial = blob.with_file_name(format!("{}.incomplete", self.etag));
         let mut download = Download::open(self, partial, progress)?;
         let resumed = download.length > 0;
-        let mut right = download.to_the_end(client, model)?;
+        let mut right = download.download_rest(client, model)?;
         if !right && resumed {
             // What an earlier program left may be wrong where what comes now is right.
             tracing::warn!("what was there of {} is not what the hub has, downloading it anew", self.file);
             download.begin_anew()?;
-            right = download.to_the_end(client, model)?;
+            right = download.download_rest(client, model)?;
         }
         if !right {
             let found = hex(download.hash.clone().finish().as_ref());
@@ -149,7 +149,7 @@ impl<'a> Download<'a> {
 
     /// Downloads what is missing, over as many connections as that takes; false if what is there then has another hash
     /// than the hub says.
-    fn to_the_end(&mut self, client: &Client, model: &ModelName) -> Result<bool> {
+    fn download_rest(&mut self, client: &Client, model: &ModelName) -> Result<bool> {
         let (mut failed, mut pause) = (0, client.pause);
         while Some(self.length) != self.remote.size {
             let before = self.length;

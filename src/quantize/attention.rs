@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::exponential::{dot, softcap, softmax};
 use super::forward::Ropes;
-use super::product::{Strided, accumulate, multiply, path};
+use super::product::{Strided, Threads, accumulate, multiply, path};
 use crate::config::{Attention, LayerConfig};
 use crate::processor::on_every_path;
 
@@ -111,7 +111,7 @@ impl History<'_> {
         }
         let q = Strided { values: queries, row: stride, column: 1 };
         let keys = Strided { values: self.keys, row: 1, column: self.stride };
-        multiply([count, len, d], q, keys, &mut scores, gemm::Parallelism::None);
+        multiply([count, len, d], q, keys, &mut scores, Threads::One);
         for (i, row) in scores.chunks_exact_mut(len).enumerate() {
             let seen = seen(self.attention, position + i);
             row[..seen.start].fill(0.0);
@@ -121,7 +121,7 @@ impl History<'_> {
         }
         let values = Strided { values: self.values, row: self.stride, column: 1 };
         let scores = Strided { values: &scores, row: len, column: 1 };
-        multiply([count, d, len], scores, values, out, gemm::Parallelism::None);
+        multiply([count, d, len], scores, values, out, Threads::One);
     }
 }
 
@@ -210,7 +210,7 @@ fn head_back(
     [queries, keys, values, d_out]: [Strided<'_>; 4],
     [d_queries, d_keys, d_values]: [&mut [f32]; 3],
 ) {
-    let (d, one) = (attention.head_dim, gemm::Parallelism::None);
+    let (d, one) = (attention.head_dim, Threads::One);
     let mut scores = vec![0.0; QUERY_BLOCK_BACK.min(tokens) * tokens];
     let mut d_scores = scores.clone();
     let mut slopes = vec![0.0; tokens];

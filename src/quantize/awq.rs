@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::compute::Curvature;
 use super::forward::{Affine, Inputs, Layer};
-use super::product::{Strided, multiply, product};
+use super::product::{Strided, Threads, multiply, product};
 use super::refine::{AnyGrid, Effort, Groups};
 use crate::config::{Attention, LayerConfig, Projection, Reads};
 use crate::format::LutGemm;
@@ -280,7 +280,7 @@ fn clipped(linear: &Affine, g: usize, bits: usize, group_size: usize, x: &[f32])
     let transposed = Strided { values: x, row: 1, column: depth };
     let plain = Strided { values: x, row: depth, column: 1 };
     let mut gram = vec![0.0; group_size * group_size];
-    multiply([group_size, group_size, tokens], transposed, plain, &mut gram, gemm::Parallelism::None);
+    multiply([group_size, group_size, tokens], transposed, plain, &mut gram, Threads::One);
     let gram = Strided { values: &gram, row: group_size, column: 1 };
     let mut grids = Vec::with_capacity(linear.out_features);
     for first in (0..linear.out_features).step_by(ROW_BLOCK) {
@@ -301,7 +301,7 @@ fn clipped(linear: &Affine, g: usize, bits: usize, group_size: usize, x: &[f32])
                 delta.iter_mut().zip(*row).for_each(|(d, &w)| *d = grid.nearest(w) - w);
             }
             let errors = Strided { values: &delta, row: group_size, column: 1 };
-            multiply([rows.len(), group_size, group_size], errors, gram, &mut through, gemm::Parallelism::None);
+            multiply([rows.len(), group_size, group_size], errors, gram, &mut through, Threads::One);
             let errors = delta.chunks_exact(group_size).zip(through.chunks_exact(group_size));
             for ((best, row), (delta, through)) in best.iter_mut().zip(&rows).zip(errors) {
                 let error: f32 = delta.iter().zip(through).map(|(d, t)| d * t).sum();

@@ -13,7 +13,7 @@ use super::compute::{Compute, Selected, Short, Tensor, Trained};
 use super::exponential::dot;
 use super::forward::{Affine, Norms, Ropes, normed, of_qk, run};
 use super::gram::Taken;
-use super::product::{Strided, multiply};
+use super::product::{Strided, Threads, multiply};
 use crate::config::{Attention, LayerConfig, ModelConfig, Op, Projection, Reads, Writes};
 
 /// Numbers that one core takes at once.
@@ -226,7 +226,7 @@ pub(super) fn derive(
 ) -> (Vec<f32>, Vec<f32>) {
     let Affine { in_features: n, out_features: m, ref weight, .. } = *linear;
     let (tokens, lost) = (d.len() / m, Lost::of(linear, original, &taken.union(n)));
-    let all = gemm::Parallelism::Rayon(0);
+    let all = Threads::All;
     let mut d_x = vec![0.0; tokens * n];
     let (rows, w) = (Strided { values: d, row: m, column: 1 }, Strided { values: weight, row: n, column: 1 });
     multiply([tokens, n, m], rows, w, &mut d_x, all);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::backward::norm_back;
 use super::exponential::{LANES, exp, log_sum};
 use super::head::LmHead;
-use super::product::{Strided, accumulate, path};
+use super::product::{Strided, Threads, accumulate, path};
 use crate::processor::on_every_path;
 
 /// Logits that are summed up in f32: what f32 resolves is enough for so many.
@@ -37,7 +37,7 @@ impl LmHead<'_> {
             self.each_rows(|start, rows| {
                 let d = Strided { values: &q[start..], row: vocab, column: 1 };
                 let (count, rows) = (rows.len() / n, Strided { values: rows, row: n, column: 1 });
-                accumulate([h.len() / n, n, count], d, rows, &mut d_x, gemm::Parallelism::Rayon(0));
+                accumulate([h.len() / n, n, count], d, rows, &mut d_x, Threads::All);
             });
             norm_back(h, &self.final_norm, self.eps, &d_x, d);
         }

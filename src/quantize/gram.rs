@@ -8,7 +8,7 @@
 use anyhow::Result;
 use rayon::prelude::*;
 
-use super::product::{Strided, accumulate_beside};
+use super::product::{Strided, Threads, accumulate_beside};
 use crate::dec::{DecPlan, Selection};
 
 /// Every diagonal element grows by this share of itself. On text that the fit had not seen (SmolLM2, layers 3 and 15, 4
@@ -126,7 +126,7 @@ impl Hessian {
         let (n, values) = (self.channels, &mut self.values);
         for x in x.chunks(GRAM_TOKENS * n) {
             let plain = Strided { values: x, row: n, column: 1 };
-            let (tokens, all) = (x.len() / n, gemm::Parallelism::Rayon(0));
+            let (tokens, all) = (x.len() / n, Threads::All);
             for first in (0..n).step_by(GRAM_ROWS) {
                 let (rows, right) = (GRAM_ROWS.min(n - first), plain.right(first));
                 let to = (&mut values[first * n + first..], n);

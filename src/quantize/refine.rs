@@ -11,7 +11,7 @@
 use rayon::prelude::*;
 
 use super::gram::Hessian;
-use super::product::{Strided, accumulate, multiply};
+use super::product::{Strided, Threads, accumulate, multiply};
 pub(crate) use grids::{Codebook, Groups};
 
 mod grids;
@@ -125,7 +125,7 @@ impl<'a, G: Grid> Block<'a, G> {
         let n = self.hessian.channels;
         let mut y = vec![0.0; x.len()];
         let rows = Strided { values: x, row: n, column: 1 };
-        multiply([x.len() / n, n, n], rows, self.hessian.strided(), &mut y, gemm::Parallelism::None);
+        multiply([x.len() / n, n, n], rows, self.hessian.strided(), &mut y, Threads::One);
         y
     }
 
@@ -210,7 +210,7 @@ impl<'a, G: Grid> Block<'a, G> {
             if any {
                 let moved = Strided { values: &moved, row: width, column: 1 };
                 let h = Strided { values: &self.hessian.values[first * n..], row: n, column: 1 };
-                accumulate([rows, n, width], moved, h, &mut self.gradient, gemm::Parallelism::None);
+                accumulate([rows, n, width], moved, h, &mut self.gradient, Threads::One);
             }
         }
     }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::exponential::dot;
 use super::gram::Taken;
-use super::product::{Strided, accumulate_beside, multiply};
+use super::product::{Strided, Threads, accumulate_beside, multiply};
 
 /// What the diagonal of `H_zz` grows by, of its mean.
 const DAMPING: f32 = 0.1;
@@ -20,7 +20,7 @@ const MOST: usize = 2048;
 pub(crate) const WIDEST: usize = 16_384;
 /// Columns of a triangle that are found one by one; what they take off all others goes as a product.
 const BLOCK: usize = 64;
-const ALL: gemm::Parallelism = gemm::Parallelism::Rayon(0);
+const ALL: Threads = Threads::All;
 
 /// What the channels that are taken have in common, summed up over tokens.
 #[derive(Debug, Clone)]

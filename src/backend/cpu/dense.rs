@@ -137,8 +137,8 @@ macro_rules! on_path {
                     let mut parts = [[$zero(); $parts]; R];
                     for (parts, w) in parts.iter_mut().zip(w) {
                         let w: &[$number; LANES] = w[at..].first_chunk().expect("as many as there are lanes");
-                        // SAFETY: what lies AHEAD is asked for and not read, so that it may lie anywhere.
-                        unsafe { _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().cast::<i8>().wrapping_add(AHEAD)) };
+                        // What lies AHEAD is asked for and not read, so that it may lie anywhere.
+                        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().cast::<i8>().wrapping_add(AHEAD));
                         for (p, part) in parts.iter_mut().enumerate() {
                             *part = $load(&w[$width * p..]);
                         }

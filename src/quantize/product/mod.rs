@@ -48,7 +48,7 @@ impl Strided<'_> {
 }
 
 /// Overwrites `y`, row-major `[m, n]`, with `a · b` for `a` `[m, depth]` and `b` `[depth, n]`; sizes are `[m, n, depth]`.
-pub(crate) fn multiply(sizes: [usize; 3], a: Strided<'_>, b: Strided<'_>, y: &mut [f32], on: gemm::Parallelism) {
+pub(crate) fn multiply(sizes: [usize; 3], a: Strided<'_>, b: Strided<'_>, y: &mut [f32], on: Threads) {
     let row = sizes[1];
     general_product(sizes, a, b, (y, row), false, on);
 }
@@ -59,11 +59,11 @@ pub(crate) fn product_beside(x: &[f32], w: &[f32], depth: usize, y: &mut [f32], 
     let (tokens, columns) = (x.len() / depth, w.len() / depth);
     let x = Strided { values: x, row: depth, column: 1 };
     let w = Strided { values: w, row: 1, column: depth };
-    general_product([tokens, columns, depth], x, w, (y, row), false, gemm::Parallelism::Rayon(0));
+    general_product([tokens, columns, depth], x, w, (y, row), false, Threads::All);
 }
 
 /// The same, added to `y`.
-pub(crate) fn accumulate(sizes: [usize; 3], a: Strided<'_>, b: Strided<'_>, y: &mut [f32], on: gemm::Parallelism) {
+pub(crate) fn accumulate(sizes: [usize; 3], a: Strided<'_>, b: Strided<'_>, y: &mut [f32], on: Threads) {
     accumulate_beside(sizes, a, b, (y, sizes[1]), on);
 }
 
@@ -73,9 +73,18 @@ pub(crate) fn accumulate_beside(
     a: Strided<'_>,
     b: Strided<'_>,
     to: (&mut [f32], usize),
-    on: gemm::Parallelism,
+    on: Threads,
 ) {
     general_product(sizes, a, b, to, true, on);
+}
+
+/// Who multiplies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The caller alone, which is one of many.
+    One,
+    /// All cores.
+    All,
 }
 
 fn general_product(
@@ -84,7 +93,7 @@ fn general_product(
     b: Strided<'_>,
     (y, row): (&mut [f32], usize),
     add: bool,
-    parallelism: gemm::Parallelism,
+    on: Threads,
 ) {
     if m == 0 || n == 0 {
         return;
@@ -93,8 +102,7 @@ fn general_product(
     assert!(y.len() >= len && row >= n && depth > 0, "matrix product: {} results, {m} x {n} expected", y.len());
     a.assert_holds(m, depth);
     b.assert_holds(depth, n);
-    let parallel = !matches!(parallelism, gemm::Parallelism::None);
-    tiles::multiply(path(), [m, n, depth], (a, b), Target { y, row, add }, parallel);
+    tiles::multiply(path(), [m, n, depth], (a, b), Target { y, row, add }, on == Threads::All);
 }
 
 /// The instructions that products use.

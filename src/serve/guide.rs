@@ -24,6 +24,47 @@ pub(super) enum Form {
     Grammar(String),
 }
 
+/// Levels of the deepest form. llguidance reads forms by recursion, and a stack that overflows ends the whole process.
+const DEEPEST: usize = 64;
+
+impl Form {
+    /// How deep it is: objects and lists in each other, or brackets.
+    fn levels(&self) -> usize {
+        match self {
+            Self::Json => 1,
+            Self::Schema(schema) => levels(schema),
+            Self::Regex(text) | Self::Grammar(text) => brackets(text),
+        }
+    }
+}
+
+/// Objects and lists in each other; JSON that has been read is not too deep for this.
+fn levels(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(levels).max().unwrap_or(0),
+        Value::Object(fields) => {
+            1 + fields.iter().map(|(name, value)| levels(value).max(brackets(name))).max().unwrap_or(0)
+        }
+        // It may be a regular expression.
+        Value::String(text) => brackets(text),
+        _ => 0,
+    }
+}
+
+/// The most brackets that are open at once, those that stand for themselves among them.
+fn brackets(text: &str) -> usize {
+    let (mut open, mut most) = (0usize, 0);
+    for c in text.chars() {
+        match c {
+            '(' | '[' | '{' => open += 1,
+            ')' | ']' | '}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(open);
+    }
+    most
+}
+
 /// Makes guides for one vocabulary.
 pub(super) struct Guides {
     factory: ParserFactory,
@@ -55,8 +96,10 @@ impl Guides {
     /// A guide to `form`.
     ///
     /// # Errors
-    /// What is no schema, regular expression or grammar, and what llguidance has no way to hold a text to.
+    /// What is no schema, regular expression or grammar, what is too deep, and what llguidance has no way to hold a text to.
     pub(super) fn guide(&self, form: &Form) -> Result<Guide> {
+        let levels = form.levels();
+        ensure!(levels <= DEEPEST, "it is {levels} levels deep, at most {DEEPEST} are allowed");
         let grammar = match form {
             Form::Json => TopLevelGrammar::from_json_schema(spaced(json!({ "type": "object" }))),
             Form::Schema(schema) => TopLevelGrammar::from_json_schema(spaced(schema.clone())),
@@ -67,6 +110,8 @@ impl Guides {
         let mut matcher = Matcher::new(Ok(parser));
         let warnings = matcher.grammar_warnings();
         ensure!(warnings.is_empty(), "{}", line(&warnings.join("; ")));
+        // What no text begins with is told now, not when the first token is chosen.
+        matcher.compute_mask_or_eos().map_err(|error| anyhow!("{}", line(&error.to_string())))?;
         Ok(Guide { matcher, vocab_size: self.vocab_size })
     }
 }
@@ -80,9 +125,16 @@ fn spaced(mut schema: Value) -> Value {
     schema
 }
 
-/// A message in one line of bearable length.
+/// A message in one line of bearable length, without the state of the parser behind it.
 fn line(message: &str) -> String {
-    message.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect()
+    let said = ["<state>", "<backtrace>"].iter().fold(message, |said, mark| said.split(mark).next().unwrap_or(said));
+    said.replace("panic:", "llguidance fails:")
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+        .chars()
+        .take(300)
+        .collect()
 }
 
 /// A vocabulary as llguidance sees it.

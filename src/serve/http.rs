@@ -23,6 +23,9 @@ const HEADERS: Duration = Duration::from_secs(30);
 /// How long it takes to tell clients that their texts are left.
 const GOODBYE: Duration = Duration::from_secs(2);
 
+/// Bytes of a thread's stack: schemas and grammars are read by recursion.
+const STACK: usize = 16 << 20;
+
 /// Bytes of a request's head, and of what is read ahead of a body.
 const HEAD: usize = 64 << 10;
 
@@ -56,6 +59,7 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .max_blocking_threads(8)
+            .thread_stack_size(STACK)
             .thread_name("http")
             .enable_all()
             .build()

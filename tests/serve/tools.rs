@@ -155,6 +155,11 @@ fn variables_of_the_template() {
 }
 
 /// The script says what does not fit, and yet the answer does: what may not come is never chosen.
+/// A schema of lists in lists, so many levels deep.
+fn deep(levels: usize) -> Value {
+    (1..levels).fold(json!({ "type": "integer" }), |inside, _| json!({ "type": "array", "items": inside }))
+}
+
 #[test]
 fn texts_in_every_form() {
     let server = Scripted::start(Setup::default());
@@ -195,9 +200,19 @@ fn texts_in_every_form() {
     );
     let text: String = streamed.iter().map(|c| c["choices"][0]["text"].as_str().expect("text")).collect();
     assert!(text.starts_with("ab") && text.trim_matches(|c| "abc".contains(c)).is_empty(), "{text}");
+    // As deep as they may be.
+    let inside = |text: &str| format!("{}{text}{}", "(".repeat(64), ")".repeat(64));
+    assert_eq!(chat(json!({ "guided_regex": inside("no") })), "no");
+    assert_eq!(server.post("/v1/chat/completions", &body("x", json!({ "guided_json": deep(64) }))).status, 200);
     for (more, message) in [
         (json!({ "guided_regex": "(" }), "cannot be held to"),
         (json!({ "grammar": "start: nothing" }), "grammar cannot be held to"),
+        (json!({ "grammar": "start: start" }), "grammar cannot be held to"),
+        (json!({ "grammar": format!("start: {}", inside("\"no\"")) }), "too deeply nested"),
+        (json!({ "grammar": format!("start: {}\"x\"", "(".repeat(40_000)) }), "40000 levels deep, at most 64"),
+        (json!({ "guided_regex": "(".repeat(40_000) }), "40000 levels deep, at most 64"),
+        (json!({ "guided_json": deep(65) }), "65 levels deep"),
+        (json!({ "guided_json": { "type": "string", "pattern": "(".repeat(40_000) } }), "40001 levels deep"),
         (json!({ "guided_json": { "type": "wrong" } }), "cannot be held to"),
         (json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "x" } } }), "schema is missing"),
         (json!({ "grammar": "start: \"x\"", "guided_regex": "x" }), "a text has one form"),

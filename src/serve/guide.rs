@@ -38,6 +38,15 @@ impl Form {
     }
 }
 
+/// Whether a schema names the least number of 64 bits, whose negation llguidance seeks until its stack overflows.
+fn names_the_least(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => items.iter().any(names_the_least),
+        Value::Object(fields) => fields.values().any(names_the_least),
+        other => other.as_i64() == Some(i64::MIN),
+    }
+}
+
 /// Objects and lists in each other; JSON that has been read is not too deep for this.
 fn levels(value: &Value) -> usize {
     match value {
@@ -100,6 +109,9 @@ impl Guides {
     pub(super) fn guide(&self, form: &Form) -> Result<Guide> {
         let levels = form.levels();
         ensure!(levels <= DEEPEST, "it is {levels} levels deep, at most {DEEPEST} are allowed");
+        if let Form::Schema(schema) = form {
+            ensure!(!names_the_least(schema), "{} is not supported, name a number nearer to 0", i64::MIN);
+        }
         let grammar = match form {
             Form::Json => TopLevelGrammar::from_json_schema(spaced(json!({ "type": "object" }))),
             Form::Schema(schema) => TopLevelGrammar::from_json_schema(spaced(schema.clone())),

@@ -211,6 +211,7 @@ fn texts_in_every_form() {
         (json!({ "grammar": format!("start: {}", inside("\"no\"")) }), "too deeply nested"),
         (json!({ "grammar": format!("start: {}\"x\"", "(".repeat(40_000)) }), "40000 levels deep, at most 64"),
         (json!({ "guided_regex": "(".repeat(40_000) }), "40000 levels deep, at most 64"),
+        (json!({ "guided_json": { "enum": [[i64::MIN], 1] } }), "name a number nearer to 0"),
         (json!({ "guided_json": deep(65) }), "65 levels deep"),
         (json!({ "guided_json": { "type": "string", "pattern": "(".repeat(40_000) } }), "40001 levels deep"),
         (json!({ "guided_json": { "type": "wrong" } }), "cannot be held to"),

@@ -18,15 +18,17 @@ build() {
     local maturin=("$tools/bin/maturin" build --release --locked --zig --compatibility manylinux_2_28)
     maturin+=(--target x86_64-unknown-linux-gnu --out target/wheels)
     PATH=$PWD/$tools/bin:$PATH "${maturin[@]}"
-    # The program knows its own man pages and completions; with them, the wheel is packed again.
-    local share=python/data/share decdec=target/x86_64-unknown-linux-gnu/release/decdec
-    rm -rf "$share"
+    # The program knows its own man pages and completions; with them, where maturin looks for such files, the wheel is
+    # packed again.
+    local share=decdec.data/data/share decdec=target/x86_64-unknown-linux-gnu/release/decdec
+    trap 'rm -rf "$work" decdec.data' EXIT
     mkdir -p "$share"/{man/man1,bash-completion/completions,zsh/site-functions,fish/vendor_completions.d}
     "$decdec" man "$share/man/man1"
     "$decdec" completions bash >"$share/bash-completion/completions/decdec"
     "$decdec" completions zsh >"$share/zsh/site-functions/_decdec"
     "$decdec" completions fish >"$share/fish/vendor_completions.d/decdec.fish"
     PATH=$PWD/$tools/bin:$PATH "${maturin[@]}"
+    rm -rf decdec.data
 }
 
 # check WHEEL: installs it where nothing of this checkout is at hand, and asks it what it is and what it finds.
@@ -56,6 +58,7 @@ PYTHON
 if [ "${1:-}" = check ]; then
     check "$2"
 else
+    rm -f target/wheels/decdec-*.whl
     build
-    check "$(ls -t target/wheels/decdec-*-manylinux_2_28_x86_64.whl | head -1)"
+    check target/wheels/decdec-*-manylinux_2_28_x86_64.whl
 fi

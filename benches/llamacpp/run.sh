@@ -71,7 +71,7 @@ for _ in $(seq "$rounds"); do
     theirs "$cores"
     if grep -qw avx2 /proc/cpuinfo; then ours "decdec held to AVX2" avx2 0; fi
 done
-echo "# $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $cores cores; $("$decdec" --version); node-llama-cpp $version"
+echo "# $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $cores cores; $("$decdec" -V); node-llama-cpp $version"
 echo "# $checkpoint against $(basename "$gguf"); median and best of the turns, tokens/s"
 sort -t , -k 1,1 -s "$scratch/rows.csv" | python3 -c '
 import statistics, sys

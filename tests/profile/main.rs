@@ -8,7 +8,9 @@ use decdec::backend::GemvBackend;
 use decdec::backend::cpu::Cpu;
 use decdec::config::{ModelConfig, Projection};
 use decdec::dec::Selection;
+use decdec::engine::Engine;
 use decdec::format::{Format, Storage};
+use decdec::model::Model;
 use decdec::nsys::trace::{self, Kernel, Role};
 use decdec::nsys::{self, Identity, KernelRecord, Kind, Precision};
 use decdec::profile::{self, Bandwidths, ByClock, Launch, Options, Outcome, Recorder, grid};
@@ -114,6 +116,31 @@ fn read(options: &Options) -> nsys::Profile {
     nsys::read(&id.trace(&options.dir), &id.sqlite(&options.dir), id).unwrap()
 }
 
+const VERIFICATION: tune::Verification = tune::Verification { tokens: 40, rounds: 3, selection: Selection::Bucket };
+
+/// Tunes a sweep for three targets and verifies what was found with real tokens: each target holds, and `then` sees the rest.
+fn verified(options: &Options, exhaustive: bool, then: impl FnOnce(&mut tune::Outcome, &Engine<'_>)) {
+    let tuning = tune::Options {
+        identity: options.identity.clone(),
+        dir: options.dir.clone(),
+        shapes: [None; 4],
+        targets: vec![0.0, 10.0, 1e6],
+        exhaustive,
+        objective: tune::Objective::Channels,
+    };
+    let mut outcome = tune::run(&tuning).unwrap();
+    let weights = RandomWeights::new(tiny(), Storage::ANYPREC, 3, 7).unwrap();
+    let cpu = Cpu::new();
+    let engine = Engine::of(Model::load(&cpu, &weights, |_| {}).unwrap(), 64);
+    tune::verify(&mut outcome, &engine, &VERIFICATION).unwrap();
+    for tuning in &outcome.tunings {
+        let verified = tuning.verified.as_ref().unwrap();
+        assert!(verified.slowdown <= tuning.target && verified.base_ms > 0.0, "{verified:?}");
+        assert!(verified.missed.iter().all(|&(_, slowdown)| slowdown > tuning.target));
+    }
+    then(&mut outcome, &engine);
+}
+
 /// Launches of a whole sweep: for every `n_tb` that is useful somewhere one base and three compensated rounds, all
 /// four modules in each, as a token has them.
 fn expected(useful: &[Vec<usize>; 4]) -> (usize, usize) {
@@ -190,33 +217,17 @@ fn what_is_verified_holds() {
     let options = Options { k_chunks: Some(vec![256, 1024]), ..options(&dir.path().join("nsys"), Format::AnyPrec) };
     let swept = sweep(&mut ByClock::default(), &options).unwrap().measured.unwrap().capture;
     assert_eq!(swept.k_chunks, [256, 1024]);
-    let (identity, targets) = (options.identity.clone(), vec![0.0, 10.0, 1e6]);
-    let tuning = tune::Options {
-        identity,
-        dir: options.dir.clone(),
-        shapes: [None; 4],
-        targets,
-        exhaustive: false,
-        objective: tune::Objective::Channels,
-    };
-    let mut outcome = tune::run(&tuning).unwrap();
-    let weights = RandomWeights::new(tiny(), Storage::ANYPREC, 3, 7).unwrap();
-    let cpu = Cpu::new();
-    let model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
-    let engine = decdec::engine::Engine::of(model, 64);
-    let how = tune::Verification { tokens: 40, rounds: 3, selection: Selection::Bucket };
-    tune::verify(&mut outcome, &engine, &how).unwrap();
-    for tuning in &outcome.tunings {
-        let verified = tuning.verified.as_ref().unwrap();
-        assert!(verified.slowdown <= tuning.target && verified.base_ms > 0.0, "{verified:?}");
-        assert!(verified.missed.iter().all(|&(_, slowdown)| slowdown > tuning.target));
-        assert_eq!(outcome.tuned(tuning).real_slowdown, Some(verified.slowdown));
-    }
-    assert_eq!(outcome.tunings[2].found.fine.k_chunks(), [1024; 4]);
-    assert!(outcome.to_string().contains("Real slowdown of a token : "), "{outcome}");
-    let longer = tune::Verification { tokens: 64, ..how };
-    let error = tune::verify(&mut outcome, &engine, &longer).unwrap_err().to_string();
-    assert!(error.contains("context is 64"), "{error}");
+    verified(&options, false, |outcome, engine| {
+        for tuning in &outcome.tunings {
+            let slowdown = tuning.verified.as_ref().unwrap().slowdown;
+            assert_eq!(outcome.tuned(tuning).real_slowdown, Some(slowdown));
+        }
+        assert_eq!(outcome.tunings[2].found.fine.k_chunks(), [1024; 4]);
+        assert!(outcome.to_string().contains("Real slowdown of a token : "), "{outcome}");
+        let longer = tune::Verification { tokens: 64, ..VERIFICATION };
+        let error = tune::verify(outcome, engine, &longer).unwrap_err().to_string();
+        assert!(error.contains("context is 64"), "{error}");
+    });
 }
 
 #[test]

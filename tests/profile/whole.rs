@@ -98,22 +98,8 @@ fn what_is_found_in_whole_tokens_holds() {
     let dir = tempfile::tempdir().unwrap();
     let options = token_options(&dir.path().join("nsys"), Format::AnyPrec);
     sweep(&mut ByClock::default(), &options).unwrap();
-    let (identity, targets) = (options.identity.clone(), vec![0.0, 10.0, 1e6]);
-    let objective = tune::Objective::Channels;
-    let tuning =
-        tune::Options { identity, dir: options.dir.clone(), shapes: [None; 4], targets, exhaustive: true, objective };
-    let mut outcome = tune::run(&tuning).unwrap();
-    let weights = RandomWeights::new(tiny(), Storage::ANYPREC, 3, 7).unwrap();
-    let cpu = Cpu::new();
-    let model = decdec::model::Model::load(&cpu, &weights, |_| {}).unwrap();
-    let engine = decdec::engine::Engine::of(model, 64);
-    let how = tune::Verification { tokens: 40, rounds: 3, selection: Selection::Bucket };
-    tune::verify(&mut outcome, &engine, &how).unwrap();
-    for tuning in &outcome.tunings {
-        let verified = tuning.verified.as_ref().unwrap();
-        assert!(verified.slowdown <= tuning.target && verified.base_ms > 0.0, "{verified:?}");
-        assert!(verified.missed.iter().all(|&(_, slowdown)| slowdown > tuning.target));
-    }
-    let worth: Vec<_> = outcome.tunings.iter().map(|tuning| tuning.found.fine.sum_k()).collect();
-    assert!(worth[0] <= worth[2] && outcome.tunings[2].found.fine.k_chunks() == [1024; 4], "{worth:?}");
+    verified(&options, true, |outcome, _| {
+        let worth: Vec<_> = outcome.tunings.iter().map(|tuning| tuning.found.fine.sum_k()).collect();
+        assert!(worth[0] <= worth[2] && outcome.tunings[2].found.fine.k_chunks() == [1024; 4], "{worth:?}");
+    });
 }

@@ -16,7 +16,7 @@ struct Pair {
 
 impl Timings {
     /// The choice that is worth most, Σ `weights` · `k_chunk`, among those of at most `budget_us(n_tb)`; of equals the
-    /// quickest. No compensation at all is always allowed. The first phase is that of [`Timings::search`], for the
+    /// quickest. A module whose channels are worth nothing gets none, and no compensation at all is always allowed. The first phase is that of [`Timings::search`], for the
     /// largest of the budgets.
     pub fn search_weighted(&self, budget_us: &dyn Fn(usize) -> f64, weights: [f64; 4]) -> Found {
         let n_tbs = self.n_tbs();
@@ -33,7 +33,7 @@ impl Timings {
         for &n_tb in &n_tbs {
             self.best_at(n_tb, budget_us(n_tb), weights).into_iter().for_each(&mut consider);
         }
-        for choice in self.measured().filter(|choice| choice.us() <= budget_us(choice.n_tb)) {
+        for choice in self.measured().filter(|choice| choice.us() <= budget_us(choice.n_tb) && pays(choice, weights)) {
             consider(choice);
         }
         Found { clamped: self.clamped(&fine), global, fine, excluded, uneven: false }
@@ -68,7 +68,7 @@ impl Timings {
     /// The choice measured as it is that is worth most within the budget: what trying all of them finds.
     pub fn best_measured(&self, budget_us: f64, weights: [f64; 4]) -> Choice {
         let none = self.at_base(self.n_tbs().first().copied().unwrap_or(1));
-        let fits = self.measured().filter(|choice| choice.us() <= budget_us);
+        let fits = self.measured().filter(|choice| choice.us() <= budget_us && pays(choice, weights));
         fits.fold(none, |best, choice| {
             let (new, old) = (choice.worth(weights), best.worth(weights));
             if new > old || new == old && choice.us() < best.us() { choice } else { best }
@@ -80,9 +80,9 @@ impl Timings {
     /// Where the best is one that took longer, all others are searched: those with another `k_chunk` of the first module,
     /// those with the same and another of the second, and so on.
     fn best_at(&self, n_tb: usize, budget_us: f64, weights: [f64; 4]) -> Option<Choice> {
-        let points = self.modules.each_ref().map(|module| match module.at(n_tb) {
-            Some((_, curve)) => between(curve),
-            None => vec![(0, module.base_us)],
+        let points = std::array::from_fn(|i| match self.modules[i].at(n_tb) {
+            Some((_, curve)) if weights[i] > 0.0 => between(curve),
+            _ => vec![(0, self.modules[i].base_us)],
         });
         let mut parts: Vec<(Choice, [Curve; 4])> = Vec::new();
         let search = |parts: &mut Vec<_>, points: [Curve; 4]| {
@@ -130,6 +130,12 @@ impl Timings {
         });
         Some(Choice { n_tb, modules, besides_us })
     }
+}
+
+/// Whether every module that is compensated is worth something: bytes that give nothing are not read, even where a
+/// measurement with them happened to be the quicker one.
+fn pays(choice: &Choice, weights: [f64; 4]) -> bool {
+    choice.modules.iter().zip(weights).all(|(module, weight)| module.k_chunk == 0 || weight > 0.0)
 }
 
 /// What a choice took as a whole, if it was measured.

@@ -122,8 +122,9 @@ fn on_a_terminal_ctrl_c_stops_the_answer_and_the_chat_goes_on() {
     let shop = Workshop::new();
     let checkpoint = talkative(&shop, 100_000);
     let program = assert_cmd::cargo::cargo_bin("decdec");
+    // Without exec a shell may stay between, which ends with 130 once it has heard Ctrl-C itself.
     let line = format!(
-        "{} chat --checkpoint-path {} --device cpu --k-chunks 0 0 0 0 --max-new-tokens 90000 --max-seq-len 100000",
+        "exec {} chat --checkpoint-path {} --device cpu --k-chunks 0 0 0 0 --max-new-tokens 90000 --max-seq-len 100000",
         program.display(),
         checkpoint.display()
     );
